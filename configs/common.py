@@ -1,0 +1,114 @@
+"""Every field and its default; a dataset's config changes what differs.
+
+A field that is not here does not exist: the config is locked, and overriding an
+unknown field is an error.
+"""
+
+from ml_collections import ConfigDict
+
+from lrdit.errors import UserError
+
+
+def parse_arg(arg: str, **defaults: str) -> dict[str, str]:
+  """Parses "key=value,..." over `defaults`, which name all keys there are.
+
+  Raises:
+    UserError: unknown key, or an item without "=".
+  """
+  values = dict(defaults)
+  for item in filter(None, arg.split(",")):
+    key, equals, value = item.partition("=")
+    if not equals or key not in values:
+      raise UserError(
+        f"config argument {item!r} is unknown: after the colon of --config write "
+        f"KEY=VALUE with KEY one of {', '.join(values)}",
+        exit_status=2,
+      )
+    values[key] = value
+  return values
+
+
+def get_default_config(method: str, variant: str) -> ConfigDict:
+  """All groups and fields; lengths are in steps, sizes in pixels.
+
+  Args:
+    method: full, static or adaptive.
+    variant: model size such as "S/2".
+  """
+  config = ConfigDict()
+  config.seed = 0
+  config.method = method
+
+  config.data = data = ConfigDict()
+  data.name = ""
+  data.data_dir = ""
+  data.image_size = 0
+  data.num_channels = 3
+  data.num_classes = 0  # 0: unconditional
+  data.flip = False
+
+  config.model = model = ConfigDict()
+  model.variant = variant
+  # 0 takes the variant's value.
+  model.hidden_size = 0
+  model.depth = 0
+  model.num_heads = 0
+  model.patch_size = 0
+  model.dtype = "float32"  # compute; or bfloat16. Parameters are float32.
+  model.class_dropout_rate = 0.1
+  model.learn_sigma = False
+
+  config.rank = rank = ConfigDict()
+  rank.ratio = 0.5  # share of a dense layer's parameters that `static` keeps
+  rank.schedule = "logistic_decreasing"
+  rank.min_ratio = 0.4
+  rank.match = "activated"  # mean active rank = static rank; or total: max = static
+  rank.num_buckets = 4
+  rank.multiple_of = 8
+  # Above 0: factorise only these blocks, and nothing outside the blocks.
+  rank.first_n_blocks = 0
+  rank.last_n_blocks = 0
+  rank.dense_layers = ("patch_embed", "blocks_0/mlp", "final_layer/linear")
+  rank.compute = "grouped"  # or masked, the reference
+
+  config.diffusion = diffusion = ConfigDict()
+  diffusion.num_train_timesteps = 1000
+  diffusion.noise_schedule = "squaredcos_cap_v2"  # or linear
+  diffusion.prediction = "epsilon"  # or v
+  diffusion.loss_weighting = "uniform"  # or min_snr
+
+  config.optimizer = optimizer = ConfigDict()
+  optimizer.name = "adamw"  # or lion
+  optimizer.learning_rate = 1e-4
+  optimizer.decay = "constant"  # or cosine, after the warm-up
+  optimizer.warmup_steps = 3000
+  optimizer.weight_decay = 0.0
+  optimizer.grad_clip_norm = 5.0  # 0: no clipping
+  optimizer.ema_decay = 0.9999
+
+  config.training = training = ConfigDict()
+  training.batch_size = 256  # global
+  training.num_steps = 100_000
+  training.log_every_steps = 100
+  training.eval_every_steps = 5000  # held-out loss; 0: never
+  training.sample_every_steps = 10_000  # a grid; 0: never
+  training.tensorboard = True  # where clu and tensorflow can be imported
+
+  config.checkpoint = checkpoint = ConfigDict()
+  checkpoint.every_steps = 5000
+  checkpoint.keep = 2
+
+  config.sampling = sampling = ConfigDict()
+  sampling.num_samples = 1000
+  sampling.batch_size = 250
+  sampling.solver = "ddim"  # ddpm, dpm++
+  sampling.num_steps = 50
+  sampling.eta = 0.0  # noise of ddim
+  sampling.guidance_scale = 1.0
+  sampling.clip_x_0 = True
+  sampling.seed = 0
+  sampling.labels = "balanced"  # random, or one class number
+  sampling.use_ema = True
+  sampling.name = "default"
+  sampling.png_files = False
+  return config

@@ -1,0 +1,36 @@
+r"""scikit-learn's handwritten digits: 8x8 grey, 10 classes, no download.
+
+python main.py --config=configs/digits.py:method=adaptive --workdir=runs/digits
+
+Arguments: method=full|static|adaptive, variant=T/2. Figures of the three arms
+on two CPU cores stand in the README's results table.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """The recipe of the quickstart."""
+  args = common.parse_arg(arg, method="adaptive", variant="T/2")
+  config = common.get_default_config(args["method"], args["variant"])
+  config.data.name = "digits"
+  config.data.image_size = 8
+  config.data.num_channels = 1
+  config.data.num_classes = 10
+  config.rank.multiple_of = 4
+  config.diffusion.prediction = "v"
+  config.optimizer.learning_rate = 2e-3
+  config.optimizer.decay = "cosine"
+  config.optimizer.warmup_steps = 100
+  config.optimizer.weight_decay = 0.01
+  config.optimizer.grad_clip_norm = 1.0
+  config.optimizer.ema_decay = 0.995
+  config.training.batch_size = 128
+  config.training.num_steps = 2000
+  config.training.log_every_steps = 50
+  config.training.eval_every_steps = 500
+  config.training.sample_every_steps = 1000
+  config.checkpoint.every_steps = 250
+  return config.lock()

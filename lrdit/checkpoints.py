@@ -1,0 +1,204 @@
+"""Checkpoints: saving in the background, restoring only what proves intact.
+
+A checkpoint `checkpoints/STEP/` holds the items `params` (raw weights),
+`ema_params`, `opt_state`, `progress` (step and metric sums), `config` (JSON)
+and `checksums` (JSON: CRC-32 of every array), written by orbax, which makes it
+visible only once it is complete.
+"""
+
+import logging
+import os
+import pathlib
+import zlib
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lrdit.errors import UserError
+from lrdit.train_state import TrainState
+
+ARRAY_ITEMS = ("params", "ema_params", "opt_state", "progress")
+
+log = logging.getLogger("lrdit")
+
+
+class DamagedCheckpoint(Exception):
+  """A checkpoint that cannot be read or whose contents changed."""
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+  """The array items of a host state, as trees of plain dicts."""
+  trees = {
+    "params": state.params,
+    "ema_params": state.ema_params,
+    "opt_state": state.opt_state,
+    "progress": {"step": state.step, "window": state.window},
+  }
+  return {name: flax.serialization.to_state_dict(tree) for name, tree in trees.items()}
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+  """CRC-32 of every leaf by its path."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {
+    jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf)) for path, leaf in leaves
+  }
+
+
+def _host_zeros(tree: Any) -> Any:
+  """A numpy tree of the same shapes: orbax restores numpy where it finds it."""
+  return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
+
+
+class Checkpoints:
+  """The checkpoints of one workdir."""
+
+  def __init__(self, workdir: str | os.PathLike, keep: int = 1):
+    """Opens (or makes) `workdir`/checkpoints; `keep` newest survive a save."""
+    self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+    self._manager = ocp.CheckpointManager(
+      self.directory,
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+    )
+
+  def steps(self) -> list[int]:
+    """Steps of the complete checkpoints, newest first."""
+    return sorted(self._manager.all_steps(), reverse=True)
+
+  def save(self, state: TrainState, config: dict[str, Any]) -> None:
+    """Starts saving a host state; a save still under way is waited for.
+
+    Args:
+      state: numpy arrays that nothing will overwrite.
+      config: the resolved config.
+
+    Raises:
+      UserError: the disk is full or not writable.
+    """
+    items = _items(state)
+    checksums = {name: _checksums(tree) for name, tree in items.items()}
+    arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    try:
+      self._manager.save(
+        int(state.step),
+        args=ocp.args.Composite(
+          **arrays,
+          config=ocp.args.JsonSave(config),
+          checksums=ocp.args.JsonSave(checksums),
+        ),
+      )
+    except Exception as error:
+      raise self._save_failed(error) from error
+
+  def wait(self) -> None:
+    """Returns once every started save is on disk.
+
+    Raises:
+      UserError: a save failed.
+    """
+    try:
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+    except Exception as error:
+      raise self._save_failed(error) from error
+
+  def _save_failed(self, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0][:200]
+    return UserError(
+      f"cannot save a checkpoint under {self.directory}: {reason}; "
+      "free space or make it writable, then run the same command again to go on from "
+      f"{'step ' + str(self.steps()[0]) if self.steps() else 'the start'}"
+    )
+
+  def restore_state(self, template: TrainState) -> TrainState | None:
+    """The newest intact state, or None if there is no checkpoint.
+
+    Damaged newer checkpoints are moved to `damaged_checkpoints` with a warning.
+
+    Args:
+      template: a state of the run's shapes.
+
+    Raises:
+      UserError: there are checkpoints, but none is intact.
+    """
+    step, items = self._newest_intact(_items(template), move_damaged=True)
+    if step is None:
+      return None
+    progress = flax.serialization.from_state_dict(
+      {"step": template.step, "window": template.window}, items["progress"]
+    )
+    return TrainState(
+      step=progress["step"],
+      window=progress["window"],
+      **{
+        name: flax.serialization.from_state_dict(getattr(template, name), items[name])
+        for name in ("params", "ema_params", "opt_state")
+      },
+    )
+
+  def restore_params(self, template: Any, use_ema: bool) -> tuple[int, Any]:
+    """(step, parameters) of the newest intact checkpoint.
+
+    Args:
+      template: parameters of the model's shapes.
+      use_ema: the moving average instead of the raw weights.
+
+    Raises:
+      UserError: there is no checkpoint, or none is intact.
+    """
+    name = "ema_params" if use_ema else "params"
+    step, items = self._newest_intact({name: template}, move_damaged=False)
+    if step is None:
+      raise UserError(
+        f"no checkpoint under {self.directory}: train first, with the same --config and "
+        "--workdir and --mode=train"
+      )
+    return step, items[name]
+
+  def _newest_intact(
+    self, templates: dict[str, Any], move_damaged: bool
+  ) -> tuple[int | None, dict[str, Any]]:
+    steps = self.steps()
+    for step in steps:
+      try:
+        return step, self._restore(step, templates)
+      except DamagedCheckpoint as damage:
+        log.warning("checkpoint %s/%d is damaged (%s)", self.directory, step, damage)
+        if move_damaged and step != steps[-1]:
+          self._move_aside(step)
+    if steps:
+      raise UserError(
+        f"none of the checkpoints under {self.directory} is intact: restore one from a "
+        "backup, or delete that directory to start again"
+      )
+    return None, {}
+
+  def _restore(self, step: int, templates: dict[str, Any]) -> dict[str, Any]:
+    """Reads and checks some items of one checkpoint."""
+    arrays = {name: ocp.args.StandardRestore(_host_zeros(tree)) for name, tree in templates.items()}
+    try:
+      restored = self._manager.restore(
+        step, args=ocp.args.Composite(**arrays, checksums=ocp.args.JsonRestore())
+      )
+    except Exception as error:  # orbax and tensorstore raise many kinds
+      raise DamagedCheckpoint(str(error).splitlines()[0][:200]) from error
+    items = {name: restored[name] for name in templates}
+    for name, tree in items.items():
+      expected, found = restored["checksums"][name], _checksums(tree)
+      changed = [path for path in expected if expected[path] != found.get(path)]
+      if changed:
+        raise DamagedCheckpoint(f"contents of {name}{changed[0]} changed")
+    return items
+
+  def _move_aside(self, step: int) -> None:
+    target = self.directory.parent / "damaged_checkpoints"
+    target.mkdir(exist_ok=True)
+    os.replace(self.directory / str(step), target / str(step))
+    self._manager.reload()
+
+  def close(self) -> None:
+    """Waits for saves and releases orbax's threads."""
+    self._manager.close()

@@ -1,0 +1,327 @@
+"""Diffusion transformer with adaLN-Zero (Peebles and Xie 2023, arXiv:2212.09748).
+
+Layer for layer the published model: sin-cos position embedding, learned label
+embedding with a null class, blocks whose six modulations come from the
+timestep and label, and a zero-initialised output. Every dense layer may be
+factorised; `layer_shapes` names them.
+
+Axes: B batch, H W image, C channels, N tokens, D width, h heads.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrdit.errors import UserError
+from lrdit.low_rank import RankSelection, make_dense, uniform_selection
+from lrdit.rank_schedule import RankPlan
+
+FREQUENCY_DIM = 256
+MLP_RATIO = 4
+LAYER_NORM_EPSILON = 1e-6
+
+# name: (hidden_size, depth, num_heads); table 1 of the paper, and "T" (tiny)
+# for the 8x8 digits.
+SIZES = {
+  "T": (128, 4, 4),
+  "S": (384, 12, 6),
+  "B": (768, 12, 12),
+  "L": (1024, 24, 16),
+  "XL": (1152, 28, 16),
+}
+
+
+def decode_variant(variant: str) -> dict[str, int]:
+  """Turns "S/2" (or "DiT-S/2") into hidden_size, depth, num_heads, patch_size.
+
+  Raises:
+    UserError: unknown size, or a patch that is not a whole number above 0.
+  """
+  size, _, patch = variant.removeprefix("DiT-").partition("/")
+  if size not in SIZES or not patch.isdecimal() or int(patch) == 0:
+    raise UserError(
+      f"variant={variant!r} is unknown: use SIZE/PATCH with SIZE one of "
+      f"{', '.join(SIZES)}, for example S/2"
+    )
+  hidden_size, depth, num_heads = SIZES[size]
+  return dict(hidden_size=hidden_size, depth=depth, num_heads=num_heads, patch_size=int(patch))
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTShape:
+  """What fixes the shapes of a DiT's parameters.
+
+  Attributes:
+    image_size: height and width of the input in pixels (or latent pixels).
+    channels: input channels C.
+    num_classes: number of classes; 0 makes the model unconditional.
+    hidden_size, depth, num_heads, patch_size: as in the paper.
+    learn_sigma: twice the output channels, the second half for the variance.
+  """
+
+  image_size: int
+  channels: int
+  num_classes: int
+  hidden_size: int
+  depth: int
+  num_heads: int
+  patch_size: int
+  learn_sigma: bool = False
+
+  @property
+  def num_tokens(self) -> int:
+    """N."""
+    return (self.image_size // self.patch_size) ** 2
+
+  @property
+  def out_channels(self) -> int:
+    """Channels of the output, C or 2 C."""
+    return self.channels * (2 if self.learn_sigma else 1)
+
+
+def layer_shapes(shape: DiTShape) -> dict[str, tuple[int, int]]:
+  """(D_in, D_out) of every dense layer by name, in order of use."""
+  d, patch_area = shape.hidden_size, shape.patch_size**2
+  shapes = {
+    "patch_embed": (patch_area * shape.channels, d),
+    "t_embedder/fc1": (FREQUENCY_DIM, d),
+    "t_embedder/fc2": (d, d),
+  }
+  for i in range(shape.depth):
+    shapes |= {
+      f"blocks_{i}/adaln": (d, 6 * d),
+      f"blocks_{i}/attn/qkv": (d, 3 * d),
+      f"blocks_{i}/attn/proj": (d, d),
+      f"blocks_{i}/mlp/fc1": (d, MLP_RATIO * d),
+      f"blocks_{i}/mlp/fc2": (MLP_RATIO * d, d),
+    }
+  return shapes | {
+    "final_layer/adaln": (d, 2 * d),
+    "final_layer/linear": (d, patch_area * shape.out_channels),
+  }
+
+
+def timestep_embedding(t: jax.Array) -> jax.Array:
+  """Sinusoidal features of t: (B,) to (B, 256) float32, cosines first."""
+  half = FREQUENCY_DIM // 2
+  frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+  angles = t.astype(jnp.float32)[:, None] * frequencies
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def position_embedding(hidden_size: int, grid_size: int) -> np.ndarray:
+  """Fixed 2-D sin-cos embedding: (grid_size**2, hidden_size) float32.
+
+  The first half encodes the column, the second the row, as in the published
+  code (its meshgrid lists the width first).
+  """
+  quarter = hidden_size // 4
+  omega = 1.0 / 10000.0 ** (np.arange(quarter, dtype=np.float64) / quarter)
+  angles = np.arange(grid_size, dtype=np.float64)[:, None] * omega
+  axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+  column = np.tile(axis, (grid_size, 1))
+  row = np.repeat(axis, grid_size, axis=0)
+  return np.concatenate([column, row], axis=1).astype(np.float32)
+
+
+def patchify(x: jax.Array, patch_size: int) -> jax.Array:
+  """(B, H, W, C) to (B, N, patch_size**2 C), tokens in row-major order."""
+  b, h, w, c = x.shape
+  p = patch_size
+  x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(b, (h // p) * (w // p), p * p * c)
+
+
+def unpatchify(tokens: jax.Array, patch_size: int, channels: int) -> jax.Array:
+  """(B, N, patch_size**2 C) to (B, H, W, C); inverse of `patchify`."""
+  b, n, _ = tokens.shape
+  p, grid = patch_size, math.isqrt(n)
+  x = tokens.reshape(b, grid, grid, p, p, channels).transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(b, grid * p, grid * p, channels)
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+  """LayerNorm without scale or bias over the last axis, in float32."""
+  x32 = x.astype(jnp.float32)
+  mean = x32.mean(-1, keepdims=True)
+  centred = x32 - mean
+  variance = jnp.square(centred).mean(-1, keepdims=True)
+  return (centred * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)).astype(x.dtype)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+  """x (1 + scale) + shift, x (B, N, D), shift and scale (B, D)."""
+  return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def attention(qkv: jax.Array, num_heads: int) -> jax.Array:
+  """Multi-head self-attention of (B, N, 3 D) to (B, N, D).
+
+  Heads are merged into the batch and the softmax's division is applied after
+  the values: fewer passes over (N, N) arrays, and plain batched products.
+  """
+  b, n, _ = qkv.shape
+  heads = qkv.reshape(b, n, 3, num_heads, -1).transpose(2, 0, 3, 1, 4)
+  q, k, v = heads.reshape(3, b * num_heads, n, -1)
+  scores = jnp.einsum("bqd,bkd->bqk", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
+  weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+  values = jnp.einsum("bqk,bkd->bqd", weights.astype(qkv.dtype), v)
+  out = values / weights.sum(-1, keepdims=True).astype(qkv.dtype)
+  return out.reshape(b, num_heads, n, -1).transpose(0, 2, 1, 3).reshape(b, n, -1)
+
+
+class TimestepEmbedder(nn.Module):
+  """Two-layer MLP on the sinusoidal features of t."""
+
+  hidden_size: int
+  plan: RankPlan
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, t: jax.Array, selection: RankSelection) -> jax.Array:
+    """(B,) timesteps to (B, D)."""
+    init = nn.initializers.normal(0.02)
+    x = make_dense(self, "fc1", self.hidden_size, self.plan, self.dtype, init)(
+      timestep_embedding(t), selection
+    )
+    return make_dense(self, "fc2", self.hidden_size, self.plan, self.dtype, init)(
+      nn.silu(x), selection
+    )
+
+
+class Attention(nn.Module):
+  """Self-attention with its two projections."""
+
+  num_heads: int
+  plan: RankPlan
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array, selection: RankSelection) -> jax.Array:
+    """(B, N, D) to (B, N, D)."""
+    d = x.shape[-1]
+    qkv = make_dense(self, "qkv", 3 * d, self.plan, self.dtype)(x, selection)
+    y = attention(qkv, self.num_heads)
+    return make_dense(self, "proj", d, self.plan, self.dtype)(y, selection)
+
+
+class Mlp(nn.Module):
+  """Two layers with tanh-approximated GELU between them."""
+
+  plan: RankPlan
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array, selection: RankSelection) -> jax.Array:
+    """(B, N, D) to (B, N, D)."""
+    d = x.shape[-1]
+    y = make_dense(self, "fc1", MLP_RATIO * d, self.plan, self.dtype)(x, selection)
+    y = nn.gelu(y, approximate=True)
+    return make_dense(self, "fc2", d, self.plan, self.dtype)(y, selection)
+
+
+class Block(nn.Module):
+  """adaLN-Zero block: both branches start as the identity."""
+
+  num_heads: int
+  plan: RankPlan
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array, c: jax.Array, selection: RankSelection) -> jax.Array:
+    """x (B, N, D) and silu(conditioning) c (B, D) to (B, N, D)."""
+    modulation = make_dense(
+      self, "adaln", 6 * x.shape[-1], self.plan, self.dtype, nn.initializers.zeros
+    )(c, selection)
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
+    attn = Attention(self.num_heads, self.plan, self.dtype, name="attn")
+    x = x + gate_a[:, None] * attn(modulate(layer_norm(x), shift_a, scale_a), selection)
+    mlp = Mlp(self.plan, self.dtype, name="mlp")
+    return x + gate_m[:, None] * mlp(modulate(layer_norm(x), shift_m, scale_m), selection)
+
+
+class FinalLayer(nn.Module):
+  """Modulated norm and the zero-initialised projection to patches."""
+
+  features: int
+  plan: RankPlan
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array, c: jax.Array, selection: RankSelection) -> jax.Array:
+    """(B, N, D) to (B, N, features)."""
+    zeros = nn.initializers.zeros
+    modulation = make_dense(self, "adaln", 2 * x.shape[-1], self.plan, self.dtype, zeros)
+    shift, scale = jnp.split(modulation(c, selection), 2, axis=-1)
+    linear = make_dense(self, "linear", self.features, self.plan, self.dtype, zeros)
+    return linear(modulate(layer_norm(x), shift, scale), selection)
+
+
+class DiT(nn.Module):
+  """The diffusion transformer.
+
+  Attributes:
+    shape: sizes of the model.
+    plan: rank of every factorised layer per bucket; layers it does not name
+      are dense.
+    dtype: compute dtype, float32 or bfloat16; parameters are float32.
+  """
+
+  shape: DiTShape
+  plan: RankPlan
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x_t: jax.Array, t: jax.Array, y: jax.Array | None, selection: RankSelection
+  ) -> jax.Array:
+    """Predicts eps or v (and, with learn_sigma, the variance's coordinate).
+
+    Args:
+      x_t: (B, H, W, C) noisy images.
+      t: (B,) timesteps in [0, T).
+      y: (B,) int labels in [0, num_classes], num_classes being the null class;
+        None exactly if the model is unconditional.
+      selection: the active rank of every example.
+
+    Returns:
+      (B, H, W, C or 2 C) float32, exactly zero at initialisation.
+    """
+    s = self.shape
+    x = make_dense(self, "patch_embed", s.hidden_size, self.plan, self.dtype)(
+      patchify(x_t, s.patch_size), selection
+    )
+    grid_size = s.image_size // s.patch_size
+    x = x + jnp.asarray(position_embedding(s.hidden_size, grid_size), self.dtype)
+    embedder = TimestepEmbedder(s.hidden_size, self.plan, self.dtype, name="t_embedder")
+    c = embedder(t, selection)
+    if s.num_classes:
+      table = nn.Embed(
+        s.num_classes + 1,
+        s.hidden_size,
+        dtype=self.dtype,
+        embedding_init=nn.initializers.normal(0.02),
+        name="y_embedder",
+      )
+      c = c + table(y)
+    c = nn.silu(c)
+    for i in range(s.depth):
+      x = Block(s.num_heads, self.plan, self.dtype, name=f"blocks_{i}")(x, c, selection)
+    final = FinalLayer(s.patch_size**2 * s.out_channels, self.plan, self.dtype, name="final_layer")
+    x = final(x, c, selection)
+    return unpatchify(x, s.patch_size, s.out_channels).astype(jnp.float32)
+
+
+def init_params(model: DiT, rng: jax.Array) -> dict[str, Any]:
+  """Fresh float32 parameters."""
+  s = model.shape
+  x_t = jnp.zeros((1, s.image_size, s.image_size, s.channels))
+  label = jnp.zeros(1, jnp.int32)
+  y = label if s.num_classes else None
+  # One compiled call: op by op, the many small products would take far longer.
+  return jax.jit(lambda key: model.init(key, x_t, label, y, uniform_selection(1))["params"])(rng)

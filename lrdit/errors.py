@@ -1,0 +1,44 @@
+"""What a user can mend, told in one line."""
+
+import os
+
+
+class UserError(Exception):
+  """A mistake or a circumstance the user can mend.
+
+  The message is one line that names the cause and the mend; `main.py` prints
+  it without a traceback and exits with `exit_status`.
+  """
+
+  def __init__(self, message: str, exit_status: int = 1):
+    super().__init__(" ".join(message.split()))
+    self.exit_status = exit_status
+
+
+def _causes(error: BaseException | None):
+  """The error and what it came from, newest first."""
+  while error is not None:
+    yield error
+    error = error.__cause__ or error.__context__
+
+
+def as_user_error(error: Exception) -> UserError | None:
+  """The one line for an error, or None where it is a defect of ours."""
+  for cause in _causes(error):
+    if isinstance(cause, UserError):
+      return cause
+    if isinstance(cause, OSError) and cause.errno and cause.filename:
+      return UserError(
+        f"{cause.filename}: {os.strerror(cause.errno)}: check that the path exists, is writable "
+        "and has space left"
+      )
+  if isinstance(error, OSError) and error.errno:
+    return UserError(
+      f"{os.strerror(error.errno)} while writing: make space or choose another --workdir"
+    )
+  if "RESOURCE_EXHAUSTED" in str(error):
+    return UserError(
+      "the device is out of memory: lower config.training.batch_size or "
+      "config.sampling.batch_size, or use model.dtype=bfloat16"
+    )
+  return None

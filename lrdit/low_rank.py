@@ -1,0 +1,203 @@
+"""The low-rank dense layer: init, masked/grouped/sliced product, parameter slicing.
+
+A layer computes y = (x @ down[:, :r]) @ up[:r] + bias. How many components r
+are active is said by a `RankSelection`: a static tuple of (group size, rank
+bucket), each group computed at its own static rank, and, where examples inside
+a group differ, a bucket per example from which a mask is made. Masked compute
+is one group at the top bucket with a bucket per example; sliced compute is one
+group and no buckets; grouped compute is the general case.
+
+Axes: B batch, N tokens, D_in / D_out width, R rank.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lrdit.rank_schedule import LayerRanks, RankPlan
+
+Initializer = Callable[..., jax.Array]
+XAVIER: Initializer = nn.initializers.xavier_uniform()
+
+
+@flax.struct.dataclass
+class RankSelection:
+  """The active rank of a batch of B examples.
+
+  Attributes:
+    groups: static ((size, rank bucket), ...); sizes sum to B, and no example
+      may need more than its group's bucket.
+    rank_bucket: (B,) int32 bucket of each example, or None where every example
+      uses its group's bucket.
+  """
+
+  groups: tuple[tuple[int, int], ...] = flax.struct.field(pytree_node=False)
+  rank_bucket: jax.Array | None = None
+
+
+def uniform_selection(batch_size: int, bucket: int = 0) -> RankSelection:
+  """The whole batch at one bucket: what sampling and dense models use."""
+  return RankSelection(groups=((batch_size, bucket),))
+
+
+def svd_factors(
+  rng: jax.Array, dim_in: int, dim_out: int, max_rank: int, kernel_init: Initializer
+) -> tuple[jax.Array, jax.Array]:
+  """Truncated SVD of a freshly initialised dense kernel (design, section 2).
+
+  With W = U S V^T, down = U sqrt(S) and up = sqrt(S) V^T, cut to the largest
+  `max_rank` singular values, so every prefix is the best approximation of W of
+  its rank (Eckart and Young 1936).
+
+  Returns:
+    down (D_in, R) and up (R, D_out), float32.
+  """
+  kernel = kernel_init(rng, (dim_in, dim_out), jnp.float32)
+  u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
+  root = jnp.sqrt(s[:max_rank])
+  return u[:, :max_rank] * root, root[:, None] * vt[:max_rank]
+
+
+def low_rank_matmul(
+  x: jax.Array,
+  down: jax.Array,
+  up: jax.Array,
+  groups: tuple[tuple[int, int], ...],
+  active_rank: jax.Array | None = None,
+) -> jax.Array:
+  """Product with a factorised kernel at each example's active rank.
+
+  Components beyond an example's active rank contribute exactly zero to its
+  output and receive exactly zero gradient from it.
+
+  Args:
+    x: (B, D_in) or (B, N, D_in).
+    down: (D_in, R).
+    up: (R, D_out), of x's dtype like `down`.
+    groups: static ((group size, rank), ...), sizes summing to B, ranks <= R.
+    active_rank: (B,) int32, each at most its group's rank; None means every
+      example uses its group's rank.
+
+  Returns:
+    (B, D_out) or (B, N, D_out), x's dtype.
+  """
+  outputs, start = [], 0
+  for size, rank in groups:
+    part = x[start : start + size]
+    # Two-dimensional products: XLA's CPU backward pass is much faster on them.
+    hidden = part.reshape(-1, x.shape[-1]) @ down[:, :rank]
+    if active_rank is not None:
+      mask = jnp.arange(rank) < active_rank[start : start + size, None]
+      mask = mask.astype(hidden.dtype)[:, None]
+      hidden = (hidden.reshape(size, -1, rank) * mask).reshape(-1, rank)
+    outputs.append((hidden @ up[:rank]).reshape(*part.shape[:-1], up.shape[-1]))
+    start += size
+  return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
+
+
+class Dense(nn.Module):
+  """y = x @ kernel + bias on the last axis; takes a selection and ignores it.
+
+  Attributes:
+    features: D_out.
+    dtype: compute dtype; parameters are float32.
+    kernel_init: initializer of the (D_in, D_out) kernel.
+  """
+
+  features: int
+  dtype: Any = jnp.float32
+  kernel_init: Initializer = XAVIER
+
+  @nn.compact
+  def __call__(self, x: jax.Array, selection: RankSelection) -> jax.Array:
+    """Maps (B, ..., D_in) to (B, ..., features)."""
+    del selection
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
+    return (y + bias.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
+
+
+class LowRankDense(nn.Module):
+  """Dense layer whose kernel is down @ up, at the selection's active rank.
+
+  Attributes:
+    features: D_out.
+    ranks: active rank per bucket; the largest is allocated.
+    dtype: compute dtype; parameters are float32.
+    kernel_init: initializer of the dense kernel whose SVD is taken; with
+      `zeros` the factor `up` is zero and `down` that of a Xavier kernel, so
+      the layer starts at zero and still learns.
+  """
+
+  features: int
+  ranks: LayerRanks
+  dtype: Any = jnp.float32
+  kernel_init: Initializer = XAVIER
+
+  @nn.compact
+  def __call__(self, x: jax.Array, selection: RankSelection) -> jax.Array:
+    """Maps (B, D_in) or (B, N, D_in) to the same with `features`."""
+    down, up = self._factors(x.shape[-1])
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    active = self.ranks.active
+    groups = tuple((size, active[bucket]) for size, bucket in selection.groups)
+    active_rank = None
+    if selection.rank_bucket is not None:
+      active_rank = jnp.asarray(active, jnp.int32)[selection.rank_bucket]
+    y = low_rank_matmul(
+      x.astype(self.dtype), down.astype(self.dtype), up.astype(self.dtype), groups, active_rank
+    )
+    return y + bias.astype(self.dtype)
+
+  def _factors(self, dim_in: int) -> tuple[jax.Array, jax.Array]:
+    """Both factors, initialised from the one SVD."""
+    rank, zero = self.ranks.max_rank, self.kernel_init is nn.initializers.zeros
+    if not self.is_initializing():
+      return (
+        self.param("down", nn.initializers.zeros, (dim_in, rank)),
+        self.param("up", nn.initializers.zeros, (rank, self.features)),
+      )
+    kernel_init = XAVIER if zero else self.kernel_init
+    down, up = svd_factors(self.make_rng("params"), dim_in, self.features, rank, kernel_init)
+    return (
+      self.param("down", lambda _: down),
+      self.param("up", lambda _: jnp.zeros_like(up) if zero else up),
+    )
+
+
+def make_dense(
+  parent: nn.Module,
+  name: str,
+  features: int,
+  plan: RankPlan,
+  dtype: Any,
+  kernel_init: Initializer = XAVIER,
+) -> Dense | LowRankDense:
+  """The layer `name` of `parent`, factorised if the plan names it."""
+  ranks = plan.by_name.get("/".join((*parent.path, name)))
+  common = dict(features=features, dtype=dtype, kernel_init=kernel_init, name=name)
+  return Dense(**common) if ranks is None else LowRankDense(ranks=ranks, **common)
+
+
+def slice_params(params: Mapping[str, Any], plan: RankPlan, bucket: int) -> dict[str, Any]:
+  """The parameters of `plan.at_bucket(bucket)`: each factor's active prefix.
+
+  Args:
+    params: parameters of a model built with `plan`.
+    plan: the rank plan.
+    bucket: rank bucket.
+
+  Returns:
+    A new tree; arrays of dense layers are shared with `params`.
+  """
+  flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
+  for name, ranks in plan.layers:
+    rank = ranks.active[bucket]
+    flat[f"{name}/down"] = flat[f"{name}/down"][:, :rank]
+    flat[f"{name}/up"] = flat[f"{name}/up"][:rank]
+  return flax.traverse_util.unflatten_dict(flat, sep="/")

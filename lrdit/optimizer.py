@@ -1,0 +1,68 @@
+"""The optimiser and the moving average of the parameters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+OPTIMIZERS = ("adamw", "lion")
+DECAYS = ("cosine", "constant")
+
+
+def learning_rate_schedule(
+  learning_rate: float, warmup_steps: int, num_steps: int, decay: str
+) -> optax.Schedule:
+  """Linear warm-up to `learning_rate`, then cosine decay to 0 or a constant.
+
+  Args:
+    learning_rate: peak, per step.
+    warmup_steps: steps of warm-up; the first step already moves.
+    num_steps: total steps, at the end of which a cosine reaches 0.
+    decay: one of `DECAYS`.
+  """
+  if decay == "cosine":
+    after = optax.cosine_decay_schedule(learning_rate, max(1, num_steps - warmup_steps))
+  else:
+    after = optax.constant_schedule(learning_rate)
+  if warmup_steps == 0:
+    return after
+  first = learning_rate / warmup_steps
+  warmup = optax.linear_schedule(first, learning_rate, max(1, warmup_steps - 1))
+  return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def make_optimizer(
+  name: str, learning_rate: optax.Schedule, weight_decay: float, grad_clip_norm: float
+) -> optax.GradientTransformation:
+  """Clips the global gradient norm, then applies the named optimiser.
+
+  Args:
+    name: one of `OPTIMIZERS`.
+    learning_rate: schedule over steps.
+    weight_decay: decoupled decay of matrices; vectors (biases) do not decay.
+    grad_clip_norm: largest global norm; 0 turns clipping off.
+  """
+  make = {"adamw": optax.adamw, "lion": optax.lion}[name]
+  update = make(
+    learning_rate,
+    weight_decay=weight_decay,
+    mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+  )
+  clip = optax.clip_by_global_norm(grad_clip_norm) if grad_clip_norm else optax.identity()
+  return optax.chain(clip, update)
+
+
+def update_ema(ema_params: Any, params: Any, step: jax.Array, ema_decay: float) -> Any:
+  """Moves the average towards `params`, with warm-up.
+
+  The decay is min(ema_decay, (1 + step) / (10 + step)), so that an early
+  average is not dominated by the initial parameters.
+
+  Args:
+    ema_params, params: equal trees.
+    step: int32, updates applied before this one.
+    ema_decay: in [0, 1).
+  """
+  decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
+  return jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema_params, params)

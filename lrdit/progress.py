@@ -1,0 +1,70 @@
+"""What a person sees of a run: a bar on a terminal, plain lines in a log file."""
+
+import logging
+import pathlib
+import sys
+from typing import Any
+
+import absl.logging
+import tqdm
+
+log = logging.getLogger("lrdit")
+
+
+class _BarHandler(logging.Handler):
+  """Prints log lines above a progress bar instead of through it."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    tqdm.tqdm.write(self.format(record), file=sys.stderr)
+
+
+def start_logging(debug: bool) -> None:
+  """Sends the package's log lines, and no library's, to standard error.
+
+  A failed write makes orbax and tensorstore print tracebacks from their own
+  threads; the error itself reaches the main thread and is told there.
+
+  Args:
+    debug: let the libraries speak too.
+  """
+  if not debug:
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    sys.unraisablehook = _ignore_closed_event_loop
+  if not log.handlers:
+    handler = _BarHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    # Lines of progress are DEBUG: a terminal shows the bar instead.
+    handler.setLevel(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
+    log.addHandler(handler)
+  log.setLevel(logging.DEBUG)
+  log.propagate = False
+
+
+def _ignore_closed_event_loop(unraisable: Any) -> None:
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
+
+
+def log_to_file(path: pathlib.Path) -> logging.Handler:
+  """Appends the package's log lines to `path`, with times; returns the handler."""
+  handler = logging.FileHandler(path)
+  handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+  log.addHandler(handler)
+  return handler
+
+
+def make_bar(total: int, done: int, unit: str) -> tqdm.tqdm:
+  """A bar with rate and time left on a terminal, nothing elsewhere.
+
+  Args:
+    total: steps or items in all.
+    done: how many were done before this process.
+    unit: what is counted.
+  """
+  return tqdm.tqdm(
+    total=total,
+    initial=done,
+    unit=" " + unit,
+    dynamic_ncols=True,
+    disable=not sys.stderr.isatty(),
+  )

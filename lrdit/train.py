@@ -1,0 +1,288 @@
+"""Trains a model, or goes on training it from its newest checkpoint."""
+
+import functools
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from lrdit import builders, images, input_pipeline, parallel, sampler, training_step
+from lrdit.checkpoints import Checkpoints
+from lrdit.errors import UserError
+from lrdit.metric_writer import MetricWriter
+from lrdit.progress import log_to_file, make_bar
+from lrdit.train_state import NEVER, TrainState, WindowMetrics, create_train_state
+from lrdit.workdir import open_workdir
+
+log = logging.getLogger("lrdit")
+
+GRID_ROWS, GRID_COLUMNS = 8, 10
+EVAL_STREAM = 2**31 - 1  # folded into the run's key; no step has this number
+
+
+class StopRequest:
+  """Turns the first SIGTERM or SIGINT into a flag; a second one kills."""
+
+  def __init__(self):
+    self.signal_name: str | None = None
+    self._previous: dict[int, Any] = {}
+
+  def __enter__(self) -> "StopRequest":
+    for number in (signal.SIGTERM, signal.SIGINT):
+      self._previous[number] = signal.signal(number, self._on_signal)
+    return self
+
+  def _on_signal(self, number: int, _frame: Any) -> None:
+    self.signal_name = signal.Signals(number).name
+    signal.signal(number, signal.SIG_DFL)
+
+  def __exit__(self, *_exception: Any) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+
+class Stopwatch:
+  """Steps per second of training alone: `pause` keeps other work out."""
+
+  def __init__(self):
+    self.steps, self.seconds, self._since = 0, 0.0, None
+
+  def tick(self) -> None:
+    """A step was dispatched; the first one, which compiles, only starts time."""
+    if self._since is None:
+      self._since = time.perf_counter()
+    else:
+      self.steps += 1
+
+  def pause(self) -> None:
+    """All dispatched steps are done, and something else begins."""
+    if self._since is not None:
+      self.seconds += time.perf_counter() - self._since
+      self._since = None
+
+  def resume(self) -> None:
+    """Training goes on."""
+    self._since = time.perf_counter()
+
+
+class Trainer:
+  """One run's compiled steps, data and files."""
+
+  def __init__(self, config: ConfigDict, workdir: str, devices: parallel.Devices):
+    """Builds what does not depend on the state, checking before it writes.
+
+    Args:
+      config: resolved.
+      workdir: the run's directory.
+      devices: devices to train on.
+    """
+    self.config, self.devices = config, devices
+    objective = builders.make_objective(config, devices)
+    self.source = builders.make_source(config, "train")
+    self.eval_source = builders.make_source(config, "eval")
+    self.optimizer, self.learning_rate = builders.make_optimizer(config)
+    grid_batch = -(-GRID_ROWS * GRID_COLUMNS // len(devices)) * len(devices)
+    self.grid_sampler = builders.make_sampler(config, devices, grid_batch)
+    self.slots = parallel.batch_slots(config.training.batch_size, devices)
+    self.key = jax.random.key(config.seed)
+    step = functools.partial(
+      training_step.train_step,
+      objective=objective,
+      optimizer=self.optimizer,
+      ema_decay=config.optimizer.ema_decay,
+      log_every_steps=config.training.log_every_steps,
+    )
+    evaluation = functools.partial(
+      training_step.eval_step, objective=objective.without_augmentation()
+    )
+    self.train_step = parallel.pmap(step, devices, donate_argnums=(0,))
+    self.eval_step = parallel.pmap(evaluation, devices)
+    self.workdir = open_workdir(workdir, config, create=True)
+    (self.workdir / "samples").mkdir(exist_ok=True)
+    self.checkpoints = Checkpoints(self.workdir, config.checkpoint.keep)
+
+  def initial_state(self) -> TrainState:
+    """The newest checkpoint's state, on the host, or a fresh one."""
+
+    def fresh() -> TrainState:
+      return create_train_state(builders.init_params(self.config), self.optimizer)
+
+    restored = self.checkpoints.restore_state(jax.eval_shape(fresh))
+    if restored is not None:
+      log.info("resuming from the checkpoint of step %d", restored.step)
+      return restored
+    state = fresh()
+    log.info("%d parameters", parameter_overview.count_parameters(state.params))
+    return state
+
+  def save(self, state: TrainState) -> None:
+    """Starts a checkpoint of a replicated state, unless its numbers are bad."""
+    host_state = parallel.to_host(parallel.unreplicate(state))
+    self.refuse_non_finite(int(host_state.window.non_finite_step))
+    self.checkpoints.save(host_state, self.config.to_dict())
+
+  def refuse_non_finite(self, step: int) -> None:
+    """Stops the run if the loss or gradient of a step was not finite."""
+    if step == NEVER:
+      return
+    self.checkpoints.wait()
+    good = self.checkpoints.steps()
+    raise UserError(
+      f"the loss or its gradient is not finite at step {step}; nothing was saved after it. "
+      + (f"The last good checkpoint is step {good[0]}. " if good else "")
+      + "Lower config.optimizer.learning_rate or raise config.optimizer.warmup_steps"
+    )
+
+  def eval_loss(self, state: TrainState) -> float:
+    """Mean held-out loss of the averaged weights; the same draws every time."""
+    batches = input_pipeline.eval_batches(
+      self.eval_source, self.slots, self.config.training.batch_size
+    )
+    return mean_eval_loss(self.eval_step, state.ema_params, batches, self.key)
+
+  def write_grid(self, state: TrainState, step: int) -> None:
+    """A grid of samples of the averaged weights, one class a column."""
+    count, classes = GRID_ROWS * GRID_COLUMNS, self.config.data.num_classes
+    index = np.arange(count)
+    labels = sampler.balanced_labels(index % GRID_COLUMNS, classes) if classes else None
+    params = parallel.unreplicate(state.ema_params)
+    batch = np.concatenate(list(self.grid_sampler.sample(params, labels, count)))
+    path = self.workdir / "samples" / f"step_{step:08d}.png"
+    images.write_grid(path, sampler.to_uint8(batch), GRID_COLUMNS)
+
+  def window_scalars(self, window: WindowMetrics, step: int, watch: Stopwatch) -> dict[str, float]:
+    """Means since the last line, and the speed where a step was timed."""
+    count = int(window.count)
+    scalars = {
+      "train/loss": float(window.loss) / count,
+      "train/grad_norm": float(window.grad_norm) / count,
+      "train/learning_rate": float(self.learning_rate(step - 1)),
+    }
+    if watch.steps:
+      rate = watch.steps / watch.seconds
+      scalars["train/steps_per_second"] = rate
+      scalars["train/images_per_second"] = rate * self.config.training.batch_size
+    return scalars
+
+
+def mean_eval_loss(eval_step: Any, params: Any, batches: Iterator[Any], key: jax.Array) -> float:
+  """Mean over held-out examples of the loss, noise and timesteps fixed by key.
+
+  Args:
+    eval_step: pmapped `training_step.eval_step`.
+    params: replicated parameters.
+    batches: from `input_pipeline.eval_batches`.
+    key: the run's key.
+  """
+  total = weight = 0.0
+  for number, batch in enumerate(batches):
+    batch_key = jax.random.fold_in(jax.random.fold_in(key, EVAL_STREAM), number)
+    loss_sum, weight_sum = parallel.unreplicate(eval_step(params, batch, batch_key))
+    total, weight = total + float(loss_sum), weight + float(weight_sum)
+  return total / weight
+
+
+def _is_due(step: int, every: int, last_step: int) -> bool:
+  """Every `every` steps (0: never) and at the end."""
+  return every > 0 and (step % every == 0 or step == last_step)
+
+
+def after_step(
+  trainer: Trainer, state: TrainState, step: int, watch: Stopwatch, writer: MetricWriter, bar: Any
+) -> None:
+  """Whatever is due after a step: metrics, held-out loss, grid, checkpoint."""
+  training, last = trainer.config.training, trainer.config.training.num_steps
+  due = {
+    "log": _is_due(step, training.log_every_steps, last),
+    "eval": _is_due(step, training.eval_every_steps, last),
+    "grid": _is_due(step, training.sample_every_steps, last),
+    "save": _is_due(step, trainer.config.checkpoint.every_steps, last),
+  }
+  if not any(due.values()):
+    return
+  jax.block_until_ready(state)
+  watch.pause()
+  scalars = {}
+  if due["log"]:
+    window = parallel.to_host(parallel.unreplicate(state.window))
+    trainer.refuse_non_finite(int(window.non_finite_step))
+    scalars |= trainer.window_scalars(window, step, watch)
+    watch.steps, watch.seconds = 0, 0.0
+    speed = scalars.get("train/images_per_second", 0.0)
+    bar.set_postfix_str(f"{speed:.0f} images/s, loss {scalars['train/loss']:.4f}", refresh=False)
+  if due["eval"]:
+    scalars["eval/loss"] = trainer.eval_loss(state)
+  if scalars:
+    writer.write(step, scalars)
+    numbers = "  ".join(f"{name} {value:.5g}" for name, value in scalars.items())
+    log.debug("step %d/%d  %s", step, last, numbers)
+  if due["grid"]:
+    trainer.write_grid(state, step)
+  if due["save"]:
+    trainer.save(state)
+  watch.resume()
+
+
+def run_steps(
+  trainer: Trainer, state: TrainState, first_step: int, stop: StopRequest, writer: MetricWriter
+) -> tuple[TrainState, int]:
+  """Trains until the last step or a request to stop; returns state and step.
+
+  At most two steps are in flight: the one before is waited for.
+  """
+  step, last = first_step, trainer.config.training.num_steps
+  batches = input_pipeline.train_batches(
+    trainer.source, trainer.config.seed, trainer.slots, trainer.config.training.batch_size, step
+  )
+  watch, before = Stopwatch(), None
+  with make_bar(last, step, "steps") as bar:
+    while step < last and not stop.signal_name:
+      state, non_finite_step = trainer.train_step(state, next(batches), trainer.key)
+      step += 1
+      if before is not None:
+        trainer.refuse_non_finite(int(parallel.unreplicate(before)))
+      before = non_finite_step
+      watch.tick()
+      after_step(trainer, state, step, watch, writer, bar)
+      bar.update()
+  return state, step
+
+
+def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:
+  """Runs `--mode=train`: see the README's mode table for what it writes.
+
+  Args:
+    config: resolved.
+    workdir: the run's directory.
+    devices: devices to train on; all by default.
+
+  Raises:
+    UserError: whatever the user can mend.
+  """
+  trainer = Trainer(config, workdir, devices or jax.local_devices())
+  handler = log_to_file(trainer.workdir / "train.log")
+  try:
+    with StopRequest() as stop:
+      state = trainer.initial_state()
+      first_step = int(state.step)
+      writer = MetricWriter(trainer.workdir, first_step, config.training.tensorboard)
+      state = parallel.replicate(state, trainer.devices)
+      state, step = run_steps(trainer, state, first_step, stop, writer)
+      if step not in (first_step, config.training.num_steps):
+        trainer.save(state)
+      trainer.checkpoints.wait()
+      writer.close()
+    if step < config.training.num_steps:
+      log.info("stopped by %s at step %d; the same command resumes", stop.signal_name, step)
+    else:
+      log.info("trained %d steps; checkpoints are under %s", step, trainer.checkpoints.directory)
+  finally:
+    log.removeHandler(handler)
+    handler.close()
+    trainer.checkpoints.close()

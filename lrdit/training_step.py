@@ -1,0 +1,246 @@
+"""The pure training and evaluation steps.
+
+All randomness of an example is drawn from (seed, step, global example index),
+so a run does not depend on how its batch is spread over devices.
+
+Axes: B global batch, b local batch, H W image, C channels.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lrdit import diffusion, timesteps
+from lrdit.dit import DiT
+from lrdit.low_rank import RankSelection
+from lrdit.optimizer import update_ema
+from lrdit.train_state import TrainState
+
+AXIS = "batch"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Objective:
+  """What is trained: the model, its diffusion and how a batch is drawn.
+
+  Attributes:
+    model: the DiT with its rank plan.
+    alphas_cumprod: (T,) float64.
+    prediction: one of `diffusion.PREDICTIONS`.
+    loss_weighting: one of `diffusion.LOSS_WEIGHTINGS`.
+    class_dropout_rate: probability of replacing a label by the null class.
+    flip: mirror each image left to right with probability one half.
+    compute: one of `timesteps.COMPUTES`.
+    batch_size: global batch B.
+    num_devices: devices the batch is spread over.
+  """
+
+  model: DiT
+  alphas_cumprod: np.ndarray
+  prediction: str
+  loss_weighting: str
+  class_dropout_rate: float
+  flip: bool
+  compute: str
+  batch_size: int
+  num_devices: int
+
+  def without_augmentation(self) -> "Objective":
+    """The same objective on the examples as they are, for evaluation."""
+    return dataclasses.replace(self, class_dropout_rate=0.0, flip=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+  """The random choices for a local batch.
+
+  Attributes:
+    t: (b,) int32.
+    eps: (b, H, W, C) float32 standard normal.
+    drop: (b,) bool, label replaced by the null class.
+    flip: (b,) bool.
+  """
+
+  t: jax.Array
+  eps: jax.Array
+  drop: jax.Array
+  flip: jax.Array
+
+
+def draw(
+  key: jax.Array, index: jax.Array, image_shape: tuple[int, int, int], objective: Objective
+) -> Draws:
+  """Draws per example, keyed by its global index alone.
+
+  Args:
+    key: key of the step.
+    index: (b,) int32 global example index in [0, B).
+    image_shape: (H, W, C).
+    objective: for T, B and the dropout rate.
+  """
+  keys = jax.vmap(lambda j: jax.random.split(jax.random.fold_in(key, j), 4))(index)
+  uniform = jax.vmap(jax.random.uniform)
+  num_train_timesteps = len(objective.alphas_cumprod)
+  return Draws(
+    t=timesteps.stratified_timesteps(
+      uniform(keys[:, 0]), index, objective.batch_size, num_train_timesteps
+    ),
+    eps=jax.vmap(lambda k: jax.random.normal(k, image_shape))(keys[:, 1]),
+    drop=uniform(keys[:, 2]) < objective.class_dropout_rate,
+    flip=uniform(keys[:, 3]) < 0.5,
+  )
+
+
+def select_ranks(objective: Objective, t: jax.Array) -> RankSelection:
+  """Static groups, and a bucket per example where the plan has several."""
+  plan = objective.model.plan
+  groups = timesteps.rank_groups(
+    plan, objective.compute, objective.batch_size, objective.num_devices
+  )
+  if plan.num_buckets == 1:
+    return RankSelection(groups)
+  return RankSelection(groups, jnp.asarray(plan.bucket_of_timestep)[t])
+
+
+def example_losses(
+  params: Any, objective: Objective, x_0: jax.Array, y: jax.Array | None, draws: Draws
+) -> jax.Array:
+  """Weighted loss of each example: squared error, plus L_vlb with learn_sigma.
+
+  The hybrid objective is Nichol and Dhariwal 2021, eq. 16, with the rescaling
+  of the published DiT code (T / 1000 on the bound).
+
+  Args:
+    params: model parameters.
+    objective: what is trained.
+    x_0: (b, H, W, C) clean images in [-1, 1].
+    y: (b,) labels with the null class applied, or None.
+    draws: the batch's random choices.
+
+  Returns:
+    (b,) float32.
+  """
+  alphas_cumprod = objective.alphas_cumprod
+  shape = objective.model.shape
+
+  def at_t(values):
+    return jnp.asarray(values, jnp.float32)[draws.t][:, None, None, None]
+
+  signal, noise = at_t(alphas_cumprod**0.5), at_t((1 - alphas_cumprod) ** 0.5)
+  x_t = diffusion.q_sample(x_0, draws.eps, signal, noise)
+  selection = select_ranks(objective, draws.t)
+  output = objective.model.apply({"params": params}, x_t, draws.t, y, selection)
+  prediction, coordinate = output[..., : shape.channels], output[..., shape.channels :]
+  target = diffusion.training_target(objective.prediction, x_0, draws.eps, signal, noise)
+  losses = jnp.square(prediction - target).mean(axis=(1, 2, 3))
+  weights = diffusion.loss_weights(objective.loss_weighting, objective.prediction, alphas_cumprod)
+  losses = losses * at_t(weights)[:, 0, 0, 0]
+  if not shape.learn_sigma:
+    return losses
+  predicted_x_0, _ = diffusion.predict_x_0_eps(
+    objective.prediction, jax.lax.stop_gradient(prediction), x_t, signal, noise
+  )
+  q = diffusion.posterior(alphas_cumprod, np.append(1.0, alphas_cumprod[:-1]))
+  low, high = (at_t(bound) for bound in q.log_variance_range)
+  share = (coordinate + 1) / 2
+  bound = diffusion.variational_bound(
+    true_mean=at_t(q.on_x_0) * x_0 + at_t(q.on_x_t) * x_t,
+    log_true_variance=low,
+    mean=at_t(q.on_x_0) * predicted_x_0 + at_t(q.on_x_t) * x_t,
+    log_variance=share * high + (1 - share) * low,
+    x_0=x_0,
+    is_last=(draws.t == 0)[:, None, None, None],
+  )
+  return losses + bound * (len(alphas_cumprod) / 1000.0)
+
+
+def batch_losses(
+  params: Any, objective: Objective, key: jax.Array, batch: dict[str, jax.Array]
+) -> jax.Array:
+  """Losses of a device's share of a global batch under training's draws.
+
+  Args:
+    params: model parameters.
+    objective: what is trained.
+    key: key of the step.
+    batch: "image" (b, H, W, C) float32 in [-1, 1] and "label" (b,) int32.
+
+  Returns:
+    (b,) float32. Runs under an axis named `AXIS`.
+  """
+  x_0, y = batch["image"], batch["label"]
+  index = timesteps.global_index(jax.lax.axis_index(AXIS), x_0.shape[0], objective.num_devices)
+  draws = draw(key, index, x_0.shape[1:], objective)
+  if objective.flip:
+    x_0 = jnp.where(draws.flip[:, None, None, None], x_0[:, :, ::-1], x_0)
+  num_classes = objective.model.shape.num_classes
+  y = jnp.where(draws.drop, num_classes, y) if num_classes else None
+  return example_losses(params, objective, x_0, y, draws)
+
+
+def train_step(
+  state: TrainState,
+  batch: dict[str, jax.Array],
+  key: jax.Array,
+  *,
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  ema_decay: float,
+  log_every_steps: int,
+) -> tuple[TrainState, jax.Array]:
+  """One update. Runs under pmap with the axis `AXIS`.
+
+  Args:
+    state: replicated state.
+    batch: this device's share: "image" (b, H, W, C) and "label" (b,).
+    key: the run's key, the same on every device.
+    objective: what is trained.
+    optimizer: the optax chain.
+    ema_decay: decay of the average, in [0, 1).
+    log_every_steps: steps whose metrics are averaged.
+
+  Returns:
+    The state after the update, and `window.non_finite_step` once more, which
+    can be waited for after the state has been donated to the next step. Both
+    are equal on every device.
+  """
+
+  def mean_loss(params):
+    return batch_losses(params, objective, jax.random.fold_in(key, state.step), batch).mean()
+
+  loss, grads = jax.value_and_grad(mean_loss)(state.params)
+  loss, grads = jax.lax.pmean((loss, grads), AXIS)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  window = state.window.add(loss, optax.tree.norm(grads), state.step + 1, log_every_steps)
+  new_state = TrainState(
+    step=state.step + 1,
+    params=params,
+    ema_params=update_ema(state.ema_params, params, state.step, ema_decay),
+    opt_state=opt_state,
+    window=window,
+  )
+  return new_state, window.non_finite_step
+
+
+def eval_step(
+  params: Any, batch: dict[str, jax.Array], key: jax.Array, *, objective: Objective
+) -> tuple[jax.Array, jax.Array]:
+  """Sum of held-out losses and of weights over all devices.
+
+  Args:
+    params: replicated parameters.
+    batch: as in `train_step`, plus "weight" (b,) float32, 0 for padding.
+    key: fixes noise and timesteps; the same key gives the same figure.
+    objective: as trained, without label dropout and flips.
+
+  Returns:
+    two float32 scalars, equal on every device.
+  """
+  losses = batch_losses(params, objective, key, batch)
+  sums = (losses * batch["weight"]).sum(), batch["weight"].sum()
+  return jax.lax.psum(sums, AXIS)

@@ -1,0 +1,106 @@
+"""A run's directory: its config, and files that are whole or not there."""
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lrdit.errors import UserError
+
+# A mode may differ from the workdir's config only in these...
+FREE_FIELDS = ("sampling", "checkpoint", "data.data_dir")
+# ...and training may be prolonged or watched differently as well.
+FREE_IN_TRAINING = (
+  "training.num_steps",
+  "training.log_every_steps",
+  "training.eval_every_steps",
+  "training.sample_every_steps",
+  "training.tensorboard",
+)
+
+
+@contextlib.contextmanager
+def atomic_path(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a temporary path beside `path`, renamed to it on success."""
+  temporary = path.with_name(path.name + ".tmp")
+  yield temporary
+  os.replace(temporary, path)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes indented JSON atomically."""
+  with atomic_path(path) as temporary:
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for key, value in config.items():
+    if isinstance(value, dict):
+      flat |= _flatten(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+  return flat
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+  """ "field: stored value, not given value" of fields that must agree."""
+  ours, theirs = _flatten(ours), _flatten(theirs)
+  return [
+    f"{field} ({theirs.get(field)!r} there, {ours.get(field)!r} asked for)"
+    for field in sorted(ours.keys() | theirs.keys())
+    if ours.get(field) != theirs.get(field)
+    and not any(
+      field == free or field.startswith(free + ".") for free in FREE_FIELDS + FREE_IN_TRAINING
+    )
+  ]
+
+
+def open_workdir(path: str, config: ConfigDict, create: bool) -> pathlib.Path:
+  """Checks that a workdir belongs to the config, and stores the config in it.
+
+  Args:
+    path: the workdir.
+    config: resolved.
+    create: make the workdir where there is none and store the config
+      (training); otherwise both must be there.
+
+  Returns:
+    The workdir's path.
+
+  Raises:
+    UserError: another run's workdir, no workdir, or one that cannot be used.
+  """
+  workdir = pathlib.Path(path)
+  stored = workdir / "config.json"
+  if create:
+    workdir.mkdir(parents=True, exist_ok=True)
+  if stored.exists():
+    _check_same_run(stored, config)
+  elif not create:
+    raise UserError(
+      f"{workdir} is not the workdir of a run (it has no config.json): train first, with the "
+      "same --config and --workdir and --mode=train"
+    )
+  if create:
+    write_json(stored, config.to_dict())
+  return workdir
+
+
+def _check_same_run(stored: pathlib.Path, config: ConfigDict) -> None:
+  try:
+    theirs = json.loads(stored.read_text())
+    differences = _differences(config.to_dict(), theirs)
+  except (ValueError, AttributeError) as error:
+    raise UserError(
+      f"{stored} is damaged ({error}): restore it, or use another --workdir"
+    ) from error
+  if differences:
+    raise UserError(
+      f"{stored.parent} holds another run: {'; '.join(differences)}. Use another --workdir, or "
+      "the config of that run"
+    )

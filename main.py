@@ -1,0 +1,76 @@
+"""The command line: python main.py --config=FILE[:ARGS] --workdir=DIR [--mode=MODE]."""
+
+import importlib
+import re
+import sys
+import traceback
+
+from absl import flags
+from ml_collections import config_flags
+
+from lrdit.errors import UserError, as_user_error
+
+# Each is a function in the module of its name, imported only when asked for.
+MODES = ("train", "sample", "evaluate")
+
+
+def parse_flags(argv: list[str]) -> flags.FlagValues:
+  """The flags of one command line.
+
+  Raises:
+    UserError: unknown, missing or malformed flags, or config fields.
+  """
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file(
+    "config", None, "Config file, arguments after a colon.", values, sys_argv=argv
+  )
+  flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
+  flags.DEFINE_enum("mode", "train", MODES, "What to do.", flag_values=values)
+  flags.DEFINE_boolean("debug", False, "Show tracebacks.", flag_values=values)
+  flags.DEFINE_boolean("help", False, "Show this help.", flag_values=values)
+  try:
+    unparsed = values(argv)[1:]
+  except (AttributeError, KeyError) as error:  # a config field that does not exist
+    name = re.findall(r"\w+", str(error))[0]
+    field = next((arg for arg in argv if f".{name}" in arg), name)
+    raise UserError(f"{field}: no such config field; configs/common.py lists them", 2) from error
+  except OSError as error:  # of several attempts, the last line tells the path
+    raise UserError(f"--config cannot be read: {str(error).splitlines()[-1]}", 2) from error
+  except flags.Error as error:
+    first_line = str(error).splitlines()[0]
+    raise as_user_error(error) or UserError(f"{first_line} (see --help)", 2) from error
+  if unparsed:
+    raise UserError(f"{unparsed[0]!r} is not a flag: write --name=value", 2)
+  missing = [name for name in ("config", "workdir") if not values[name].value]
+  if missing and not values.help:
+    raise UserError(f"--{missing[0]} is missing. {__doc__}", 2)
+  return values
+
+
+def run(argv: list[str]) -> int:
+  """Does what a command line says; returns the exit status."""
+  try:
+    values = parse_flags(argv)
+    if values.help:
+      print(__doc__, values.get_help(), sep="\n")
+      return 0
+    from lrdit import builders, progress  # now, as importing jax takes a while
+
+    progress.start_logging(values.debug)
+    verb = getattr(importlib.import_module(f"lrdit.{values.mode}"), values.mode)
+    verb(builders.resolve(values.config), values.workdir)
+    return 0
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    return 130
+  except Exception as error:
+    told = as_user_error(error)
+    if told is None or "--debug" in argv:
+      traceback.print_exc()
+    if told is not None:
+      print(f"error: {told}", file=sys.stderr)
+    return told.exit_status if told else 70
+
+
+if __name__ == "__main__":
+  sys.exit(run(sys.argv))

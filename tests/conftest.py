@@ -1,0 +1,22 @@
+"""Every test runs on four virtual CPU devices and needs no network."""
+
+import os
+import shutil
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Many tests compile the same small programs: one cache, shared by the workers
+# and by the command lines they start, and gone with the test run.
+if "LRDIT_TEST_CACHE" not in os.environ:
+  os.environ["LRDIT_TEST_CACHE"] = tempfile.mkdtemp(prefix="lrdit-test-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["LRDIT_TEST_CACHE"]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 4)
+
+
+def pytest_unconfigure(config):
+  if not hasattr(config, "workerinput"):  # the main process of the run
+    shutil.rmtree(os.environ["LRDIT_TEST_CACHE"], ignore_errors=True)

@@ -1,0 +1,31 @@
+import json
+
+import pytest
+
+from lrdit.metric_writer import MetricWriter
+from tests.tiny import read_metrics
+
+
+def test_numbers_keep_their_digits(tmp_path):
+  writer = MetricWriter(tmp_path, 0, tensorboard=False)
+  value = 0.1 + 0.2
+  writer.write(1, {"train/loss": value, "bad": float("nan")})
+  writer.close()
+  assert read_metrics(tmp_path) == [{"step": 1, "train/loss": value, "bad": None}]
+
+
+def test_lines_after_the_checkpoint_and_torn_lines_are_dropped(tmp_path):
+  lines = [json.dumps({"step": s, "x": s}) + "\n" for s in (2, 4, 6)]
+  (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 8, "x"')
+  writer = MetricWriter(tmp_path, 4, tensorboard=False)
+  writer.write(6, {"x": 60})
+  writer.close()
+  assert [line["x"] for line in read_metrics(tmp_path)] == [2, 4, 60]
+
+
+def test_tensorboard_events_are_written_where_clu_can_be_imported(tmp_path):
+  pytest.importorskip("tensorflow")
+  writer = MetricWriter(tmp_path, 0, tensorboard=True)
+  writer.write(1, {"train/loss": 1.5})
+  writer.close()
+  assert list((tmp_path / "tensorboard").glob("events*"))

@@ -1,0 +1,74 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lrdit import rank_schedule, timesteps
+from lrdit.rank_schedule import RankPlan
+
+
+@pytest.mark.parametrize(("batch_size", "total"), [(16, 1000), (128, 1000), (7, 100), (300, 100)])
+def test_draws_stay_in_their_stratum(batch_size, total):
+  first, last = timesteps.stratum_bounds(batch_size, total)
+  j = np.arange(batch_size)
+  for u in (0.0, 0.5, np.nextafter(np.float32(1), np.float32(0))):
+    t = timesteps.stratified_timesteps(
+      jnp.full(batch_size, u), jnp.asarray(j, jnp.int32), batch_size, total
+    )
+    assert (t >= first).all()
+    assert (t <= last).all()
+    exact = np.floor((j + np.float64(u)) * total / batch_size)
+    assert np.abs(np.asarray(t) - exact).max() <= 1
+  assert first[0] == 0
+  assert last[-1] == total - 1
+
+
+def test_every_timestep_is_equally_likely():
+  batch_size, total, grid = 48, 100, 2000
+  u = jnp.repeat(jnp.arange(grid) / grid, batch_size).astype(jnp.float32)
+  j = jnp.tile(jnp.arange(batch_size, dtype=jnp.int32), grid)
+  t = timesteps.stratified_timesteps(u, j, batch_size, total)
+  counts = np.bincount(np.asarray(t), minlength=total)
+  assert counts.sum() == grid * batch_size
+  np.testing.assert_allclose(counts, grid * batch_size / total, rtol=0.005)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+def test_devices_share_the_global_batch(num_devices):
+  batch_size = 16
+  index = np.concatenate(
+    [timesteps.global_index(d, batch_size // num_devices, num_devices) for d in range(num_devices)]
+  )
+  assert sorted(index.tolist()) == list(range(batch_size))
+
+
+@pytest.mark.parametrize("schedule", rank_schedule.SCHEDULES)
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+@pytest.mark.parametrize("batch_size", [4, 12, 16, 128])
+def test_no_draw_needs_more_than_its_group(schedule, num_devices, batch_size):
+  segments, _ = rank_schedule.quantise(schedule, 1000, 5)
+  plan = RankPlan(1000, segments, ())
+  groups = timesteps.rank_groups(plan, "grouped", batch_size, num_devices)
+  local = batch_size // num_devices
+  assert sum(size for size, _ in groups) == local
+  group_bucket = np.repeat([b for _, b in groups], [n for n, _ in groups])
+  index = np.arange(local)[None] * num_devices + np.arange(num_devices)[:, None]
+  key = jax.random.key(0)
+  for u in (0.0, 0.999999, *np.asarray(jax.random.uniform(key, (20,)))):
+    t = timesteps.stratified_timesteps(
+      jnp.full(batch_size, u), jnp.arange(batch_size), batch_size, 1000
+    )
+    need = plan.bucket_of_timestep[np.asarray(t)][index]
+    assert (need <= group_bucket).all()
+  assert timesteps.rank_groups(plan, "masked", batch_size, num_devices) == (
+    (local, plan.num_buckets - 1),
+  )
+
+
+def test_groups_cost_little_more_than_the_mean_rank():
+  segments, levels = rank_schedule.quantise("logistic_decreasing", 1000, 4)
+  plan = RankPlan(1000, segments, ())
+  groups = timesteps.rank_groups(plan, "grouped", 128, 1)
+  mean = levels[plan.bucket_of_timestep].mean()
+  grouped = sum(size * levels[b] for size, b in groups) / 128
+  assert mean <= grouped <= mean + 0.02

@@ -1,0 +1,76 @@
+"""Small configs, and the real command line in a subprocess."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from configs import digits
+from lrdit import builders
+
+ROOT = pathlib.Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+
+# A model that compiles in seconds: two blocks of width 32 on the real digits.
+OVERRIDES = {
+  "model.hidden_size": 32,
+  "model.depth": 2,
+  "model.num_heads": 2,
+  "rank.multiple_of": 2,
+  "rank.num_buckets": 3,
+  "training.batch_size": 16,
+  "training.num_steps": 8,
+  "training.log_every_steps": 1,
+  "training.eval_every_steps": 0,
+  "training.sample_every_steps": 0,
+  "training.tensorboard": False,
+  "checkpoint.every_steps": 4,
+  "sampling.num_samples": 10,
+  "sampling.batch_size": 4,
+  "sampling.num_steps": 10,
+}
+
+
+def tiny_config(arg="", **overrides):
+  """A resolved config; override fields as group__field=value."""
+  config = digits.get_config(arg).unlock()
+  fields = OVERRIDES | {key.replace("__", "."): value for key, value in overrides.items()}
+  for field, value in fields.items():
+    config.update_from_flattened_dict({field: value})
+  return builders.resolve(config)
+
+
+def command(workdir, *flags, arg=""):
+  """The command line of a tiny run; later flags win."""
+  fields = [f"--config.{field}={value}" for field, value in OVERRIDES.items()]
+  config = f"--config=configs/digits.py:{arg}" if arg else "--config=configs/digits.py"
+  return [sys.executable, "main.py", config, f"--workdir={workdir}", *fields, *flags]
+
+
+def environment(num_devices=1, **extra):
+  return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices)} | extra
+
+
+def run_main(workdir, *flags, arg="", num_devices=1, check=True, timeout=300, **extra):
+  """Runs the command line to its end; returns the completed process."""
+  done = subprocess.run(
+    command(workdir, *flags, arg=arg),
+    cwd=ROOT,
+    env=environment(num_devices, **extra),
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+    check=False,
+  )
+  assert not check or done.returncode == 0, done.stderr
+  return done
+
+
+def read_metrics(workdir):
+  lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def losses(workdir):
+  return [line["train/loss"] for line in read_metrics(workdir)]

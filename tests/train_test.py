@@ -1,0 +1,274 @@
+"""Whole runs through the real command line: stop anywhere, start again."""
+
+import os
+import pathlib
+import pty
+import re
+import select
+import signal
+import subprocess
+import termios
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from lrdit import builders, optimizer, train
+from lrdit.checkpoints import Checkpoints
+from lrdit.errors import UserError
+from lrdit.train_state import create_train_state
+from tests import tiny
+
+# Long enough to be interrupted, and with everything that happens on the way.
+LONG = ("--config.training.num_steps=60", "--config.checkpoint.every_steps=10")
+
+
+def final_state(workdir, arg="", **overrides):
+  """The newest checkpoint of a tiny run."""
+  config = tiny.tiny_config(arg, **overrides)
+  made, _ = builders.make_optimizer(config)
+  template = jax.eval_shape(lambda: create_train_state(builders.init_params(config), made))
+  return Checkpoints(workdir).restore_state(template)
+
+
+def assert_same_run(workdir, reference, **overrides):
+  """Equal metrics and, to the bit, equal final states."""
+  names = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "eval/loss")
+  got, expected = (
+    [{name: line.get(name) for name in names} for line in tiny.read_metrics(path)]
+    for path in (workdir, reference)
+  )
+  assert got == expected
+  a, b = final_state(workdir, **overrides), final_state(reference, **overrides)
+  assert a.step == expected[-1]["step"]
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  """A run of 60 steps that nothing interrupts."""
+  workdir = tmp_path_factory.mktemp("undisturbed")
+  tiny.run_main(workdir, *LONG, "--config.training.eval_every_steps=20")
+  return workdir
+
+
+def start(workdir, *flags):
+  return subprocess.Popen(
+    tiny.command(workdir, *LONG, "--config.training.eval_every_steps=20", *flags),
+    cwd=tiny.ROOT,
+    env=tiny.environment(),
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def wait_for_line(process, pattern):
+  for line in process.stderr:
+    if re.search(pattern, line):
+      return line
+  raise AssertionError(f"{pattern!r} was never printed")
+
+
+def test_losses_fall_and_lines_have_all_their_fields(undisturbed):
+  lines = tiny.read_metrics(undisturbed)
+  assert [line["step"] for line in lines] == list(range(1, 61))
+  assert np.mean([line["train/loss"] for line in lines[-10:]]) < 0.9 * lines[0]["train/loss"]
+  assert {"train/images_per_second", "train/steps_per_second", "eval/loss"} <= lines[-1].keys()
+  log_file = (undisturbed / "train.log").read_text()
+  assert "step 60/60" in log_file
+  assert "\r" not in log_file
+  assert {p.name for p in undisturbed.iterdir()} == {
+    "checkpoints",
+    "config.json",
+    "metrics.jsonl",
+    "samples",
+    "train.log",
+  }
+
+
+@pytest.mark.parametrize("step", [1, 11, 25])
+def test_a_killed_run_resumes_to_the_bit(undisturbed, tmp_path, step):
+  process = start(tmp_path)
+  wait_for_line(process, rf"step {step}/60")
+  process.kill()
+  process.wait()
+  before = len((tmp_path / "metrics.jsonl").read_text().splitlines())
+  assert before < 60, "killed too late to test anything"
+  done = tiny.run_main(tmp_path, *LONG, "--config.training.eval_every_steps=20")
+  resumed = re.search(r"resuming from the checkpoint of step (\d+)", done.stderr)
+  # At most the steps since the last checkpoint (or the one being written).
+  assert int(resumed[1]) >= step - 20 if resumed else step <= 20
+  assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_and_resumes_to_the_bit(undisturbed, tmp_path, number):
+  process = start(tmp_path)
+  wait_for_line(process, "step 13/60")
+  process.send_signal(number)
+  rest = process.stderr.read()
+  assert process.wait() == 0
+  stopped = re.search(rf"stopped by {number.name} at step (\d+)", rest)
+  assert stopped, rest
+  assert final_state(tmp_path).step == int(stopped[1])
+  tiny.run_main(tmp_path, *LONG, "--config.training.eval_every_steps=20")
+  assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_finished_run_is_left_alone(undisturbed):
+  before = (undisturbed / "metrics.jsonl").read_text()
+  done = tiny.run_main(undisturbed, *LONG, "--config.training.eval_every_steps=20")
+  assert "trained 60 steps" in done.stderr
+  assert (undisturbed / "metrics.jsonl").read_text() == before
+
+
+def test_devices_do_not_change_a_run_or_its_samples(undisturbed, tmp_path):
+  flags = (*LONG, "--config.training.eval_every_steps=20")
+  tiny.run_main(tmp_path, *flags, num_devices=4)
+  np.testing.assert_allclose(tiny.losses(tmp_path)[:20], tiny.losses(undisturbed)[:20], rtol=1e-5)
+  np.testing.assert_allclose(tiny.losses(tmp_path), tiny.losses(undisturbed), rtol=1e-3)
+  # The same checkpoint, sampled on one and on four devices.
+  exports = []
+  for devices in (1, 4):
+    name = f"--config.sampling.name=on{devices}"
+    tiny.run_main(undisturbed, "--mode=sample", name, num_devices=devices)
+    with np.load(undisturbed / "samples" / f"on{devices}" / "samples.npz") as arrays:
+      exports.append(arrays["arr_0"].astype(int))
+  assert np.abs(exports[0] - exports[1]).max() <= 1
+
+
+def test_a_checkpoint_of_four_devices_resumes_on_one(undisturbed, tmp_path):
+  process = subprocess.Popen(
+    tiny.command(tmp_path, *LONG, "--config.training.eval_every_steps=20"),
+    cwd=tiny.ROOT,
+    env=tiny.environment(4),
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  wait_for_line(process, "step 8/60")
+  process.terminate()
+  process.communicate()
+  assert process.returncode == 0
+  tiny.run_main(tmp_path, *LONG, "--config.training.eval_every_steps=20")
+  np.testing.assert_allclose(tiny.losses(tmp_path), tiny.losses(undisturbed), rtol=1e-3)
+
+
+@pytest.mark.parametrize("arm", ["full", "static", "adaptive"])
+def test_every_arm_trains_samples_and_is_evaluated(tmp_path, arm):
+  flags = ("--config.training.sample_every_steps=4", "--config.sampling.png_files=True")
+  for mode in ("train", "sample", "evaluate"):
+    done = tiny.run_main(tmp_path, f"--mode={mode}", *flags, arg=f"method={arm}")
+  assert "svm_recognition_accuracy" in done.stderr
+  assert sorted(p.name for p in (tmp_path / "samples").glob("*.png")) == [
+    "step_00000004.png",
+    "step_00000008.png",
+  ]
+  export = tmp_path / "samples" / "default"
+  with np.load(export / "samples.npz") as arrays:
+    samples, labels = arrays["arr_0"], arrays["arr_1"]
+  assert (samples.shape, samples.dtype) == ((10, 8, 8, 3), np.uint8)
+  assert (labels.dtype, labels.tolist()) == (np.int64, list(range(10)))
+  for i, sample in enumerate(samples):
+    np.testing.assert_array_equal(Image.open(export / "png" / f"{i:06d}.png"), sample)
+  assert Image.open(export / "grid.png").size[0] == 10 * 50 - 2
+
+
+def test_unconditional_models_run_without_labels(tmp_path):
+  flags = ("--config.data.num_classes=0",)
+  for mode in ("train", "sample", "evaluate"):
+    tiny.run_main(tmp_path, f"--mode={mode}", *flags)
+  with np.load(tmp_path / "samples" / "default" / "samples.npz") as arrays:
+    assert list(arrays) == ["arr_0"]
+
+
+@pytest.mark.parametrize(
+  "flags",
+  [
+    ("--config.model.dtype=bfloat16", "--config.sampling.guidance_scale=2"),
+    ("--config.model.learn_sigma=True", "--config.sampling.solver=ddpm"),
+    ("--config.diffusion.prediction=epsilon", "--config.sampling.solver=dpm++"),
+    ("--config.rank.last_n_blocks=1", "--config.rank.match=total", "--config.optimizer.name=lion"),
+  ],
+  ids=lambda flags: flags[0],
+)
+def test_options_run_end_to_end(tmp_path, flags):
+  for mode in ("train", "sample"):
+    tiny.run_main(tmp_path, f"--mode={mode}", "--config.training.num_steps=3", *flags)
+  assert np.isfinite(tiny.losses(tmp_path)).all()
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+  tiny.run_main(tmp_path, "--config.training.num_steps=4")
+  good = final_state(tmp_path)
+  # Going on with an absurd learning rate needs the stored config to agree.
+  config = tmp_path / "config.json"
+  config.write_text(config.read_text().replace('"learning_rate": 0.002', '"learning_rate": 1e+35'))
+  done = tiny.run_main(
+    tmp_path,
+    "--config.training.num_steps=40",
+    "--config.optimizer.learning_rate=1e35",
+    check=False,
+  )
+  assert done.returncode == 1
+  last = done.stderr.rstrip().splitlines()[-1]
+  message = re.match(
+    r"error: the loss or its gradient is not finite at step (\d+); nothing was saved after it. "
+    r"The last good checkpoint is step 4\.",
+    last,
+  )
+  assert message, done.stderr
+  assert 5 <= int(message[1]) <= 8
+  assert all(np.isfinite(tiny.losses(tmp_path)))
+  for a, b in zip(jax.tree.leaves(final_state(tmp_path)), jax.tree.leaves(good), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def read_terminal(fd, process, timeout=120):
+  """What the process shows on the terminal until it ends."""
+  shown, deadline = b"", time.monotonic() + timeout
+  while time.monotonic() < deadline:
+    if select.select([fd], [], [], 0.5)[0]:
+      try:
+        shown += os.read(fd, 65536)
+      except OSError:  # the other end is closed
+        break
+    elif process.poll() is not None:
+      break
+  return shown.decode()
+
+
+def test_a_terminal_shows_a_bar_with_speed_loss_and_time_left(tmp_path):
+  ours, theirs = pty.openpty()
+  termios.tcsetwinsize(theirs, (40, 120))
+  process = subprocess.Popen(
+    tiny.command(tmp_path), cwd=tiny.ROOT, env=tiny.environment(), stderr=theirs
+  )
+  os.close(theirs)
+  shown = read_terminal(ours, process)
+  assert process.wait() == 0
+  bar = next(line for line in reversed(shown.split("\r")) if "8/8" in line and "%" in line)
+  assert re.search(r"\d+ images/s, loss 0\.\d+", bar), bar
+  assert re.search(r"\[\d\d:\d\d<\d\d:\d\d,", bar), bar
+  assert "step 8/8" not in shown
+  log_file = (tmp_path / "train.log").read_text()
+  assert "step 8/8" in log_file
+  assert "%" not in log_file
+
+
+def test_config_is_checked_before_the_workdir_is_touched(tmp_path):
+  config = tiny.tiny_config(training__batch_size=6)
+  with pytest.raises(UserError, match="not divisible by the 4 devices"):
+    train.train(config, str(tmp_path / "run"))
+  assert not pathlib.Path(tmp_path / "run").exists()
+
+
+def test_the_learning_rate_in_the_metrics_is_the_one_applied(undisturbed):
+  config = tiny.tiny_config(training__num_steps=60)
+  schedule = optimizer.learning_rate_schedule(
+    config.optimizer.learning_rate, config.optimizer.warmup_steps, 60, config.optimizer.decay
+  )
+  for line in tiny.read_metrics(undisturbed)[::20]:
+    assert line["train/learning_rate"] == float(schedule(line["step"] - 1))
