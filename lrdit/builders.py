@@ -173,6 +173,12 @@ def make_source(config: ConfigDict, split: str) -> input_pipeline.Source:
   Raises:
     UserError: the data has another size or other classes than the config says.
   """
+  _require(
+    not config.data.data_dir,
+    "data.data_dir",
+    config.data.data_dir,
+    f"is not used by the data {config.data.name!r}, which needs no files: leave it empty",
+  )
   source = input_pipeline.make_source(config.data.name, split)
   size, _, channels = source.image_shape
   for field, expected in (("image_size", size), ("num_channels", channels)):

@@ -56,13 +56,23 @@ def _host_zeros(tree: Any) -> Any:
 class Checkpoints:
   """The checkpoints of one workdir."""
 
-  def __init__(self, workdir: str | os.PathLike, keep: int = 1):
-    """Opens (or makes) `workdir`/checkpoints; `keep` newest survive a save."""
+  def __init__(self, workdir: str | os.PathLike, keep: int | None = None):
+    """Opens `workdir`/checkpoints.
+
+    Args:
+      workdir: the run's directory.
+      keep: how many of the newest survive a save; None opens for reading only,
+        which leaves a save that another process has under way alone.
+    """
     self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
-    self._manager = ocp.CheckpointManager(
-      self.directory,
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
-    )
+    if keep is None:
+      options = ocp.CheckpointManagerOptions(read_only=True)
+    else:
+      self.directory.mkdir(parents=True, exist_ok=True)
+      options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+      )
+    self._manager = ocp.CheckpointManager(self.directory, options=options)
 
   def steps(self) -> list[int]:
     """Steps of the complete checkpoints, newest first."""

@@ -91,7 +91,7 @@ def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None 
   directory = path / "samples" / config.sampling.name
   if not (directory / "metadata.json").exists():
     raise UserError(f"no samples under {directory}: run the same command with --mode=sample first")
-  checkpoints = Checkpoints(path, config.checkpoint.keep)
+  checkpoints = Checkpoints(path)
   step, params = checkpoints.restore_params(
     builders.params_template(config), config.sampling.use_ema
   )

@@ -134,10 +134,14 @@ def eval_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Each held-out example once, in order, the last batch padded.
 
+  A slot stands for a stratum of timesteps, so the padding is spread evenly
+  over the slots: at the end of the batch it would leave out the noisy ones.
+
   Yields:
     as `train_batches`, plus "weight" (n, b) float32, 0 for padding.
   """
   for start in range(0, len(source), batch_size):
-    position = start + slots
-    batch = source.gather(np.minimum(position, len(source) - 1))
-    yield batch | {"weight": (position < len(source)).astype(np.float32)}
+    count = min(batch_size, len(source) - start)
+    offset, remainder = np.divmod(slots * count, batch_size)
+    batch = source.gather(start + offset)
+    yield batch | {"weight": (remainder < count).astype(np.float32)}

@@ -28,7 +28,8 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> None:
 
 def _tensorboard_writer(workdir: pathlib.Path):
   """clu's TensorBoard writer, or None where it cannot be imported."""
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # tensorflow greets at length
+  # Only its event files are used; without this it greets at length.
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
   try:
     from clu import metric_writers  # imports tensorflow: seconds, and optional
 

@@ -100,7 +100,7 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
   devices = devices or jax.local_devices()
   drawn = builders.make_sampler(config, devices)
   path = open_workdir(workdir, config, create=False)
-  checkpoints = Checkpoints(path, config.checkpoint.keep)
+  checkpoints = Checkpoints(path)
   step, params = checkpoints.restore_params(
     builders.params_template(config), config.sampling.use_ema
   )

@@ -46,7 +46,7 @@ def assert_equal(got, expected):
 
 def test_a_restored_state_is_the_saved_one_to_the_bit(tmp_path):
   save(tmp_path, 5)
-  assert_equal(Checkpoints(tmp_path).restore_state(TEMPLATE), make_state(5))
+  assert_equal(Checkpoints(tmp_path, 2).restore_state(TEMPLATE), make_state(5))
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -64,7 +64,7 @@ def test_raw_and_averaged_weights_are_told_apart(tmp_path):
 
 
 def test_no_checkpoint_is_a_fresh_start_or_an_error(tmp_path):
-  checkpoints = Checkpoints(tmp_path)
+  checkpoints = Checkpoints(tmp_path, 2)
   assert checkpoints.restore_state(TEMPLATE) is None
   with pytest.raises(UserError, match="no checkpoint under"):
     checkpoints.restore_params(TEMPLATE.params, True)
@@ -114,7 +114,7 @@ def test_resuming_moves_a_damaged_checkpoint_aside_and_can_save_its_step_again(t
   assert (tmp_path / "damaged_checkpoints" / "2").is_dir()
   checkpoints.save(make_state(2), CONFIG)
   checkpoints.wait()
-  assert_equal(Checkpoints(tmp_path).restore_state(TEMPLATE), make_state(2))
+  assert_equal(Checkpoints(tmp_path, 2).restore_state(TEMPLATE), make_state(2))
 
 
 def test_nothing_intact_is_an_error_and_deletes_nothing(tmp_path):
@@ -125,7 +125,7 @@ def test_nothing_intact_is_an_error_and_deletes_nothing(tmp_path):
   with pytest.raises(UserError, match="none of the checkpoints"):
     Checkpoints(tmp_path).restore_params(TEMPLATE.params, True)
   with pytest.raises(UserError, match="none of the checkpoints"):
-    Checkpoints(tmp_path).restore_state(TEMPLATE)
+    Checkpoints(tmp_path, 2).restore_state(TEMPLATE)
   assert Checkpoints(tmp_path).steps()
 
 
@@ -133,4 +133,4 @@ def test_nothing_intact_is_an_error_and_deletes_nothing(tmp_path):
 def test_an_empty_or_unfinished_directory_is_no_checkpoint(tmp_path, name):
   save(tmp_path, 5)
   (tmp_path / "checkpoints" / name).mkdir()
-  assert_equal(Checkpoints(tmp_path).restore_state(TEMPLATE), make_state(5))
+  assert_equal(Checkpoints(tmp_path, 2).restore_state(TEMPLATE), make_state(5))

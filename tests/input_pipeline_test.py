@@ -66,12 +66,17 @@ def test_a_resumed_run_on_any_devices_reads_the_same_batches(num_devices):
 def test_evaluation_reads_each_example_once():
   source = input_pipeline.make_source("digits", "eval")
   slots = parallel.batch_slots(128, jax.devices())
-  total, seen = 0.0, []
+  total, seen, last = 0.0, [], None
   for batch in input_pipeline.eval_batches(source, slots, 128):
     keep = batch["weight"].reshape(-1) == 1
     total += keep.sum()
+    last = np.sort(slots.reshape(-1)[keep])
     seen += [image.tobytes() for image in batch["image"].reshape(-1, 64)[keep]]
   assert total == len(source)
+  # 43 of the last 128 slots, and so of the strata of timesteps, evenly spaced.
+  assert len(last) == 299 - 2 * 128
+  assert set(np.diff(last).tolist()) <= {2, 3}
+  assert last[-1] >= 125
   assert sorted(seen) == sorted(image.tobytes() for image in source.images)
 
 

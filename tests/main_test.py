@@ -44,6 +44,7 @@ BAD_INPUTS = {
   "more blocks than there are": (["--config.rank.first_n_blocks=9"], 1, "rank.first_n_blocks=9"),
   "unknown dataset": (["--config.data.name=mnist"], 1, "data.name='mnist' is unknown"),
   "image of another size": (["--config.data.image_size=16"], 1, "data.image_size=16 does not fit"),
+  "directory nobody reads": (["--config.data.data_dir=x"], 1, "data.data_dir='x' is not used"),
   "odd image size": (["--config.data.image_size=7"], 1, "image_size=7 is not a multiple of"),
   "other number of classes": (["--config.data.num_classes=7"], 1, "data.num_classes=7 does not"),
   "other channels": (["--config.data.num_channels=3"], 1, "data.num_channels=3 does not fit"),

@@ -1,4 +1,6 @@
 import json
+import logging
+import sys
 
 import pytest
 
@@ -21,6 +23,20 @@ def test_lines_after_the_checkpoint_and_torn_lines_are_dropped(tmp_path):
   writer.write(6, {"x": 60})
   writer.close()
   assert [line["x"] for line in read_metrics(tmp_path)] == [2, 4, 60]
+
+
+def test_tensorboard_is_off_with_one_line_where_clu_cannot_be_imported(
+  tmp_path, monkeypatch, caplog
+):
+  monkeypatch.setitem(sys.modules, "clu.metric_writers", None)
+  monkeypatch.setattr(logging.getLogger("lrdit"), "propagate", True)
+  caplog.set_level(logging.INFO)
+  writer = MetricWriter(tmp_path, 0, tensorboard=True)
+  writer.write(1, {"train/loss": 1.5})
+  writer.close()
+  assert [r.message.split(" (")[0] for r in caplog.records] == ["TensorBoard events are off"]
+  assert not (tmp_path / "tensorboard").exists()
+  assert len(read_metrics(tmp_path)) == 1
 
 
 def test_tensorboard_events_are_written_where_clu_can_be_imported(tmp_path):

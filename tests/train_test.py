@@ -102,6 +102,7 @@ def test_a_killed_run_resumes_to_the_bit(undisturbed, tmp_path, step):
   # At most the steps since the last checkpoint (or the one being written).
   assert int(resumed[1]) >= step - 20 if resumed else step <= 20
   assert_same_run(tmp_path, undisturbed)
+  assert not list((tmp_path / "checkpoints").glob("*tmp*")), "leftovers of the killed save"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,0 +1,46 @@
+"""Draws the README's picture of r(t): pip install '.[docs]'; python docs/figures.py."""
+
+import pathlib
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from configs import digits
+from lrdit import builders, rank_schedule
+
+LAYER = "blocks_1/mlp/fc1"
+
+
+def main() -> None:
+  """Writes docs/rank_schedule.png."""
+  config = builders.resolve(digits.get_config())
+  plan = builders.make_plan(config)
+  ranks = plan.by_name[LAYER]
+  t = np.arange(plan.num_train_timesteps)
+  exact = rank_schedule.active_rank(
+    config.rank.schedule, t, len(t), ranks.max_rank, config.rank.min_ratio
+  )
+  figure, axes = plt.subplots(figsize=(6, 3.2), dpi=120, layout="constrained")
+  axes.plot(t, exact, color="tab:gray", linewidth=1, label="r(t), logistic_decreasing")
+  buckets = np.asarray(ranks.active)[plan.bucket_of_timestep]
+  axes.step(
+    t, buckets, where="post", color="tab:blue", linewidth=2, label="rank buckets (adaptive)"
+  )
+  axes.axhline(
+    ranks.static_rank, color="tab:orange", linestyle="--", label="static rank (ratio 0.5)"
+  )
+  axes.set(
+    xlabel="timestep t   (0: clean image, 1000: noise)",
+    ylabel=f"active rank of {LAYER}",
+    xlim=(0, len(t)),
+    ylim=(0, None),
+  )
+  axes.legend(frameon=False)
+  figure.savefig(pathlib.Path(__file__).with_name("rank_schedule.png"))
+
+
+if __name__ == "__main__":
+  main()
