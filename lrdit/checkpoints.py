@@ -2,8 +2,8 @@
 
 A checkpoint `checkpoints/STEP/` holds the items `params` (raw weights),
 `ema_params`, `opt_state`, `progress` (step and metric sums), `config` (JSON)
-and `checksums` (JSON: CRC-32 of every array), written by orbax, which makes it
-visible only once it is complete.
+and `manifest` (JSON: dtype, shape and CRC-32 of every array), written by orbax,
+which makes it visible only once it is complete.
 """
 
 import logging
@@ -40,11 +40,23 @@ def _items(state: TrainState) -> dict[str, Any]:
   return {name: flax.serialization.to_state_dict(tree) for name, tree in trees.items()}
 
 
+def _layout(tree: Any) -> dict[str, str]:
+  """Dtype and shape of every leaf by its path, for arrays and templates."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
 def _checksums(tree: Any) -> dict[str, int]:
-  """CRC-32 of every leaf by its path."""
+  """CRC-32 of every array by its path."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {
     jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf)) for path, leaf in leaves
+  }
+
+
+def _manifest(items: dict[str, Any]) -> dict[str, Any]:
+  return {
+    name: {"layout": _layout(tree), "crc32": _checksums(tree)} for name, tree in items.items()
   }
 
 
@@ -89,7 +101,6 @@ class Checkpoints:
       UserError: the disk is full or not writable.
     """
     items = _items(state)
-    checksums = {name: _checksums(tree) for name, tree in items.items()}
     arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     try:
       self._manager.save(
@@ -97,7 +108,7 @@ class Checkpoints:
         args=ocp.args.Composite(
           **arrays,
           config=ocp.args.JsonSave(config),
-          checksums=ocp.args.JsonSave(checksums),
+          manifest=ocp.args.JsonSave(_manifest(items)),
         ),
       )
     except Exception as error:
@@ -188,20 +199,32 @@ class Checkpoints:
 
   def _restore(self, step: int, templates: dict[str, Any]) -> dict[str, Any]:
     """Reads and checks some items of one checkpoint."""
-    arrays = {name: ocp.args.StandardRestore(_host_zeros(tree)) for name, tree in templates.items()}
-    try:
-      restored = self._manager.restore(
-        step, args=ocp.args.Composite(**arrays, checksums=ocp.args.JsonRestore())
-      )
-    except Exception as error:  # orbax and tensorstore raise many kinds
-      raise DamagedCheckpoint(str(error).splitlines()[0][:200]) from error
-    items = {name: restored[name] for name in templates}
-    for name, tree in items.items():
-      expected, found = restored["checksums"][name], _checksums(tree)
-      changed = [path for path in expected if expected[path] != found.get(path)]
+    manifest = self._read(step, manifest=ocp.args.JsonRestore())["manifest"]
+    for name, tree in templates.items():
+      stored, asked = manifest[name]["layout"], _layout(tree)
+      differing = [p for p in stored.keys() | asked.keys() if stored.get(p) != asked.get(p)]
+      if differing:
+        path = min(differing)
+        raise UserError(
+          f"checkpoint {self.directory}/{step} is of another model: {name}{path} is "
+          f"{stored.get(path, 'missing')} there and {asked.get(path, 'missing')} here"
+        )
+    zeros = {name: _host_zeros(tree) for name, tree in templates.items()}
+    restored = self._read(step, **{k: ocp.args.StandardRestore(tree) for k, tree in zeros.items()})
+    for name in templates:
+      expected, found = manifest[name]["crc32"], _checksums(restored[name])
+      changed = [path for path in expected if expected[path] != found[path]]
       if changed:
         raise DamagedCheckpoint(f"contents of {name}{changed[0]} changed")
-    return items
+    return restored
+
+  def _read(self, step: int, **items: Any) -> dict[str, Any]:
+    """Reads items of one checkpoint, whatever they hold."""
+    try:
+      restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+      return {name: restored[name] for name in items}
+    except Exception as error:  # orbax and tensorstore raise many kinds
+      raise DamagedCheckpoint(str(error).splitlines()[0][:200]) from error
 
   def _move_aside(self, step: int) -> None:
     target = self.directory.parent / "damaged_checkpoints"

@@ -10,15 +10,15 @@ Axes: B batch, S solver steps, then image axes.
 
 import dataclasses
 import math
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from lrdit.errors import UserError
 
-Array = Any  # np.ndarray or jax.Array
+# Host checks in float64 and compiled steps run the same lines.
+AnyArray = np.ndarray | np.floating | float | Array
 
 NOISE_SCHEDULES = ("squaredcos_cap_v2", "linear")
 PREDICTIONS = ("epsilon", "v")
@@ -30,7 +30,7 @@ MIN_SNR_GAMMA = 5.0
 LINEAR_BETAS = (1e-4, 0.02)  # at T = 1000; scaled by 1000 / T as in ADM
 
 
-def make_betas(noise_schedule: str, num_train_timesteps: int) -> np.ndarray:
+def make_betas(noise_schedule: str, num_train_timesteps: int) -> Float[np.ndarray, " T"]:
   """(T,) float64 variances beta_t.
 
   `squaredcos_cap_v2`: Nichol and Dhariwal 2021, eq. 17, capped at 0.999;
@@ -49,36 +49,40 @@ def make_betas(noise_schedule: str, num_train_timesteps: int) -> np.ndarray:
   )
 
 
-def make_alphas_cumprod(noise_schedule: str, num_train_timesteps: int) -> np.ndarray:
+def make_alphas_cumprod(noise_schedule: str, num_train_timesteps: int) -> Float[np.ndarray, " T"]:
   """(T,) float64, product of 1 - beta up to and including t."""
   return np.cumprod(1 - make_betas(noise_schedule, num_train_timesteps))
 
 
-def q_sample(x_0: Array, eps: Array, signal: Array, noise: Array) -> Array:
+def q_sample(x_0: AnyArray, eps: AnyArray, signal: AnyArray, noise: AnyArray) -> AnyArray:
   """x_t of Ho et al. 2020, eq. 4; the coefficients broadcast against x_0."""
   return signal * x_0 + noise * eps
 
 
-def velocity(x_0: Array, eps: Array, signal: Array, noise: Array) -> Array:
+def velocity(x_0: AnyArray, eps: AnyArray, signal: AnyArray, noise: AnyArray) -> AnyArray:
   """v of Salimans and Ho 2022, appendix D."""
   return signal * eps - noise * x_0
 
 
-def training_target(prediction: str, x_0: Array, eps: Array, signal: Array, noise: Array) -> Array:
+def training_target(
+  prediction: str, x_0: AnyArray, eps: AnyArray, signal: AnyArray, noise: AnyArray
+) -> AnyArray:
   """What the model regresses on, for `prediction` in `PREDICTIONS`."""
   return eps if prediction == "epsilon" else velocity(x_0, eps, signal, noise)
 
 
 def predict_x_0_eps(
-  prediction: str, output: Array, x_t: Array, signal: Array, noise: Array
-) -> tuple[Array, Array]:
+  prediction: str, output: AnyArray, x_t: AnyArray, signal: AnyArray, noise: AnyArray
+) -> tuple[AnyArray, AnyArray]:
   """(x_0, eps) implied by the model's output at x_t."""
   if prediction == "epsilon":
     return (x_t - noise * output) / signal, output
   return signal * x_t - noise * output, signal * output + noise * x_t
 
 
-def loss_weights(loss_weighting: str, prediction: str, alphas_cumprod: np.ndarray) -> np.ndarray:
+def loss_weights(
+  loss_weighting: str, prediction: str, alphas_cumprod: Float[np.ndarray, " T"]
+) -> Float[np.ndarray, " T"]:
   """(T,) float64 weight of an example's squared error at each timestep.
 
   `min_snr`: Hang et al. 2023 (arXiv:2303.09556) with gamma = 5: min(SNR, gamma)
@@ -102,13 +106,13 @@ class Posterior:
     beta: the forward variance of the same stride ("large").
   """
 
-  on_x_0: np.ndarray
-  on_x_t: np.ndarray
-  variance: np.ndarray
-  beta: np.ndarray
+  on_x_0: Float[np.ndarray, " S"]
+  on_x_t: Float[np.ndarray, " S"]
+  variance: Float[np.ndarray, " S"]
+  beta: Float[np.ndarray, " S"]
 
   @property
-  def log_variance_range(self) -> tuple[np.ndarray, np.ndarray]:
+  def log_variance_range(self) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
     """Bounds of a learned log-variance (Nichol and Dhariwal 2021, eq. 15).
 
     Where the variance is 0 a hundredth of beta stands in, so that its
@@ -117,7 +121,9 @@ class Posterior:
     return np.log(np.maximum(self.variance, 1e-2 * self.beta)), np.log(self.beta)
 
 
-def posterior(alpha_bar: np.ndarray, alpha_bar_prev: np.ndarray) -> Posterior:
+def posterior(
+  alpha_bar: Float[np.ndarray, " S"], alpha_bar_prev: Float[np.ndarray, " S"]
+) -> Posterior:
   """The posterior between two noise levels, both (S,) float64."""
   alpha = alpha_bar / alpha_bar_prev
   return Posterior(
@@ -129,13 +135,13 @@ def posterior(alpha_bar: np.ndarray, alpha_bar_prev: np.ndarray) -> Posterior:
 
 
 def variational_bound(
-  true_mean: jax.Array,
-  log_true_variance: jax.Array,
-  mean: jax.Array,
-  log_variance: jax.Array,
-  x_0: jax.Array,
-  is_last: jax.Array,
-) -> jax.Array:
+  true_mean: Float[Array, "B H W C"],
+  log_true_variance: Float[Array, "B 1 1 1"],
+  mean: Float[Array, "B H W C"],
+  log_variance: Float[Array, "B H W C"],
+  x_0: Float[Array, "B H W C"],
+  is_last: Bool[Array, "B 1 1 1"],
+) -> Float[Array, " B"]:
   """L_vlb term of each example in bits per dimension.
 
   Nichol and Dhariwal 2021, section 3.1. Deviation: the last step (t = 0) uses
@@ -174,19 +180,19 @@ class SolverTable:
       variance replaces `on_noise`.
   """
 
-  t: np.ndarray
-  signal: np.ndarray
-  noise: np.ndarray
-  log_variance_low: np.ndarray
-  log_variance_high: np.ndarray
-  on_x_t: np.ndarray
-  on_x_0: np.ndarray
-  on_eps: np.ndarray
-  on_x_0_last: np.ndarray
-  on_noise: np.ndarray
+  t: Int[np.ndarray, " S"]
+  signal: Float[np.ndarray, " S"]
+  noise: Float[np.ndarray, " S"]
+  log_variance_low: Float[np.ndarray, " S"]
+  log_variance_high: Float[np.ndarray, " S"]
+  on_x_t: Float[np.ndarray, " S"]
+  on_x_0: Float[np.ndarray, " S"]
+  on_eps: Float[np.ndarray, " S"]
+  on_x_0_last: Float[np.ndarray, " S"]
+  on_noise: Float[np.ndarray, " S"]
   takes_learned_variance: bool
 
-  def float32_columns(self) -> dict[str, np.ndarray]:
+  def float32_columns(self) -> dict[str, Float[np.ndarray, " S"]]:
     """The coefficients by name, rounded once."""
     return {
       field.name: getattr(self, field.name).astype(np.float32)
@@ -200,7 +206,9 @@ class SolverTable:
     return bool(np.any(self.on_noise > 0))
 
 
-def solver_timesteps(solver: str, num_train_timesteps: int, num_steps: int) -> np.ndarray:
+def solver_timesteps(
+  solver: str, num_train_timesteps: int, num_steps: int
+) -> Int[np.ndarray, " S"]:
   """(S,) int32 timesteps a solver visits, descending.
 
   `ddim` and `ddpm` space them from 0 upwards ("leading"), `dpm++` evenly from
@@ -248,7 +256,7 @@ def _dpmpp_2m(alpha_bar, alpha_bar_prev):
 
 
 def solver_table(
-  solver: str, alphas_cumprod: np.ndarray, num_steps: int, eta: float = 0.0
+  solver: str, alphas_cumprod: Float[np.ndarray, " T"], num_steps: int, eta: float = 0.0
 ) -> SolverTable:
   """The coefficients of every step of a solver.
 

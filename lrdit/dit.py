@@ -5,7 +5,7 @@ embedding with a null class, blocks whose six modulations come from the
 timestep and label, and a zero-initialised output. Every dense layer may be
 factorised; `layer_shapes` names them.
 
-Axes: B batch, H W image, C channels, N tokens, D width, h heads.
+Axes: B batch, H W image, C channels, N tokens, P patch, D width, h heads.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 from lrdit.errors import UserError
 from lrdit.low_rank import RankSelection, make_dense, uniform_selection
@@ -106,7 +107,7 @@ def layer_shapes(shape: DiTShape) -> dict[str, tuple[int, int]]:
   }
 
 
-def timestep_embedding(t: jax.Array) -> jax.Array:
+def timestep_embedding(t: Int[Array, " B"]) -> Float[Array, "B 256"]:
   """Sinusoidal features of t: (B,) to (B, 256) float32, cosines first."""
   half = FREQUENCY_DIM // 2
   frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
@@ -114,7 +115,7 @@ def timestep_embedding(t: jax.Array) -> jax.Array:
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def position_embedding(hidden_size: int, grid_size: int) -> np.ndarray:
+def position_embedding(hidden_size: int, grid_size: int) -> Float[np.ndarray, "N D"]:
   """Fixed 2-D sin-cos embedding: (grid_size**2, hidden_size) float32.
 
   The first half encodes the column, the second the row, as in the published
@@ -129,7 +130,7 @@ def position_embedding(hidden_size: int, grid_size: int) -> np.ndarray:
   return np.concatenate([column, row], axis=1).astype(np.float32)
 
 
-def patchify(x: jax.Array, patch_size: int) -> jax.Array:
+def patchify(x: Float[Array, "B H W C"], patch_size: int) -> Float[Array, "B N P"]:
   """(B, H, W, C) to (B, N, patch_size**2 C), tokens in row-major order."""
   b, h, w, c = x.shape
   p = patch_size
@@ -137,7 +138,9 @@ def patchify(x: jax.Array, patch_size: int) -> jax.Array:
   return x.reshape(b, (h // p) * (w // p), p * p * c)
 
 
-def unpatchify(tokens: jax.Array, patch_size: int, channels: int) -> jax.Array:
+def unpatchify(
+  tokens: Float[Array, "B N P"], patch_size: int, channels: int
+) -> Float[Array, "B H W C"]:
   """(B, N, patch_size**2 C) to (B, H, W, C); inverse of `patchify`."""
   b, n, _ = tokens.shape
   p, grid = patch_size, math.isqrt(n)
@@ -145,7 +148,7 @@ def unpatchify(tokens: jax.Array, patch_size: int, channels: int) -> jax.Array:
   return x.reshape(b, grid * p, grid * p, channels)
 
 
-def layer_norm(x: jax.Array) -> jax.Array:
+def layer_norm(x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
   """LayerNorm without scale or bias over the last axis, in float32."""
   x32 = x.astype(jnp.float32)
   mean = x32.mean(-1, keepdims=True)
@@ -154,12 +157,14 @@ def layer_norm(x: jax.Array) -> jax.Array:
   return (centred * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)).astype(x.dtype)
 
 
-def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+def modulate(
+  x: Float[Array, "B N D"], shift: Float[Array, "B D"], scale: Float[Array, "B D"]
+) -> Float[Array, "B N D"]:
   """x (1 + scale) + shift, x (B, N, D), shift and scale (B, D)."""
   return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def attention(qkv: jax.Array, num_heads: int) -> jax.Array:
+def attention(qkv: Float[Array, "B N three_D"], num_heads: int) -> Float[Array, "B N D"]:
   """Multi-head self-attention of (B, N, 3 D) to (B, N, D).
 
   Heads are merged into the batch and the softmax's division is applied after
@@ -183,7 +188,7 @@ class TimestepEmbedder(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, t: jax.Array, selection: RankSelection) -> jax.Array:
+  def __call__(self, t: Int[Array, " B"], selection: RankSelection) -> Float[Array, "B D"]:
     """(B,) timesteps to (B, D)."""
     init = nn.initializers.normal(0.02)
     x = make_dense(self, "fc1", self.hidden_size, self.plan, self.dtype, init)(
@@ -202,7 +207,7 @@ class Attention(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: jax.Array, selection: RankSelection) -> jax.Array:
+  def __call__(self, x: Float[Array, "B N D"], selection: RankSelection) -> Float[Array, "B N D"]:
     """(B, N, D) to (B, N, D)."""
     d = x.shape[-1]
     qkv = make_dense(self, "qkv", 3 * d, self.plan, self.dtype)(x, selection)
@@ -217,7 +222,7 @@ class Mlp(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: jax.Array, selection: RankSelection) -> jax.Array:
+  def __call__(self, x: Float[Array, "B N D"], selection: RankSelection) -> Float[Array, "B N D"]:
     """(B, N, D) to (B, N, D)."""
     d = x.shape[-1]
     y = make_dense(self, "fc1", MLP_RATIO * d, self.plan, self.dtype)(x, selection)
@@ -233,7 +238,9 @@ class Block(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: jax.Array, c: jax.Array, selection: RankSelection) -> jax.Array:
+  def __call__(
+    self, x: Float[Array, "B N D"], c: Float[Array, "B D"], selection: RankSelection
+  ) -> Float[Array, "B N D"]:
     """x (B, N, D) and silu(conditioning) c (B, D) to (B, N, D)."""
     modulation = make_dense(
       self, "adaln", 6 * x.shape[-1], self.plan, self.dtype, nn.initializers.zeros
@@ -253,7 +260,9 @@ class FinalLayer(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: jax.Array, c: jax.Array, selection: RankSelection) -> jax.Array:
+  def __call__(
+    self, x: Float[Array, "B N D"], c: Float[Array, "B D"], selection: RankSelection
+  ) -> Float[Array, "B N P"]:
     """(B, N, D) to (B, N, features)."""
     zeros = nn.initializers.zeros
     modulation = make_dense(self, "adaln", 2 * x.shape[-1], self.plan, self.dtype, zeros)
@@ -278,8 +287,12 @@ class DiT(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_t: jax.Array, t: jax.Array, y: jax.Array | None, selection: RankSelection
-  ) -> jax.Array:
+    self,
+    x_t: Float[Array, "B H W C"],
+    t: Int[Array, " B"],
+    y: Int[Array, " B"] | None,
+    selection: RankSelection,
+  ) -> Float[Array, "B H W C_out"]:
     """Predicts eps or v (and, with learn_sigma, the variance's coordinate).
 
     Args:
@@ -317,7 +330,7 @@ class DiT(nn.Module):
     return unpatchify(x, s.patch_size, s.out_channels).astype(jnp.float32)
 
 
-def init_params(model: DiT, rng: jax.Array) -> dict[str, Any]:
+def init_params(model: DiT, rng: Key[Array, ""]) -> dict[str, Any]:
   """Fresh float32 parameters."""
   s = model.shape
   x_t = jnp.zeros((1, s.image_size, s.image_size, s.channels))

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from jaxtyping import Int, Shaped
 
 from lrdit.errors import UserError
 
@@ -28,8 +29,8 @@ class Source:
     num_classes: classes the labels count.
   """
 
-  images: np.ndarray
-  labels: np.ndarray
+  images: Shaped[np.ndarray, "N H W C"]
+  labels: Int[np.ndarray, " N"]
   num_classes: int
 
   def __len__(self) -> int:
@@ -40,7 +41,7 @@ class Source:
     """(H, W, C)."""
     return tuple(self.images.shape[1:])
 
-  def gather(self, index: np.ndarray) -> dict[str, np.ndarray]:
+  def gather(self, index: Int[np.ndarray, "n b"]) -> dict[str, np.ndarray]:
     """ "image" float32 in [-1, 1] and "label" int32, shaped like `index`."""
     images = self.images[index.reshape(-1)]
     if images.dtype == np.uint8:
@@ -84,13 +85,15 @@ def make_source(name: str, split: str) -> Source:
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+def epoch_order(seed: int, epoch: int, num_examples: int) -> Int[np.ndarray, " N"]:
   """The permutation in which an epoch reads the examples: (num_examples,)."""
   bits = np.random.Philox(key=[seed, epoch])
   return np.random.Generator(bits).permutation(num_examples)
 
 
-def example_index(seed: int, position: np.ndarray, num_examples: int) -> np.ndarray:
+def example_index(
+  seed: int, position: Int[np.ndarray, "*shape"], num_examples: int
+) -> Int[np.ndarray, "*shape"]:
   """Which example stands at each position of the endless shuffled stream.
 
   Args:
@@ -109,7 +112,7 @@ def example_index(seed: int, position: np.ndarray, num_examples: int) -> np.ndar
 
 
 def train_batches(
-  source: Source, seed: int, slots: np.ndarray, batch_size: int, first_step: int
+  source: Source, seed: int, slots: Int[np.ndarray, "n b"], batch_size: int, first_step: int
 ) -> Iterator[dict[str, np.ndarray]]:
   """Endless training batches from `first_step` on.
 
@@ -130,7 +133,7 @@ def train_batches(
 
 
 def eval_batches(
-  source: Source, slots: np.ndarray, batch_size: int
+  source: Source, slots: Int[np.ndarray, "n b"], batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
   """Each held-out example once, in order, the last batch padded.
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import flax
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
 from lrdit.rank_schedule import LayerRanks, RankPlan
 
-Initializer = Callable[..., jax.Array]
+Initializer = Callable[..., Array]
 XAVIER: Initializer = nn.initializers.xavier_uniform()
 
 
@@ -36,7 +36,7 @@ class RankSelection:
   """
 
   groups: tuple[tuple[int, int], ...] = flax.struct.field(pytree_node=False)
-  rank_bucket: jax.Array | None = None
+  rank_bucket: Int[Array, " B"] | None = None
 
 
 def uniform_selection(batch_size: int, bucket: int = 0) -> RankSelection:
@@ -45,8 +45,8 @@ def uniform_selection(batch_size: int, bucket: int = 0) -> RankSelection:
 
 
 def svd_factors(
-  rng: jax.Array, dim_in: int, dim_out: int, max_rank: int, kernel_init: Initializer
-) -> tuple[jax.Array, jax.Array]:
+  rng: Key[Array, ""], dim_in: int, dim_out: int, max_rank: int, kernel_init: Initializer
+) -> tuple[Float[Array, "D_in R"], Float[Array, "R D_out"]]:
   """Truncated SVD of a freshly initialised dense kernel (design, section 2).
 
   With W = U S V^T, down = U sqrt(S) and up = sqrt(S) V^T, cut to the largest
@@ -63,12 +63,12 @@ def svd_factors(
 
 
 def low_rank_matmul(
-  x: jax.Array,
-  down: jax.Array,
-  up: jax.Array,
+  x: Float[Array, "B *N D_in"],
+  down: Float[Array, "D_in R"],
+  up: Float[Array, "R D_out"],
   groups: tuple[tuple[int, int], ...],
-  active_rank: jax.Array | None = None,
-) -> jax.Array:
+  active_rank: Int[Array, " B"] | None = None,
+) -> Float[Array, "B *N D_out"]:
   """Product with a factorised kernel at each example's active rank.
 
   Components beyond an example's active rank contribute exactly zero to its
@@ -113,7 +113,9 @@ class Dense(nn.Module):
   kernel_init: Initializer = XAVIER
 
   @nn.compact
-  def __call__(self, x: jax.Array, selection: RankSelection) -> jax.Array:
+  def __call__(
+    self, x: Float[Array, "B *N D_in"], selection: RankSelection
+  ) -> Float[Array, "B *N D_out"]:
     """Maps (B, ..., D_in) to (B, ..., features)."""
     del selection
     kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
@@ -140,7 +142,9 @@ class LowRankDense(nn.Module):
   kernel_init: Initializer = XAVIER
 
   @nn.compact
-  def __call__(self, x: jax.Array, selection: RankSelection) -> jax.Array:
+  def __call__(
+    self, x: Float[Array, "B *N D_in"], selection: RankSelection
+  ) -> Float[Array, "B *N D_out"]:
     """Maps (B, D_in) or (B, N, D_in) to the same with `features`."""
     down, up = self._factors(x.shape[-1])
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -154,7 +158,7 @@ class LowRankDense(nn.Module):
     )
     return y + bias.astype(self.dtype)
 
-  def _factors(self, dim_in: int) -> tuple[jax.Array, jax.Array]:
+  def _factors(self, dim_in: int) -> tuple[Float[Array, "D_in R"], Float[Array, "R D_out"]]:
     """Both factors, initialised from the one SVD."""
     rank, zero = self.ranks.max_rank, self.kernel_init is nn.initializers.zeros
     if not self.is_initializing():

@@ -4,17 +4,18 @@ A figure's name says the features it was measured on.
 """
 
 import numpy as np
+from jaxtyping import Float, Int
+
+Statistics = tuple[Float[np.ndarray, " D"], Float[np.ndarray, "D D"]]
 
 
-def gaussian_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def gaussian_statistics(features: Float[np.ndarray, "N D"]) -> Statistics:
   """Mean (D,) and unbiased covariance (D, D) of (N, D) features, float64."""
   features = np.asarray(features, np.float64)
   return features.mean(axis=0), np.cov(features, rowvar=False)
 
 
-def frechet_distance(
-  statistics_1: tuple[np.ndarray, np.ndarray], statistics_2: tuple[np.ndarray, np.ndarray]
-) -> float:
+def frechet_distance(statistics_1: Statistics, statistics_2: Statistics) -> float:
   """Squared Frechet distance of two Gaussians (Dowson and Landau 1982).
 
   |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). The trace of the root is the sum
@@ -33,7 +34,7 @@ def frechet_distance(
   return float(offset + np.trace(cov_1) + np.trace(cov_2) - 2 * trace_root)
 
 
-def fit_svm(images: np.ndarray, labels: np.ndarray):
+def fit_svm(images: Float[np.ndarray, "N H W C"], labels: Int[np.ndarray, " N"]):
   """A support-vector classifier (scikit-learn's default RBF) on raw pixels.
 
   Args:
@@ -45,6 +46,8 @@ def fit_svm(images: np.ndarray, labels: np.ndarray):
   return svm.SVC().fit(images.reshape(len(images), -1), labels)
 
 
-def recognition_accuracy(classifier, images: np.ndarray, labels: np.ndarray) -> float:
+def recognition_accuracy(
+  classifier, images: Float[np.ndarray, "N H W C"], labels: Int[np.ndarray, " N"]
+) -> float:
   """Share of images that `classifier` takes for their label, in [0, 1]."""
   return float((classifier.predict(images.reshape(len(images), -1)) == labels).mean())

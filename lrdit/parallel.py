@@ -10,6 +10,7 @@ import flax
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from lrdit.errors import UserError
 from lrdit.timesteps import global_index
@@ -63,7 +64,7 @@ def to_host(tree: Any) -> Any:
   return jax.tree.map(lambda x: np.array(x, copy=True), jax.device_get(tree))
 
 
-def batch_slots(batch_size: int, devices: Devices) -> np.ndarray:
+def batch_slots(batch_size: int, devices: Devices) -> Int[np.ndarray, "n b"]:
   """(n, b) global example index of every device's slots.
 
   Interleaved as `timesteps.global_index` says, so that each device meets every

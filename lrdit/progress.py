@@ -30,6 +30,7 @@ def start_logging(debug: bool) -> None:
   if not debug:
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    logging.raiseExceptions = False  # a full disk under the log file, say
     sys.unraisablehook = _ignore_closed_event_loop
   if not log.handlers:
     handler = _BarHandler()

@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from lrdit.errors import UserError
 
@@ -173,7 +174,7 @@ class RankPlan:
     return 1 + max(bucket for _, bucket in self.segments)
 
   @functools.cached_property
-  def bucket_of_timestep(self) -> np.ndarray:
+  def bucket_of_timestep(self) -> Int[np.ndarray, " T"]:
     """(T,) int32, the rank bucket of every timestep."""
     starts = [start for start, _ in self.segments]
     lengths = np.diff([*starts, self.num_train_timesteps])
@@ -203,7 +204,7 @@ def dense_plan(num_train_timesteps: int) -> RankPlan:
 
 def quantise(
   schedule: str, num_train_timesteps: int, num_buckets: int
-) -> tuple[tuple[tuple[int, int], ...], np.ndarray]:
+) -> tuple[tuple[tuple[int, int], ...], Float[np.ndarray, " K"]]:
   """Quantises the schedule to the nearest of `num_buckets` equidistant levels.
 
   Args:
@@ -232,7 +233,7 @@ def quantise(
 
 
 def bucket_ranks(
-  levels: np.ndarray, max_rank: int, min_ratio: float, multiple_of: int
+  levels: Float[np.ndarray, " K"], max_rank: int, min_ratio: float, multiple_of: int
 ) -> tuple[int, ...]:
   """Active rank of one layer per bucket.
 
@@ -257,8 +258,8 @@ def bucket_ranks(
 def match_activated(
   target: int,
   largest_rank: int,
-  levels: np.ndarray,
-  weights: np.ndarray,
+  levels: Float[np.ndarray, " K"],
+  weights: Float[np.ndarray, " K"],
   min_ratio: float,
   multiple_of: int,
 ) -> tuple[int, ...]:

@@ -16,11 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Integer, Key, UInt8
 
 from lrdit import diffusion, low_rank, parallel
 from lrdit.dit import DiT
 
-# Names of the random streams of a sample, folded into its key.
+# Keeps sampling's keys apart from training's, which fold a step into the seed.
+SAMPLING_STREAM = 2**31 - 2
+# The streams of a sample, folded into its key.
 LABEL_STREAM, NOISE_STREAM = 0, 1
 
 
@@ -43,12 +46,14 @@ class SamplerSettings:
   batch_size: int
 
 
-def balanced_labels(index: np.ndarray, num_classes: int) -> np.ndarray:
+def balanced_labels(index: Integer[np.ndarray, " B"], num_classes: int) -> Int[np.ndarray, " B"]:
   """Label of each sample index: classes in turn, (B,) int32."""
   return (index % num_classes).astype(np.int32)
 
 
-def random_labels(seed: int, index: np.ndarray, num_classes: int) -> np.ndarray:
+def random_labels(
+  seed: int, index: Integer[np.ndarray, " B"], num_classes: int
+) -> Int[np.ndarray, " B"]:
   """Label of each sample index: uniform, fixed by (seed, index), (B,) int32."""
 
   def one(i):
@@ -58,11 +63,14 @@ def random_labels(seed: int, index: np.ndarray, num_classes: int) -> np.ndarray:
   return np.asarray(jax.vmap(one)(jnp.asarray(index, jnp.uint32)))
 
 
-def _sample_key(seed: int, index: jax.Array) -> jax.Array:
-  return jax.random.fold_in(jax.random.key(seed), index)
+def _sample_key(seed: int, index: Integer[Array, ""]) -> Key[Array, ""]:
+  key = jax.random.fold_in(jax.random.key(seed), SAMPLING_STREAM)
+  return jax.random.fold_in(key, index)
 
 
-def _noise(seed: int, index: jax.Array, step: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
+def _noise(
+  seed: int, index: Integer[Array, " B"], step: Int[Array, ""] | int, shape: tuple[int, ...]
+) -> Float[Array, "B H W C"]:
   """(B, *shape) Gaussian noise, fixed per sample index and step.
 
   Step 0 is the initial noise; solver step i adds noise i + 1.
@@ -76,11 +84,15 @@ def _noise(seed: int, index: jax.Array, step: jax.Array | int, shape: tuple[int,
 
 
 @functools.partial(jax.jit, static_argnames=("seed", "shape"))
-def _initial_noise(index: jax.Array, seed: int, shape: tuple[int, ...]) -> jax.Array:
+def _initial_noise(
+  index: Integer[Array, " B"], seed: int, shape: tuple[int, ...]
+) -> Float[Array, "B H W C"]:
   return _noise(seed, index, 0, shape)
 
 
-def bucket_segments(bucket_of_timestep: np.ndarray, t: np.ndarray) -> list[tuple[int, int, int]]:
+def bucket_segments(
+  bucket_of_timestep: Int[np.ndarray, " T"], t: Int[np.ndarray, " S"]
+) -> list[tuple[int, int, int]]:
   """(bucket, first step, end step) of each run of solver steps in one bucket."""
   bucket = bucket_of_timestep[t]
   starts = [*np.flatnonzero(np.diff(bucket, prepend=-1)), len(t)]
@@ -88,8 +100,13 @@ def bucket_segments(bucket_of_timestep: np.ndarray, t: np.ndarray) -> list[tuple
 
 
 def guided_output(
-  model: DiT, params: Any, x_t: jax.Array, t: jax.Array, y: jax.Array | None, scale: float
-) -> jax.Array:
+  model: DiT,
+  params: Any,
+  x_t: Float[Array, "B H W C"],
+  t: Int[Array, ""],
+  y: Int[Array, " B"] | None,
+  scale: float,
+) -> Float[Array, "B H W C_out"]:
   """Model output under classifier-free guidance (Ho and Salimans 2022, eq. 6).
 
   null + scale (conditional - null) on the prediction's channels, in one
@@ -126,16 +143,16 @@ def guided_output(
 
 
 def solver_step(
-  i: jax.Array,
-  carry: tuple[jax.Array, jax.Array],
+  i: Int[Array, ""],
+  carry: tuple[Float[Array, "B H W C"], Float[Array, "B H W C"]],
   *,
   model: DiT,
   params: Any,
-  y: jax.Array | None,
-  index: jax.Array,
+  y: Int[Array, " B"] | None,
+  index: Integer[Array, " B"],
   table: diffusion.SolverTable,
   settings: SamplerSettings,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B H W C"], Float[Array, "B H W C"]]:
   """One row of the solver's table: (x_t, x_0_last) to (x_prev, x_0)."""
   x_t, x_0_last = carry
   row = {name: jnp.asarray(column)[i] for name, column in table.float32_columns().items()}
@@ -211,8 +228,11 @@ class Sampler:
     }
 
   def sample_batch(
-    self, sliced_params: dict[int, Any], index: np.ndarray, labels: np.ndarray | None
-  ) -> jax.Array:
+    self,
+    sliced_params: dict[int, Any],
+    index: Integer[np.ndarray, " B"],
+    labels: Int[np.ndarray, " B"] | None,
+  ) -> Float[Array, "B H W C"]:
     """Samples by index: (B,) indices to (B, H, W, C) float32, not waited for.
 
     Args:
@@ -235,8 +255,8 @@ class Sampler:
     return carry[0]
 
   def sample(
-    self, params: Any, labels: np.ndarray | None, num_samples: int
-  ) -> Iterator[np.ndarray]:
+    self, params: Any, labels: Int[np.ndarray, " N"] | None, num_samples: int
+  ) -> Iterator[Float[np.ndarray, "B H W C"]]:
     """Exactly `num_samples` samples in index order, a batch at a time.
 
     The last batch is padded with further indices, which are dropped, so the
@@ -252,7 +272,7 @@ class Sampler:
     """
     sliced = self.slice_params(params)
     size = self.settings.batch_size
-    pending: list[tuple[int, jax.Array]] = []
+    pending: list[tuple[int, Array]] = []
     for start in range(0, num_samples, size):
       index = np.arange(start, start + size)
       y = None if labels is None else labels[np.minimum(index, num_samples - 1)]
@@ -264,6 +284,6 @@ class Sampler:
       yield np.asarray(images)[:count]
 
 
-def to_uint8(images: np.ndarray) -> np.ndarray:
+def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
   """[-1, 1] to uint8, round half up of 127.5 x + 127.5 (design, section 8)."""
   return np.clip(np.floor(127.5 * images.astype(np.float64) + 128.0), 0, 255).astype(np.uint8)

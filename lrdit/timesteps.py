@@ -8,16 +8,18 @@ distribution, and the largest rank slot j can need is known before compilation.
 Axes: B global batch, b = B / devices local batch.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from lrdit.rank_schedule import RankPlan
 
 COMPUTES = ("masked", "grouped")
 
 
-def stratum_bounds(batch_size: int, num_train_timesteps: int) -> tuple[np.ndarray, np.ndarray]:
+def stratum_bounds(
+  batch_size: int, num_train_timesteps: int
+) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
   """First and last timestep that each slot can draw.
 
   Returns:
@@ -30,8 +32,8 @@ def stratum_bounds(batch_size: int, num_train_timesteps: int) -> tuple[np.ndarra
 
 
 def stratified_timesteps(
-  uniform: jax.Array, index: jax.Array, batch_size: int, num_train_timesteps: int
-) -> jax.Array:
+  uniform: Float[Array, " b"], index: Int[Array, " b"], batch_size: int, num_train_timesteps: int
+) -> Int[Array, " b"]:
   """t = floor((index + uniform) T / B), without rounding across strata.
 
   Args:
@@ -51,7 +53,9 @@ def stratified_timesteps(
   return jnp.minimum(jnp.asarray(first, jnp.int32)[index] + t, jnp.asarray(last, jnp.int32)[index])
 
 
-def global_index(device_index: jax.Array | int, local_batch: int, num_devices: int) -> jax.Array:
+def global_index(
+  device_index: Int[Array, ""] | int, local_batch: int, num_devices: int
+) -> Int[Array, " b"]:
   """(b,) global example index of each local slot: i * devices + device.
 
   Interleaved, so that every device meets every rank and one program with

@@ -6,6 +6,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
 
 NEVER = jnp.iinfo(jnp.int32).max
 
@@ -24,10 +25,10 @@ class WindowMetrics:
       finite; `NEVER` if none.
   """
 
-  loss: jax.Array
-  grad_norm: jax.Array
-  count: jax.Array
-  non_finite_step: jax.Array
+  loss: Float[Array, ""]
+  grad_norm: Float[Array, ""]
+  count: Int[Array, ""]
+  non_finite_step: Int[Array, ""]
 
   @classmethod
   def empty(cls) -> "WindowMetrics":
@@ -36,7 +37,11 @@ class WindowMetrics:
     return cls(zero, zero, jnp.zeros((), jnp.int32), jnp.full((), NEVER, jnp.int32))
 
   def add(
-    self, loss: jax.Array, grad_norm: jax.Array, step: jax.Array, log_every_steps: int
+    self,
+    loss: Float[Array, ""],
+    grad_norm: Float[Array, ""],
+    step: Int[Array, ""],
+    log_every_steps: int,
   ) -> "WindowMetrics":
     """With the scalars of step number `step` (from 1) added.
 
@@ -64,7 +69,7 @@ class TrainState:
     window: sums for the next line of metrics.
   """
 
-  step: jax.Array
+  step: Int[Array, ""]
   params: Any
   ema_params: Any
   opt_state: Any

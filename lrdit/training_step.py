@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from lrdit import diffusion, timesteps
 from lrdit.dit import DiT
@@ -40,7 +41,7 @@ class Objective:
   """
 
   model: DiT
-  alphas_cumprod: np.ndarray
+  alphas_cumprod: Float[np.ndarray, " T"]
   prediction: str
   loss_weighting: str
   class_dropout_rate: float
@@ -65,14 +66,17 @@ class Draws:
     flip: (b,) bool.
   """
 
-  t: jax.Array
-  eps: jax.Array
-  drop: jax.Array
-  flip: jax.Array
+  t: Int[Array, " b"]
+  eps: Float[Array, "b H W C"]
+  drop: Bool[Array, " b"]
+  flip: Bool[Array, " b"]
 
 
 def draw(
-  key: jax.Array, index: jax.Array, image_shape: tuple[int, int, int], objective: Objective
+  key: Key[Array, ""],
+  index: Int[Array, " b"],
+  image_shape: tuple[int, int, int],
+  objective: Objective,
 ) -> Draws:
   """Draws per example, keyed by its global index alone.
 
@@ -95,7 +99,7 @@ def draw(
   )
 
 
-def select_ranks(objective: Objective, t: jax.Array) -> RankSelection:
+def select_ranks(objective: Objective, t: Int[Array, " b"]) -> RankSelection:
   """Static groups, and a bucket per example where the plan has several."""
   plan = objective.model.plan
   groups = timesteps.rank_groups(
@@ -107,8 +111,12 @@ def select_ranks(objective: Objective, t: jax.Array) -> RankSelection:
 
 
 def example_losses(
-  params: Any, objective: Objective, x_0: jax.Array, y: jax.Array | None, draws: Draws
-) -> jax.Array:
+  params: Any,
+  objective: Objective,
+  x_0: Float[Array, "b H W C"],
+  y: Int[Array, " b"] | None,
+  draws: Draws,
+) -> Float[Array, " b"]:
   """Weighted loss of each example: squared error, plus L_vlb with learn_sigma.
 
   The hybrid objective is Nichol and Dhariwal 2021, eq. 16, with the rescaling
@@ -159,8 +167,8 @@ def example_losses(
 
 
 def batch_losses(
-  params: Any, objective: Objective, key: jax.Array, batch: dict[str, jax.Array]
-) -> jax.Array:
+  params: Any, objective: Objective, key: Key[Array, ""], batch: dict[str, Array]
+) -> Float[Array, " b"]:
   """Losses of a device's share of a global batch under training's draws.
 
   Args:
@@ -184,14 +192,14 @@ def batch_losses(
 
 def train_step(
   state: TrainState,
-  batch: dict[str, jax.Array],
-  key: jax.Array,
+  batch: dict[str, Array],
+  key: Key[Array, ""],
   *,
   objective: Objective,
   optimizer: optax.GradientTransformation,
   ema_decay: float,
   log_every_steps: int,
-) -> tuple[TrainState, jax.Array]:
+) -> tuple[TrainState, Int[Array, ""]]:
   """One update. Runs under pmap with the axis `AXIS`.
 
   Args:
@@ -228,8 +236,8 @@ def train_step(
 
 
 def eval_step(
-  params: Any, batch: dict[str, jax.Array], key: jax.Array, *, objective: Objective
-) -> tuple[jax.Array, jax.Array]:
+  params: Any, batch: dict[str, Array], key: Key[Array, ""], *, objective: Objective
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
   """Sum of held-out losses and of weights over all devices.
 
   Args:

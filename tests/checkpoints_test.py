@@ -129,6 +129,17 @@ def test_nothing_intact_is_an_error_and_deletes_nothing(tmp_path):
   assert Checkpoints(tmp_path).steps()
 
 
+def test_a_checkpoint_of_another_model_is_not_called_damaged(tmp_path):
+  save(tmp_path, 1, 2)
+  wider = {"a": {"down": jax.ShapeDtypeStruct((40, 9), np.float32)}}
+  message = r"2 is of another model: params\['a'\]\['bias'\] is float32\[30\] there and missing"
+  with pytest.raises(UserError, match=message):
+    Checkpoints(tmp_path).restore_params(wider, use_ema=False)
+  with pytest.raises(UserError, match="is of another model"):
+    Checkpoints(tmp_path, 2).restore_state(TEMPLATE.replace(params=wider))
+  assert Checkpoints(tmp_path).steps() == [2, 1]
+
+
 @pytest.mark.parametrize("name", ["7", "7.orbax-checkpoint-tmp"])
 def test_an_empty_or_unfinished_directory_is_no_checkpoint(tmp_path, name):
   save(tmp_path, 5)

@@ -13,6 +13,28 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["LRDIT_TEST_CACHE"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
+import jaxtyping
+
+# The shapes and dtypes in annotations are checked while the tests run.
+jaxtyping.install_import_hook(
+  [
+    f"lrdit.{name}"
+    for name in (
+      "diffusion",
+      "dit",
+      "images",
+      "input_pipeline",
+      "low_rank",
+      "metrics",
+      "parallel",
+      "rank_schedule",
+      "sampler",
+      "timesteps",
+      "training_step",
+    )
+  ],
+  "beartype.beartype",
+)
 
 jax.config.update("jax_num_cpu_devices", 4)
 

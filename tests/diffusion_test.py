@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -192,10 +193,10 @@ def test_min_snr_weights():
 
 
 def test_variational_bound_is_zero_for_the_true_posterior():
-  x = np.random.default_rng(0).normal(size=(3, 4, 4, 2))
-  log_variance = np.full((3, 1, 1, 1), -2.0)
+  x = jax.random.normal(jax.random.key(0), (3, 4, 4, 2))
+  log_variance = jnp.full((3, 1, 1, 1), -2.0)
   args = dict(true_mean=x, log_true_variance=log_variance, x_0=x)
-  not_last = np.zeros((3, 1, 1, 1), bool)
+  not_last = jnp.zeros((3, 1, 1, 1), bool)
   exact = diffusion.variational_bound(
     **args, mean=x, log_variance=log_variance + 0 * x, is_last=not_last
   )

@@ -122,7 +122,7 @@ def test_output_is_that_of_the_published_implementation():
   params = official_to_ours(state, shape.depth, shape.channels)
   output = model.apply(
     {"params": params},
-    x.transpose(0, 2, 3, 1),
+    jnp.asarray(x.transpose(0, 2, 3, 1)),
     jnp.asarray(t, jnp.int32),
     jnp.asarray(y, jnp.int32),
     low_rank.uniform_selection(len(x)),

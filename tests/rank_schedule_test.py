@@ -30,7 +30,7 @@ def test_unbucketed_matching_finds_the_reference_rank(case):
   candidates = np.arange(1, 600)
   t = np.arange(1000)
   means = [
-    rank_schedule.active_rank(case["schedule"], t, 1000, r, case["min_ratio"]).mean()
+    rank_schedule.active_rank(case["schedule"], t, 1000, int(r), case["min_ratio"]).mean()
     for r in candidates
   ]
   best = candidates[np.argmin(np.abs(np.array(means) - case["target_mean_rank"]))]

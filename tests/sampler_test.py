@@ -1,11 +1,12 @@
 import dataclasses
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrdit import builders, diffusion, sampler
+from lrdit import builders, diffusion, dit, sampler
 from lrdit.low_rank import RankSelection
 from tests.tiny import tiny_config
 from tests.training_step_test import noisy_params
@@ -149,16 +150,12 @@ def test_learned_variance_replaces_the_posterior_s():
   settings = builders.make_sampler(config, DEVICES).settings
   x = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
 
-  class Fake:
-    shape = builders.make_shape(config)
-    coordinate = -1.0
-
-    def apply(self, variables, x_t, *_):
-      return jnp.concatenate([0 * x_t, jnp.full_like(x_t, self.coordinate)], axis=-1)
-
   def step(coordinate, table):
-    fake = Fake()
-    fake.coordinate = coordinate
+    fake = mock.Mock(
+      spec=dit.DiT,
+      shape=builders.make_shape(config),
+      apply=lambda _, x_t, *__: jnp.concatenate([0 * x_t, jnp.full_like(x_t, coordinate)], axis=-1),
+    )
     return sampler.solver_step(
       jnp.int32(3),
       (x, x),

@@ -1,5 +1,7 @@
+import dataclasses
 import functools
 import json
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -211,16 +213,14 @@ def test_learned_variance_trains_by_the_bound_alone(prediction):
   x_0 = jnp.asarray(digits_batch()["image"][0])
   batch_draws = training_step.draw(KEY, jnp.arange(16), (8, 8, 1), objective)
 
-  class Fake:
-    """Stands for the model: its output is the parameters."""
-
-    shape = builders.make_shape(config)
-    plan = builders.make_plan(config)
-
-    def apply(self, variables, *_):
-      return variables["params"]
-
-  fake = training_step.dataclasses.replace(objective, model=Fake())
+  # Stands for the model: its output is the parameters.
+  model = mock.Mock(
+    spec=dit.DiT,
+    shape=objective.model.shape,
+    plan=objective.model.plan,
+    apply=lambda variables, *_: variables["params"],
+  )
+  fake = dataclasses.replace(objective, model=model)
   output = jax.random.normal(KEY, (16, 8, 8, 2))
 
   def loss(out):
