@@ -31,10 +31,11 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
   try:
     unparsed = values(argv)[1:]
   except (AttributeError, KeyError) as error:  # a config field that does not exist
-    name = re.findall(r"\w+", str(error))[0]
-    field = next((arg for arg in argv if f".{name}" in arg), name)
+    overrides = [arg for arg in argv if arg.startswith("--config.")]
+    words = re.findall(r"\w+", str(error))
+    field = max(overrides, key=lambda arg: sum(f".{w}" in arg for w in words), default=str(error))
     raise UserError(f"{field}: no such config field; configs/common.py lists them", 2) from error
-  except OSError as error:  # of several attempts, the last line tells the path
+  except (OSError, SyntaxError) as error:  # of several attempts, the last line tells the path
     raise UserError(f"--config cannot be read: {str(error).splitlines()[-1]}", 2) from error
   except flags.Error as error:
     first_line = str(error).splitlines()[0]
@@ -49,6 +50,7 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
 
 def run(argv: list[str]) -> int:
   """Does what a command line says; returns the exit status."""
+  values = None
   try:
     values = parse_flags(argv)
     if values.help:
@@ -65,7 +67,7 @@ def run(argv: list[str]) -> int:
     return 130
   except Exception as error:
     told = as_user_error(error)
-    if told is None or "--debug" in argv:
+    if told is None or (values and values.debug):
       traceback.print_exc()
     if told is not None:
       print(f"error: {told}", file=sys.stderr)

@@ -2,8 +2,8 @@ r"""scikit-learn's handwritten digits: 8x8 grey, 10 classes, no download.
 
 python main.py --config=configs/digits.py:method=adaptive --workdir=runs/digits
 
-Arguments: method=full|static|adaptive, variant=T/2. Figures of the three arms
-on two CPU cores stand in the README's results table.
+Arguments: method=full|static|adaptive, variant=T/2. The figures it gives stand
+in the README's results table.
 """
 
 from ml_collections import ConfigDict

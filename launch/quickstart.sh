@@ -15,6 +15,14 @@ lrdit() {
 }
 lrdit train
 trained=$SECONDS
+python - "$workdir" <<'EOF'
+import json, pathlib, sys
+
+workdir = pathlib.Path(sys.argv[1])
+num_steps = json.loads((workdir / "config.json").read_text())["training"]["num_steps"]
+if not (workdir / "checkpoints" / str(num_steps)).exists():
+  sys.exit("error: training was stopped before its end: run the same command again to go on")
+EOF
 lrdit sample
 lrdit evaluate
 

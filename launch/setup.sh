@@ -6,14 +6,16 @@ set -euo pipefail
 python="${PYTHON:-}"
 if [[ -z "$python" ]]; then
   for candidate in python3.11 python3.12 python3.13 python3; do
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    # The pinned tensorflow, which TensorBoard events need, ends at 3.13.
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+      2>/dev/null; then
       python="$candidate"
       break
     fi
   done
 fi
 if [[ -z "$python" ]]; then
-  echo "error: no Python 3.11 or newer was found: install one, or name it by PYTHON=..." >&2
+  echo "error: no Python 3.11 to 3.13 was found: install one, or name it by PYTHON=..." >&2
   exit 1
 fi
 

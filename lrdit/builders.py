@@ -5,6 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from lrdit import diffusion, dit, input_pipeline, optimizer, parallel, rank_schedule, timesteps
@@ -90,7 +93,7 @@ def _check_ranges(config: ConfigDict) -> None:
     value = _get(config, field)
     _require(0 < value <= 1, field, value, "must lie in (0, 1]")
   rate = config.optimizer.learning_rate
-  _require(0 < rate < math.inf, "optimizer.learning_rate", rate, "must be above 0 and finite")
+  _require(0 < rate < 1e30, "optimizer.learning_rate", rate, "must be above 0 and below 1e30")
   decay = config.optimizer.ema_decay
   _require(0 <= decay < 1, "optimizer.ema_decay", decay, "must lie in [0, 1)")
 
@@ -131,6 +134,12 @@ def _check_sampling(config: ConfigDict) -> None:
       sampling.guidance_scale,
       "needs a null class, which config.model.class_dropout_rate=0 never trains: use 1",
     )
+  _require(
+    sampling.eta == 0 or sampling.solver == "ddim",
+    "sampling.eta",
+    sampling.eta,
+    f"is noise of ddim, and config.sampling.solver={sampling.solver!r} has none to set: use 0",
+  )
   labels = sampling.labels
   known = labels in ("balanced", "random") or (labels.isdecimal() and int(labels) < max(classes, 1))
   _require(
@@ -217,6 +226,12 @@ def make_plan(config: ConfigDict) -> rank_schedule.RankPlan:
   The static arm ignores the schedule: it is `constant` at the static rank.
   """
   rank, steps = config.rank, config.diffusion.num_train_timesteps
+  _require(
+    all(isinstance(pattern, str) for pattern in rank.dense_layers),
+    "rank.dense_layers",
+    rank.dense_layers,
+    "must be names of layers",
+  )
   shapes = dit.layer_shapes(make_shape(config))
   chosen = rank_schedule.select_layers(
     shapes, rank.dense_layers, rank.first_n_blocks, rank.last_n_blocks, config.model.depth
@@ -261,7 +276,7 @@ def params_template(config: ConfigDict) -> Any:
   return jax.eval_shape(lambda: init_params(config))
 
 
-def make_alphas_cumprod(config: ConfigDict):
+def make_alphas_cumprod(config: ConfigDict) -> Float[np.ndarray, " T"]:
   """(T,) float64."""
   return diffusion.make_alphas_cumprod(
     config.diffusion.noise_schedule, config.diffusion.num_train_timesteps
@@ -290,7 +305,9 @@ def make_objective(config: ConfigDict, devices: parallel.Devices) -> Objective:
   )
 
 
-def make_optimizer(config: ConfigDict):
+def make_optimizer(
+  config: ConfigDict,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """(optax transformation, learning-rate schedule over steps)."""
   o = config.optimizer
   schedule = optimizer.learning_rate_schedule(

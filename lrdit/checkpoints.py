@@ -6,6 +6,7 @@ and `manifest` (JSON: dtype, shape and CRC-32 of every array), written by orbax,
 which makes it visible only once it is complete.
 """
 
+import itertools
 import logging
 import os
 import pathlib
@@ -223,13 +224,19 @@ class Checkpoints:
     try:
       restored = self._manager.restore(step, args=ocp.args.Composite(**items))
       return {name: restored[name] for name in items}
+    except OSError as error:
+      if not isinstance(error, FileNotFoundError):
+        raise  # too many open files, no permission: no reason to give the data up
+      raise DamagedCheckpoint(f"a file is missing: {error.filename}") from error
     except Exception as error:  # orbax and tensorstore raise many kinds
       raise DamagedCheckpoint(str(error).splitlines()[0][:200]) from error
 
   def _move_aside(self, step: int) -> None:
     target = self.directory.parent / "damaged_checkpoints"
     target.mkdir(exist_ok=True)
-    os.replace(self.directory / str(step), target / str(step))
+    names = (f"{step}" if i == 0 else f"{step}.{i}" for i in itertools.count())
+    free = next(target / name for name in names if not (target / name).exists())
+    os.replace(self.directory / str(step), free)
     self._manager.reload()
 
   def close(self) -> None:

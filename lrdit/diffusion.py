@@ -118,7 +118,8 @@ class Posterior:
     Where the variance is 0 a hundredth of beta stands in, so that its
     logarithm exists.
     """
-    return np.log(np.maximum(self.variance, 1e-2 * self.beta)), np.log(self.beta)
+    low = np.where(self.variance > 0, self.variance, 1e-2 * self.beta)
+    return np.log(low), np.log(self.beta)
 
 
 def posterior(
@@ -212,13 +213,15 @@ def solver_timesteps(
   """(S,) int32 timesteps a solver visits, descending.
 
   `ddim` and `ddpm` space them from 0 upwards ("leading"), `dpm++` evenly from
-  T - 1 down ("linspace"), each as its reference implementation does.
+  T - 1 down ("linspace"), as diffusers does. Deviation: where S does not divide
+  T, "leading" there truncates the stride and starts far from the noise (at 500
+  for S = 501); here the S timesteps always cover the whole range.
   """
   if solver == "dpm++":
     # S + 1 points, of which 0 is left out; all T timesteps where S = T.
     grid = np.linspace(0, num_train_timesteps - 1, min(num_steps + 1, num_train_timesteps))
     return np.round(grid)[::-1][:num_steps].astype(np.int32)
-  return (np.arange(num_steps)[::-1] * (num_train_timesteps // num_steps)).astype(np.int32)
+  return (np.arange(num_steps)[::-1] * num_train_timesteps // num_steps).astype(np.int32)
 
 
 def _ddim(alpha_bar, alpha_bar_prev, eta):

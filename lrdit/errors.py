@@ -1,6 +1,7 @@
 """What a user can mend, told in one line."""
 
 import os
+from collections.abc import Iterator
 
 
 class UserError(Exception):
@@ -15,11 +16,11 @@ class UserError(Exception):
     self.exit_status = exit_status
 
 
-def _causes(error: BaseException | None):
-  """The error and what it came from, newest first."""
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+  """The error and what it says it was raised from, newest first."""
   while error is not None:
     yield error
-    error = error.__cause__ or error.__context__
+    error = error.__cause__
 
 
 def as_user_error(error: Exception) -> UserError | None:
@@ -27,6 +28,8 @@ def as_user_error(error: Exception) -> UserError | None:
   for cause in _causes(error):
     if isinstance(cause, UserError):
       return cause
+    if isinstance(cause.__context__, UserError):  # a library's wrapper of ours
+      return cause.__context__
     if isinstance(cause, OSError) and cause.errno and cause.filename:
       return UserError(
         f"{cause.filename}: {os.strerror(cause.errno)}: check that the path exists, is writable "

@@ -44,35 +44,59 @@ def held_out_loss(config: ConfigDict, params: Any, devices: parallel.Devices) ->
   )
 
 
-def sample_quality(config: ConfigDict, directory: pathlib.Path) -> dict[str, float]:
-  """Figures of an export against the real images, on their raw pixels.
+def sample_quality(config: ConfigDict, step: int, directory: pathlib.Path) -> dict[str, Any]:
+  """An export's metadata and its figures against the real images, on raw pixels.
 
   The reference of the Frechet distance is the whole dataset; the classifier is
   fitted on the training split, and its accuracy on the held-out one given too.
 
   Args:
     config: resolved.
+    step: of the checkpoint that is evaluated.
     directory: of the export.
+
+  Raises:
+    UserError: the export is missing, damaged, too small, or of other weights.
   """
-  samples, labels, _ = load_export(directory)
-  train = builders.make_source(config, "train")
-  held_out = builders.make_source(config, "eval")
-  images = samples[..., : config.data.num_channels].astype(np.float64) / 127.5 - 1.0
-
-  def statistics(x):
-    return metrics.gaussian_statistics(x.reshape(len(x), -1))
-
-  real = np.concatenate([train.images, held_out.images])
-  distance = metrics.frechet_distance(statistics(images), statistics(real))
-  figures = {"pixel_frechet_distance": distance}
+  samples, labels, metadata = load_export(directory)
+  weights = _weights(config)
+  if (metadata["checkpoint_step"], metadata["weights"]) != (step, weights):
+    raise UserError(
+      f"the samples under {directory} are of step {metadata['checkpoint_step']} "
+      f"({metadata['weights']} weights), not of step {step} ({weights}): run the same command with "
+      "--mode=sample again"
+    )
+  if len(samples) < 2:
+    raise UserError(
+      f"{directory} holds one sample: a distance needs config.sampling.num_samples>=2"
+    )
+  images = samples[..., : config.data.num_channels] / 127.5 - 1.0
+  train, held_out = (_read_all(builders.make_source(config, split)) for split in ("train", "eval"))
+  real = np.concatenate([train["image"], held_out["image"]])
+  figures = {
+    "pixel_frechet_distance": metrics.frechet_distance(
+      *(metrics.gaussian_statistics(x.reshape(len(x), -1)) for x in (images, real))
+    )
+  }
   if labels is not None:
-    classifier = metrics.fit_svm(train.images, train.labels)
+    classifier = metrics.fit_svm(train["image"], train["label"])
     accuracy = functools.partial(metrics.recognition_accuracy, classifier)
     figures["svm_recognition_accuracy"] = accuracy(images, labels)
     figures["svm_recognition_accuracy_of_held_out_images"] = accuracy(
-      held_out.images, held_out.labels
+      held_out["image"], held_out["label"]
     )
-  return figures
+  for name, value in figures.items():
+    log.info("%s %.4f", name, value)
+  return metadata | figures
+
+
+def _weights(config: ConfigDict) -> str:
+  return "ema" if config.sampling.use_ema else "raw"
+
+
+def _read_all(source: input_pipeline.Source) -> dict[str, np.ndarray]:
+  """A whole split: "image" (N, H, W, C) in [-1, 1] and "label" (N,)."""
+  return {k: v[0] for k, v in source.gather(np.arange(len(source))[None]).items()}
 
 
 def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:
@@ -88,23 +112,18 @@ def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None 
   """
   devices = devices or jax.local_devices()
   path = open_workdir(workdir, config, create=False)
-  directory = path / "samples" / config.sampling.name
-  if not (directory / "metadata.json").exists():
-    raise UserError(f"no samples under {directory}: run the same command with --mode=sample first")
   checkpoints = Checkpoints(path)
   step, params = checkpoints.restore_params(
     builders.params_template(config), config.sampling.use_ema
   )
   checkpoints.close()
+  loss = held_out_loss(config, params, devices)
+  log.info("held-out loss %.5f", loss)
   evaluation = {
     "checkpoint_step": step,
-    "weights": "ema" if config.sampling.use_ema else "raw",
-    "held_out_loss": held_out_loss(config, params, devices),
-    "samples": load_export(directory)[2] | sample_quality(config, directory),
+    "weights": _weights(config),
+    "held_out_loss": loss,
+    "samples": sample_quality(config, step, path / "samples" / config.sampling.name),
   }
   write_json(path / "evaluation.json", evaluation)
-  log.info("held-out loss %.5f", evaluation["held_out_loss"])
-  for name, value in evaluation["samples"].items():
-    if name.startswith(("pixel_", "svm_")):
-      log.info("%s %.4f", name, value)
   log.info("%s", path / "evaluation.json")

@@ -19,7 +19,7 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> None:
     try:
       if json.loads(line)["step"] <= step:
         kept.append(line + "\n")
-    except ValueError:
+    except (ValueError, TypeError, KeyError):
       break  # written when the process was killed; nothing follows it
   temporary = path.with_name(path.name + ".tmp")
   temporary.write_text("".join(kept))
@@ -34,7 +34,7 @@ def _tensorboard_writer(workdir: pathlib.Path):
     from clu import metric_writers  # imports tensorflow: seconds, and optional
 
     return metric_writers.SummaryWriter(str(workdir / "tensorboard"))
-  except ImportError as error:
+  except (ImportError, AttributeError, TypeError) as error:  # so clashing versions show
     log.info("TensorBoard events are off (%s): pip install 'lrdit[tensorboard]'", error)
     return None
 

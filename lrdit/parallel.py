@@ -14,7 +14,8 @@ from jaxtyping import Int
 
 from lrdit.errors import UserError
 from lrdit.timesteps import global_index
-from lrdit.training_step import AXIS
+
+AXIS = "batch"
 
 Devices = Sequence[jax.Device]
 
@@ -65,13 +66,14 @@ def to_host(tree: Any) -> Any:
 
 
 def batch_slots(batch_size: int, devices: Devices) -> Int[np.ndarray, "n b"]:
-  """(n, b) global example index of every device's slots.
+  """(n, b) int64 global example index of every device's slots.
 
   Interleaved as `timesteps.global_index` says, so that each device meets every
   stratum of timesteps.
   """
   n = len(devices)
-  return np.stack([np.asarray(global_index(d, batch_size // n, n)) for d in range(n)])
+  slots = [np.asarray(global_index(d, batch_size // n, n), np.int64) for d in range(n)]
+  return np.stack(slots)
 
 
 def shardings(devices: Devices) -> tuple[NamedSharding, NamedSharding]:

@@ -66,7 +66,7 @@ def make_bar(total: int, done: int, unit: str) -> tqdm.tqdm:
   return tqdm.tqdm(
     total=total,
     initial=done,
-    unit=" " + unit,
+    unit=unit,
     dynamic_ncols=True,
     disable=not sys.stderr.isatty(),
   )

@@ -317,6 +317,8 @@ def select_layers(
       raise UserError(
         f"rank.dense_layers entry {pattern!r} fits no layer: the layers are {', '.join(known)}"
       )
+  if not set(layer_shapes) - {n for n in layer_shapes for p in dense_layers if covered(n, p)}:
+    raise UserError("rank.dense_layers leaves no layer to factorise: use method=full for that")
   limited = first_n_blocks > 0 or last_n_blocks > 0
   chosen_blocks = {
     f"blocks_{i}" for i in range(depth) if i < first_n_blocks or i >= depth - last_n_blocks
@@ -354,10 +356,12 @@ def make_plan(
     match: `activated` (the mean active rank is the static rank) or `total`
       (the max rank is the static rank).
     num_buckets: levels of the quantised schedule.
-    multiple_of: active ranks are multiples of this.
+    multiple_of: active ranks are multiples of this, except a max rank that is
+      the static rank (`total`) or min(D_in, D_out).
 
   Raises:
-    UserError: `multiple_of` is above a layer's static rank.
+    UserError: `multiple_of` is above a layer's static rank, or no rank up to
+      min(D_in, D_out) meets the mean to within the multiple.
   """
   segments, levels = quantise(schedule, num_train_timesteps, num_buckets)
   lengths = np.diff([*(start for start, _ in segments), num_train_timesteps])
@@ -375,6 +379,13 @@ def make_plan(
       return LayerRanks(target, bucket_ranks(levels, target, min_ratio, multiple_of))
     largest = min(dim_in, dim_out)
     active = match_activated(target, largest, levels, weights, min_ratio, multiple_of)
+    mean = float(np.dot(active, weights))
+    if abs(mean - target) > multiple_of:
+      raise UserError(
+        f"rank.match=activated cannot be met by a {dim_in} x {dim_out} layer: with the largest "
+        f"possible rank {largest} its mean active rank is {mean:.1f}, not the static {target}: "
+        "lower rank.ratio or raise rank.min_ratio"
+      )
     return LayerRanks(target, active)
 
   layers = tuple((name, ranks_of(*dims)) for name, dims in layer_shapes.items())

@@ -3,7 +3,9 @@
 import json
 import logging
 import pathlib
+import shutil
 import time
+import zipfile
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ from ml_collections import ConfigDict
 
 from lrdit import builders, images, parallel, sampler
 from lrdit.checkpoints import Checkpoints
+from lrdit.errors import UserError
 from lrdit.progress import make_bar
 from lrdit.workdir import atomic_path, open_workdir, write_json
 
@@ -81,7 +84,7 @@ def write_export(
     np.savez(file, **arrays)
   images.write_grid(directory / "grid.png", samples[:GRID_SIZE], GRID_COLUMNS)
   if png_files:
-    (directory / "png").mkdir(exist_ok=True)
+    (directory / "png").mkdir()
     for i, image in enumerate(rgb):
       images.write_png(directory / "png" / f"{i:06d}.png", image)
 
@@ -107,9 +110,13 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
   checkpoints.close()
   directory = path / "samples" / config.sampling.name
   directory.mkdir(parents=True, exist_ok=True)
+  # What an earlier export left would not fit; the metadata is written last, so
+  # an export without it is not finished.
+  (directory / "metadata.json").unlink(missing_ok=True)
+  shutil.rmtree(directory / "png", ignore_errors=True)
   labels, batches = make_labels(config), []
   start = time.perf_counter()
-  with make_bar(config.sampling.num_samples, 0, "images") as bar:
+  with make_bar(config.sampling.num_samples, 0, "image") as bar:
     for batch in drawn.sample(params, labels, config.sampling.num_samples):
       batches.append(sampler.to_uint8(batch))
       bar.update(len(batch))
@@ -123,8 +130,17 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
 
 
 def load_export(directory: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
-  """(samples (N, H, W, 3) uint8, labels or None, metadata) of an export."""
-  with np.load(directory / "samples.npz") as arrays:
-    samples = arrays["arr_0"]
-    labels = arrays.get("arr_1")
-  return samples, labels, json.loads((directory / "metadata.json").read_text())
+  """(samples (N, H, W, 3) uint8, labels or None, metadata) of an export.
+
+  Raises:
+    UserError: there is none, or it is damaged.
+  """
+  again = "run the same command with --mode=sample"
+  if not (directory / "metadata.json").exists():
+    raise UserError(f"no samples under {directory}: {again} first")
+  try:
+    metadata = json.loads((directory / "metadata.json").read_text())
+    with np.load(directory / "samples.npz") as arrays:
+      return arrays["arr_0"], arrays.get("arr_1"), metadata
+  except (ValueError, KeyError, EOFError, FileNotFoundError, zipfile.BadZipFile) as error:
+    raise UserError(f"the samples under {directory} are damaged: {again} again") from error

@@ -18,7 +18,7 @@ from lrdit.errors import UserError
 from lrdit.metric_writer import MetricWriter
 from lrdit.progress import log_to_file, make_bar
 from lrdit.train_state import NEVER, TrainState, WindowMetrics, create_train_state
-from lrdit.workdir import open_workdir
+from lrdit.workdir import open_workdir, store_config
 
 log = logging.getLogger("lrdit")
 
@@ -134,7 +134,8 @@ class Trainer:
     self.checkpoints.wait()
     good = self.checkpoints.steps()
     raise UserError(
-      f"the loss or its gradient is not finite at step {step}; nothing was saved after it. "
+      f"the loss, its gradient or the update is not finite at step {step}; nothing was saved "
+      "after it. "
       + (f"The last good checkpoint is step {good[0]}. " if good else "")
       + "Lower config.optimizer.learning_rate or raise config.optimizer.warmup_steps"
     )
@@ -241,7 +242,7 @@ def run_steps(
     trainer.source, trainer.config.seed, trainer.slots, trainer.config.training.batch_size, step
   )
   watch, before = Stopwatch(), None
-  with make_bar(last, step, "steps") as bar:
+  with make_bar(last, step, "step") as bar:
     while step < last and not stop.signal_name:
       state, non_finite_step = trainer.train_step(state, next(batches), trainer.key)
       step += 1
@@ -270,6 +271,7 @@ def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = N
   try:
     with StopRequest() as stop:
       state = trainer.initial_state()
+      store_config(trainer.workdir, config)
       first_step = int(state.step)
       writer = MetricWriter(trainer.workdir, first_step, config.training.tensorboard)
       state = parallel.replicate(state, trainer.devices)

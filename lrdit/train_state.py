@@ -6,7 +6,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 NEVER = jnp.iinfo(jnp.int32).max
 
@@ -21,8 +21,8 @@ class WindowMetrics:
   Attributes:
     loss, grad_norm: float32 sums over steps.
     count: int32 number of steps.
-    non_finite_step: int32, the first step whose loss or gradient norm was not
-      finite; `NEVER` if none.
+    non_finite_step: int32, the first step whose loss, gradient or update was
+      not finite; `NEVER` if none.
   """
 
   loss: Float[Array, ""]
@@ -40,6 +40,7 @@ class WindowMetrics:
     self,
     loss: Float[Array, ""],
     grad_norm: Float[Array, ""],
+    is_finite: Bool[Array, ""],
     step: Int[Array, ""],
     log_every_steps: int,
   ) -> "WindowMetrics":
@@ -47,7 +48,7 @@ class WindowMetrics:
 
     The first step after a multiple of `log_every_steps` starts new sums.
     """
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    finite = is_finite & jnp.isfinite(grad_norm)
     going_on = (step - 1) % log_every_steps != 0
     return WindowMetrics(
       loss=jnp.where(going_on, self.loss, 0.0) + loss,

@@ -19,9 +19,8 @@ from lrdit import diffusion, timesteps
 from lrdit.dit import DiT
 from lrdit.low_rank import RankSelection
 from lrdit.optimizer import update_ema
+from lrdit.parallel import AXIS
 from lrdit.train_state import TrainState
-
-AXIS = "batch"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -224,7 +223,12 @@ def train_step(
   loss, grads = jax.lax.pmean((loss, grads), AXIS)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  window = state.window.add(loss, optax.tree.norm(grads), state.step + 1, log_every_steps)
+  # A sum of squares is finite only if every element is: the new parameters are
+  # checked as well, so that no checkpoint can hold anything else.
+  is_finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
+  window = state.window.add(
+    loss, optax.tree.norm(grads), is_finite, state.step + 1, log_every_steps
+  )
   new_state = TrainState(
     step=state.step + 1,
     params=params,

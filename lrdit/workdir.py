@@ -27,8 +27,12 @@ FREE_IN_TRAINING = (
 def atomic_path(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields a temporary path beside `path`, renamed to it on success."""
   temporary = path.with_name(path.name + ".tmp")
-  yield temporary
-  os.replace(temporary, path)
+  try:
+    yield temporary
+    os.replace(temporary, path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -61,13 +65,14 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 
 def open_workdir(path: str, config: ConfigDict, create: bool) -> pathlib.Path:
-  """Checks that a workdir belongs to the config, and stores the config in it.
+  """Checks that a workdir belongs to the config.
 
   Args:
     path: the workdir.
     config: resolved.
-    create: make the workdir where there is none and store the config
-      (training); otherwise both must be there.
+    create: make the workdir where there is none, and let go of the config of
+      a run that never came to its first checkpoint (training); otherwise the
+      workdir and its config must be there.
 
   Returns:
     The workdir's path.
@@ -79,16 +84,20 @@ def open_workdir(path: str, config: ConfigDict, create: bool) -> pathlib.Path:
   stored = workdir / "config.json"
   if create:
     workdir.mkdir(parents=True, exist_ok=True)
-  if stored.exists():
+  begun = any((workdir / "checkpoints").glob("[0-9]*"))
+  if stored.exists() and (begun or not create):
     _check_same_run(stored, config)
-  elif not create:
+  if not stored.exists() and not create:
     raise UserError(
       f"{workdir} is not the workdir of a run (it has no config.json): train first, with the "
       "same --config and --workdir and --mode=train"
     )
-  if create:
-    write_json(stored, config.to_dict())
   return workdir
+
+
+def store_config(workdir: pathlib.Path, config: ConfigDict) -> None:
+  """Writes the config that later modes are checked against."""
+  write_json(workdir / "config.json", config.to_dict())
 
 
 def _check_same_run(stored: pathlib.Path, config: ConfigDict) -> None:

@@ -1,3 +1,4 @@
+import errno
 import logging
 import os
 import pathlib
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from lrdit import checkpoints as checkpoints_module
 from lrdit import optimizer as optimizer_module
 from lrdit import parallel
 from lrdit.checkpoints import Checkpoints
@@ -101,8 +103,41 @@ def test_damage_to_any_file_never_changes_what_is_restored(tmp_path, damage, cap
     if restored.step == 1:
       fell_back += 1
       assert caplog.text.count("is damaged") <= 1
-  # Every array's data file must have been noticed, in every kind of damage.
+  # Some files say again what others say; those with the data must be noticed.
   assert fell_back >= 8, f"{fell_back} of {len(files)}"
+
+
+def test_damage_to_any_array_is_noticed(tmp_path):
+  """A checkpoint whose manifest disagrees in one array, for each array."""
+  state = make_state(2)
+  leaves, tree = jax.tree.flatten(state)
+  for i in range(len(leaves)):
+    changed = [leaf + 1 if i == j else leaf for j, leaf in enumerate(leaves)]
+    items = checkpoints_module._items(jax.tree.unflatten(tree, changed))
+    manifest = checkpoints_module._manifest(checkpoints_module._items(state))
+    assert manifest != checkpoints_module._manifest(items)
+
+
+def test_too_many_open_files_is_no_damage(tmp_path, monkeypatch):
+  save(tmp_path, 1, 2)
+  opened = Checkpoints(tmp_path, 2)
+
+  def fail(*_, **__):
+    raise OSError(errno.EMFILE, "Too many open files", "x")
+
+  monkeypatch.setattr(opened._manager, "restore", fail)
+  with pytest.raises(OSError, match="Too many"):
+    opened.restore_state(TEMPLATE)
+  assert opened.steps() == [2, 1]
+
+
+def test_a_step_can_be_damaged_twice(tmp_path):
+  for _ in range(2):
+    save(tmp_path, 1, 2)
+    for file in all_files(tmp_path, 2):
+      truncate(file)
+    assert Checkpoints(tmp_path, 2).restore_state(TEMPLATE).step == 1
+  assert len(list((tmp_path / "damaged_checkpoints").iterdir())) == 2
 
 
 def test_resuming_moves_a_damaged_checkpoint_aside_and_can_save_its_step_again(tmp_path):

@@ -5,6 +5,8 @@ import shutil
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Small shapes gain nothing from optimised code, and it takes longer to compile.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 # Many tests compile the same small programs: one cache, shared by the workers
 # and by the command lines they start, and gone with the test run.
 if "LRDIT_TEST_CACHE" not in os.environ:

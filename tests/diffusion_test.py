@@ -175,6 +175,21 @@ def test_every_step_count_gives_finite_coefficients(solver, num_steps):
   assert all(np.isfinite(column).all() for column in table.float32_columns().values())
 
 
+@pytest.mark.parametrize("solver", diffusion.SOLVERS)
+@pytest.mark.parametrize("num_steps", [300, 400, 501, 600, 999])
+def test_any_step_count_starts_near_the_noise(solver, num_steps):
+  table = diffusion.solver_table(solver, COSINE, num_steps)
+  assert table.t[0] >= 1000 - 1000 / num_steps - 1
+  assert len(np.unique(table.t)) == num_steps
+
+
+def test_learned_variance_ranges_from_the_posterior_to_beta():
+  for num_steps in (10, 20, 1000):
+    table = diffusion.solver_table("ddpm", COSINE, num_steps)
+    np.testing.assert_allclose(np.exp(table.log_variance_low[:-1]), table.on_noise[:-1] ** 2)
+    assert (table.log_variance_low < table.log_variance_high).all()
+
+
 @pytest.mark.parametrize("num_steps", [0, -1, 1001])
 def test_impossible_step_counts_are_refused(num_steps):
   with pytest.raises(UserError, match="num_steps"):

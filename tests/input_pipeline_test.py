@@ -63,6 +63,16 @@ def test_a_resumed_run_on_any_devices_reads_the_same_batches(num_devices):
     np.testing.assert_array_equal(la, lb)
 
 
+def test_positions_beyond_32_bits_are_read():
+  source = input_pipeline.make_source("digits", "train")
+  step = 2**31 // 16 + 5
+  slots = parallel.batch_slots(16, jax.devices())
+  batch = next(input_pipeline.train_batches(source, 0, slots, 16, step))
+  expected = source.gather(input_pipeline.example_index(0, step * 16 + slots, len(source)))
+  np.testing.assert_array_equal(batch["image"], expected["image"])
+  assert slots.dtype == np.int64
+
+
 def test_evaluation_reads_each_example_once():
   source = input_pipeline.make_source("digits", "eval")
   slots = parallel.batch_slots(128, jax.devices())

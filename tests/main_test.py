@@ -43,6 +43,17 @@ BAD_INPUTS = {
   "unknown dense layer": (['--config.rank.dense_layers=("mlp",)'], 1, "'mlp' fits no layer"),
   "more blocks than there are": (["--config.rank.first_n_blocks=9"], 1, "rank.first_n_blocks=9"),
   "unknown dataset": (["--config.data.name=mnist"], 1, "data.name='mnist' is unknown"),
+  "config with a syntax error": (["--config=README.md"], 2, "--config cannot be read"),
+  "field below a field": (["--config.training.batch_size.x=3"], 2, "batch_size.x=3: no such"),
+  "layers that are no names": (["--config.rank.dense_layers=(1,2)"], 1, "must be names of layers"),
+  "no layer left": (['--config.rank.dense_layers=("*",)'], 1, "leaves no layer to factorise"),
+  "mean that cannot be met": (["--config.rank.ratio=1"], 1, "rank.match=activated cannot be met"),
+  "rate beyond float32": (["--config.optimizer.learning_rate=1e39"], 1, "below 1e30"),
+  "noise of another solver": (
+    ["--config.sampling.solver=dpm++", "--config.sampling.eta=0.5"],
+    1,
+    "eta=0.5 is noise of ddim",
+  ),
   "image of another size": (["--config.data.image_size=16"], 1, "data.image_size=16 does not fit"),
   "directory nobody reads": (["--config.data.data_dir=x"], 1, "data.data_dir='x' is not used"),
   "odd image size": (["--config.data.image_size=7"], 1, "image_size=7 is not a multiple of"),
@@ -66,7 +77,7 @@ BAD_INPUTS = {
   "unknown prediction": (["--config.diffusion.prediction=x0"], 1, "prediction='x0' is unknown"),
   "unknown weighting": (["--config.diffusion.loss_weighting=p2"], 1, "loss_weighting='p2'"),
   "unknown optimiser": (["--config.optimizer.name=sgd"], 1, "optimizer.name='sgd' is unknown"),
-  "no learning rate": (["--config.optimizer.learning_rate=0"], 1, "must be above 0 and finite"),
+  "no learning rate": (["--config.optimizer.learning_rate=0"], 1, "must be above 0 and below"),
   "endless average": (["--config.optimizer.ema_decay=1"], 1, "ema_decay=1.0 must lie in [0, 1)"),
   "negative clipping": (["--config.optimizer.grad_clip_norm=-1"], 1, "grad_clip_norm=-1.0 must be"),
   "zero steps": (["--config.training.num_steps=0"], 1, "training.num_steps=0 must be at least 1"),
@@ -149,6 +160,8 @@ def test_debug_shows_the_traceback(tmp_path, capsys, monkeypatch):
   status, stderr = run_in_process(capsys, monkeypatch, argv)
   assert status == 1
   assert "Traceback" in stderr
+  got, stderr = run_in_process(capsys, monkeypatch, [*argv[:-1], "--debug=true"])
+  assert (got, "Traceback" in stderr) == (1, True)
   assert stderr.rstrip().splitlines()[-1].startswith("error: ")
 
 
@@ -216,7 +229,39 @@ def test_an_empty_and_a_missing_checkpoint(trained, tmp_path):
 
 def test_evaluating_without_samples(trained):
   done = tiny.run_main(trained, "--mode=evaluate", "--config.sampling.name=none", check=False)
-  assert_fails(done, "no samples under")
+  assert done.returncode == 1
+  assert done.stderr.splitlines()[-1].startswith("error: no samples under")
+
+
+def test_exports_are_evaluated_only_whole_and_with_their_own_weights(trained, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(trained, workdir)
+  tiny.run_main(workdir, "--mode=sample", "--config.sampling.png_files=True")
+  done = tiny.run_main(workdir, "--mode=evaluate", "--config.sampling.use_ema=False", check=False)
+  assert done.returncode == 1
+  assert done.stderr.splitlines()[-1].startswith("error: the samples under")
+  assert "are of step 8 (ema weights), not of step 8 (raw)" in done.stderr
+  os.truncate(workdir / "samples" / "default" / "samples.npz", 300)
+  done = tiny.run_main(workdir, "--mode=evaluate", check=False)
+  assert (done.returncode, "are damaged" in done.stderr) == (1, True)
+  # A smaller export leaves nothing of the larger one.
+  tiny.run_main(
+    workdir, "--mode=sample", "--config.sampling.png_files=True", "--config.sampling.num_samples=1"
+  )
+  assert len(list((workdir / "samples" / "default" / "png").iterdir())) == 1
+  done = tiny.run_main(workdir, "--mode=evaluate", check=False)
+  assert (done.returncode, "holds one sample" in done.stderr) == (1, True)
+
+
+def test_another_model_without_a_config_is_not_called_damaged(trained, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(trained, workdir)
+  (workdir / "config.json").unlink()
+  done = tiny.run_main(workdir, "--config.model.hidden_size=48", check=False)
+  assert done.returncode == 1
+  assert "is of another model" in done.stderr.splitlines()[-1]
+  assert not (workdir / "config.json").exists()
+  tiny.run_main(workdir)
 
 
 def test_a_full_disk_under_the_metrics(tmp_path):

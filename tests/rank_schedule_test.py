@@ -138,6 +138,28 @@ def test_midpeak_visits_a_bucket_twice():
   assert [bucket for _, bucket in segments] == [0, 1, 2, 1, 0]
 
 
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 0.75, 0.9, 1.0])
+@pytest.mark.parametrize("schedule", rank_schedule.SCHEDULES)
+def test_any_ratio_is_matched_or_refused(ratio, schedule):
+  try:
+    plan = rank_schedule.make_plan(
+      SHAPES,
+      num_train_timesteps=1000,
+      ratio=ratio,
+      schedule=schedule,
+      min_ratio=0.4,
+      match="activated",
+      num_buckets=4,
+      multiple_of=8,
+    )
+  except UserError as error:
+    assert ratio >= 0.75
+    assert "cannot be met" in str(error)
+    return
+  for name, ranks in plan.layers:
+    assert abs(plan.mean_active_rank(name) - ranks.static_rank) <= 8
+
+
 def test_a_multiple_above_the_static_rank_is_refused():
   with pytest.raises(UserError, match=r"multiple_of=256 is above the static rank"):
     make_plan("decreasing", "activated", 4, 256, 0.4)
@@ -154,6 +176,8 @@ def test_dense_layers_by_name_prefix_and_pattern():
   assert "blocks_0/mlp/fc1" not in select(dense=["blocks_0/mlp"])
   assert "blocks_1/mlp/fc1" in select(dense=["blocks_0/mlp"])
   assert not any("adaln" in n for n in select(dense=["blocks_*/adaln", "final_layer/adaln"]))
+  with pytest.raises(UserError, match="leaves no layer to factorise"):
+    select(dense=["*"])
   with pytest.raises(UserError, match="fits no layer"):
     select(dense=["blocks_9"])
 

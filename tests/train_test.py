@@ -1,5 +1,6 @@
 """Whole runs through the real command line: stop anywhere, start again."""
 
+import json
 import os
 import pathlib
 import pty
@@ -80,7 +81,7 @@ def test_losses_fall_and_lines_have_all_their_fields(undisturbed):
   log_file = (undisturbed / "train.log").read_text()
   assert "step 60/60" in log_file
   assert "\r" not in log_file
-  assert {p.name for p in undisturbed.iterdir()} == {
+  assert {p.name for p in undisturbed.iterdir()} - {"evaluation.json"} == {
     "checkpoints",
     "config.json",
     "metrics.jsonl",
@@ -177,6 +178,18 @@ def test_every_arm_trains_samples_and_is_evaluated(tmp_path, arm):
   assert Image.open(export / "grid.png").size[0] == 10 * 50 - 2
 
 
+def test_evaluation_is_training_s_own_and_of_the_averaged_weights(undisturbed):
+  flags = (*LONG, "--config.training.eval_every_steps=20")
+  figures = {}
+  for use_ema in (True, False):
+    for mode in ("sample", "evaluate"):
+      tiny.run_main(undisturbed, *flags, f"--mode={mode}", f"--config.sampling.use_ema={use_ema}")
+    figures[use_ema] = json.loads((undisturbed / "evaluation.json").read_text())
+  assert figures[True]["held_out_loss"] == tiny.read_metrics(undisturbed)[-1]["eval/loss"]
+  assert figures[False]["held_out_loss"] != figures[True]["held_out_loss"]
+  assert (figures[True]["weights"], figures[False]["weights"]) == ("ema", "raw")
+
+
 def test_unconditional_models_run_without_labels(tmp_path):
   flags = ("--config.data.num_classes=0",)
   for mode in ("train", "sample", "evaluate"):
@@ -206,17 +219,18 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_
   good = final_state(tmp_path)
   # Going on with an absurd learning rate needs the stored config to agree.
   config = tmp_path / "config.json"
-  config.write_text(config.read_text().replace('"learning_rate": 0.002', '"learning_rate": 1e+35'))
+  config.write_text(config.read_text().replace('"learning_rate": 0.002', '"learning_rate": 1e+29'))
   done = tiny.run_main(
     tmp_path,
     "--config.training.num_steps=40",
-    "--config.optimizer.learning_rate=1e35",
+    "--config.optimizer.learning_rate=1e29",
     check=False,
   )
   assert done.returncode == 1
   last = done.stderr.rstrip().splitlines()[-1]
   message = re.match(
-    r"error: the loss or its gradient is not finite at step (\d+); nothing was saved after it. "
+    r"error: the loss, its gradient or the update is not finite at step (\d+); nothing was saved "
+    r"after it. "
     r"The last good checkpoint is step 4\.",
     last,
   )

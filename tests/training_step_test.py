@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from lrdit import builders, dit, input_pipeline, parallel, training_step
+from lrdit import builders, dit, input_pipeline, optimizer, parallel, training_step
 from lrdit.low_rank import RankSelection
+from lrdit.parallel import AXIS
 from lrdit.train_state import NEVER, WindowMetrics, create_train_state
-from lrdit.training_step import AXIS
 from tests.tiny import GOLDEN, tiny_config
 
 KEY = jax.random.key(7)
@@ -36,18 +36,18 @@ def run_steps(config, num_devices, num_steps, params=None):
   """Losses and final parameters of a few steps on the first devices."""
   devices = jax.devices()[:num_devices]
   objective = builders.make_objective(config, devices)
-  optimizer, _ = builders.make_optimizer(config)
+  tx, _ = builders.make_optimizer(config)
   step = parallel.pmap(
     functools.partial(
       training_step.train_step,
       objective=objective,
-      optimizer=optimizer,
+      optimizer=tx,
       ema_decay=config.optimizer.ema_decay,
       log_every_steps=1,
     ),
     devices,
   )
-  state = create_train_state(params or builders.init_params(config), optimizer)
+  state = create_train_state(params or builders.init_params(config), tx)
   state = parallel.replicate(state, devices)
   size = config.training.batch_size
   batches = input_pipeline.train_batches(
@@ -247,16 +247,45 @@ def test_min_snr_reweights_each_example():
 
 
 def test_window_sums_restart_and_remember_the_first_bad_step():
+  def add(window, loss, grad_norm, step, is_finite=True):
+    numbers = (jnp.float32(loss), jnp.float32(grad_norm), jnp.asarray(is_finite))
+    return window.add(*numbers, jnp.int32(step), 3)
+
   window = WindowMetrics.empty()
   for step, loss in enumerate([1.0, 2.0, 3.0, 4.0], start=1):
-    window = window.add(jnp.float32(loss), jnp.float32(10 * loss), jnp.int32(step), 3)
+    window = add(window, loss, 10 * loss, step)
     if step == 3:
       assert (float(window.loss), float(window.grad_norm), int(window.count)) == (6.0, 60.0, 3)
   assert (float(window.loss), int(window.count)) == (4.0, 1)
   assert window.non_finite_step == NEVER
-  window = window.add(jnp.float32(1), jnp.float32(jnp.inf), jnp.int32(5), 3)
-  window = window.add(jnp.float32(jnp.nan), jnp.float32(1), jnp.int32(6), 3)
-  assert window.non_finite_step == 5
+  assert add(window, 1, jnp.inf, 5).non_finite_step == 5
+  window = add(window, 1, 1, 5, is_finite=False)
+  assert add(window, 1, 1, 6, is_finite=False).non_finite_step == 5
+
+
+@pytest.mark.parametrize("bad", ["image", "learning_rate"])
+def test_a_step_that_spoils_anything_is_marked(bad):
+  """The loss of a step says nothing of the parameters it leaves behind."""
+  config = tiny_config(optimizer__warmup_steps=0)
+  objective = builders.make_objective(config, jax.devices()[:1])
+  rate = jnp.inf if bad == "learning_rate" else 1e-3
+  tx = optimizer.make_optimizer("adamw", lambda _: rate, 0.0, 1.0)
+  step = parallel.pmap(
+    functools.partial(
+      training_step.train_step,
+      objective=objective,
+      optimizer=tx,
+      ema_decay=0.9,
+      log_every_steps=1,
+    ),
+    jax.devices()[:1],
+  )
+  state = parallel.replicate(create_train_state(noisy_params(config), tx), jax.devices()[:1])
+  batch = digits_batch()
+  if bad == "image":
+    batch["image"][0, 3] = np.nan
+  state, non_finite_step = step(state, batch, KEY)
+  assert int(parallel.unreplicate(non_finite_step)) == 1
 
 
 def test_golden_one_step_metrics():

@@ -7,8 +7,21 @@ from lrdit.errors import UserError
 from tests.tiny import tiny_config
 
 
+def begin(path, config):
+  """A workdir as training leaves it at its first checkpoint."""
+  opened = workdir.open_workdir(path, config, create=True)
+  workdir.store_config(opened, config)
+  (opened / "checkpoints" / "4").mkdir(parents=True)
+  return opened
+
+
+def test_a_run_that_never_saved_may_be_corrected(tmp_path):
+  workdir.store_config(workdir.open_workdir(tmp_path, tiny_config(), create=True), tiny_config())
+  workdir.open_workdir(tmp_path, tiny_config(training__batch_size=8), create=True)
+
+
 def test_training_stores_the_config_and_others_find_it(tmp_path):
-  path = workdir.open_workdir(tmp_path / "a" / "b", tiny_config(), create=True)
+  path = begin(tmp_path / "a" / "b", tiny_config())
   stored = json.loads((path / "config.json").read_text())
   assert stored["model"]["hidden_size"] == 32
   assert stored["model"]["patch_size"] == 2  # resolved from the variant
@@ -25,7 +38,7 @@ def test_training_stores_the_config_and_others_find_it(tmp_path):
   ],
 )
 def test_fields_that_do_not_make_another_run_may_change(tmp_path, change):
-  workdir.open_workdir(tmp_path, tiny_config(), create=True)
+  begin(tmp_path, tiny_config())
   workdir.open_workdir(tmp_path, tiny_config(**change), create=False)
 
 
@@ -43,7 +56,7 @@ def test_fields_that_do_not_make_another_run_may_change(tmp_path, change):
 )
 @pytest.mark.parametrize("create", [True, False])
 def test_another_run_is_refused_by_the_name_of_the_field(tmp_path, change, field, create):
-  workdir.open_workdir(tmp_path, tiny_config(), create=True)
+  begin(tmp_path, tiny_config())
   before = (tmp_path / "config.json").read_text()
   with pytest.raises(UserError, match=f"holds another run: {field} "):
     workdir.open_workdir(tmp_path, tiny_config(**change), create=create)
@@ -52,7 +65,7 @@ def test_another_run_is_refused_by_the_name_of_the_field(tmp_path, change, field
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"seed": 0}'])
 def test_a_damaged_config_is_named(tmp_path, content):
-  (tmp_path / "config.json").write_text(content)
+  (begin(tmp_path, tiny_config()) / "config.json").write_text(content)
   with pytest.raises(UserError, match=r"is damaged|holds another run"):
     workdir.open_workdir(tmp_path, tiny_config(), create=True)
 
@@ -63,3 +76,4 @@ def test_a_failed_write_leaves_the_old_json(tmp_path):
   with pytest.raises(TypeError):
     workdir.write_json(path, {"a": object()})
   assert json.loads(path.read_text()) == {"a": 1}
+  assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
