@@ -7,4 +7,4 @@ source launch/setup.sh
 
 ruff check .
 ruff format --check .
-python -m pytest --numprocesses 2 "$@"
+python -m pytest --numprocesses auto "$@"

@@ -118,8 +118,8 @@ def example_losses(
 ) -> Float[Array, " b"]:
   """Weighted loss of each example: squared error, plus L_vlb with learn_sigma.
 
-  The hybrid objective is Nichol and Dhariwal 2021, eq. 16, with the rescaling
-  of the published DiT code (T / 1000 on the bound).
+  The hybrid objective is Nichol and Dhariwal 2021, eq. 16, with the
+  bound rescaled by T / 1000 as in that paper's code.
 
   Args:
     params: model parameters.
