@@ -174,8 +174,10 @@ def test_every_arm_trains_samples_and_is_evaluated(tmp_path, arm):
   assert (samples.shape, samples.dtype) == ((10, 8, 8, 3), np.uint8)
   assert (labels.dtype, labels.tolist()) == (np.int64, list(range(10)))
   for i, sample in enumerate(samples):
-    np.testing.assert_array_equal(Image.open(export / "png" / f"{i:06d}.png"), sample)
-  assert Image.open(export / "grid.png").size[0] == 10 * 50 - 2
+    with Image.open(export / "png" / f"{i:06d}.png") as png:
+      np.testing.assert_array_equal(png, sample)
+  with Image.open(export / "grid.png") as grid:
+    assert grid.size[0] == 10 * 50 - 2
 
 
 def test_evaluation_is_training_s_own_and_of_the_averaged_weights(undisturbed):
