@@ -17,7 +17,8 @@ def begin(path, config):
 
 def test_a_run_that_never_saved_may_be_corrected(tmp_path):
   workdir.store_config(workdir.open_workdir(tmp_path, tiny_config(), create=True), tiny_config())
-  workdir.open_workdir(tmp_path, tiny_config(training__batch_size=8), create=True)
+  corrected = tiny_config(training__batch_size=8)
+  assert workdir.open_workdir(tmp_path, corrected, create=True) == tmp_path
 
 
 def test_training_stores_the_config_and_others_find_it(tmp_path):
@@ -39,7 +40,7 @@ def test_training_stores_the_config_and_others_find_it(tmp_path):
 )
 def test_fields_that_do_not_make_another_run_may_change(tmp_path, change):
   begin(tmp_path, tiny_config())
-  workdir.open_workdir(tmp_path, tiny_config(**change), create=False)
+  assert workdir.open_workdir(tmp_path, tiny_config(**change), create=False) == tmp_path
 
 
 @pytest.mark.parametrize(
