@@ -61,6 +61,10 @@ def _manifest(items: dict[str, Any]) -> dict[str, Any]:
   }
 
 
+def _first_line(error: Exception) -> str:
+  return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
 def _host_zeros(tree: Any) -> Any:
   """A numpy tree of the same shapes: orbax restores numpy where it finds it."""
   return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
@@ -128,9 +132,8 @@ class Checkpoints:
       raise self._save_failed(error) from error
 
   def _save_failed(self, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0][:200]
     return UserError(
-      f"cannot save a checkpoint under {self.directory}: {reason}; "
+      f"cannot save a checkpoint under {self.directory}: {_first_line(error)}; "
       "free space or make it writable, then run the same command again to go on from "
       f"{'step ' + str(self.steps()[0]) if self.steps() else 'the start'}"
     )
@@ -224,12 +227,12 @@ class Checkpoints:
     try:
       restored = self._manager.restore(step, args=ocp.args.Composite(**items))
       return {name: restored[name] for name in items}
-    except OSError as error:
-      if not isinstance(error, FileNotFoundError):
-        raise  # too many open files, no permission: no reason to give the data up
+    except FileNotFoundError as error:
       raise DamagedCheckpoint(f"a file is missing: {error.filename}") from error
+    except (OSError, MemoryError):
+      raise  # too many open files, no permission: no reason to give the data up
     except Exception as error:  # orbax and tensorstore raise many kinds
-      raise DamagedCheckpoint(str(error).splitlines()[0][:200]) from error
+      raise DamagedCheckpoint(_first_line(error)) from error
 
   def _move_aside(self, step: int) -> None:
     target = self.directory.parent / "damaged_checkpoints"

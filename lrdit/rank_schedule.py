@@ -301,7 +301,8 @@ def select_layers(
     depth: number of blocks.
 
   Raises:
-    UserError: a pattern fits no layer, or more blocks are asked for than exist.
+    UserError: a pattern fits no layer, more blocks are asked for than exist, or
+      nothing is left.
   """
   for field, n in (("first_n_blocks", first_n_blocks), ("last_n_blocks", last_n_blocks)):
     if not 0 <= n <= depth:
@@ -317,18 +318,22 @@ def select_layers(
       raise UserError(
         f"rank.dense_layers entry {pattern!r} fits no layer: the layers are {', '.join(known)}"
       )
-  if not set(layer_shapes) - {n for n in layer_shapes for p in dense_layers if covered(n, p)}:
-    raise UserError("rank.dense_layers leaves no layer to factorise: use method=full for that")
   limited = first_n_blocks > 0 or last_n_blocks > 0
   chosen_blocks = {
     f"blocks_{i}" for i in range(depth) if i < first_n_blocks or i >= depth - last_n_blocks
   }
-  return [
+  chosen = [
     name
     for name in layer_shapes
     if not any(covered(name, pattern) for pattern in dense_layers)
     and (not limited or name.split("/")[0] in chosen_blocks)
   ]
+  if not chosen:
+    raise UserError(
+      "rank.dense_layers with the choice of blocks leaves no layer to factorise: use method=full "
+      "for a dense model"
+    )
+  return chosen
 
 
 def make_plan(

@@ -178,6 +178,8 @@ def test_dense_layers_by_name_prefix_and_pattern():
   assert not any("adaln" in n for n in select(dense=["blocks_*/adaln", "final_layer/adaln"]))
   with pytest.raises(UserError, match="leaves no layer to factorise"):
     select(dense=["*"])
+  with pytest.raises(UserError, match="leaves no layer to factorise"):
+    select(dense=["blocks_0"], first=1)
   with pytest.raises(UserError, match="fits no layer"):
     select(dense=["blocks_9"])
 
