@@ -10,8 +10,8 @@ from ml_collections import config_flags
 
 from lrdit.errors import UserError, as_user_error
 
-# Each is a function in the module of its name, imported only when asked for.
-MODES = ("train", "sample", "evaluate")
+# Each is a function in the module of its name, of the config and the directory of this flag.
+MODES = {"train": "workdir", "sample": "workdir", "evaluate": "workdir", "encode": "output"}
 
 
 def parse_flags(argv: list[str]) -> flags.FlagValues:
@@ -25,7 +25,8 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
     "config", None, "Config file, arguments after a colon.", values, sys_argv=argv
   )
   flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
-  flags.DEFINE_enum("mode", "train", MODES, "What to do.", flag_values=values)
+  flags.DEFINE_string("output", None, "Directory to make (encode).", flag_values=values)
+  flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", flag_values=values)
   flags.DEFINE_boolean("debug", False, "Show tracebacks.", flag_values=values)
   flags.DEFINE_boolean("help", False, "Show this help.", flag_values=values)
   try:
@@ -42,7 +43,7 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
     raise as_user_error(error) or UserError(f"{first_line} (see --help)", 2) from error
   if unparsed:
     raise UserError(f"{unparsed[0]!r} is not a flag: write --name=value", 2)
-  missing = [name for name in ("config", "workdir") if not values[name].value]
+  missing = [name for name in ("config", MODES[values.mode]) if not values[name].value]
   if missing and not values.help:
     raise UserError(f"--{missing[0]} is missing. {__doc__}", 2)
   return values
@@ -60,7 +61,7 @@ def run(argv: list[str]) -> int:
 
     progress.start_logging(values.debug)
     verb = getattr(importlib.import_module(f"lrdit.{values.mode}"), values.mode)
-    verb(builders.resolve(values.config), values.workdir)
+    verb(builders.resolve(values.config), values[MODES[values.mode]].value)
     return 0
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)

@@ -44,8 +44,17 @@ def get_default_config(method: str, variant: str) -> ConfigDict:
   data.data_dir = ""
   data.image_size = 0
   data.num_channels = 3
-  data.num_classes = 0  # 0: unconditional
-  data.flip = False
+  data.num_classes = 0  # 0: unconditional; fewer than there are: the first ones
+  data.flip = False  # mirror left to right, with probability one half
+  data.cache_gib = 4.0  # keep decoded images if a split needs at most this
+  data.skip_unreadable = False  # own files: leave out what cannot be read
+
+  config.vae = vae = ConfigDict()
+  vae.downsample_factor = 0  # 0: the model works on pixels; 8 for Stable Diffusion's
+  vae.latent_channels = 4
+  vae.path = ""  # diffusers AutoencoderKL: a directory or a safetensors file
+  vae.latents_dir = ""  # what --mode=encode wrote; training reads it
+  vae.batch_size = 32  # images in flight, over all devices
 
   config.model = model = ConfigDict()
   model.variant = variant
@@ -105,7 +114,7 @@ def get_default_config(method: str, variant: str) -> ConfigDict:
   sampling.num_steps = 50
   sampling.eta = 0.0  # noise of ddim
   sampling.guidance_scale = 1.0
-  sampling.clip_x_0 = True
+  sampling.clip_x_0 = True  # keep x_0 in [-1, 1]: pixels, not latents
   sampling.seed = 0
   sampling.labels = "balanced"  # random, or one class number
   sampling.use_ema = True

@@ -1,19 +1,37 @@
 """From a ConfigDict to objects: configs are checked here and go no further."""
 
+import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
-from lrdit import diffusion, dit, input_pipeline, optimizer, parallel, rank_schedule, timesteps
+from lrdit import (
+  diffusion,
+  dit,
+  images,
+  input_pipeline,
+  latents,
+  optimizer,
+  parallel,
+  rank_schedule,
+  sampler,
+  tfds_data,
+  timesteps,
+  vae,
+)
 from lrdit.errors import UserError
 from lrdit.sampler import Sampler, SamplerSettings
+from lrdit.sources import DataOptions, Source
 from lrdit.training_step import Objective
+
+log = logging.getLogger("lrdit")
 
 METHODS = ("full", "static", "adaptive")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -28,7 +46,7 @@ def _check_choices(config: ConfigDict) -> None:
   """Fields that take one of a few words."""
   choices = {
     "method": METHODS,
-    "data.name": tuple(input_pipeline.SOURCES),
+    "data.name": tuple(input_pipeline.LOADERS),
     "model.dtype": tuple(DTYPES),
     "rank.schedule": rank_schedule.SCHEDULES,
     "rank.match": rank_schedule.MATCHES,
@@ -57,6 +75,10 @@ RANGES = {
   "data.image_size": (1, math.inf),
   "data.num_channels": (1, math.inf),
   "data.num_classes": (0, math.inf),
+  "data.cache_gib": (0.0, math.inf),
+  "vae.downsample_factor": (0, math.inf),
+  "vae.latent_channels": (1, math.inf),
+  "vae.batch_size": (1, math.inf),
   "model.hidden_size": (0, math.inf),
   "model.depth": (0, math.inf),
   "model.num_heads": (0, math.inf),
@@ -100,10 +122,17 @@ def _check_ranges(config: ConfigDict) -> None:
 
 def _check_model(config: ConfigDict) -> None:
   """Sizes that must divide each other."""
-  model, data = config.model, config.data
-  if data.image_size % model.patch_size:
+  model, data, factor = config.model, config.data, config.vae.downsample_factor
+  if factor and data.image_size % factor:
     raise UserError(
       f"config.data.image_size={data.image_size} is not a multiple of "
+      f"config.vae.downsample_factor={factor}"
+    )
+  size = input_size(config)
+  if size % model.patch_size:
+    raise UserError(
+      f"config.data.image_size={data.image_size} "
+      f"{f'({size} latent pixels) ' if factor else ''}is not a multiple of "
       f"config.model.patch_size={model.patch_size}: choose a variant with another patch"
     )
   if model.hidden_size % model.num_heads:
@@ -139,6 +168,12 @@ def _check_sampling(config: ConfigDict) -> None:
     "sampling.eta",
     sampling.eta,
     f"is noise of ddim, and config.sampling.solver={sampling.solver!r} has none to set: use 0",
+  )
+  _require(
+    not (sampling.clip_x_0 and config.vae.downsample_factor),
+    "sampling.clip_x_0",
+    sampling.clip_x_0,
+    "would cut latents, which are not bounded by 1 as pixels are: use False",
   )
   labels = sampling.labels
   known = labels in ("balanced", "random") or (labels.isdecimal() and int(labels) < max(classes, 1))
@@ -176,41 +211,168 @@ def resolve(config: ConfigDict) -> ConfigDict:
   return config.lock()
 
 
-def make_source(config: ConfigDict, split: str) -> input_pipeline.Source:
-  """The "train" or "eval" split, checked against the config's sizes.
+def _has_vae(config: ConfigDict) -> bool:
+  return config.vae.downsample_factor > 0
+
+
+def input_size(config: ConfigDict) -> int:
+  """Height and width of what the model works on, pixels or latents."""
+  return config.data.image_size // (config.vae.downsample_factor or 1)
+
+
+def _with_classes(config: ConfigDict, source: Source) -> Source:
+  """The source restricted to the config's first classes.
 
   Raises:
-    UserError: the data has another size or other classes than the config says.
+    UserError: it has fewer classes than the config says.
+  """
+  wanted = config.data.num_classes
+  _require(
+    wanted <= source.num_classes,
+    "data.num_classes",
+    wanted,
+    f"does not fit the data {config.data.name!r}: use {source.num_classes}, fewer for the first "
+    "ones, or 0 for no labels"
+    if source.num_classes
+    else f"does not fit the data {config.data.name!r}, which has no labels: use 0",
+  )
+  if wanted in (0, source.num_classes):
+    return source
+  kept = source.first_classes(wanted)
+  _require(
+    len(kept) > 0,
+    "data.num_classes",
+    wanted,
+    f"leaves none of the {len(source)} images of a split of {config.data.name!r}: use more",
+  )
+  log.info("%d of %d images are of the first %d classes", len(kept), len(source), wanted)
+  return kept
+
+
+def make_image_source(config: ConfigDict, split: str) -> Source:
+  """The images of the "train" or "eval" split.
+
+  Raises:
+    UserError: the data is missing, or other than the config says.
+  """
+  data = config.data
+  options = DataOptions(
+    data_dir=data.data_dir,
+    image_size=data.image_size,
+    num_channels=data.num_channels,
+    cache_bytes=int(data.cache_gib * 2**30),
+    skip_unreadable=data.skip_unreadable,
+  )
+  return _with_classes(config, input_pipeline.make_source(data.name, split, options))
+
+
+def make_source(config: ConfigDict, split: str) -> Source:
+  """What the model is trained on: images, or their latents.
+
+  Raises:
+    UserError: the data is missing, or other than the config says.
+  """
+  if not _has_vae(config):
+    return make_image_source(config, split)
+  directory, data = config.vae.latents_dir, config.data
+  _require(
+    bool(directory),
+    "vae.latents_dir",
+    directory,
+    "must name the directory that --mode=encode wrote: make it by --mode=encode --output=DIR "
+    "--config.vae.path=VAE",
+  )
+  source = latents.open_latents(directory, split)
+  side = tfds_data.DATASETS[data.name].crop_size if data.name in tfds_data.DATASETS else 0
+  expected = {"name": data.name, "crop": images.crop_name(side, data.image_size)}
+  for field, value in expected.items():
+    if source.identity.get(field) != value:
+      raise UserError(
+        f"the latents under {directory} are of other images: {field} is "
+        f"{source.identity.get(field)!r} there and {value!r} here; encode again, with another "
+        "--output"
+      )
+  size, channels = input_size(config), config.vae.latent_channels
+  if source.image_shape != (size, size, channels):
+    raise UserError(
+      f"the latents under {directory} have the shape {source.image_shape}, not "
+      f"{(size, size, channels)}: set config.vae.downsample_factor and latent_channels to the VAE's"
+    )
+  if data.flip and source.images.shape[1] == 1:
+    raise UserError(
+      f"config.data.flip=True needs latents of the mirrored images, and {directory} has none: "
+      "encode again with config.data.flip=True, or train with False"
+    )
+  return _with_classes(config, source)
+
+
+def make_codec(config: ConfigDict, devices: parallel.Devices) -> vae.Codec:
+  """The VAE at `vae.path`.
+
+  Raises:
+    UserError: there is none, or it is another kind than the config says.
   """
   _require(
-    not config.data.data_dir,
-    "data.data_dir",
-    config.data.data_dir,
-    f"is not used by the data {config.data.name!r}, which needs no files: leave it empty",
+    _has_vae(config),
+    "vae.downsample_factor",
+    config.vae.downsample_factor,
+    "says that the model works on pixels: use a config with latents, or set it to the VAE's (8)",
   )
-  source = input_pipeline.make_source(config.data.name, split)
-  size, _, channels = source.image_shape
-  for field, expected in (("image_size", size), ("num_channels", channels)):
-    _require(
-      config.data[field] == expected,
-      f"data.{field}",
-      config.data[field],
-      f"does not fit the data {config.data.name!r}: use {expected}",
-    )
   _require(
-    config.data.num_classes in (0, source.num_classes),
-    "data.num_classes",
-    config.data.num_classes,
-    f"does not fit the data {config.data.name!r}: use {source.num_classes}, or 0 for no labels",
+    bool(config.vae.path),
+    "vae.path",
+    config.vae.path,
+    "must name the VAE, a diffusers directory or safetensors file (only training with "
+    "config.training.sample_every_steps=0 needs none)",
   )
-  return source
+  read = vae.read_vae(config.vae.path)
+  found = {
+    "vae.downsample_factor": read.config.downsample_factor,
+    "vae.latent_channels": read.config.latent_channels,
+    "data.num_channels": read.config.in_channels,
+  }
+  for field, value in found.items():
+    _require(
+      _get(config, field) == value, field, _get(config, field), f"does not fit the VAE: use {value}"
+    )
+  return vae.Codec(read, devices, config.vae.batch_size)
+
+
+def make_to_pixels(
+  config: ConfigDict, devices: parallel.Devices, vae_digest: str
+) -> Callable[[Float[np.ndarray, "B H W C"]], UInt8[np.ndarray, "B height width channels"]]:
+  """From what the model samples to uint8 pixels.
+
+  Args:
+    config: resolved.
+    devices: devices to decode on.
+    vae_digest: of the VAE that the run's latents were made with; "" for pixels.
+
+  Raises:
+    UserError: the VAE is missing, or another one.
+  """
+  if not _has_vae(config):
+    return sampler.to_uint8
+  codec = make_codec(config, devices)
+  _require(
+    codec.digest == vae_digest,
+    "vae.path",
+    config.vae.path,
+    f"is another VAE (digest {codec.digest[:12]}) than the one that made the latents "
+    f"({vae_digest[:12]})",
+  )
+
+  def decode(x_0: Float[np.ndarray, "B H W C"]) -> UInt8[np.ndarray, "B height width channels"]:
+    return sampler.to_uint8(codec.decode(vae.unscale_latents(codec.config, x_0)))
+
+  return decode
 
 
 def make_shape(config: ConfigDict) -> dit.DiTShape:
   """The model's sizes from a resolved config."""
   return dit.DiTShape(
-    image_size=config.data.image_size,
-    channels=config.data.num_channels,
+    image_size=input_size(config),
+    channels=config.vae.latent_channels if _has_vae(config) else config.data.num_channels,
     num_classes=config.data.num_classes,
     hidden_size=config.model.hidden_size,
     depth=config.model.depth,
@@ -298,7 +460,6 @@ def make_objective(config: ConfigDict, devices: parallel.Devices) -> Objective:
     prediction=config.diffusion.prediction,
     loss_weighting=config.diffusion.loss_weighting,
     class_dropout_rate=config.model.class_dropout_rate,
-    flip=config.data.flip,
     compute=config.rank.compute,
     batch_size=config.training.batch_size,
     num_devices=len(devices),

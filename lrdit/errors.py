@@ -36,9 +36,7 @@ def as_user_error(error: Exception) -> UserError | None:
         "and has space left"
       )
   if isinstance(error, OSError) and error.errno:
-    return UserError(
-      f"{os.strerror(error.errno)} while writing: make space or choose another --workdir"
-    )
+    return UserError(f"{os.strerror(error.errno)} while writing: make space, or write elsewhere")
   if "RESOURCE_EXHAUSTED" in str(error):
     return UserError(
       "the device is out of memory: lower config.training.batch_size or "

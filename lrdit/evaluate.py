@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import pathlib
 from typing import Any
 
@@ -13,10 +14,14 @@ from lrdit import builders, input_pipeline, metrics, parallel, training_step
 from lrdit.checkpoints import Checkpoints
 from lrdit.errors import UserError
 from lrdit.sample import load_export
+from lrdit.sources import Source
 from lrdit.train import mean_eval_loss
 from lrdit.workdir import open_workdir, write_json
 
 log = logging.getLogger("lrdit")
+
+# Beyond this an SVM on raw pixels takes hours.
+MAX_REAL_VALUES = 1 << 24
 
 
 def held_out_loss(config: ConfigDict, params: Any, devices: parallel.Devices) -> float:
@@ -70,8 +75,21 @@ def sample_quality(config: ConfigDict, step: int, directory: pathlib.Path) -> di
     raise UserError(
       f"{directory} holds one sample: a distance needs config.sampling.num_samples>=2"
     )
+  if config.vae.downsample_factor:
+    log.warning("no figures of the samples: over raw pixels they are for models on pixels")
+    return metadata
+  splits = [builders.make_source(config, split) for split in ("train", "eval")]
+  num_values = sum(len(split) for split in splits) * math.prod(splits[0].image_shape)
+  if num_values > MAX_REAL_VALUES:
+    log.warning(
+      "no figures of the samples: over raw pixels they are for small images (at most %d values "
+      "in all, here %d)",
+      MAX_REAL_VALUES,
+      num_values,
+    )
+    return metadata
   images = samples[..., : config.data.num_channels] / 127.5 - 1.0
-  train, held_out = (_read_all(builders.make_source(config, split)) for split in ("train", "eval"))
+  train, held_out = (_read_all(split) for split in splits)
   real = np.concatenate([train["image"], held_out["image"]])
   figures = {
     "pixel_frechet_distance": metrics.frechet_distance(
@@ -94,9 +112,9 @@ def _weights(config: ConfigDict) -> str:
   return "ema" if config.sampling.use_ema else "raw"
 
 
-def _read_all(source: input_pipeline.Source) -> dict[str, np.ndarray]:
+def _read_all(source: Source) -> dict[str, np.ndarray]:
   """A whole split: "image" (N, H, W, C) in [-1, 1] and "label" (N,)."""
-  return {k: v[0] for k, v in source.gather(np.arange(len(source))[None]).items()}
+  return source.gather(np.arange(len(source)), np.zeros(len(source), bool))
 
 
 def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:

@@ -1,6 +1,8 @@
-"""PNG files: grids and single images."""
+"""Images as files: decoding and cropping to a size, grids and single PNGs."""
 
+import io
 import math
+import os
 import pathlib
 
 import numpy as np
@@ -11,6 +13,82 @@ from lrdit.workdir import atomic_path
 
 MIN_TILE = 48  # pixels; smaller images are enlarged by a whole factor
 GAP = 2  # white pixels between tiles
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
+class UnreadableImage(Exception):
+  """Bytes that are no image, or only part of one."""
+
+
+def crop_name(crop_size: int, size: int) -> str:
+  """Says what `fit` does, for the records that figures are compared by."""
+  side = f"{crop_size} pixels" if crop_size else "short side"
+  return f"centre crop of the {side}, bicubic antialiased resize to {size}"
+
+
+def decode(file: bytes | os.PathLike) -> Image.Image:
+  """Decodes a whole image from its bytes or a path.
+
+  Raises:
+    UnreadableImage: it is of no known format, damaged, or cut short.
+  """
+  try:
+    image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
+    image.load()
+  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    raise UnreadableImage(str(error) or type(error).__name__) from error
+  if image.mode == "F":
+    raise UnreadableImage("its pixels are floats of unknown range")
+  if image.mode.startswith("I"):
+    image = _to_8_bits(image)
+  return image
+
+
+def fit(
+  image: Image.Image, crop_size: int, size: int, num_channels: int
+) -> UInt8[np.ndarray, "size size C"]:
+  """Brings an image of any kind to one size and RGB or grey.
+
+  Palettes and CMYK are converted, transparent pixels laid over white.
+
+  Args:
+    image: decoded.
+    crop_size: side of the centre crop; 0 for the short side.
+    size: side of the result; antialiased (bicubic) where it differs.
+    num_channels: 3, or 1 for grey.
+
+  Returns:
+    (size, size, num_channels) uint8.
+  """
+  image = _flatten(image, "L" if num_channels == 1 else "RGB")
+  width, height = image.size
+  side = min(crop_size or width, width, height)
+  if (width, height, side) != (size, size, size):
+    left, top = (width - side) // 2, (height - side) // 2
+    box = (left, top, left + side, top + side)
+    # Not resize's own `box`, which lets pixels outside it bleed in at the border.
+    image = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
+  return np.asarray(image).reshape(size, size, num_channels)
+
+
+def _flatten(image: Image.Image, mode: str) -> Image.Image:
+  """Any mode to `mode`, "L" or "RGB"."""
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+  return image.convert(mode)
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+  """16-bit grey, which PIL would clip at 255, to its upper 8 bits."""
+  values = np.asarray(image, np.int64)
+  if values.min() < 0 or values.max() >= 2**16:
+    raise UnreadableImage("its pixels are not 16-bit numbers")
+  grey = Image.fromarray((values >> 8).astype(np.uint8))
+  transparent = image.info.get("transparency")
+  if transparent is not None:
+    grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+  return grey
 
 
 def to_rgb(images: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "N H W 3"]:

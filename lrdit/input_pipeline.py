@@ -1,94 +1,76 @@
-"""Datasets and the order in which a run reads them.
+"""The order in which a run reads its data, and the threads that read ahead.
 
-A source is random access; the order is a function of (seed, position) alone,
-so any step's batch can be made without having made the ones before.
+The order and the flips are functions of (seed, step, global index) alone, so any
+step's batch can be made without having made the ones before, by any process.
 
 Axes: N examples, H W image, C channels, n devices, b local batch.
 """
 
-import dataclasses
+import collections
+import concurrent.futures
 import functools
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Bool, Int
 
+from lrdit import image_files, sources, tfds_data
 from lrdit.errors import UserError
+from lrdit.sources import DataOptions, Source
 
-EVAL_EVERY = 6  # of the digits, every sixth is held out
+# Reading is spread over at most this many threads, each making a batch: the
+# decoders let go of the interpreter's lock, the rest of the work does not.
+MAX_THREADS = 16
 
+LOADERS: dict[str, Callable[[str, DataOptions], Source]] = {
+  "digits": sources.load_digits,
+  **{name: functools.partial(tfds_data.load_tfds, d) for name, d in tfds_data.DATASETS.items()},
+  "folder": image_files.load_folder,
+  "npz": image_files.load_npz,
+}
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Source:
-  """A split of a dataset.
-
-  Attributes:
-    images: (N, H, W, C) uint8 in [0, 255] or float32 in [-1, 1]; anything that
-      takes an index array, memory-mapped ones included.
-    labels: (N,) int32.
-    num_classes: classes the labels count.
-  """
-
-  images: Shaped[np.ndarray, "N H W C"]
-  labels: Int[np.ndarray, " N"]
-  num_classes: int
-
-  def __len__(self) -> int:
-    return len(self.images)
-
-  @property
-  def image_shape(self) -> tuple[int, int, int]:
-    """(H, W, C)."""
-    return tuple(self.images.shape[1:])
-
-  def gather(self, index: Int[np.ndarray, "n b"]) -> dict[str, np.ndarray]:
-    """ "image" float32 in [-1, 1] and "label" int32, shaped like `index`."""
-    images = self.images[index.reshape(-1)]
-    if images.dtype == np.uint8:
-      images = images.astype(np.float32) / 127.5 - 1.0
-    return {
-      "image": images.reshape(*index.shape, *self.image_shape),
-      "label": self.labels[index.reshape(-1)].reshape(index.shape),
-    }
+# Keeps the draws of flips apart from those of orders.
+_ORDER_STREAM, _FLIP_STREAM = 0, 1
 
 
-def load_digits(split: str) -> Source:
-  """scikit-learn's 1,797 handwritten digits, 8x8 grey, 10 classes.
-
-  Args:
-    split: "train" (1,498) or "eval" (299, every sixth scan).
-
-  Returns:
-    float32 images in [-1, 1] (17 grey levels).
-  """
-  from sklearn import datasets  # slow to import, and only needed here
-
-  digits = datasets.load_digits()
-  held_out = np.arange(len(digits.target)) % EVAL_EVERY == EVAL_EVERY - 1
-  keep = held_out if split == "eval" else ~held_out
-  images = (digits.images[keep, :, :, None] / 8.0 - 1.0).astype(np.float32)
-  return Source(images, digits.target[keep].astype(np.int32), 10)
-
-
-SOURCES: dict[str, Callable[[str], Source]] = {"digits": load_digits}
-
-
-def make_source(name: str, split: str) -> Source:
+def make_source(name: str, split: str, options: DataOptions) -> Source:
   """The split of a dataset by its `data.name`.
 
+  Args:
+    name: one of `LOADERS`.
+    split: "train" or "eval".
+    options: how to read it.
+
   Raises:
-    UserError: unknown name.
+    UserError: unknown name, or data that is missing or damaged.
   """
-  if name not in SOURCES:
-    raise UserError(f"data.name={name!r} is unknown: use one of {', '.join(SOURCES)}")
-  return SOURCES[name](split)
+  if name not in LOADERS:
+    raise UserError(f"data.name={name!r} is unknown: use one of {', '.join(LOADERS)}")
+  return LOADERS[name](split, options)
+
+
+def _generator(seed: int, stream: int, number: int) -> np.random.Generator:
+  return np.random.Generator(np.random.Philox(key=[seed + (stream << 32), number]))
 
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, num_examples: int) -> Int[np.ndarray, " N"]:
   """The permutation in which an epoch reads the examples: (num_examples,)."""
-  bits = np.random.Philox(key=[seed, epoch])
-  return np.random.Generator(bits).permutation(num_examples)
+  return _generator(seed, _ORDER_STREAM, epoch).permutation(num_examples)
+
+
+def flips(seed: int, step: int, slots: Int[np.ndarray, "*shape"]) -> Bool[np.ndarray, "*shape"]:
+  """Which examples of a step are mirrored, each with probability one half.
+
+  Args:
+    seed: the run's seed.
+    step: the step.
+    slots: global example indices, any shape.
+  """
+  draws = _generator(seed, _FLIP_STREAM, step).random(int(slots.max()) + 1)
+  return draws[slots] < 0.5
 
 
 def example_index(
@@ -111,25 +93,62 @@ def example_index(
   return index
 
 
+def _gather(
+  source: Source, index: Int[np.ndarray, "n b"], flip: Bool[np.ndarray, "n b"]
+) -> dict[str, Any]:
+  """`Source.gather` with a leading device axis."""
+  flat = source.gather(index.reshape(-1), flip.reshape(-1))
+  return {name: rows.reshape(*index.shape, *rows.shape[1:]) for name, rows in flat.items()}
+
+
+def read_ahead(make: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
+  """`make(i)` for each number in order, computed by threads before it is asked for.
+
+  What `make` raises is raised here, in its turn. Closing the iterator, or
+  leaving it to be collected, ends the threads.
+  """
+  num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+  with concurrent.futures.ThreadPoolExecutor(num_threads, "read_ahead") as pool:
+    pending: collections.deque[concurrent.futures.Future] = collections.deque()
+    try:
+      for number in numbers:
+        pending.append(pool.submit(make, number))
+        if len(pending) > 2 * num_threads:
+          yield pending.popleft().result()
+      while pending:
+        yield pending.popleft().result()
+    finally:
+      pool.shutdown(wait=False, cancel_futures=True)
+
+
 def train_batches(
-  source: Source, seed: int, slots: Int[np.ndarray, "n b"], batch_size: int, first_step: int
+  source: Source,
+  seed: int,
+  slots: Int[np.ndarray, "n b"],
+  batch_size: int,
+  steps: range,
+  flip: bool,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Endless training batches from `first_step` on.
+  """The training batches of some steps.
 
   Args:
     source: the training split.
     seed: the run's seed.
     slots: (n, b) global example index of every local slot.
     batch_size: global batch B.
-    first_step: step of the first batch.
+    steps: the steps whose batches are wanted.
+    flip: mirror each image left to right with probability one half.
 
   Yields:
-    "image" (n, b, H, W, C) float32 and "label" (n, b) int32.
+    what `Source.gather` gives, with the axes (n, b) in front.
   """
-  step = first_step
-  while True:
-    yield source.gather(example_index(seed, step * batch_size + slots, len(source)))
-    step += 1
+
+  def make(step: int) -> dict[str, np.ndarray]:
+    index = example_index(seed, step * batch_size + slots, len(source))
+    mirrored = flips(seed, step, slots) if flip else np.zeros(slots.shape, bool)
+    return _gather(source, index, mirrored)
+
+  return read_ahead(make, steps)
 
 
 def eval_batches(
@@ -143,8 +162,11 @@ def eval_batches(
   Yields:
     as `train_batches`, plus "weight" (n, b) float32, 0 for padding.
   """
-  for start in range(0, len(source), batch_size):
+
+  def make(start: int) -> dict[str, np.ndarray]:
     count = min(batch_size, len(source) - start)
     offset, remainder = np.divmod(slots * count, batch_size)
-    batch = source.gather(start + offset)
-    yield batch | {"weight": (remainder < count).astype(np.float32)}
+    batch = _gather(source, start + offset, np.zeros(slots.shape, bool))
+    return batch | {"weight": (remainder < count).astype(np.float32)}
+
+  return read_ahead(make, range(0, len(source), batch_size))

@@ -16,7 +16,7 @@ from lrdit import builders, images, parallel, sampler
 from lrdit.checkpoints import Checkpoints
 from lrdit.errors import UserError
 from lrdit.progress import make_bar
-from lrdit.workdir import atomic_path, open_workdir, write_json
+from lrdit.workdir import atomic_path, open_workdir, read_data, write_json
 
 log = logging.getLogger("lrdit")
 
@@ -108,6 +108,8 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
     builders.params_template(config), config.sampling.use_ema
   )
   checkpoints.close()
+  vae_digest = read_data(path)["train"]["vae"] if config.vae.downsample_factor else ""
+  to_pixels = builders.make_to_pixels(config, devices, vae_digest)
   directory = path / "samples" / config.sampling.name
   directory.mkdir(parents=True, exist_ok=True)
   # What an earlier export left would not fit; the metadata is written last, so
@@ -118,7 +120,7 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
   start = time.perf_counter()
   with make_bar(config.sampling.num_samples, 0, "image") as bar:
     for batch in drawn.sample(params, labels, config.sampling.num_samples):
-      batches.append(sampler.to_uint8(batch))
+      batches.append(to_pixels(batch))
       bar.update(len(batch))
   seconds = time.perf_counter() - start
   write_export(directory, np.concatenate(batches), labels, config.sampling.png_files)

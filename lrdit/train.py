@@ -1,5 +1,6 @@
 """Trains a model, or goes on training it from its newest checkpoint."""
 
+import contextlib
 import functools
 import logging
 import signal
@@ -18,7 +19,7 @@ from lrdit.errors import UserError
 from lrdit.metric_writer import MetricWriter
 from lrdit.progress import log_to_file, make_bar
 from lrdit.train_state import NEVER, TrainState, WindowMetrics, create_train_state
-from lrdit.workdir import open_workdir, store_config
+from lrdit.workdir import check_data, open_workdir, store_config
 
 log = logging.getLogger("lrdit")
 
@@ -89,6 +90,7 @@ class Trainer:
     self.optimizer, self.learning_rate = builders.make_optimizer(config)
     grid_batch = -(-GRID_ROWS * GRID_COLUMNS // len(devices)) * len(devices)
     self.grid_sampler = builders.make_sampler(config, devices, grid_batch)
+    self.to_pixels = self._make_to_pixels()
     self.slots = parallel.batch_slots(config.training.batch_size, devices)
     self.key = jax.random.key(config.seed)
     step = functools.partial(
@@ -104,8 +106,16 @@ class Trainer:
     self.train_step = parallel.pmap(step, devices, donate_argnums=(0,))
     self.eval_step = parallel.pmap(evaluation, devices)
     self.workdir = open_workdir(workdir, config, create=True)
+    check_data(self.workdir, {"train": self.source.identity, "eval": self.eval_source.identity})
     (self.workdir / "samples").mkdir(exist_ok=True)
     self.checkpoints = Checkpoints(self.workdir, config.checkpoint.keep)
+
+  def _make_to_pixels(self) -> Any:
+    """What turns samples into pixels, where grids are wanted."""
+    if not self.config.training.sample_every_steps:
+      return None
+    vae_digest = self.source.identity.get("vae", "")
+    return builders.make_to_pixels(self.config, self.devices, vae_digest)
 
   def initial_state(self) -> TrainState:
     """The newest checkpoint's state, on the host, or a fresh one."""
@@ -140,6 +150,13 @@ class Trainer:
       + "Lower config.optimizer.learning_rate or raise config.optimizer.warmup_steps"
     )
 
+  def batches(self, steps: range) -> Iterator[dict[str, np.ndarray]]:
+    """The training batches of some steps, read ahead."""
+    config = self.config
+    return input_pipeline.train_batches(
+      self.source, config.seed, self.slots, config.training.batch_size, steps, config.data.flip
+    )
+
   def eval_loss(self, state: TrainState) -> float:
     """Mean held-out loss of the averaged weights; the same draws every time."""
     batches = input_pipeline.eval_batches(
@@ -155,7 +172,7 @@ class Trainer:
     params = parallel.unreplicate(state.ema_params)
     batch = np.concatenate(list(self.grid_sampler.sample(params, labels, count)))
     path = self.workdir / "samples" / f"step_{step:08d}.png"
-    images.write_grid(path, sampler.to_uint8(batch), GRID_COLUMNS)
+    images.write_grid(path, self.to_pixels(batch), GRID_COLUMNS)
 
   def window_scalars(self, window: WindowMetrics, step: int, watch: Stopwatch) -> dict[str, float]:
     """Means since the last line, and the speed where a step was timed."""
@@ -238,11 +255,9 @@ def run_steps(
   At most two steps are in flight: the one before is waited for.
   """
   step, last = first_step, trainer.config.training.num_steps
-  batches = input_pipeline.train_batches(
-    trainer.source, trainer.config.seed, trainer.slots, trainer.config.training.batch_size, step
-  )
+  batches = trainer.batches(range(step, last))
   watch, before = Stopwatch(), None
-  with make_bar(last, step, "step") as bar:
+  with contextlib.closing(batches), make_bar(last, step, "step") as bar:
     while step < last and not stop.signal_name:
       state, non_finite_step = trainer.train_step(state, next(batches), trainer.key)
       step += 1

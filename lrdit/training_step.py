@@ -33,7 +33,6 @@ class Objective:
     prediction: one of `diffusion.PREDICTIONS`.
     loss_weighting: one of `diffusion.LOSS_WEIGHTINGS`.
     class_dropout_rate: probability of replacing a label by the null class.
-    flip: mirror each image left to right with probability one half.
     compute: one of `timesteps.COMPUTES`.
     batch_size: global batch B.
     num_devices: devices the batch is spread over.
@@ -44,14 +43,13 @@ class Objective:
   prediction: str
   loss_weighting: str
   class_dropout_rate: float
-  flip: bool
   compute: str
   batch_size: int
   num_devices: int
 
   def without_augmentation(self) -> "Objective":
-    """The same objective on the examples as they are, for evaluation."""
-    return dataclasses.replace(self, class_dropout_rate=0.0, flip=False)
+    """The same objective with every label kept, for evaluation."""
+    return dataclasses.replace(self, class_dropout_rate=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +60,13 @@ class Draws:
     t: (b,) int32.
     eps: (b, H, W, C) float32 standard normal.
     drop: (b,) bool, label replaced by the null class.
-    flip: (b,) bool.
+    posterior_noise: (b, H, W, C) float32 standard normal, for latents.
   """
 
   t: Int[Array, " b"]
   eps: Float[Array, "b H W C"]
   drop: Bool[Array, " b"]
-  flip: Bool[Array, " b"]
+  posterior_noise: Float[Array, "b H W C"]
 
 
 def draw(
@@ -87,14 +85,15 @@ def draw(
   """
   keys = jax.vmap(lambda j: jax.random.split(jax.random.fold_in(key, j), 4))(index)
   uniform = jax.vmap(jax.random.uniform)
+  normal = jax.vmap(lambda k: jax.random.normal(k, image_shape))
   num_train_timesteps = len(objective.alphas_cumprod)
   return Draws(
     t=timesteps.stratified_timesteps(
       uniform(keys[:, 0]), index, objective.batch_size, num_train_timesteps
     ),
-    eps=jax.vmap(lambda k: jax.random.normal(k, image_shape))(keys[:, 1]),
+    eps=normal(keys[:, 1]),
     drop=uniform(keys[:, 2]) < objective.class_dropout_rate,
-    flip=uniform(keys[:, 3]) < 0.5,
+    posterior_noise=normal(keys[:, 3]),
   )
 
 
@@ -174,7 +173,8 @@ def batch_losses(
     params: model parameters.
     objective: what is trained.
     key: key of the step.
-    batch: "image" (b, H, W, C) float32 in [-1, 1] and "label" (b,) int32.
+    batch: "image" (b, H, W, C) float32 and "label" (b,) int32; where the images
+      are the means of latents, also "std" (b, H, W, C), and x_0 is drawn.
 
   Returns:
     (b,) float32. Runs under an axis named `AXIS`.
@@ -182,8 +182,8 @@ def batch_losses(
   x_0, y = batch["image"], batch["label"]
   index = timesteps.global_index(jax.lax.axis_index(AXIS), x_0.shape[0], objective.num_devices)
   draws = draw(key, index, x_0.shape[1:], objective)
-  if objective.flip:
-    x_0 = jnp.where(draws.flip[:, None, None, None], x_0[:, :, ::-1], x_0)
+  if "std" in batch:
+    x_0 = x_0 + batch["std"] * draws.posterior_noise
   num_classes = objective.model.shape.num_classes
   y = jnp.where(draws.drop, num_classes, y) if num_classes else None
   return example_losses(params, objective, x_0, y, draws)
@@ -203,7 +203,7 @@ def train_step(
 
   Args:
     state: replicated state.
-    batch: this device's share: "image" (b, H, W, C) and "label" (b,).
+    batch: this device's share, as in `batch_losses`.
     key: the run's key, the same on every device.
     objective: what is trained.
     optimizer: the optax chain.

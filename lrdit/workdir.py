@@ -12,7 +12,15 @@ from ml_collections import ConfigDict
 from lrdit.errors import UserError
 
 # A mode may differ from the workdir's config only in these...
-FREE_FIELDS = ("sampling", "checkpoint", "data.data_dir")
+FREE_FIELDS = (
+  "sampling",
+  "checkpoint",
+  "data.data_dir",
+  "data.cache_gib",
+  "vae.path",
+  "vae.latents_dir",
+  "vae.batch_size",
+)
 # ...and training may be prolonged or watched differently as well.
 FREE_IN_TRAINING = (
   "training.num_steps",
@@ -51,17 +59,19 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-  """ "field: stored value, not given value" of fields that must agree."""
+def _changes(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+  """ "field: stored value, not given value" of fields that differ."""
   ours, theirs = _flatten(ours), _flatten(theirs)
   return [
     f"{field} ({theirs.get(field)!r} there, {ours.get(field)!r} asked for)"
     for field in sorted(ours.keys() | theirs.keys())
     if ours.get(field) != theirs.get(field)
-    and not any(
-      field == free or field.startswith(free + ".") for free in FREE_FIELDS + FREE_IN_TRAINING
-    )
   ]
+
+
+def _is_free(change: str) -> bool:
+  field = change.split(" ")[0]
+  return any(f == field or field.startswith(f + ".") for f in FREE_FIELDS + FREE_IN_TRAINING)
 
 
 def open_workdir(path: str, config: ConfigDict, create: bool) -> pathlib.Path:
@@ -100,10 +110,45 @@ def store_config(workdir: pathlib.Path, config: ConfigDict) -> None:
   write_json(workdir / "config.json", config.to_dict())
 
 
+def check_data(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
+  """Keeps a run to the data it began with.
+
+  Args:
+    workdir: of the run.
+    identity: what its splits are made from, as JSON.
+
+  Raises:
+    UserError: checkpoints are there, and were trained on other data.
+  """
+  path = workdir / "data.json"
+  begun = any((workdir / "checkpoints").glob("[0-9]*"))
+  if begun and path.exists() and (stored := read_data(workdir)) != identity:
+    raise UserError(
+      f"{workdir} holds a run on other data: {'; '.join(_changes(identity, stored))}. Use "
+      "another --workdir, or the data of that run"
+    )
+  write_json(path, identity)
+
+
+def read_data(workdir: pathlib.Path) -> dict[str, Any]:
+  """What `check_data` stored.
+
+  Raises:
+    UserError: it is missing or damaged.
+  """
+  path = workdir / "data.json"
+  try:
+    return json.loads(path.read_text())
+  except (FileNotFoundError, ValueError) as error:
+    raise UserError(
+      f"{path} is missing or damaged: run --mode=train with the same --workdir, which writes it"
+    ) from error
+
+
 def _check_same_run(stored: pathlib.Path, config: ConfigDict) -> None:
   try:
     theirs = json.loads(stored.read_text())
-    differences = _differences(config.to_dict(), theirs)
+    differences = [c for c in _changes(config.to_dict(), theirs) if not _is_free(c)]
   except (ValueError, AttributeError) as error:
     raise UserError(
       f"{stored} is damaged ({error}): restore it, or use another --workdir"

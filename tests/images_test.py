@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -35,3 +37,89 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
   with pytest.raises((TypeError, ValueError)):
     images.write_png(target, np.zeros((2, 2, 7), np.uint8))
   assert target.read_bytes() == before
+
+
+def encoded(image, kind, **options):
+  buffer = io.BytesIO()
+  image.save(buffer, kind, **options)
+  return buffer.getvalue()
+
+
+def pixels(seed, *shape):
+  return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+
+
+def test_a_colour_key_is_laid_over_white():
+  array = pixels(0, 8, 8, 3)
+  array[2:4, 1:5] = key = (10, 20, 30)
+  file = encoded(Image.fromarray(array), "PNG", transparency=key)
+  got = images.fit(images.decode(file), 0, 8, 3)
+  array[2:4, 1:5] = 255
+  np.testing.assert_array_equal(got, array)
+
+
+def test_16_bit_grey_is_read_by_its_upper_byte():
+  values = np.arange(0, 2**16, 1024, np.uint16).reshape(8, 8) + 77
+  image = Image.fromarray(values)
+  assert image.mode == "I;16"
+  got = images.fit(images.decode(encoded(image, "PNG")), 0, 8, 1)
+  np.testing.assert_array_equal(got[..., 0], values >> 8)
+  # The key is one of 65,536 values: its neighbours of the same upper byte stay.
+  values[0, :2] = 40_000, 40_001
+  file = encoded(Image.fromarray(values), "PNG", transparency=40_000)
+  expected = values >> 8
+  expected[0, 0] = 255
+  got = images.fit(images.decode(file), 0, 8, 3)
+  np.testing.assert_array_equal(got, np.repeat(expected[..., None], 3, axis=-1))
+
+
+@pytest.mark.parametrize(
+  ("extreme", "message"), [(2**16, "not 16-bit"), (-1, "not 16-bit"), (0.5, "floats")]
+)
+def test_pixels_of_unknown_range_are_refused(extreme, message):
+  values = np.full((4, 4), 100, np.float32 if isinstance(extreme, float) else np.int32)
+  values[1, 2] = extreme
+  with pytest.raises(images.UnreadableImage, match=message):
+    images.decode(encoded(Image.fromarray(values), "TIFF"))
+
+
+def test_32_bit_grey_of_16_bit_values_is_read():
+  values = np.array([[0, 255], [256, 2**16 - 1]], np.int32)
+  got = images.fit(images.decode(encoded(Image.fromarray(values), "TIFF")), 0, 2, 1)
+  assert got[..., 0].tolist() == [[0, 0], [1, 255]]
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 31), (31, 20), (9, 8)])
+def test_a_crop_of_the_asked_size_is_the_exact_centre(height, width):
+  array = pixels(1, height, width, 3)
+  top, left = (height - 8) // 2, (width - 8) // 2
+  got = images.fit(Image.fromarray(array), 8, 8, 3)
+  np.testing.assert_array_equal(got, array[top : top + 8, left : left + 8])
+  assert got.dtype == np.uint8
+
+
+def test_what_the_crop_leaves_out_does_not_show_at_its_border():
+  array = np.zeros((40, 30, 3), np.uint8)
+  array[5:35] = 255
+  for size in (7, 16, 45):
+    assert (images.fit(Image.fromarray(array), 0, size, 3) == 255).all()
+
+
+def test_a_crop_larger_than_the_image_takes_the_short_side():
+  array = pixels(2, 12, 10, 3)
+  got = images.fit(Image.fromarray(array), 178, 6, 3)
+  np.testing.assert_array_equal(got, images.fit(Image.fromarray(array), 0, 6, 3))
+
+
+def test_the_crop_is_named_for_the_records():
+  assert images.crop_name(178, 128).startswith("centre crop of the 178 pixels, bicubic")
+  assert images.crop_name(0, 64) == (
+    "centre crop of the short side, bicubic antialiased resize to 64"
+  )
+
+
+def test_half_an_image_and_no_image_are_refused():
+  file = encoded(Image.fromarray(pixels(3, 32, 32, 3)), "PNG")
+  for damaged in (file[: len(file) // 2], b"", b"not an image"):
+    with pytest.raises(images.UnreadableImage):
+      images.decode(damaged)

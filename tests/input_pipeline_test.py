@@ -1,4 +1,6 @@
 import itertools
+import threading
+import time
 
 import jax
 import numpy as np
@@ -6,10 +8,18 @@ import pytest
 
 from lrdit import input_pipeline, parallel
 from lrdit.errors import UserError
+from lrdit.sources import DataOptions
+
+
+def load_digits(split):
+  options = DataOptions(
+    data_dir="", image_size=8, num_channels=1, cache_bytes=0, skip_unreadable=False
+  )
+  return input_pipeline.make_source("digits", split, options)
 
 
 def test_digits_are_split_without_overlap():
-  train, held_out = (input_pipeline.make_source("digits", s) for s in ("train", "eval"))
+  train, held_out = (load_digits(s) for s in ("train", "eval"))
   assert (len(train), len(held_out)) == (1498, 299)
   assert train.image_shape == (8, 8, 1)
   rows = {image.tobytes() for image in train.images}
@@ -24,6 +34,8 @@ def test_digits_are_split_without_overlap():
     assert source.images.min() == -1
     assert source.images.max() == 1
     assert set(source.labels) == set(range(10))
+  assert held_out.identity == {"name": "digits", "split": "eval", "num_examples": 299}
+  assert train.identity == {"name": "digits", "split": "train", "num_examples": 1498}
 
 
 def test_every_epoch_reads_every_example_once_in_its_own_order():
@@ -45,36 +57,38 @@ def test_order_depends_on_position_alone():
 
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
 def test_a_resumed_run_on_any_devices_reads_the_same_batches(num_devices):
-  source = input_pipeline.make_source("digits", "train")
+  source = load_digits("train")
   devices = jax.devices()[:num_devices]
 
-  def batches(first_step, devices):
+  def batches(steps, devices):
     slots = parallel.batch_slots(16, devices)
-    stream = input_pipeline.train_batches(source, 0, slots, 16, first_step)
+    stream = input_pipeline.train_batches(source, 0, slots, 16, steps, flip=True)
     order = np.argsort(slots.reshape(-1))
-    for batch in itertools.islice(stream, 3):
+    for batch in stream:
       images = batch["image"]
       assert images.shape == (len(devices), 16 // len(devices), 8, 8, 1)
       yield images.reshape(16, 8, 8, 1)[order], batch["label"].reshape(16)[order]
 
-  expected = list(batches(98, jax.devices()[:1]))
-  for (a, la), (b, lb) in zip(batches(98, devices), expected, strict=True):
+  # An epoch ends at step 93; a run from the start and one resumed at step 92.
+  expected = itertools.islice(batches(range(97), jax.devices()[:1]), 92, None)
+  for (a, la), (b, lb) in zip(batches(range(92, 97), devices), expected, strict=True):
     np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(la, lb)
 
 
 def test_positions_beyond_32_bits_are_read():
-  source = input_pipeline.make_source("digits", "train")
+  source = load_digits("train")
   step = 2**31 // 16 + 5
   slots = parallel.batch_slots(16, jax.devices())
-  batch = next(input_pipeline.train_batches(source, 0, slots, 16, step))
-  expected = source.gather(input_pipeline.example_index(0, step * 16 + slots, len(source)))
-  np.testing.assert_array_equal(batch["image"], expected["image"])
+  steps = range(step, step + 1)
+  (batch,) = input_pipeline.train_batches(source, 0, slots, 16, steps, flip=False)
+  index = input_pipeline.example_index(0, step * 16 + slots, len(source))
+  np.testing.assert_array_equal(batch["image"], source.images[index])
   assert slots.dtype == np.int64
 
 
 def test_evaluation_reads_each_example_once():
-  source = input_pipeline.make_source("digits", "eval")
+  source = load_digits("eval")
   slots = parallel.batch_slots(128, jax.devices())
   total, seen, last = 0.0, [], None
   for batch in input_pipeline.eval_batches(source, slots, 128):
@@ -90,14 +104,102 @@ def test_evaluation_reads_each_example_once():
   assert sorted(seen) == sorted(image.tobytes() for image in source.images)
 
 
-def test_bytes_are_scaled_to_minus_one_to_one():
-  images = np.array([0, 255], np.uint8).reshape(2, 1, 1, 1)
-  source = input_pipeline.Source(images, np.zeros(2, np.int32), 1)
-  batch = source.gather(np.array([[1, 0]]))
-  assert batch["image"].dtype == np.float32
-  assert batch["image"].reshape(-1).tolist() == [1.0, -1.0]
+def test_flips_depend_on_seed_step_and_global_index_alone():
+  whole = input_pipeline.flips(3, 11, np.arange(64))
+  for devices in (jax.devices()[:2], jax.devices()):
+    slots = parallel.batch_slots(64, devices)
+    np.testing.assert_array_equal(input_pipeline.flips(3, 11, slots), whole[slots])
+    for local in slots:  # as a process of its own would hold them
+      np.testing.assert_array_equal(input_pipeline.flips(3, 11, local), whole[local])
+  assert (input_pipeline.flips(3, 12, np.arange(64)) != whole).any()
+  assert (input_pipeline.flips(4, 11, np.arange(64)) != whole).any()
+
+
+def test_half_of_the_images_are_mirrored_at_every_slot():
+  drawn = np.stack([input_pipeline.flips(0, step, np.arange(16)) for step in range(2000)])
+  # Six standard deviations.
+  assert abs(drawn.mean() - 0.5) < 6 * 0.5 / 32_000**0.5
+  assert (abs(drawn.mean(axis=0) - 0.5) < 6 * 0.5 / 2000**0.5).all()
+  # Independent from slot to slot and from step to step.
+  for a, b in ((drawn[:, 1:], drawn[:, :-1]), (drawn[1:], drawn[:-1])):
+    assert abs((a == b).mean() - 0.5) < 6 * 0.5 / 30_000**0.5
+
+
+def test_flips_are_not_the_draws_of_the_order():
+  for seed in (0, 1):
+    flips = [input_pipeline.flips(seed, number, np.arange(64)) for number in range(2)]
+    order_stream, flip_stream = (
+      [input_pipeline._generator(seed, stream, number).random(64) < 0.5 for number in range(2)]
+      for stream in (input_pipeline._ORDER_STREAM, input_pipeline._FLIP_STREAM)
+    )
+    np.testing.assert_array_equal(flips, flip_stream)
+    assert (np.asarray(flips) != order_stream).any(axis=1).all()
+
+
+def test_mirroring_changes_neither_order_nor_labels_and_happens_only_when_asked():
+  source = load_digits("train")
+  slots = parallel.batch_slots(16, jax.devices())
+
+  def batches(flip):
+    return list(input_pipeline.train_batches(source, 5, slots, 16, range(7, 13), flip))
+
+  for step, plain, mirrored in zip(range(7, 13), batches(False), batches(True), strict=True):
+    index = input_pipeline.example_index(5, step * 16 + slots, len(source))
+    np.testing.assert_array_equal(plain["image"], source.images[index])
+    np.testing.assert_array_equal(plain["label"], source.labels[index])
+    np.testing.assert_array_equal(mirrored["label"], plain["label"])
+    flip = input_pipeline.flips(5, step, slots)
+    assert 0 < flip.sum() < 16
+    plain["image"][flip] = plain["image"][flip][:, :, ::-1]
+    np.testing.assert_array_equal(mirrored["image"], plain["image"])
+
+
+def test_reading_ahead_keeps_the_order():
+  def make(number):
+    time.sleep(0.01 if number % 3 == 0 else 0)  # later ones are ready first
+    return number
+
+  assert list(input_pipeline.read_ahead(make, range(5, 60))) == list(range(5, 60))
+  assert list(input_pipeline.read_ahead(make, range(0))) == []
+
+
+def test_what_fails_ahead_is_raised_in_its_turn():
+  def make(number):
+    if number == 2:
+      raise UserError("number 2 is damaged")
+    return number
+
+  stream = input_pipeline.read_ahead(make, itertools.count())
+  assert [next(stream), next(stream)] == [0, 1]
+  with pytest.raises(UserError, match="number 2 is damaged"):
+    next(stream)
+  with pytest.raises(StopIteration):
+    next(stream)
+
+
+def test_closing_the_stream_ends_its_threads():
+  made, threads = [], set()
+
+  def make(number):
+    threads.add(threading.current_thread())
+    made.append(number)
+    time.sleep(0.002)
+    return number
+
+  stream = input_pipeline.read_ahead(make, itertools.count())
+  assert [next(stream) for _ in range(3)] == [0, 1, 2]
+  # Ahead, and not without bound.
+  bound = 3 + 2 * input_pipeline.MAX_THREADS + 1
+  assert threading.current_thread() not in threads
+  stream.close()
+  for thread in threads:
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+  assert len(made) <= bound
 
 
 def test_an_unknown_dataset_is_refused():
-  with pytest.raises(UserError, match="unknown: use one of digits"):
-    input_pipeline.make_source("mnist", "train")
+  options = DataOptions("", 8, 1, 0, False)
+  message = "unknown: use one of digits, cifar10, celeb_a, imagenet2012, folder, npz$"
+  with pytest.raises(UserError, match=message):
+    input_pipeline.make_source("mnist", "train", options)

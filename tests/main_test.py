@@ -14,6 +14,8 @@ from tests import tiny
 
 DIGITS = "--config=configs/digits.py"
 
+NO_IMAGENET = ("--config.data.data_dir=/nowhere", "--config.sampling.clip_x_0=True")
+
 # id: (flags after those of a tiny run, exit status, words of the message).
 BAD_INPUTS = {
   "unknown field": (["--config.model.width=3"], 2, "--config.model.width=3: no such config field"),
@@ -57,7 +59,11 @@ BAD_INPUTS = {
   "image of another size": (["--config.data.image_size=16"], 1, "data.image_size=16 does not fit"),
   "directory nobody reads": (["--config.data.data_dir=x"], 1, "data.data_dir='x' is not used"),
   "odd image size": (["--config.data.image_size=7"], 1, "image_size=7 is not a multiple of"),
-  "other number of classes": (["--config.data.num_classes=7"], 1, "data.num_classes=7 does not"),
+  "more classes than there are": (
+    ["--config.data.num_classes=11"],
+    1,
+    "data.num_classes=11 does not",
+  ),
   "other channels": (["--config.data.num_channels=3"], 1, "data.num_channels=3 does not fit"),
   "patch that does not divide": (["--config.model.patch_size=3"], 1, "not a multiple of"),
   "heads that do not divide": (
@@ -113,6 +119,50 @@ BAD_INPUTS = {
   "unknown label rule": (["--config.sampling.labels=all"], 1, "use balanced, random or 0 to 9"),
   "name with a slash": (["--config.sampling.name=../x"], 1, "must be the name of a directory"),
   "sampling before training": (["--mode=sample"], 1, "is not the workdir of a run"),
+  "latents of no VAE": (["--mode=encode", "--output=x"], 1, "vae.downsample_factor=0 says that"),
+  "nowhere to encode to": (["--mode=encode"], 2, "--output is missing"),
+  "encoding without a VAE": (
+    ["--config=configs/celeba.py", "--mode=encode", "--output=x"],
+    1,
+    "config.vae.path='' must name the VAE",
+  ),
+  "training on no latents": (
+    ["--config=configs/celeba.py"],
+    1,
+    "config.vae.latents_dir=''",
+  ),
+  "latents cut to pixels": (
+    ["--config=configs/celeba.py", "--config.sampling.clip_x_0=True"],
+    1,
+    "sampling.clip_x_0=True would cut latents",
+  ),
+  "image that the VAE does not divide": (
+    ["--config=configs/celeba.py", "--config.data.image_size=100"],
+    1,
+    "data.image_size=100 is not a multiple of config.vae.downsample_factor=8",
+  ),
+  "latents that the patch does not divide": (
+    ["--config=configs/celeba.py", "--config.data.image_size=24"],
+    1,
+    "(3 latent pixels) is not a multiple of",
+  ),
+  "no CIFAR-10": (
+    ["--config=configs/cifar10.py", "--config.data.data_dir=/nowhere"],
+    1,
+    "tfds.builder('cifar10', data_dir='/nowhere', file_format='array_record').download_and",
+  ),
+  "no ImageNet": (
+    ["--config=configs/imagenet128.py", "--config.vae.downsample_factor=0", *NO_IMAGENET],
+    1,
+    "put ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar (both from",
+  ),
+  "classes out of range": (["--config=configs/imagenet128.py:classes=0"], 2, "classes=0 must be"),
+  "own images nowhere": (
+    ["--config=configs/cifar10.py", "--config.data.name=folder"],
+    1,
+    "data_dir",
+  ),
+  "negative cache": (["--config.data.cache_gib=-1"], 1, "data.cache_gib=-1.0 must be at least 0"),
   "evaluating before training": (["--mode=evaluate"], 1, "is not the workdir of a run"),
 }
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from lrdit import input_pipeline, metrics
+from lrdit import metrics
+from tests import tiny
 
 
 def reference_distance(a, b):
@@ -28,9 +29,9 @@ def test_frechet_distance_of_singular_covariances():
 
 
 def test_real_digits_are_near_each_other_and_far_from_noise():
-  images = np.concatenate(
-    [input_pipeline.make_source("digits", s).images for s in ("train", "eval")]
-  ).reshape(-1, 64)
+  images = np.concatenate([tiny.load_digits(split).images for split in ("train", "eval")]).reshape(
+    -1, 64
+  )
   rng = np.random.default_rng(0)
   order = rng.permutation(len(images))
   halves = [metrics.gaussian_statistics(images[order[i::2]]) for i in (0, 1)]
@@ -40,7 +41,7 @@ def test_real_digits_are_near_each_other_and_far_from_noise():
 
 
 def test_svm_recognises_held_out_digits():
-  train, held_out = (input_pipeline.make_source("digits", s) for s in ("train", "eval"))
+  train, held_out = (tiny.load_digits(split) for split in ("train", "eval"))
   classifier = metrics.fit_svm(train.images, train.labels)
   assert metrics.recognition_accuracy(classifier, held_out.images, held_out.labels) > 0.96
   wrong = (held_out.labels + 1) % 10

@@ -55,7 +55,8 @@ def run_steps(config, num_devices, num_steps, params=None):
     config.seed,
     parallel.batch_slots(size, devices),
     size,
-    0,
+    range(num_steps),
+    config.data.flip,
   )
   losses = []
   for _ in range(num_steps):
@@ -83,7 +84,8 @@ def gradients(config, num_devices=1, seed_key=KEY):
   objective = builders.make_objective(config, devices)
   source = builders.make_source(config, "train")
   slots = parallel.batch_slots(config.training.batch_size, devices)
-  batch = next(input_pipeline.train_batches(source, 0, slots, config.training.batch_size, 0))
+  size = config.training.batch_size
+  batch = next(input_pipeline.train_batches(source, 0, slots, size, range(1), False))
 
   def gradient(params, batch, key):
     def mean(p):
@@ -138,7 +140,7 @@ def draws(config, num_devices, key=KEY):
     index = jnp.arange(local) * num_devices + device
     parts.append((index, training_step.draw(key, index, (8, 8, 1), objective)))
   order = np.argsort(np.concatenate([index for index, _ in parts]))
-  fields = ("t", "eps", "drop", "flip")
+  fields = ("t", "eps", "drop", "posterior_noise")
   return {f: np.concatenate([getattr(d, f) for _, d in parts])[order] for f in fields}
 
 
@@ -156,12 +158,13 @@ def test_draws_have_their_distributions():
   config = tiny_config(training__batch_size=4000, model__class_dropout_rate=0.1)
   got = draws(config, 1)
   assert got["drop"].mean() == pytest.approx(0.1, abs=0.02)
-  assert got["flip"].mean() == pytest.approx(0.5, abs=0.03)
-  assert got["eps"].mean() == pytest.approx(0, abs=0.01)
-  assert got["eps"].std() == pytest.approx(1, abs=0.01)
+  for noise in ("eps", "posterior_noise"):
+    assert got[noise].mean() == pytest.approx(0, abs=0.01)
+    assert got[noise].std() == pytest.approx(1, abs=0.01)
   assert got["t"].mean() == pytest.approx(499.5, abs=0.5)
-  # Independent choices, not one uniform reused.
-  assert abs(np.corrcoef(got["drop"], got["flip"])[0, 1]) < 0.1
+  # Independent choices, not one draw reused.
+  noises = got["eps"].reshape(-1), got["posterior_noise"].reshape(-1)
+  assert abs(np.corrcoef(*noises)[0, 1]) < 0.01
 
 
 def losses_of(config, batch, num_devices=1):
@@ -173,8 +176,8 @@ def losses_of(config, batch, num_devices=1):
 
 
 def digits_batch(size=16):
-  source = builders.make_source(tiny_config(), "train")
-  return source.gather(np.arange(size)[None])
+  batch = builders.make_source(tiny_config(), "train").gather(np.arange(size), np.zeros(size, bool))
+  return {name: rows[None] for name, rows in batch.items()}
 
 
 def test_dropped_labels_do_not_matter_and_kept_ones_do():
@@ -186,15 +189,15 @@ def test_dropped_labels_do_not_matter_and_kept_ones_do():
   assert (losses_of(never, batch) != losses_of(never, other)).all()
 
 
-def test_flip_mirrors_half_of_the_images():
-  batch = digits_batch()
-  mirrored = batch | {"image": batch["image"][:, :, :, ::-1]}
-  plain, flipping = tiny_config(), tiny_config(data__flip=True)
-  got = losses_of(flipping, batch)
-  flip = draws(flipping, 1)["flip"]
-  assert 0 < flip.sum() < 16
-  expected = np.where(flip, losses_of(plain, mirrored), losses_of(plain, batch))
+def test_latents_are_drawn_from_their_distribution():
+  config, batch = tiny_config(), digits_batch()
+  noise = draws(config, 1)["posterior_noise"][None]
+  std = np.linspace(0.1, 2, 16, dtype=np.float32)[None, :, None, None, None]
+  std = np.broadcast_to(std, noise.shape)
+  got = losses_of(config, batch | {"std": std})
+  expected = losses_of(config, batch | {"image": batch["image"] + std * noise})
   np.testing.assert_allclose(got, expected, rtol=1e-6)
+  assert (got != losses_of(config, batch)).all()
 
 
 def test_unconditional_training_ignores_labels():

@@ -1,0 +1,44 @@
+r"""CelebA: 128x128 pixels as 16x16x4 latents, no classes, DiT-S/2: the dissertation's settings.
+
+python main.py --config=configs/celeba.py --mode=encode --output=data/celeba_latents \
+  --config.vae.path=VAE
+python main.py --config=configs/celeba.py:method=adaptive --workdir=runs/celeba_adaptive \
+  --config.vae.path=VAE --config.vae.latents_dir=data/celeba_latents
+bash launch/celeba.sh --config.vae.path=VAE   # both, for the three arms
+
+Arguments: method=full|static|adaptive, variant=S/2 (or another size and patch).
+
+Data: VAE is stabilityai/sd-vae-ft-mse or another diffusers AutoencoderKL. The images
+are a prepared tensorflow-datasets directory under ~/tensorflow_datasets or
+--config.data.data_dir. Put img_align_celeba.zip, list_eval_partition.txt,
+list_attr_celeba.txt, list_landmarks_align_celeba.txt and identity_CelebA.txt into
+~/tensorflow_datasets/downloads/manual, then:
+  python -c "import tensorflow_datasets as tfds; \
+    tfds.builder('celeb_a', file_format='array_record').download_and_prepare()"
+Training reads the 162,770 training images, cropped to 178x178 at the centre; the
+19,867 validation images are held out. The latents take 3 GB.
+
+Run so far: encoding, training, resuming and sampling on small directories of the same
+structure with a tiny VAE; the published archive was not read.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+EPOCHS = 200
+TRAIN_IMAGES = 162_770
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """The dissertation's recipe on latents, without classes."""
+  args = common.parse_arg(arg, method="adaptive", variant="S/2")
+  config = common.get_default_config(args["method"], args["variant"])
+  config.data.name = "celeb_a"
+  config.data.image_size = 128
+  config.data.flip = True
+  config.vae.downsample_factor = 8
+  config.training.num_steps = EPOCHS * TRAIN_IMAGES // config.training.batch_size
+  config.sampling.num_samples = 50_000
+  config.sampling.clip_x_0 = False
+  return config.lock()

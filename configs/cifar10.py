@@ -1,0 +1,37 @@
+r"""CIFAR-10: 32x32 pixels, 10 classes, DiT-S/2: the dissertation's settings.
+
+python main.py --config=configs/cifar10.py:method=adaptive --workdir=runs/cifar10_adaptive
+bash launch/cifar10.sh   # the three arms, one after another
+
+Arguments: method=full|static|adaptive, variant=S/2 (or another size and patch).
+
+Data: a prepared tensorflow-datasets directory under ~/tensorflow_datasets or
+--config.data.data_dir, 163 MB to fetch:
+  python -c "import tensorflow_datasets as tfds; \
+    tfds.builder('cifar10', file_format='array_record').download_and_prepare()"
+Training reads the 50,000 training images; the 10,000 test images are held out.
+
+Run so far: a few steps of every arm, with resuming and sampling, on real CIFAR-10
+photographs; no whole training, so there is no expected figure yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+EPOCHS = 200
+TRAIN_IMAGES = 50_000
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """The dissertation's recipe on pixels, with classes."""
+  args = common.parse_arg(arg, method="adaptive", variant="S/2")
+  config = common.get_default_config(args["method"], args["variant"])
+  config.data.name = "cifar10"
+  config.data.image_size = 32
+  config.data.num_classes = 10
+  config.data.flip = True
+  config.training.num_steps = EPOCHS * TRAIN_IMAGES // config.training.batch_size
+  config.sampling.num_samples = 50_000
+  config.sampling.guidance_scale = 2.0
+  return config.lock()

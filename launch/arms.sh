@@ -1,0 +1,217 @@
+#!/usr/bin/env bash
+# What the scripts of the datasets share: the three arms, one after another.
+# Usage: source launch/arms.sh (from another launch script; does not change directory)
+#
+# An arm whose run is there is skipped without starting jax: config.json holds the config
+# asked for, the checkpoints reach training.num_steps, the export was drawn from the newest
+# one with the settings asked for, and evaluation.json is of that export. If anything
+# differs, main.py decides: training goes on from its newest checkpoint, or ends at once;
+# then come sampling and evaluation, if they are what differs.
+set -euo pipefail
+trap 'exit 130' INT
+trap 'exit 143' TERM
+root="$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")"
+
+# The comment at the head of the script that was called.
+print_help() {
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+}
+
+usage_error() {
+  echo "error: $1" >&2
+  print_help | grep '^Usage:' >&2
+  exit 2
+}
+
+# Arguments: those of the script.
+check_arguments() {
+  local argument
+  for argument in "$@"; do
+    case "$argument" in
+      -h | --help)
+        print_help
+        exit 0
+        ;;
+      --config.method=*) usage_error "$argument: every method is run, one after another" ;;
+      --config.vae.latents_dir=*) usage_error "$argument: name the directory by LATENTS=DIR" ;;
+      --config.*=*) ;;
+      *) usage_error "'$argument' is not of the form --config.GROUP.FIELD=VALUE" ;;
+    esac
+  done
+}
+
+# Arguments: those of the script.
+require_vae() {
+  local argument
+  for argument in "$@"; do
+    if [[ "$argument" == --config.vae.path=?* ]]; then
+      return
+    fi
+  done
+  usage_error "--config.vae.path=VAE is missing"
+}
+
+# The environment; then back to where the user is, whom relative paths are relative to.
+enter_environment() {
+  local caller="$PWD"
+  cd "$root"
+  # shellcheck source=launch/setup.sh
+  source launch/setup.sh
+  cd "$caller"
+}
+
+# Encodes the images unless that is finished.
+# Arguments: dataset, directory of the latents, overrides.
+encode_images() {
+  local dataset="$1" latents="$2"
+  shift 2
+  if [[ -e "$latents/manifest.json" && ! -e "$latents/progress.json" ]]; then
+    echo "== $dataset: the latents under $latents are there" >&2
+    return
+  fi
+  echo "== $dataset: encode into $latents" >&2
+  python "$root/main.py" --config="$root/configs/$dataset.py" --mode=encode \
+    --output="$latents" "$@"
+}
+
+# Prints the modes an arm still needs, one a line.
+# Arguments: workdir, flags of main.py.
+remaining_modes() {
+  python - "$root" "$@" <<'EOF'
+import json, pathlib, sys
+
+root, workdir, *flags = sys.argv[1:]
+sys.path.insert(0, root)
+import main  # jax is not imported by parsing flags
+from lrdit.errors import UserError
+
+workdir = pathlib.Path(workdir)
+
+
+def read(path):
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError):
+    return {}
+
+
+def differs(wanted, stored):
+  if not isinstance(wanted, dict):
+    return wanted != stored
+  return not isinstance(stored, dict) or wanted.keys() != stored.keys() or any(
+    differs(value, stored[key]) for key, value in wanted.items()
+  )
+
+
+stored = read(workdir / "config.json")
+try:
+  wanted = main.parse_flags(["main.py", f"--workdir={workdir}", *flags]).config.to_dict()
+except UserError:  # main.py tells it when it is started to train
+  wanted = {}
+wanted = json.loads(json.dumps(wanted))
+for field, value in wanted.get("model", {}).items():
+  if value == 0:  # the variant's value, filled in before it is stored
+    wanted["model"][field] = stored.get("model", {}).get(field)
+
+steps = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+step = max(steps, default=0)
+if not stored or differs(wanted, stored) or step < stored["training"]["num_steps"]:
+  print("train\nsample\nevaluate")
+  sys.exit()
+
+sampling = stored["sampling"]
+export = workdir / "samples" / sampling["name"]
+metadata = read(export / "metadata.json")
+drawn_as = {
+  field: sampling[field]
+  for field in ("num_samples", "solver", "num_steps", "eta", "guidance_scale", "clip_x_0", "seed")
+} | {
+  "checkpoint_step": step,
+  "weights": "ema" if sampling["use_ema"] else "raw",
+  "labels": sampling["labels"] if stored["data"]["num_classes"] else None,
+}
+exported = (
+  (export / "samples.npz").exists()
+  and all(field in metadata and metadata[field] == drawn_as[field] for field in drawn_as)
+  and (export / "png").exists() >= sampling["png_files"]
+)
+if not exported:
+  print("sample\nevaluate")
+  sys.exit()
+# An evaluation holds the metadata of its export, down to the seconds it took.
+evaluated = read(workdir / "evaluation.json").get("samples", {})
+if any(field not in evaluated or evaluated[field] != metadata[field] for field in metadata):
+  print("evaluate")
+EOF
+}
+
+# Fails if training was stopped, which main.py counts as success.
+# Arguments: workdir.
+require_trained() {
+  python - "$1" <<'EOF'
+import json, pathlib, sys
+
+workdir = pathlib.Path(sys.argv[1])
+num_steps = json.loads((workdir / "config.json").read_text())["training"]["num_steps"]
+steps = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+if max(steps, default=0) < num_steps:
+  sys.exit(
+    f"error: training was stopped before its end ({workdir}): run the same command again to go on"
+  )
+EOF
+}
+
+# Trains, samples and evaluates one arm, as far as that is not done.
+# Arguments: name, workdir, flags of main.py.
+run_arm() {
+  local name="$1" workdir="$2" modes mode
+  shift 2
+  modes="$(remaining_modes "$workdir" "$@")"
+  if [[ -z "$modes" ]]; then
+    echo "== $name: finished, under $workdir" >&2
+    return
+  fi
+  for mode in train sample evaluate; do
+    if [[ "$modes" != *"$mode"* ]]; then
+      continue
+    fi
+    echo "== $name: $mode" >&2
+    python "$root/main.py" "$@" --workdir="$workdir" --mode="$mode"
+    if [[ "$mode" == train ]]; then
+      require_trained "$workdir"
+      modes="$(remaining_modes "$workdir" "$@")" # training stored the config asked for
+    fi
+  done
+}
+
+# Arguments: workdirs.
+print_losses() {
+  python - "$@" <<'EOF'
+import json, pathlib, sys
+
+workdirs = [pathlib.Path(workdir) for workdir in sys.argv[1:]]
+print(f"\n{'arm':<10}{'step':>9}{'held-out loss':>15}  samples")
+for workdir in workdirs:
+  evaluation = json.loads((workdir / "evaluation.json").read_text())
+  sampling = json.loads((workdir / "config.json").read_text())["sampling"]
+  arm = workdir.name.rpartition("_")[2]
+  print(
+    f"{arm:<10}{evaluation['checkpoint_step']:>9}{evaluation['held_out_loss']:>15.5f}  "
+    f"{workdir / 'samples' / sampling['name']}"
+  )
+EOF
+}
+
+# All arms, and their losses.
+# Arguments: dataset, further arguments of its config (",key=value" or ""), overrides.
+run_arms() {
+  local dataset="$1" config_arguments="$2" runs method workdirs=()
+  shift 2
+  runs="$(realpath --canonicalize-missing "${RUNS:-runs}")"
+  for method in full static adaptive; do
+    workdirs+=("$runs/${dataset}_$method")
+    run_arm "$dataset, $method" "$runs/${dataset}_$method" \
+      --config="$root/configs/$dataset.py:method=$method$config_arguments" "$@"
+  done
+  print_losses "${workdirs[@]}"
+}

@@ -1,0 +1,110 @@
+"""Encodes a dataset's images with a VAE, once, into a directory training reads."""
+
+import contextlib
+import dataclasses
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from lrdit import builders, input_pipeline, latents, parallel
+from lrdit.progress import make_bar
+from lrdit.sources import Source
+from lrdit.vae import Codec
+
+log = logging.getLogger("lrdit")
+
+KEEP_EVERY_IMAGES = 1024  # a kill loses at most about this much work
+
+
+def describe(config: ConfigDict, codec: Codec, sources: dict[str, Source]) -> dict[str, Any]:
+  """What a directory of latents is made from: the part of its manifest that a
+  later run must agree with."""
+  size = config.data.image_size // config.vae.downsample_factor
+  copies = 2 if config.data.flip else 1
+  return {
+    "format": 1,
+    "sources": {split: source.identity for split, source in sources.items()},
+    "num_classes": sources["train"].num_classes,
+    "latent_shape": [copies, 2, size, size, config.vae.latent_channels],
+    "vae_digest": codec.digest,
+    "vae_config": dataclasses.asdict(codec.config),
+  }
+
+
+def encode_split(
+  codec: Codec,
+  source: Source,
+  split: str,
+  writer: latents.LatentWriter,
+  with_mirrored: bool,
+  batch_size: int,
+) -> None:
+  """Encodes what a split still lacks.
+
+  Args:
+    codec: the VAE.
+    source: the images.
+    split: "train" or "eval".
+    writer: of the directory.
+    with_mirrored: encode the mirrored images as well.
+    batch_size: images encoded at once.
+  """
+  total, done = len(source), writer.done(split)
+
+  def read(start: int) -> dict[str, Any]:
+    index = np.arange(start, min(start + batch_size, total))
+    return source.gather(index, np.zeros(len(index), bool))
+
+  files = writer.open_split(split)
+  with contextlib.ExitStack() as stack:
+    for file in files:
+      stack.callback(file.close)
+    bar = stack.enter_context(make_bar(total, done, "image"))
+    kept = done
+    for batch in input_pipeline.read_ahead(read, range(done, total, batch_size)):
+      images = batch["image"]
+      copies = [images, images[:, :, ::-1]] if with_mirrored else [images]
+      files[0].append(np.stack([codec.encode(copy) for copy in copies], axis=1))
+      files[1].append(batch["label"])
+      done += len(images)
+      bar.update(len(images))
+      if done - kept >= KEEP_EVERY_IMAGES or done == total:
+        writer.keep(split, files, done)
+        kept = done
+
+
+def encode(config: ConfigDict, output: str, devices: parallel.Devices | None = None) -> None:
+  """Runs `--mode=encode`: latents of both splits, resumed where it was stopped.
+
+  A finished directory is read through and checked against its checksums.
+
+  Args:
+    config: resolved; `data.flip` asks for the mirrored images as well.
+    output: the directory to write.
+    devices: devices to encode on; all by default.
+
+  Raises:
+    UserError: whatever the user can mend.
+  """
+  codec = builders.make_codec(config, devices or jax.local_devices())
+  sources = {split: builders.make_image_source(config, split) for split in latents.SPLITS}
+  directory = pathlib.Path(output)
+  writer = latents.LatentWriter(
+    directory,
+    describe(config, codec, sources),
+    {split: len(source) for split, source in sources.items()},
+  )
+  if writer.is_complete:
+    latents.verify(directory)
+    log.info("the latents under %s are complete and as they were written", directory)
+    return
+  for split, source in sources.items():
+    log.info("%s: %d of %d images are encoded", split, writer.done(split), len(source))
+    if writer.done(split) < len(source):
+      encode_split(codec, source, split, writer, config.data.flip, config.vae.batch_size)
+  writer.finish()
+  log.info("train on them by --config.vae.latents_dir=%s", directory)

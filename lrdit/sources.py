@@ -1,0 +1,179 @@
+"""Datasets as random access: what stands at index i, decoded when it is asked for.
+
+The digits are here; `tfds_data.py`, `image_files.py` and `latents.py` make further
+sources.
+
+Axes: N examples, b examples asked for, H W image, C channels.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int, Shaped
+
+from lrdit.errors import UserError
+
+DIGITS_EVAL_EVERY = 6  # of the digits, every sixth is held out
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+  """A split of a dataset.
+
+  Attributes:
+    images: (N, H, W, C) uint8 in [0, 255] or float32 in [-1, 1]; anything that
+      has a shape and takes an index array, such as `DecodedImages`.
+    labels: (N,) int32, or what takes an index array likewise.
+    num_classes: classes the labels count; 0 for none.
+    identity: what the split was made from, as JSON: two sources of the same
+      identity hold the same examples in the same order.
+  """
+
+  images: Any
+  labels: Any
+  num_classes: int
+  identity: dict[str, Any]
+
+  def __len__(self) -> int:
+    return self.images.shape[0]
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(H, W, C)."""
+    return tuple(self.images.shape[1:])
+
+  def gather(self, index: Int[np.ndarray, " b"], flip: Bool[np.ndarray, " b"]) -> dict[str, Any]:
+    """Reads examples.
+
+    Args:
+      index: (b,) in [0, N).
+      flip: (b,) which to mirror left to right.
+
+    Returns:
+      "image" (b, H, W, C) float32 in [-1, 1] and "label" (b,) int32.
+    """
+    batch = self.images[index]
+    if batch.dtype == np.uint8:
+      batch = batch.astype(np.float32) / 127.5 - 1.0
+    batch[flip] = batch[flip, :, ::-1]
+    return {"image": batch, "label": self.labels[index]}
+
+  def subset(self, index: Int[np.ndarray, " n"], **identity: Any) -> "Source":
+    """The examples at `index`, under an identity that says which they are."""
+    return dataclasses.replace(
+      self,
+      images=_Subset(self.images, index),
+      labels=_Subset(self.labels, index),
+      identity=self.identity | identity | {"num_examples": len(index)},
+    )
+
+  def first_classes(self, num_classes: int) -> "Source":
+    """The examples of the classes [0, num_classes); reads every label once."""
+    keep = np.flatnonzero(self.labels[np.arange(len(self))] < num_classes)
+    kept = self.subset(keep, num_classes=num_classes)
+    return dataclasses.replace(kept, num_classes=num_classes)
+
+
+class _Subset:
+  """Some rows of what takes an index array."""
+
+  def __init__(self, rows: Any, index: Int[np.ndarray, " n"]):
+    self._rows, self._index = rows, index
+    self.shape = (len(index), *rows.shape[1:])
+
+  def __getitem__(self, index: Any) -> np.ndarray:
+    rows, *rest = index if isinstance(index, tuple) else (index,)
+    return self._rows[(self._index[rows], *rest)]
+
+
+class DecodedImages:
+  """Images decoded when first asked for, and kept from then on if they fit.
+
+  Several threads may read at once: a row counts as known only once it is
+  written, and writing it twice writes the same.
+  """
+
+  def __init__(
+    self,
+    decode: Callable[[Int[np.ndarray, " b"]], list[Shaped[np.ndarray, "H W C"]]],
+    shape: tuple[int, int, int, int],
+    cache_bytes: int,
+  ):
+    """Decodes nothing yet.
+
+    Args:
+      decode: images at (b,) indices, each (H, W, C) uint8.
+      shape: (N, H, W, C).
+      cache_bytes: keep decoded images if all of them take at most this much.
+    """
+    self.shape = shape
+    self._decode = decode
+    self._known = np.zeros(shape[0], bool)
+    # Pages are allocated as rows are written, so an unread split costs nothing.
+    self._kept = np.empty(shape, np.uint8) if np.prod(shape) <= cache_bytes else None
+
+  def __getitem__(self, index: Int[np.ndarray, " b"]) -> Shaped[np.ndarray, "b H W C"]:
+    """(b, H, W, C) uint8, the caller's own."""
+    if self._kept is None:
+      return np.stack(self._decode(index))
+    missing = index[~self._known[index]]
+    if len(missing):
+      self._kept[missing] = np.stack(self._decode(missing))
+      self._known[missing] = True
+    return self._kept[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+  """How a source is read.
+
+  Attributes:
+    data_dir: where the data lies; "" for the source's default place.
+    image_size: height and width in pixels that images are resized to.
+    num_channels: 3, or 1 for grey.
+    cache_bytes: keep decoded images in memory up to this much per split.
+    skip_unreadable: leave out own files that cannot be read instead of
+      refusing them.
+  """
+
+  data_dir: str
+  image_size: int
+  num_channels: int
+  cache_bytes: int
+  skip_unreadable: bool
+
+
+def load_digits(split: str, options: DataOptions) -> Source:
+  """scikit-learn's 1,797 handwritten digits, 8x8 grey, 10 classes.
+
+  Args:
+    split: "train" (1,498) or "eval" (299, every sixth scan).
+    options: of which none applies: they must be as the data is.
+
+  Returns:
+    float32 images in [-1, 1] (17 grey levels).
+
+  Raises:
+    UserError: options that ask for other data.
+  """
+  from sklearn import datasets  # slow to import, and only needed here
+
+  if options.data_dir:
+    raise UserError(
+      f"config.data.data_dir={options.data_dir!r} is not used by the data 'digits', which needs "
+      "no files: leave it empty"
+    )
+  for field, expected in (("image_size", 8), ("num_channels", 1)):
+    if getattr(options, field) != expected:
+      raise UserError(
+        f"config.data.{field}={getattr(options, field)} does not fit the data 'digits': use "
+        f"{expected}"
+      )
+  digits = datasets.load_digits()
+  held_out = np.arange(len(digits.target)) % DIGITS_EVAL_EVERY == DIGITS_EVAL_EVERY - 1
+  keep = held_out if split == "eval" else ~held_out
+  scans = (digits.images[keep, :, :, None] / 8.0 - 1.0).astype(np.float32)
+  identity = {"name": "digits", "split": split, "num_examples": len(scans)}
+  return Source(scans, digits.target[keep].astype(np.int32), 10, identity)

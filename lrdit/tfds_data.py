@@ -1,0 +1,252 @@
+"""Photographs from prepared tensorflow-datasets directories.
+
+Nothing here imports tensorflow: array_record is read by its own library, and of
+TFRecord files an index of the records is made, as both then take any index.
+
+Axes: N examples, b examples asked for, H W image, C channels.
+"""
+
+import dataclasses
+import os
+import pathlib
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from lrdit import images
+from lrdit.errors import UserError
+from lrdit.sources import DataOptions, DecodedImages, Source
+
+# A TFRecord is its length (uint64), a checksum of that (4 bytes), the bytes
+# themselves and a checksum of those (4 bytes).
+LENGTH_BYTES, HEADER_BYTES, FOOTER_BYTES = 8, 12, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsDataset:
+  """What has to be known of a dataset of tensorflow-datasets.
+
+  Attributes:
+    name: its registered name.
+    eval_split: its own held-out split.
+    crop_size: side in pixels of the centre crop before resizing; 0 for the
+      short side of each image.
+    num_classes: 0 if it has no label.
+    manual_files: files that its preparation looks for in `downloads/manual`.
+    origin: where they come from.
+  """
+
+  name: str
+  eval_split: str
+  crop_size: int
+  num_classes: int
+  manual_files: tuple[str, ...] = ()
+  origin: str = ""
+
+  def how_to_prepare(self, data_dir: str) -> str:
+    """The exact command that prepares the dataset under `data_dir`."""
+    # Not `tfds build`: its command line cannot be imported without apache-beam.
+    run = (
+      f'run (it needs tensorflow): python -c "import tensorflow_datasets as tfds; '
+      f"tfds.builder('{self.name}', data_dir='{data_dir}', file_format='array_record')"
+      f'.download_and_prepare()"'
+    )
+    if not self.manual_files:
+      return run
+    manual_dir = os.path.join(data_dir, "downloads", "manual")
+    return f"put {', '.join(self.manual_files)} ({self.origin}) into {manual_dir}, then {run}"
+
+
+DATASETS = {
+  dataset.name: dataset
+  for dataset in (
+    TfdsDataset("cifar10", eval_split="test", crop_size=0, num_classes=10),
+    TfdsDataset(
+      "celeb_a",
+      eval_split="validation",
+      crop_size=178,
+      num_classes=0,
+      manual_files=(
+        "img_align_celeba.zip",
+        "list_eval_partition.txt",
+        "list_attr_celeba.txt",
+        "list_landmarks_align_celeba.txt",
+        "identity_CelebA.txt",
+      ),
+      origin="from the CelebA page's drive, under these names",
+    ),
+    TfdsDataset(
+      "imagenet2012",
+      eval_split="validation",
+      crop_size=0,
+      num_classes=1000,
+      manual_files=("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"),
+      origin="both from image-net.org/download-images, which asks you to register",
+    ),
+  )
+}
+
+
+class TfRecords:
+  """Random access to the records of TFRecord files."""
+
+  def __init__(self, paths: Sequence[os.PathLike], counts: Sequence[int]):
+    """Indexes the files by reading every record's length.
+
+    Args:
+      paths: the files, in order.
+      counts: how many records each must hold.
+
+    Raises:
+      UserError: a file is truncated or holds another number of records.
+    """
+    self._files = [os.open(path, os.O_RDONLY) for path in paths]
+    offsets = [_record_offsets(path, count) for path, count in zip(paths, counts, strict=True)]
+    self._file_of = np.repeat(np.arange(len(paths)), counts)
+    self._offset = np.concatenate(offsets)
+
+  def __getitems__(self, index: Sequence[int]) -> list[bytes]:
+    """The records' bytes."""
+    return [self._read(self._files[self._file_of[i]], int(self._offset[i])) for i in index]
+
+  @staticmethod
+  def _read(file: int, offset: int) -> bytes:
+    (length,) = struct.unpack("<Q", os.pread(file, LENGTH_BYTES, offset))
+    return os.pread(file, length, offset + HEADER_BYTES)
+
+
+def _record_offsets(path: os.PathLike, count: int) -> Int[np.ndarray, " count"]:
+  """Where each record of a file starts."""
+  offsets, end, size = [], 0, os.path.getsize(path)
+  with open(path, "rb") as file:
+    while end + HEADER_BYTES <= size:
+      offsets.append(end)
+      file.seek(end)
+      (length,) = struct.unpack("<Q", file.read(LENGTH_BYTES))
+      end += HEADER_BYTES + length + FOOTER_BYTES
+  if end != size or len(offsets) != count:
+    raise UserError(
+      f"{path} is damaged: it must hold {count} records to its last byte; prepare the dataset again"
+    )
+  return np.asarray(offsets, np.int64)
+
+
+class _Labels:
+  """Labels taken from the records, and kept once they were read."""
+
+  def __init__(self, split: "_Split", count: int):
+    self.shape = (count,)
+    self._split = split
+    self._kept = np.full(count, -1, np.int32)
+
+  def keep(self, index: Int[np.ndarray, " b"], labels: Sequence[int]) -> None:
+    self._kept[index] = labels
+
+  def __getitem__(self, index: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
+    missing = index[self._kept[index] < 0]
+    for start in range(0, len(missing), 1024):  # records of a thousand photographs in memory
+      self._split.read(missing[start : start + 1024])
+    return self._kept[index]
+
+
+class _Split:
+  """The records of a split: images to decode, and labels that come along."""
+
+  def __init__(self, builder: Any, split: str, dataset: TfdsDataset, options: DataOptions):
+    from tensorflow_datasets.core.decode import DeserializeMethod, SkipDecoding
+    from tensorflow_datasets.core.features import FeaturesDict
+
+    info = builder.info.splits[split]
+    if builder.info.file_format.value == "array_record":
+      raw = DeserializeMethod.RAW_BYTES
+      self._records = builder.as_data_source(split, deserialize_method=raw)
+    else:
+      self._records = TfRecords(info.filepaths, info.shard_lengths)
+    self._name = f"{dataset.name}'s split {split}"
+    wanted = ["image", "label"] if dataset.num_classes else ["image"]
+    # Without CelebA's 40 attributes, say. (PartialDecoding would import tensorflow.)
+    self._features = FeaturesDict({name: builder.info.features[name] for name in wanted})
+    self._skip = {"image": SkipDecoding()}
+    self._crop_size, self._options = dataset.crop_size, options
+    self.labels: Any = np.zeros(info.num_examples, np.int32)
+    if dataset.num_classes:
+      self.labels = _Labels(self, info.num_examples)
+
+  def read(self, index: Int[np.ndarray, " b"]) -> list[bytes]:
+    """The encoded images, (b,); keeps their labels."""
+    records = self._records.__getitems__(index.tolist())
+    examples = [self._features.deserialize_example_np(r, decoders=self._skip) for r in records]
+    if isinstance(self.labels, _Labels):
+      self.labels.keep(index, [int(example["label"]) for example in examples])
+    return [example["image"] for example in examples]
+
+  def decode(self, index: Int[np.ndarray, " b"]) -> list[UInt8[np.ndarray, "H W C"]]:
+    """The images, cropped and resized: b arrays (H, W, C)."""
+    size, channels = self._options.image_size, self._options.num_channels
+    decoded = []
+    for i, encoded in zip(index, self.read(index), strict=True):
+      try:
+        decoded.append(images.fit(images.decode(encoded), self._crop_size, size, channels))
+      except images.UnreadableImage as error:
+        raise UserError(
+          f"image {i} of {self._name} cannot be decoded ({error}): prepare the dataset again"
+        ) from error
+    return decoded
+
+
+def _find_builder(dataset: TfdsDataset, data_dir: str) -> Any:
+  """The reader of the prepared directory, whichever version and format it has."""
+  # Slow to import, and wanted for these datasets only.
+  from tensorflow_datasets.core import read_only_builder, registered
+
+  try:
+    return read_only_builder.builder_from_files(dataset.name, data_dir=data_dir)
+  except registered.DatasetNotFoundError as error:
+    raise UserError(
+      f"no prepared {dataset.name} under {data_dir} (config.data.data_dir): "
+      f"{dataset.how_to_prepare(data_dir)}"
+    ) from error
+
+
+def load_tfds(dataset: TfdsDataset, split: str, options: DataOptions) -> Source:
+  """A split of a prepared dataset.
+
+  Args:
+    dataset: one of `DATASETS`.
+    split: "train" or "eval", the dataset's own held-out split.
+    options: `data_dir` is the directory that holds the dataset's, by default
+      TFDS_DATA_DIR or ~/tensorflow_datasets.
+
+  Raises:
+    UserError: it is not there, or not whole.
+  """
+  default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+  data_dir = os.path.expanduser(options.data_dir or default)
+  builder = _find_builder(dataset, data_dir)
+  name = dataset.eval_split if split == "eval" else "train"
+  directory = pathlib.Path(builder.data_dir)
+  if name not in builder.info.splits or not builder.info.splits[name].num_examples:
+    raise UserError(
+      f"{directory} has no split {name!r}: delete it, and {dataset.how_to_prepare(data_dir)}"
+    )
+  info = builder.info.splits[name]
+  missing = [str(path) for path in info.filepaths if not os.path.exists(path)]
+  if missing:
+    raise UserError(
+      f"{missing[0]} is missing: delete {directory}, and {dataset.how_to_prepare(data_dir)}"
+    )
+  records = _Split(builder, name, dataset, options)
+  size = options.image_size
+  shape = (info.num_examples, size, size, options.num_channels)
+  identity = {
+    "name": dataset.name,
+    "version": str(builder.info.version),
+    "split": name,
+    "num_examples": info.num_examples,
+    "crop": images.crop_name(dataset.crop_size, size),
+  }
+  decoded = DecodedImages(records.decode, shape, options.cache_bytes)
+  return Source(decoded, records.labels, dataset.num_classes, identity)

@@ -1,0 +1,206 @@
+"""The launch scripts of the datasets, run whole on tiny models."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests import tiny
+
+ARMS = ("full", "static", "adaptive")
+TIMEOUT = 300
+NUM_STEPS = 100  # long enough to be interrupted in the middle
+
+
+@pytest.fixture
+def checkout(tmp_path):
+  """A checkout in which the environment of the tests is the one that is used."""
+  root = tmp_path / "checkout"
+  for name in ("configs", "launch", "lrdit"):
+    shutil.copytree(tiny.ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+  shutil.copy(tiny.ROOT / "main.py", root)
+  (root / "launch" / "setup.sh").write_text("")
+  return root
+
+
+def write_images(path, with_labels):
+  rng = np.random.default_rng(0)
+  arrays = {"image": rng.integers(0, 256, (64, 32, 32, 3), np.uint8)}
+  if with_labels:
+    arrays["label"] = np.arange(64) % 10
+  np.savez(path, **arrays)
+
+
+def overrides(images, **fields):
+  values = tiny.OVERRIDES | {"data.name": "npz", "data.data_dir": images}
+  values |= {key.replace("__", "."): value for key, value in fields.items()}
+  return [f"--config.{field}={value}" for field, value in values.items()]
+
+
+def start(checkout, script, flags, **environment):
+  """Starts a script from the checkout's parent, in a process group of its own."""
+  path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+  return subprocess.Popen(
+    ["bash", "checkout/launch/" + script, *flags],
+    cwd=checkout.parent,
+    env=tiny.environment(PATH=path, **environment),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+  )
+
+
+def finish(process):
+  """(exit status, standard output, standard error); nothing of it is left running."""
+  try:
+    stdout, stderr = process.communicate(timeout=TIMEOUT)
+  except subprocess.TimeoutExpired:
+    os.killpg(process.pid, signal.SIGKILL)
+    raise
+  return process.returncode, stdout, stderr
+
+
+def run(checkout, script, *flags, **environment):
+  return finish(start(checkout, script, flags, **environment))
+
+
+def wait_for(path, process):
+  deadline = time.monotonic() + TIMEOUT
+  while not path.exists() or not path.stat().st_size:
+    if process.poll() is not None or time.monotonic() > deadline:
+      os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+      raise AssertionError(process.communicate())
+    time.sleep(0.01)
+
+
+def times(directory):
+  return {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+
+
+def modes(stderr):
+  """What was done, as "dataset, arm: mode"."""
+  lines = [line.removeprefix("== ") for line in stderr.splitlines() if line.startswith("== ")]
+  return [line.partition(", under")[0] for line in lines]
+
+
+def assert_arm_is_whole(workdir, step, image_shape):
+  assert (workdir / "checkpoints" / str(step) / "ema_params").is_dir()
+  evaluation = json.loads((workdir / "evaluation.json").read_text())
+  assert evaluation["checkpoint_step"] == step
+  assert evaluation["samples"]["method"] == workdir.name.rpartition("_")[2]
+  with np.load(workdir / "samples" / "default" / "samples.npz") as export:
+    assert export["arr_0"].shape == (10, *image_shape)
+
+
+def test_cifar10_goes_on_where_it_was_stopped_and_repeats_nothing(checkout, tmp_path):
+  write_images(tmp_path / "images.npz", with_labels=True)
+  # The file's name is relative to where the script is called.
+  flags = overrides("images.npz", training__num_steps=NUM_STEPS, checkpoint__every_steps=NUM_STEPS)
+  runs = [tmp_path / "out" / f"cifar10_{arm}" for arm in ARMS]
+
+  process = start(checkout, "cifar10.sh", flags, RUNS="out")
+  wait_for(runs[1] / "metrics.jsonl", process)
+  os.killpg(process.pid, signal.SIGTERM)
+  status, _, stderr = finish(process)
+  assert status == 143, stderr
+  assert modes(stderr) == [
+    *(f"cifar10, full: {mode}" for mode in ("train", "sample", "evaluate")),
+    "cifar10, static: train",
+  ]
+  assert not (runs[1] / "checkpoints" / str(NUM_STEPS)).exists()
+  first_arm = times(runs[0])
+
+  status, stdout, stderr = run(checkout, "cifar10.sh", *flags, RUNS="out")
+  assert status == 0, stderr
+  assert modes(stderr) == ["cifar10, full: finished"] + [
+    f"cifar10, {arm}: {mode}" for arm in ARMS[1:] for mode in ("train", "sample", "evaluate")
+  ]
+  assert "resuming from the checkpoint of step" in stderr
+  assert times(runs[0]) == first_arm
+  for workdir in runs:
+    assert_arm_is_whole(workdir, NUM_STEPS, (32, 32, 3))
+    loss = json.loads((workdir / "evaluation.json").read_text())["held_out_loss"]
+    assert f"{loss:.5f}  {workdir}/samples/default\n" in stdout
+
+  all_arms = times(tmp_path / "out")
+  status, again, stderr = run(checkout, "cifar10.sh", *flags, RUNS="out")
+  assert (status, again) == (0, stdout), stderr
+  assert modes(stderr) == [f"cifar10, {arm}: finished" for arm in ARMS]
+  assert times(tmp_path / "out") == all_arms
+
+  # An export without its metadata was stopped half-way.
+  (runs[2] / "samples" / "default" / "metadata.json").unlink()
+  status, _, stderr = run(checkout, "cifar10.sh", *flags, RUNS="out")
+  assert status == 0, stderr
+  assert modes(stderr)[2:] == ["cifar10, adaptive: sample", "cifar10, adaptive: evaluate"]
+  assert_arm_is_whole(runs[2], NUM_STEPS, (32, 32, 3))
+
+  # What differs from the finished run is main.py's to judge.
+  status, _, stderr = run(checkout, "cifar10.sh", *flags, "--config.seed=1", RUNS="out")
+  assert status == 1
+  assert "holds another run: seed (0 there, 1 asked for)" in stderr.splitlines()[-1]
+
+
+def test_celeba_encodes_once_and_runs_the_arms_on_the_latents(checkout, tmp_path):
+  write_images(tmp_path / "images.npz", with_labels=False)
+  vae = f"--config.vae.path={tiny.GOLDEN / 'sd_vae_tiny'}"
+  flags = [vae, *overrides("images.npz", training__num_steps=2, data__image_size=32)]
+  status, stdout, stderr = run(checkout, "celeba.sh", *flags, LATENTS="latents")
+  assert status == 0, stderr
+  assert modes(stderr)[0] == f"celeba: encode into {tmp_path / 'latents'}"
+  assert np.load(tmp_path / "latents" / "eval.npy").shape[1:] == (2, 2, 4, 4, 4)
+  for arm in ARMS:
+    assert_arm_is_whole(tmp_path / "runs" / f"celeba_{arm}", 2, (32, 32, 3))
+
+  written = times(tmp_path / "latents") | times(tmp_path / "runs")
+  status, again, stderr = run(checkout, "celeba.sh", *flags, LATENTS="latents")
+  assert (status, again) == (0, stdout), stderr
+  assert modes(stderr)[1:] == [f"celeba, {arm}: finished" for arm in ARMS]
+  assert times(tmp_path / "latents") | times(tmp_path / "runs") == written
+
+
+def test_imagenet128_hands_the_classes_on(checkout):
+  """Latents that look finished are not encoded again; the arms refuse a wrong CLASSES."""
+  latents = checkout / "latents"
+  latents.mkdir()
+  (latents / "manifest.json").write_text("{}")
+  environment = {"LATENTS": str(latents), "CLASSES": "1001"}
+  status, _, stderr = run(checkout, "imagenet128.sh", "--config.vae.path=vae", **environment)
+  assert status == 2
+  assert stderr.splitlines()[-1] == "error: classes=1001 must be a number from 1 to 1000"
+
+
+@pytest.mark.parametrize(
+  ("script", "flags", "words"),
+  [
+    ("celeba.sh", [], "--config.vae.path=VAE is missing"),
+    ("celeba.sh", ["--config.vae.path="], "--config.vae.path=VAE is missing"),
+    ("imagenet128.sh", ["--config.seed=1"], "--config.vae.path=VAE is missing"),
+    ("celeba.sh", ["--config.vae.latents_dir=x"], "name the directory by LATENTS=DIR"),
+    ("cifar10.sh", ["--workdir=x"], "'--workdir=x' is not of the form --config.GROUP.FIELD=VALUE"),
+    ("cifar10.sh", ["--config.method=full"], "--config.method=full: every method is run"),
+  ],
+)
+def test_a_wrong_argument_ends_with_the_usage(checkout, script, flags, words):
+  status, stdout, stderr = run(checkout, script, *flags)
+  assert (status, stdout) == (2, "")
+  error, usage = stderr.splitlines()
+  assert error.startswith("error: ")
+  assert words in error
+  assert usage.startswith("Usage: ")
+  assert f"bash launch/{script}" in usage
+
+
+@pytest.mark.parametrize("script", ["cifar10.sh", "celeba.sh", "imagenet128.sh"])
+def test_help(checkout, script):
+  status, stdout, stderr = run(checkout, script, "--config.seed=1", "--help")
+  assert (status, stderr) == (0, "")
+  assert f"bash launch/{script}" in stdout
+  assert "set -euo" not in stdout
