@@ -84,8 +84,9 @@ class _Subset:
     self.shape = (len(index), *rows.shape[1:])
 
   def __getitem__(self, index: Any) -> np.ndarray:
-    rows, *rest = index if isinstance(index, tuple) else (index,)
-    return self._rows[(self._index[rows], *rest)]
+    if isinstance(index, tuple):  # further axes, of latents
+      return self._rows[(self._index[index[0]], *index[1:])]
+    return self._rows[self._index[index]]
 
 
 class DecodedImages:
