@@ -40,7 +40,9 @@ def decode(file: bytes | os.PathLike) -> Image.Image:
   if image.mode == "F":
     raise UnreadableImage("its pixels are floats of unknown range")
   if image.mode.startswith("I"):
-    image = _to_8_bits(image)
+    low, high = image.getextrema()
+    if low < 0 or high >= 2**16:
+      raise UnreadableImage("its pixels are not 16-bit numbers")
   return image
 
 
@@ -73,6 +75,8 @@ def fit(
 
 def _flatten(image: Image.Image, mode: str) -> Image.Image:
   """Any mode to `mode`, "L" or "RGB"."""
+  if image.mode.startswith("I"):
+    image = _to_8_bits(image)
   if image.has_transparency_data:
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -82,8 +86,6 @@ def _flatten(image: Image.Image, mode: str) -> Image.Image:
 def _to_8_bits(image: Image.Image) -> Image.Image:
   """16-bit grey, which PIL would clip at 255, to its upper 8 bits."""
   values = np.asarray(image, np.int64)
-  if values.min() < 0 or values.max() >= 2**16:
-    raise UnreadableImage("its pixels are not 16-bit numbers")
   grey = Image.fromarray((values >> 8).astype(np.uint8))
   transparent = image.info.get("transparency")
   if transparent is not None:
