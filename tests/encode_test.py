@@ -322,7 +322,7 @@ def test_a_full_disk_is_told_in_one_line_and_encoding_goes_on(images, encoded, t
   output = tmp_path / "full"
   encoding = command("encode", images, f"--output={output}")
   # Room for the progress and the labels, not for all latents.
-  assert_refused(["prlimit", "--fsize=20000", *encoding], "make space or choose another")
+  assert_refused(["prlimit", "--fsize=20000", *encoding], "make space, or write elsewhere")
   assert (output / "train.npy").stat().st_size == 20000
   with pytest.raises(UserError, match="unfinished"):
     builders.make_source(make_config(images, vae__latents_dir=str(output)), "train")

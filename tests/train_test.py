@@ -84,6 +84,7 @@ def test_losses_fall_and_lines_have_all_their_fields(undisturbed):
   assert {p.name for p in undisturbed.iterdir()} - {"evaluation.json"} == {
     "checkpoints",
     "config.json",
+    "data.json",
     "metrics.jsonl",
     "samples",
     "train.log",
