@@ -116,6 +116,8 @@ def _check_ranges(config: ConfigDict) -> None:
     _require(0 < value <= 1, field, value, "must lie in (0, 1]")
   rate = config.optimizer.learning_rate
   _require(0 < rate < 1e30, "optimizer.learning_rate", rate, "must be above 0 and below 1e30")
+  channels = config.data.num_channels
+  _require(channels in (1, 3), "data.num_channels", channels, "must be 3, or 1 for grey")
   decay = config.optimizer.ema_decay
   _require(0 <= decay < 1, "optimizer.ema_decay", decay, "must lie in [0, 1)")
 

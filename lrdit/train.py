@@ -111,8 +111,8 @@ class Trainer:
     self.checkpoints = Checkpoints(self.workdir, config.checkpoint.keep)
 
   def _make_to_pixels(self) -> Any:
-    """What turns samples into pixels, where grids are wanted."""
-    if not self.config.training.sample_every_steps:
+    """What turns samples into pixels: for grids, and to check a VAE that is named."""
+    if not (self.config.training.sample_every_steps or self.config.vae.path):
       return None
     vae_digest = self.source.identity.get("vae", "")
     return builders.make_to_pixels(self.config, self.devices, vae_digest)
