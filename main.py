@@ -1,6 +1,7 @@
 """The command line: python main.py --config=FILE[:ARGS] --workdir=DIR [--mode=MODE]."""
 
 import importlib
+import os
 import re
 import sys
 import traceback
@@ -61,7 +62,8 @@ def run(argv: list[str]) -> int:
 
     progress.start_logging(values.debug)
     verb = getattr(importlib.import_module(f"lrdit.{values.mode}"), values.mode)
-    verb(builders.resolve(values.config), values[MODES[values.mode]].value)
+    directory = os.path.expanduser(values[MODES[values.mode]].value)
+    verb(builders.resolve(values.config), directory)
     return 0
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)

@@ -20,6 +20,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/arms.sh"
 
 check_arguments "$@"
 require_vae "$@"
+if [[ ! "${CLASSES:-1000}" =~ ^[1-9][0-9]*$ ]] || ((${CLASSES:-1000} > 1000)); then
+  usage_error "CLASSES=$CLASSES: a number from 1 to 1000"
+fi
 latents="$(realpath --canonicalize-missing "${LATENTS:-data/imagenet128_latents}")"
 enter_environment
 encode_images imagenet128 "$latents" "$@"

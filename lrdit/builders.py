@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from lrdit import (
   tfds_data,
   timesteps,
   vae,
+  vae_files,
 )
 from lrdit.errors import UserError
 from lrdit.sampler import Sampler, SamplerSettings
@@ -251,21 +253,53 @@ def _with_classes(config: ConfigDict, source: Source) -> Source:
   return kept
 
 
-def make_image_source(config: ConfigDict, split: str) -> Source:
-  """The images of the "train" or "eval" split.
-
-  Raises:
-    UserError: the data is missing, or other than the config says.
-  """
+def _data_options(config: ConfigDict) -> DataOptions:
   data = config.data
-  options = DataOptions(
+  return DataOptions(
     data_dir=data.data_dir,
     image_size=data.image_size,
     num_channels=data.num_channels,
     cache_bytes=int(data.cache_gib * 2**30),
     skip_unreadable=data.skip_unreadable,
   )
-  return _with_classes(config, input_pipeline.make_source(data.name, split, options))
+
+
+def make_image_source(config: ConfigDict, split: str) -> Source:
+  """The images of the "train" or "eval" split.
+
+  Raises:
+    UserError: the data is missing, or other than the config says.
+  """
+  source = input_pipeline.make_source(config.data.name, split, _data_options(config))
+  return _with_classes(config, source)
+
+
+def _check_origin(config: ConfigDict, source: latents.LatentSource, split: str) -> None:
+  """Refuses latents of other images than the config's, or of what those were before.
+
+  The images themselves are looked at where `data.data_dir` names them, as
+  training needs no images and may be where there are none.
+  """
+  data = config.data
+  side = tfds_data.DATASETS[data.name].crop_size if data.name in tfds_data.DATASETS else 0
+  expected = {"name": data.name, "crop": images.crop_name(side, data.image_size)}
+  _check_identity(config, source.identity, expected)
+  if data.data_dir and os.path.exists(os.path.expanduser(data.data_dir)):
+    expected = input_pipeline.LOADERS[data.name].identify(split, _data_options(config))
+    if "num_classes" in source.identity:  # of the first classes only
+      expected.pop("num_examples", None)
+    _check_identity(config, source.identity, expected)
+  elif data.data_dir:
+    log.warning("the latents are not compared with their images: no %s", data.data_dir)
+
+
+def _check_identity(config: ConfigDict, found: dict[str, Any], expected: dict[str, Any]) -> None:
+  for field, value in expected.items():
+    if found.get(field) != value:
+      raise UserError(
+        f"the latents under {config.vae.latents_dir} are of other images: {field} is "
+        f"{found.get(field)!r} there and {value!r} here; encode again, with another --output"
+      )
 
 
 def make_source(config: ConfigDict, split: str) -> Source:
@@ -276,7 +310,7 @@ def make_source(config: ConfigDict, split: str) -> Source:
   """
   if not _has_vae(config):
     return make_image_source(config, split)
-  directory, data = config.vae.latents_dir, config.data
+  directory, data = os.path.expanduser(config.vae.latents_dir), config.data
   _require(
     bool(directory),
     "vae.latents_dir",
@@ -285,15 +319,7 @@ def make_source(config: ConfigDict, split: str) -> Source:
     "--config.vae.path=VAE",
   )
   source = latents.open_latents(directory, split)
-  side = tfds_data.DATASETS[data.name].crop_size if data.name in tfds_data.DATASETS else 0
-  expected = {"name": data.name, "crop": images.crop_name(side, data.image_size)}
-  for field, value in expected.items():
-    if source.identity.get(field) != value:
-      raise UserError(
-        f"the latents under {directory} are of other images: {field} is "
-        f"{source.identity.get(field)!r} there and {value!r} here; encode again, with another "
-        "--output"
-      )
+  _check_origin(config, source, split)
   size, channels = input_size(config), config.vae.latent_channels
   if source.image_shape != (size, size, channels):
     raise UserError(
@@ -327,7 +353,7 @@ def make_codec(config: ConfigDict, devices: parallel.Devices) -> vae.Codec:
     "must name the VAE, a diffusers directory or safetensors file (only training with "
     "config.training.sample_every_steps=0 needs none)",
   )
-  read = vae.read_vae(config.vae.path)
+  read = vae_files.read_vae(os.path.expanduser(config.vae.path))
   found = {
     "vae.downsample_factor": read.config.downsample_factor,
     "vae.latent_channels": read.config.latent_channels,

@@ -15,6 +15,7 @@ import pathlib
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
@@ -120,8 +121,12 @@ def _report(kinds: Sequence[str], sides: Int[np.ndarray, "N 2"], options: DataOp
     log.warning("%d of %d images are smaller than %d pixels and enlarged", small, total, size)
 
 
+def _is_hidden(name: str) -> bool:
+  return name.startswith(".")
+
+
 def _walk(folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:
-  """Files at any depth, links followed, hidden ones left out.
+  """Files at any depth, links followed; of hidden folders, their names alone.
 
   Args:
     folder: where to look.
@@ -136,9 +141,7 @@ def _walk(folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:
     return
   with os.scandir(here) as entries:
     for entry in entries:
-      if entry.name.startswith("."):
-        continue
-      if entry.is_dir():
+      if entry.is_dir() and not _is_hidden(entry.name):
         yield from _walk(folder, f"{prefix}{entry.name}/", above | {here})
       else:
         yield prefix + entry.name
@@ -149,7 +152,11 @@ def _list_images(folder: str) -> list[str]:
   if not os.path.isdir(folder):
     found = "is not a folder" if os.path.exists(folder) else "does not exist"
     raise UserError(f"config.data.data_dir={folder} {found}: give the folder of your images")
-  files = sorted(_walk(folder, "", frozenset()))
+  found = sorted(_walk(folder, "", frozenset()))
+  hidden = [path for path in found if _is_hidden(path.rpartition("/")[2])]
+  files = sorted(set(found) - set(hidden))
+  if hidden:
+    log.info("left out: hidden files and folders (%d): %s", len(hidden), _name_some(hidden))
   paths = [path for path in files if path.lower().endswith(EXTENSIONS)]
   others = [path for path in files if not path.lower().endswith(EXTENSIONS)]
   if others:
@@ -178,7 +185,7 @@ def _class_names(folder: str, paths: Sequence[str]) -> list[str]:
   names = {path.partition("/")[0] for path in nested}
   with os.scandir(folder) as entries:
     for entry in sorted(entries, key=lambda entry: entry.name):
-      if entry.is_dir() and entry.name not in names and not entry.name.startswith("."):
+      if entry.is_dir() and entry.name not in names and not _is_hidden(entry.name):
         log.warning("left out: the sub-folder %s has no images", _printable(entry.path))
   return sorted(names)
 
@@ -260,6 +267,15 @@ def _decode_file(path: pathlib.Path) -> Image.Image:
   return image
 
 
+def _digest(folder: str, names: Sequence[str]) -> str:
+  """Tells the paths and sizes of some files from any others."""
+  digest = hashlib.sha256()
+  for name in names:
+    size = os.path.getsize(os.path.join(folder, name))
+    digest.update(os.fsencode(name) + b"\0%d\n" % size)
+  return digest.hexdigest()[:16]
+
+
 class _Files:
   """The files of a split: images to decode, and what they were before."""
 
@@ -285,14 +301,6 @@ class _Files:
     self.kinds[i] = _conversion(image, self._options.num_channels)
     self.sides[i] = image.size
     return images.fit(image, 0, self._options.image_size, self._options.num_channels)
-
-  def digest(self, index: Int[np.ndarray, " n"]) -> str:
-    """Tells the paths and sizes of the files at `index` from any others."""
-    digest = hashlib.sha256()
-    for i in index.tolist():
-      size = os.path.getsize(os.path.join(self._folder, self.names[i]))
-      digest.update(os.fsencode(self.names[i]) + b"\0%d\n" % size)
-    return digest.hexdigest()[:16]
 
 
 def _find_unreadable(rows: DecodedImages) -> dict[int, str]:
@@ -331,6 +339,25 @@ def _leave_out(problems: Sequence[str], total: int, options: DataOptions) -> Non
     log.warning("left out: %d of %d images that cannot be read", len(problems), total)
 
 
+def _describe(split: str, classes: Sequence[str], options: DataOptions) -> dict[str, Any]:
+  """What a folder's identity says besides its files."""
+  identity = {"name": "folder", "split": split, "crop": images.crop_name(0, options.image_size)}
+  return identity | ({"classes": [_printable(name) for name in classes]} if classes else {})
+
+
+def identify_folder(split: str, options: DataOptions) -> dict[str, Any]:
+  """The identity of `load_folder`'s source, as far as it is known without decoding.
+
+  Where unreadable files may be left out, that is not which files are used.
+  """
+  folder = _given_path(options, "folder", "the folder of your images")
+  _, names, classes = _layout(folder, split)
+  identity = _describe(split, classes, options)
+  if options.skip_unreadable:
+    return identity
+  return identity | {"digest": _digest(folder, names), "num_examples": len(names)}
+
+
 def load_folder(split: str, options: DataOptions) -> Source:
   """A folder of image files.
 
@@ -361,22 +388,24 @@ def load_folder(split: str, options: DataOptions) -> Source:
   keep = np.array([i for i in range(total) if i not in reasons])
   _report([files.kinds[i] for i in keep], files.sides[keep], options)
   labels = np.zeros(total, np.int32)
-  identity = {"name": "folder", "split": split, "crop": images.crop_name(0, size)}
   if classes:
     number = {name: i for i, name in enumerate(classes)}
     tops = [name.removeprefix(prefix).partition("/")[0] for name in names]
     labels = np.array([number[top] for top in tops], np.int32)
-    identity["classes"] = [_printable(name) for name in classes]
-  source = Source(rows, labels, len(classes), identity)
-  return source.subset(keep, digest=files.digest(keep))
+  source = Source(rows, labels, len(classes), _describe(split, classes, options))
+  return source.subset(keep, digest=_digest(folder, [names[i] for i in keep]))
 
 
-def _read_npz(path: str) -> dict[str, np.ndarray]:
-  """The arrays `image` and, if there is one, `label`; warns of others."""
+def _check_is_npz(path: str) -> None:
   if not os.path.isfile(path):
     raise UserError(f"config.data.data_dir={path} is not a file: give the .npz of your images")
   if not zipfile.is_zipfile(path):
     raise UserError(f"{path} is not an .npz, or is cut short: {HOW_TO_MAKE_NPZ}")
+
+
+def _read_npz(path: str) -> dict[str, np.ndarray]:
+  """The arrays `image` and, if there is one, `label`; warns of others."""
+  _check_is_npz(path)
   try:
     # Never unpickled: that would run whatever the file asks for.
     with np.load(path, allow_pickle=False) as file:
@@ -443,6 +472,16 @@ def _fitted(scans: UInt8[np.ndarray, "N H W C"], options: DataOptions) -> Decode
   return DecodedImages(decode, (len(scans), size, size, num_channels), options.cache_bytes)
 
 
+def identify_npz(split: str, options: DataOptions) -> dict[str, Any]:
+  """The identity of `load_npz`'s source, but for the number of its examples."""
+  path = _given_path(options, "npz", "the .npz file of your images")
+  _check_is_npz(path)
+  with open(path, "rb") as file:
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+  crop = images.crop_name(0, options.image_size)
+  return {"name": "npz", "split": split, "crop": crop, "digest": digest[:16]}
+
+
 def load_npz(split: str, options: DataOptions) -> Source:
   """The arrays of an .npz; the split is held in memory, the whole file while it is opened.
 
@@ -470,15 +509,7 @@ def load_npz(split: str, options: DataOptions) -> Source:
   keys = (str(i).encode() for i in range(len(scans)))
   chosen = _choose(keys, split, "add images")
   rows, size = scans[chosen], options.image_size
-  with open(path, "rb") as file:
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
-  identity = {
-    "name": "npz",
-    "split": split,
-    "num_examples": len(chosen),
-    "crop": images.crop_name(0, size),
-    "digest": digest[:16],
-  }
+  identity = identify_npz(split, options) | {"num_examples": len(chosen)}
   if rows.shape[1:] != (size, size, options.num_channels):
     rows = _fitted(rows, options)
   return Source(rows, labels[chosen], num_classes, identity)

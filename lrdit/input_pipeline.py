@@ -8,6 +8,7 @@ Axes: N examples, H W image, C channels, n devices, b local batch.
 
 import collections
 import concurrent.futures
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -24,11 +25,31 @@ from lrdit.sources import DataOptions, Source
 # decoders let go of the interpreter's lock, the rest of the work does not.
 MAX_THREADS = 16
 
-LOADERS: dict[str, Callable[[str, DataOptions], Source]] = {
-  "digits": sources.load_digits,
-  **{name: functools.partial(tfds_data.load_tfds, d) for name, d in tfds_data.DATASETS.items()},
-  "folder": image_files.load_folder,
-  "npz": image_files.load_npz,
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+  """How to come by a split, of its name and options.
+
+  Attributes:
+    load: opens it.
+    identify: the part of its source's identity that is known without reading it.
+  """
+
+  load: Callable[[str, DataOptions], Source]
+  identify: Callable[[str, DataOptions], dict[str, Any]]
+
+
+LOADERS = {
+  "digits": Loader(sources.load_digits, sources.identify_digits),
+  **{
+    name: Loader(
+      functools.partial(tfds_data.load_tfds, dataset),
+      functools.partial(tfds_data.identify_tfds, dataset),
+    )
+    for name, dataset in tfds_data.DATASETS.items()
+  },
+  "folder": Loader(image_files.load_folder, image_files.identify_folder),
+  "npz": Loader(image_files.load_npz, image_files.identify_npz),
 }
 
 # Keeps the draws of flips apart from those of orders.
@@ -48,7 +69,7 @@ def make_source(name: str, split: str, options: DataOptions) -> Source:
   """
   if name not in LOADERS:
     raise UserError(f"data.name={name!r} is unknown: use one of {', '.join(LOADERS)}")
-  return LOADERS[name](split, options)
+  return LOADERS[name].load(split, options)
 
 
 def _generator(seed: int, stream: int, number: int) -> np.random.Generator:

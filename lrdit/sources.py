@@ -146,6 +146,12 @@ class DataOptions:
   skip_unreadable: bool
 
 
+def identify_digits(split: str, options: DataOptions) -> dict[str, Any]:
+  """The identity of `load_digits`' source, but for the number of its examples."""
+  del options
+  return {"name": "digits", "split": split}
+
+
 def load_digits(split: str, options: DataOptions) -> Source:
   """scikit-learn's 1,797 handwritten digits, 8x8 grey, 10 classes.
 
@@ -176,5 +182,5 @@ def load_digits(split: str, options: DataOptions) -> Source:
   held_out = np.arange(len(digits.target)) % DIGITS_EVAL_EVERY == DIGITS_EVAL_EVERY - 1
   keep = held_out if split == "eval" else ~held_out
   scans = (digits.images[keep, :, :, None] / 8.0 - 1.0).astype(np.float32)
-  identity = {"name": "digits", "split": split, "num_examples": len(scans)}
+  identity = identify_digits(split, options) | {"num_examples": len(scans)}
   return Source(scans, digits.target[keep].astype(np.int32), 10, identity)

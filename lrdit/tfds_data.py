@@ -7,6 +7,7 @@ Axes: N examples, b examples asked for, H W image, C channels.
 """
 
 import dataclasses
+import logging
 import os
 import pathlib
 import struct
@@ -18,11 +19,15 @@ from jaxtyping import Int, UInt8
 
 from lrdit import images
 from lrdit.errors import UserError
+from lrdit.progress import make_bar
 from lrdit.sources import DataOptions, DecodedImages, Source
 
 # A TFRecord is its length (uint64), a checksum of that (4 bytes), the bytes
 # themselves and a checksum of those (4 bytes).
 LENGTH_BYTES, HEADER_BYTES, FOOTER_BYTES = 8, 12, 4
+LABELS_AT_ONCE = 1024  # records of so many photographs in memory
+
+log = logging.getLogger("lrdit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +95,10 @@ DATASETS = {
 }
 
 
+def _first_line(error: Exception) -> str:
+  return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class TfRecords:
   """Random access to the records of TFRecord files."""
 
@@ -147,17 +156,27 @@ class _Labels:
 
   def __getitem__(self, index: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
     missing = index[self._kept[index] < 0]
-    for start in range(0, len(missing), 1024):  # records of a thousand photographs in memory
-      self._split.read(missing[start : start + 1024])
+    if len(missing) > LABELS_AT_ONCE:
+      self._read_many(missing)
+    elif len(missing):
+      self._split.read(missing)
     return self._kept[index]
+
+  def _read_many(self, index: Int[np.ndarray, " b"]) -> None:
+    log.info("reading %d records for their labels", len(index))
+    with make_bar(len(index), 0, "label") as bar:
+      for start in range(0, len(index), LABELS_AT_ONCE):
+        chunk = index[start : start + LABELS_AT_ONCE]
+        self._split.read(chunk)
+        bar.update(len(chunk))
 
 
 class _Split:
   """The records of a split: images to decode, and labels that come along."""
 
   def __init__(self, builder: Any, split: str, dataset: TfdsDataset, options: DataOptions):
-    from tensorflow_datasets.core.decode import DeserializeMethod, SkipDecoding
-    from tensorflow_datasets.core.features import FeaturesDict
+    from tensorflow_datasets.core.decode import DeserializeMethod
+    from tensorflow_datasets.proto import tf_example_pb2
 
     info = builder.info.splits[split]
     if builder.info.file_format.value == "array_record":
@@ -166,10 +185,8 @@ class _Split:
     else:
       self._records = TfRecords(info.filepaths, info.shard_lengths)
     self._name = f"{dataset.name}'s split {split}"
-    wanted = ["image", "label"] if dataset.num_classes else ["image"]
-    # Without CelebA's 40 attributes, say. (PartialDecoding would import tensorflow.)
-    self._features = FeaturesDict({name: builder.info.features[name] for name in wanted})
-    self._skip = {"image": SkipDecoding()}
+    # Not the features' own decoders, which take longer than reading the record.
+    self._parse = tf_example_pb2.Example.FromString
     self._crop_size, self._options = dataset.crop_size, options
     self.labels: Any = np.zeros(info.num_examples, np.int32)
     if dataset.num_classes:
@@ -177,11 +194,18 @@ class _Split:
 
   def read(self, index: Int[np.ndarray, " b"]) -> list[bytes]:
     """The encoded images, (b,); keeps their labels."""
-    records = self._records.__getitems__(index.tolist())
-    examples = [self._features.deserialize_example_np(r, decoders=self._skip) for r in records]
-    if isinstance(self.labels, _Labels):
-      self.labels.keep(index, [int(example["label"]) for example in examples])
-    return [example["image"] for example in examples]
+    from google.protobuf.message import DecodeError
+
+    try:
+      records = self._records.__getitems__(index.tolist())
+      features = [self._parse(record).features.feature for record in records]
+      if isinstance(self.labels, _Labels):
+        self.labels.keep(index, [each["label"].int64_list.value[0] for each in features])
+      return [each["image"].bytes_list.value[0] for each in features]
+    except (DecodeError, IndexError, ValueError, RuntimeError) as error:
+      raise UserError(
+        f"a record of {self._name} is damaged ({_first_line(error)}): prepare the dataset again"
+      ) from error
 
   def decode(self, index: Int[np.ndarray, " b"]) -> list[UInt8[np.ndarray, "H W C"]]:
     """The images, cropped and resized: b arrays (H, W, C)."""
@@ -209,20 +233,15 @@ def _find_builder(dataset: TfdsDataset, data_dir: str) -> Any:
       f"no prepared {dataset.name} under {data_dir} (config.data.data_dir): "
       f"{dataset.how_to_prepare(data_dir)}"
     ) from error
+  except Exception as error:  # whatever its files lead their reader to
+    raise UserError(
+      f"the prepared {dataset.name} under {data_dir} is damaged ({_first_line(error)}): delete "
+      f"it, and {dataset.how_to_prepare(data_dir)}"
+    ) from error
 
 
-def load_tfds(dataset: TfdsDataset, split: str, options: DataOptions) -> Source:
-  """A split of a prepared dataset.
-
-  Args:
-    dataset: one of `DATASETS`.
-    split: "train" or "eval", the dataset's own held-out split.
-    options: `data_dir` is the directory that holds the dataset's, by default
-      TFDS_DATA_DIR or ~/tensorflow_datasets.
-
-  Raises:
-    UserError: it is not there, or not whole.
-  """
+def _open(dataset: TfdsDataset, split: str, options: DataOptions) -> tuple[Any, str]:
+  """The reader of a prepared directory and its name for the split, both whole."""
   default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
   data_dir = os.path.expanduser(options.data_dir or default)
   builder = _find_builder(dataset, data_dir)
@@ -238,15 +257,37 @@ def load_tfds(dataset: TfdsDataset, split: str, options: DataOptions) -> Source:
     raise UserError(
       f"{missing[0]} is missing: delete {directory}, and {dataset.how_to_prepare(data_dir)}"
     )
-  records = _Split(builder, name, dataset, options)
-  size = options.image_size
-  shape = (info.num_examples, size, size, options.num_channels)
-  identity = {
+  return builder, name
+
+
+def identify_tfds(dataset: TfdsDataset, split: str, options: DataOptions) -> dict[str, Any]:
+  """The identity of `load_tfds`' source, without reading its records."""
+  builder, name = _open(dataset, split, options)
+  return {
     "name": dataset.name,
     "version": str(builder.info.version),
     "split": name,
-    "num_examples": info.num_examples,
-    "crop": images.crop_name(dataset.crop_size, size),
+    "num_examples": builder.info.splits[name].num_examples,
+    "crop": images.crop_name(dataset.crop_size, options.image_size),
   }
+
+
+def load_tfds(dataset: TfdsDataset, split: str, options: DataOptions) -> Source:
+  """A split of a prepared dataset.
+
+  Args:
+    dataset: one of `DATASETS`.
+    split: "train" or "eval", the dataset's own held-out split.
+    options: `data_dir` is the directory that holds the dataset's, by default
+      TFDS_DATA_DIR or ~/tensorflow_datasets.
+
+  Raises:
+    UserError: it is not there, or not whole.
+  """
+  builder, name = _open(dataset, split, options)
+  identity = identify_tfds(dataset, split, options)
+  records = _Split(builder, name, dataset, options)
+  size = options.image_size
+  shape = (identity["num_examples"], size, size, options.num_channels)
   decoded = DecodedImages(records.decode, shape, options.cache_bytes)
   return Source(decoded, records.labels, dataset.num_classes, identity)

@@ -44,9 +44,11 @@ def atomic_path(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes indented JSON atomically."""
-  with atomic_path(path) as temporary:
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+  """Writes indented JSON, on the disk and whole before it takes its name."""
+  with atomic_path(path) as temporary, temporary.open("w") as file:
+    file.write(json.dumps(value, indent=2) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

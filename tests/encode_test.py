@@ -13,9 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from PIL import Image
 
 from configs import cifar10
-from lrdit import builders, encode, input_pipeline, parallel, sample, sampler, train, training_step
+from lrdit import (
+  builders,
+  encode,
+  input_pipeline,
+  parallel,
+  sample,
+  sampler,
+  train,
+  training_step,
+  vae_files,
+)
 from lrdit import vae as vae_module
 from lrdit.errors import UserError
 from tests import tiny
@@ -118,7 +129,7 @@ def other_vae(tmp_path_factory):
   """The tiny VAE with one number changed."""
   directory = tmp_path_factory.mktemp("vae") / "other"
   shutil.copytree(VAE, directory)
-  path = directory / vae_module.WEIGHTS_NAME
+  path = directory / vae_files.WEIGHTS_NAME
   tensors = safetensors.numpy.load_file(path)
   tensors["encoder.conv_in.bias"][0] += 1
   safetensors.numpy.save_file(tensors, path)
@@ -140,7 +151,7 @@ def copy(encoded, tmp_path):
 
 def test_the_directory_holds_the_source_s_images_encoded(images, encoded):
   config = make_config(images)
-  codec = vae_module.Codec(vae_module.read_vae(VAE), one_device(), 5)
+  codec = vae_module.Codec(vae_files.read_vae(VAE), one_device(), 5)
   manifest = json.loads((encoded / "manifest.json").read_text())
   total = 0
   for split in ("train", "eval"):
@@ -385,6 +396,38 @@ def test_training_refuses_latents_that_do_not_fit(images, copy, tmp_path, damage
   with pytest.raises(UserError, match=message):
     train.train(config, str(tmp_path / "run"), one_device())
   assert not (tmp_path / "run").exists()
+
+
+def test_training_refuses_latents_of_images_that_have_changed_since(copy, images, tmp_path):
+  changed = write_images(tmp_path / "changed.npz", seed=1)
+  for data_dir, message in ((changed, "are of other images: digest is"), (images, None)):
+    config = make_config(data_dir, vae__latents_dir=str(copy))
+    if message:
+      with pytest.raises(UserError, match=message):
+        builders.make_source(config, "train")
+    else:
+      assert len(builders.make_source(config, "train")) > 0
+  # Latents are trained on where the images are not.
+  config = make_config(tmp_path / "gone.npz", vae__latents_dir=str(copy))
+  assert len(builders.make_source(config, "train")) > 0
+
+
+def test_latents_of_a_folder_notice_a_changed_file(tmp_path):
+  rng = np.random.default_rng(0)
+  for split, count in (("train", 3), ("eval", 2)):
+    (tmp_path / "images" / split).mkdir(parents=True)
+    for i in range(count):
+      pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
+      Image.fromarray(pixels).save(tmp_path / "images" / split / f"{i}.png")
+  fields = dict(data__name="folder", data__num_classes=0, sampling__guidance_scale=1.0)
+  config = make_config(tmp_path / "images", **fields)
+  encode.encode(config, str(tmp_path / "latents"), one_device())
+  config = make_config(tmp_path / "images", vae__latents_dir=str(tmp_path / "latents"), **fields)
+  assert len(builders.make_source(config, "train")) == 3
+  (tmp_path / "images" / "train" / "1.png").unlink()
+  with pytest.raises(UserError, match="are of other images: digest is"):
+    builders.make_source(config, "train")
+  assert len(builders.make_source(config, "eval")) == 2
 
 
 @pytest.fixture(scope="module")

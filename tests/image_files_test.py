@@ -224,7 +224,7 @@ def test_a_folder_that_is_missing_or_a_file_or_empty_is_refused(tmp_path):
     image_files.load_folder("train", make_options(tmp_path))
 
 
-def test_other_files_and_empty_sub_folders_are_named_and_hidden_ones_are_not(tmp_path, log_lines):
+def test_other_and_hidden_files_and_empty_sub_folders_are_named(tmp_path, log_lines):
   save(tmp_path / "train" / "cat" / "1.PNG", pixels(1))
   save(tmp_path / "train" / "cat" / "2.Jpeg", pixels(2))
   save(tmp_path / "eval" / "cat" / "3.png", pixels(3))
@@ -237,6 +237,10 @@ def test_other_files_and_empty_sub_folders_are_named_and_hidden_ones_are_not(tmp
   source = image_files.load_folder("train", make_options(tmp_path))
   assert (len(source), source.identity["classes"]) == (2, ["cat"])
   assert log_lines() == [
+    (
+      "INFO",
+      "left out: hidden files and folders (3): .DS_Store, train/.thumbs, train/cat/.2.png",
+    ),
     (
       "WARNING",
       "left out: not images by their extension (4): c.heic, d.txt, train/b.json, and 1 more",

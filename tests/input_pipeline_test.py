@@ -177,25 +177,25 @@ def test_what_fails_ahead_is_raised_in_its_turn():
     next(stream)
 
 
-def test_closing_the_stream_ends_its_threads():
-  made, threads = [], set()
+def test_closing_the_stream_ends_its_threads_and_what_waits_for_them():
+  made, threads, closed = [], set(), threading.Event()
 
   def make(number):
     threads.add(threading.current_thread())
     made.append(number)
-    time.sleep(0.002)
+    if number > 2:  # all that is read ahead is under way or waits until the stream is closed
+      closed.wait(timeout=10)
     return number
 
   stream = input_pipeline.read_ahead(make, itertools.count())
   assert [next(stream) for _ in range(3)] == [0, 1, 2]
-  # Ahead, and not without bound.
-  bound = 3 + 2 * input_pipeline.MAX_THREADS + 1
   assert threading.current_thread() not in threads
   stream.close()
+  closed.set()
   for thread in threads:
     thread.join(timeout=10)
     assert not thread.is_alive()
-  assert len(made) <= bound
+  assert len(made) <= 3 + len(threads)
 
 
 def test_an_unknown_dataset_is_refused():

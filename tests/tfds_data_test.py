@@ -301,6 +301,28 @@ def test_a_tfrecord_of_whole_records_but_too_few_is_refused(damaged, tmp_path):
     load("cifar10", "train", make_options(tmp_path, 32))
 
 
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+def test_damaged_metadata_are_refused(damaged, tmp_path, file_format, name):
+  path = damaged("cifar10", file_format) / name
+  path.write_text(path.read_text()[:50])
+  with pytest.raises(UserError, match=r"cifar10.*damaged.*delete it, and run .*tfds") as raised:
+    load("cifar10", "train", make_options(tmp_path, 32))
+  assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_damaged_records_are_refused(damaged, tmp_path, file_format):
+  for shard in damaged("cifar10", file_format).glob(f"cifar10-train.{file_format}-*"):
+    content = bytearray(shard.read_bytes())
+    middle = slice(len(content) // 4, 3 * len(content) // 4)
+    content[middle] = bytes(len(content[middle]))
+    shard.write_bytes(content)
+  with pytest.raises(UserError, match=r"damaged|cannot be decoded") as raised:
+    read(load("cifar10", "train", make_options(tmp_path, 32)))
+  assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("content", [b"no image", jpeg("imagenet2012", "train", 1)[:900]])
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path, file_format, content):
