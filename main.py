@@ -4,12 +4,12 @@ import importlib
 import os
 import re
 import sys
-import traceback
 
 from absl import flags
 from ml_collections import config_flags
 
-from lrdit.errors import UserError, as_user_error
+from lrdit import startup
+from lrdit.errors import UserError, as_user_error, tell
 
 # Each is a function in the module of its name, of the config and the directory of this flag.
 MODES = {"train": "workdir", "sample": "workdir", "evaluate": "workdir", "encode": "output"}
@@ -58,23 +58,15 @@ def run(argv: list[str]) -> int:
     if values.help:
       print(__doc__, values.get_help(), sep="\n")
       return 0
+    startup.prepare()
     from lrdit import builders, progress  # now, as importing jax takes a while
 
     progress.start_logging(values.debug)
     verb = getattr(importlib.import_module(f"lrdit.{values.mode}"), values.mode)
-    directory = os.path.expanduser(values[MODES[values.mode]].value)
-    verb(builders.resolve(values.config), directory)
+    verb(builders.resolve(values.config), os.path.expanduser(values[MODES[values.mode]].value))
     return 0
-  except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
-    return 130
-  except Exception as error:
-    told = as_user_error(error)
-    if told is None or (values and values.debug):
-      traceback.print_exc()
-    if told is not None:
-      print(f"error: {told}", file=sys.stderr)
-    return told.exit_status if told else 70
+  except (Exception, KeyboardInterrupt) as error:
+    return tell(error, with_traceback=values is not None and values.debug)
 
 
 if __name__ == "__main__":

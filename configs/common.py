@@ -64,6 +64,8 @@ def get_default_config(method: str, variant: str) -> ConfigDict:
   model.num_heads = 0
   model.patch_size = 0
   model.dtype = "float32"  # compute; or bfloat16. Parameters are float32.
+  model.remat = False  # compute blocks again in the backward pass: less memory, more time
+  model.scan_blocks = False  # compile equal blocks once: for deep models; slower on CPUs
   model.class_dropout_rate = 0.1
   model.learn_sigma = False
 

@@ -453,7 +453,14 @@ def make_plan(config: ConfigDict) -> rank_schedule.RankPlan:
 
 def make_model(config: ConfigDict) -> dit.DiT:
   """The DiT of the config's arm."""
-  return dit.DiT(make_shape(config), make_plan(config), DTYPES[config.model.dtype])
+  model = config.model
+  return dit.DiT(
+    make_shape(config),
+    make_plan(config),
+    DTYPES[model.dtype],
+    remat=model.remat,
+    scan_blocks=model.scan_blocks,
+  )
 
 
 def init_params(config: ConfigDict) -> Any:

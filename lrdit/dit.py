@@ -9,6 +9,7 @@ Axes: B batch, H W image, C channels, N tokens, P patch, D width, h heads.
 """
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from lrdit.errors import UserError
 from lrdit.low_rank import RankSelection, make_dense, uniform_selection
-from lrdit.rank_schedule import RankPlan
+from lrdit.rank_schedule import LayerRanks, RankPlan
 
 FREQUENCY_DIM = 256
 MLP_RATIO = 4
@@ -167,17 +168,50 @@ def modulate(
 def attention(qkv: Float[Array, "B N three_D"], num_heads: int) -> Float[Array, "B N D"]:
   """Multi-head self-attention of (B, N, 3 D) to (B, N, D).
 
+  By cuDNN's fused kernel where that is there, and by `plain_attention` elsewhere.
+  """
+  # Not `jax.lax.platform_dependent`: tracing the kernel fails without cuDNN.
+  has_cudnn = "cuda" in jax.devices()[0].client.platform_version.lower()
+  if has_cudnn and qkv.dtype == jnp.bfloat16:
+    return fused_attention(qkv, num_heads)
+  return plain_attention(qkv, num_heads)
+
+
+def fused_attention(qkv: Float[Array, "B N three_D"], num_heads: int) -> Float[Array, "B N D"]:
+  """Attention by cuDNN's kernel, which keeps no (N, N) array; not in float32."""
+  b, n, _ = qkv.shape
+  q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, num_heads, -1), 2, 0)
+  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").reshape(b, n, -1)
+
+
+def plain_attention(qkv: Float[Array, "B N three_D"], num_heads: int) -> Float[Array, "B N D"]:
+  """Attention by two products.
+
   Heads are merged into the batch and the softmax's division is applied after
   the values: fewer passes over (N, N) arrays, and plain batched products.
   """
   b, n, _ = qkv.shape
-  heads = qkv.reshape(b, n, 3, num_heads, -1).transpose(2, 0, 3, 1, 4)
-  q, k, v = heads.reshape(3, b * num_heads, n, -1)
+
+  def merge_heads(x: Float[Array, "B N D"]) -> Float[Array, "Bh N d"]:
+    return x.reshape(b, n, num_heads, -1).transpose(0, 2, 1, 3).reshape(b * num_heads, n, -1)
+
+  q, k, v = map(merge_heads, jnp.split(qkv, 3, axis=-1))
   scores = jnp.einsum("bqd,bkd->bqk", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
   weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
   values = jnp.einsum("bqk,bkd->bqd", weights.astype(qkv.dtype), v)
   out = values / weights.sum(-1, keepdims=True).astype(qkv.dtype)
   return out.reshape(b, num_heads, n, -1).transpose(0, 2, 1, 3).reshape(b, n, -1)
+
+
+def block_runs(plan: RankPlan, depth: int) -> list[tuple[int, int]]:
+  """(first block, number of blocks) of each run of blocks of the same ranks."""
+
+  def ranks(i: int) -> dict[str, LayerRanks]:
+    prefix = f"blocks_{i}/"
+    return {n.removeprefix(prefix): r for n, r in plan.layers if n.startswith(prefix)}
+
+  starts = [i for i in range(depth) if i == 0 or ranks(i) != ranks(i - 1)]
+  return [(a, b - a) for a, b in itertools.pairwise([*starts, depth])]
 
 
 class TimestepEmbedder(nn.Module):
@@ -279,13 +313,34 @@ class DiT(nn.Module):
     plan: rank of every factorised layer per bucket; layers it does not name
       are dense.
     dtype: compute dtype, float32 or bfloat16; parameters are float32.
+    remat: compute each block again in the backward pass instead of keeping what
+      is inside it.
+    scan_blocks: compile equal blocks once and loop over them. The parameters
+      are the same either way.
   """
 
   shape: DiTShape
   plan: RankPlan
   dtype: Any = jnp.float32
+  remat: bool = False
+  scan_blocks: bool = False
 
-  @nn.compact
+  def setup(self):
+    """Names every part; the parameters' paths are these names."""
+    s, common = self.shape, (self.plan, self.dtype)
+    self.patch_embed = make_dense(self, "patch_embed", s.hidden_size, *common)
+    self.t_embedder = TimestepEmbedder(s.hidden_size, *common)
+    if s.num_classes:
+      self.y_embedder = nn.Embed(
+        s.num_classes + 1,
+        s.hidden_size,
+        dtype=self.dtype,
+        embedding_init=nn.initializers.normal(0.02),
+      )
+    block = nn.remat(Block) if self.remat else Block
+    self.blocks = [block(s.num_heads, *common) for _ in range(s.depth)]
+    self.final_layer = FinalLayer(s.patch_size**2 * s.out_channels, *common)
+
   def __call__(
     self,
     x_t: Float[Array, "B H W C"],
@@ -306,28 +361,38 @@ class DiT(nn.Module):
       (B, H, W, C or 2 C) float32, exactly zero at initialisation.
     """
     s = self.shape
-    x = make_dense(self, "patch_embed", s.hidden_size, self.plan, self.dtype)(
-      patchify(x_t, s.patch_size), selection
-    )
+    x = self.patch_embed(patchify(x_t, s.patch_size), selection)
     grid_size = s.image_size // s.patch_size
     x = x + jnp.asarray(position_embedding(s.hidden_size, grid_size), self.dtype)
-    embedder = TimestepEmbedder(s.hidden_size, self.plan, self.dtype, name="t_embedder")
-    c = embedder(t, selection)
+    c = self.t_embedder(t, selection)
     if s.num_classes:
-      table = nn.Embed(
-        s.num_classes + 1,
-        s.hidden_size,
-        dtype=self.dtype,
-        embedding_init=nn.initializers.normal(0.02),
-        name="y_embedder",
-      )
-      c = c + table(y)
+      c = c + self.y_embedder(y)
     c = nn.silu(c)
-    for i in range(s.depth):
-      x = Block(s.num_heads, self.plan, self.dtype, name=f"blocks_{i}")(x, c, selection)
-    final = FinalLayer(s.patch_size**2 * s.out_channels, self.plan, self.dtype, name="final_layer")
-    x = final(x, c, selection)
+    scanned = self.scan_blocks and not self.is_initializing()
+    for first, length in block_runs(self.plan, s.depth) if scanned else ((0, s.depth),):
+      run = self._scan_run if scanned else self._apply_run
+      x = run(x, c, selection, first, length)
+    x = self.final_layer(x, c, selection)
     return unpatchify(x, s.patch_size, s.out_channels).astype(jnp.float32)
+
+  def _apply_run(self, x, c, selection, first, length):
+    """Blocks one after another."""
+    for block in self.blocks[first : first + length]:
+      x = block(x, c, selection)
+    return x
+
+  def _scan_run(self, x, c, selection, first, length):
+    """Equal blocks as iterations of the first one, over their stacked parameters."""
+    blocks = [self.variables["params"][f"blocks_{first + i}"] for i in range(length)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    detached = self.clone(parent=None)
+
+    def step(x, params):
+      variables = {"params": {f"blocks_{first}": params}}
+      method = DiT._apply_run
+      return detached.apply(variables, x, c, selection, first, 1, method=method), None
+
+    return jax.lax.scan(step, x, stacked)[0]
 
 
 def init_params(model: DiT, rng: Key[Array, ""]) -> dict[str, Any]:

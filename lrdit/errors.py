@@ -1,6 +1,8 @@
 """What a user can mend, told in one line."""
 
 import os
+import sys
+import traceback
 from collections.abc import Iterator
 
 
@@ -43,3 +45,25 @@ def as_user_error(error: Exception) -> UserError | None:
       "config.sampling.batch_size, or use model.dtype=bfloat16"
     )
   return None
+
+
+def tell(error: BaseException, with_traceback: bool) -> int:
+  """Prints what ended a command, in one line if the user can mend it.
+
+  Args:
+    error: the exception being handled.
+    with_traceback: show where even a `UserError` came from.
+
+  Returns:
+    the exit status.
+  """
+  if isinstance(error, KeyboardInterrupt):
+    print("interrupted", file=sys.stderr)
+    return 130
+  told = as_user_error(error)
+  if told is None or with_traceback:
+    traceback.print_exception(error)
+  if told is None:
+    return 70
+  print(f"error: {told}", file=sys.stderr)
+  return told.exit_status

@@ -150,6 +150,64 @@ def test_attention_is_softmax_attention():
   np.testing.assert_allclose(dit.attention(qkv, 2), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_fused_kernel_is_given_what_plain_attention_computes(monkeypatch):
+  """The kernel itself needs a GPU: XLA's attention stands in for it."""
+  qkv = jax.random.normal(jax.random.key(0), (2, 5, 24))
+  real = jax.nn.dot_product_attention
+  asked = []
+
+  def stand_in(q, k, v, implementation):
+    asked.append(implementation)
+    return real(q, k, v, implementation="xla")
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+  np.testing.assert_allclose(
+    dit.fused_attention(qkv, 2), dit.plain_attention(qkv, 2), rtol=1e-5, atol=1e-6
+  )
+  assert asked == ["cudnn"]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("fields", [{"model__scan_blocks": True}, {"model__remat": True}])
+def test_scanned_and_recomputed_blocks_compute_the_same(arm, fields):
+  plain = builders.make_model(tiny_config(f"method={arm}", model__depth=4))
+  config = tiny_config(f"method={arm}", model__depth=4, **fields)
+  model, params = builders.make_model(config), noisy_params(config)
+  assert jax.tree.structure(params) == jax.tree.structure(dit.init_params(plain, jax.random.key(0)))
+  x, t, y = inputs(model.shape, batch=16)
+  bucket = None
+  groups = ((16, model.plan.num_buckets - 1),)
+  if arm == "adaptive":
+    t = timesteps.stratified_timesteps(jnp.full(16, 0.7), jnp.arange(16), 16, 1000)
+    bucket = jnp.asarray(model.plan.bucket_of_timestep)[t]
+    groups = timesteps.rank_groups(model.plan, "grouped", 16, 1)
+
+  def loss(model):
+    def mean_square(params):
+      selection = low_rank.RankSelection(groups, bucket)
+      return jnp.square(model.apply({"params": params}, x, t, y, selection)).mean()
+
+    return jax.jit(jax.value_and_grad(mean_square))(params)
+
+  got, expected = loss(model), loss(plain)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_equal_blocks_are_compiled_once():
+  def count_products(depth, **fields):
+    model = builders.make_model(tiny_config(model__depth=depth, **fields))
+    x, t, y = inputs(model.shape)
+    params = jax.eval_shape(lambda: dit.init_params(model, jax.random.key(0)))
+    selection = low_rank.uniform_selection(6)
+    program = jax.jit(lambda p: model.apply({"params": p}, x, t, y, selection)).lower(params)
+    return program.as_text().count("dot_general")
+
+  assert count_products(8) > count_products(4)
+  scanned = [count_products(depth, model__scan_blocks=True) for depth in (4, 8)]
+  assert scanned[0] == scanned[1]
+
+
 def test_attention_survives_large_scores():
   assert np.isfinite(dit.attention(1e3 * jnp.ones((1, 4, 24)), 2)).all()
 
