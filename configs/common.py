@@ -88,6 +88,17 @@ def get_default_config(method: str, variant: str) -> ConfigDict:
   diffusion.prediction = "epsilon"  # or v
   diffusion.loss_weighting = "uniform"  # or min_snr
 
+  config.curriculum = curriculum = ConfigDict()
+  curriculum.enabled = False
+  curriculum.start = "high"  # first group of timesteps; or low, middle
+  # Groups [0, 44), [44, 123), ...: the curriculum's, and those of the losses by group in
+  # every run's metrics. They end at diffusion.num_train_timesteps; where they do not, a run
+  # without a curriculum scales them, and a run with one is refused.
+  curriculum.boundaries = (0, 44, 123, 234, 371, 520, 667, 796, 897, 966, 1000)
+  curriculum.patience = 5  # checks without a better loss that end a stage
+  curriculum.check_every_steps = 1000
+  curriculum.restart_optimizer = False  # fresh moments, new warm-up at each stage
+
   config.optimizer = optimizer = ConfigDict()
   optimizer.name = "adamw"  # or lion
   optimizer.learning_rate = 1e-4

@@ -1,5 +1,6 @@
 """From a ConfigDict to objects: configs are checked here and go no further."""
 
+import itertools
 import logging
 import math
 import os
@@ -14,6 +15,7 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
 from lrdit import (
+  curriculum,
   diffusion,
   dit,
   images,
@@ -56,6 +58,7 @@ def _check_choices(config: ConfigDict) -> None:
     "diffusion.noise_schedule": diffusion.NOISE_SCHEDULES,
     "diffusion.prediction": diffusion.PREDICTIONS,
     "diffusion.loss_weighting": diffusion.LOSS_WEIGHTINGS,
+    "curriculum.start": curriculum.STARTS,
     "optimizer.name": optimizer.OPTIMIZERS,
     "optimizer.decay": optimizer.DECAYS,
     "sampling.solver": diffusion.SOLVERS,
@@ -89,6 +92,8 @@ RANGES = {
   "rank.num_buckets": (1, 1000),
   "rank.multiple_of": (1, math.inf),
   "diffusion.num_train_timesteps": (2, 1_000_000),
+  "curriculum.patience": (1, math.inf),
+  "curriculum.check_every_steps": (1, math.inf),
   "optimizer.warmup_steps": (0, math.inf),
   "optimizer.weight_decay": (0.0, math.inf),
   "optimizer.grad_clip_norm": (0.0, math.inf),
@@ -193,8 +198,30 @@ def _check_sampling(config: ConfigDict) -> None:
   )
 
 
+def _check_boundaries(config: ConfigDict) -> None:
+  """Groups of timesteps that begin at 0, rise and, for a curriculum, end at T."""
+  field, value = "curriculum.boundaries", config.curriculum.boundaries
+  _require(
+    len(value) > 1 and all(type(b) is int for b in value),
+    field,
+    value,
+    "must be two or more whole numbers",
+  )
+  _require(value[0] == 0, field, value, "must start at 0")
+  rises = all(a < b for a, b in itertools.pairwise(value))
+  _require(rises, field, value, "must rise: leave out what is not above the number before it")
+  total = config.diffusion.num_train_timesteps
+  _require(
+    value[-1] == total or not config.curriculum.enabled,
+    field,
+    value,
+    f"must end at config.diffusion.num_train_timesteps={total}: use "
+    f"{curriculum.scale_boundaries(value, total)}",
+  )
+
+
 def resolve(config: ConfigDict) -> ConfigDict:
-  """Fills in the variant's sizes and refuses what cannot work.
+  """Fills in the variant's sizes, fits the groups of timesteps and refuses what cannot work.
 
   Returns:
     A new, locked config without zeros that stand for defaults.
@@ -209,6 +236,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
     config.model[field] = config.model[field] or value
   _check_model(config)
   _check_sampling(config)
+  _check_boundaries(config)
+  config.curriculum.boundaries = curriculum.scale_boundaries(
+    config.curriculum.boundaries, config.diffusion.num_train_timesteps
+  )
   # Built for their own checks: both raise where values do not fit together.
   make_plan(config)
   make_solver_table(config)
@@ -496,20 +527,36 @@ def make_objective(config: ConfigDict, devices: parallel.Devices) -> Objective:
     loss_weighting=config.diffusion.loss_weighting,
     class_dropout_rate=config.model.class_dropout_rate,
     compute=config.rank.compute,
-    batch_size=config.training.batch_size,
+    strata=timesteps.uniform_strata(
+      config.training.batch_size, config.diffusion.num_train_timesteps
+    ),
     num_devices=len(devices),
+  )
+
+
+def make_curriculum(config: ConfigDict) -> curriculum.Curriculum:
+  """The stages of training: without a curriculum, the one that trains everything."""
+  c, order = config.curriculum, ()
+  if c.enabled:
+    order = curriculum.stage_order(c.start, len(c.boundaries) - 1)
+  return curriculum.Curriculum(
+    boundaries=c.boundaries,
+    stages=curriculum.make_stages(c.boundaries, order, config.training.batch_size),
+    patience=c.patience,
+    check_every_steps=c.check_every_steps,
+    restart_optimizer=c.restart_optimizer,
   )
 
 
 def make_optimizer(
   config: ConfigDict,
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """(optax transformation, learning-rate schedule over steps)."""
+) -> tuple[optax.GradientTransformation, optimizer.Schedule]:
+  """(optax transformation for a rate of 1, learning rate of (step, start of the warm-up))."""
   o = config.optimizer
   schedule = optimizer.learning_rate_schedule(
     o.learning_rate, o.warmup_steps, config.training.num_steps, o.decay
   )
-  return optimizer.make_optimizer(o.name, schedule, o.weight_decay, o.grad_clip_norm), schedule
+  return optimizer.make_optimizer(o.name, o.weight_decay, o.grad_clip_norm), schedule
 
 
 def make_sampler(

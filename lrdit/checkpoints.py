@@ -1,8 +1,8 @@
 """Checkpoints: saving in the background, restoring only what proves intact.
 
 A checkpoint `checkpoints/STEP/` holds the items `params` (raw weights),
-`ema_params`, `opt_state`, `progress` (step and metric sums), `config` (JSON)
-and `manifest` (JSON: dtype, shape and CRC-32 of every array), written by orbax,
+`ema_params`, `opt_state`, `progress` (step, metric sums and curriculum stage),
+`config` (JSON) and `manifest` (JSON: dtype, shape and CRC-32 of every array), written by orbax,
 which makes it visible only once it is complete.
 """
 
@@ -30,13 +30,18 @@ class DamagedCheckpoint(Exception):
   """A checkpoint that cannot be read or whose contents changed."""
 
 
+def _progress(state: TrainState) -> dict[str, Any]:
+  """All but the large trees, by the field's name."""
+  return {"step": state.step, "window": state.window, "stage": state.stage}
+
+
 def _items(state: TrainState) -> dict[str, Any]:
   """The array items of a host state, as trees of plain dicts."""
   trees = {
     "params": state.params,
     "ema_params": state.ema_params,
     "opt_state": state.opt_state,
-    "progress": {"step": state.step, "window": state.window},
+    "progress": _progress(state),
   }
   return {name: flax.serialization.to_state_dict(tree) for name, tree in trees.items()}
 
@@ -152,12 +157,9 @@ class Checkpoints:
     step, items = self._newest_intact(_items(template), move_damaged=True)
     if step is None:
       return None
-    progress = flax.serialization.from_state_dict(
-      {"step": template.step, "window": template.window}, items["progress"]
-    )
+    progress = flax.serialization.from_state_dict(_progress(template), items["progress"])
     return TrainState(
-      step=progress["step"],
-      window=progress["window"],
+      **progress,
       **{
         name: flax.serialization.from_state_dict(getattr(template, name), items[name])
         for name in ("params", "ema_params", "opt_state")

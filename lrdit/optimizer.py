@@ -1,10 +1,15 @@
 """The optimiser and the moving average of the parameters."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
+
+# float32 learning rate of (step, step the warm-up began at).
+Schedule = Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike], Float[Array, ""]]
 
 OPTIMIZERS = ("adamw", "lion")
 DECAYS = ("cosine", "constant")
@@ -12,7 +17,7 @@ DECAYS = ("cosine", "constant")
 
 def learning_rate_schedule(
   learning_rate: float, warmup_steps: int, num_steps: int, decay: str
-) -> optax.Schedule:
+) -> Schedule:
   """Linear warm-up to `learning_rate`, then cosine decay to 0 or a constant.
 
   Args:
@@ -20,32 +25,40 @@ def learning_rate_schedule(
     warmup_steps: steps of warm-up; the first step already moves.
     num_steps: total steps, at the end of which a cosine reaches 0.
     decay: one of `DECAYS`.
+
+  Returns:
+    float32 rate of (step, start): `step` updates were applied before, and the
+    warm-up counts from step `start`; the decay does not begin again with it.
   """
   if decay == "cosine":
-    after = optax.cosine_decay_schedule(learning_rate, max(1, num_steps - warmup_steps))
+    share = optax.cosine_decay_schedule(1.0, max(1, num_steps - warmup_steps))
   else:
-    after = optax.constant_schedule(learning_rate)
-  if warmup_steps == 0:
-    return after
-  first = learning_rate / warmup_steps
+    share = optax.constant_schedule(1.0)
+  first = learning_rate / max(1, warmup_steps)
   warmup = optax.linear_schedule(first, learning_rate, max(1, warmup_steps - 1))
-  return optax.join_schedules([warmup, after], [warmup_steps])
+
+  def rate(step: jax.typing.ArrayLike, start: jax.typing.ArrayLike) -> Float[Array, ""]:
+    return warmup(step - start) * share(jnp.maximum(step - warmup_steps, 0))
+
+  return rate
 
 
 def make_optimizer(
-  name: str, learning_rate: optax.Schedule, weight_decay: float, grad_clip_norm: float
+  name: str, weight_decay: float, grad_clip_norm: float
 ) -> optax.GradientTransformation:
   """Clips the global gradient norm, then applies the named optimiser.
 
+  Its updates are for a learning rate of 1: the training step scales them, since
+  a rate that counts from the start of a stage is no function of optax's counter.
+
   Args:
     name: one of `OPTIMIZERS`.
-    learning_rate: schedule over steps.
     weight_decay: decoupled decay of matrices; vectors (biases) do not decay.
     grad_clip_norm: largest global norm; 0 turns clipping off.
   """
   make = {"adamw": optax.adamw, "lion": optax.lion}[name]
   update = make(
-    learning_rate,
+    learning_rate=1.0,
     weight_decay=weight_decay,
     mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
   )

@@ -2,10 +2,11 @@
 
 import contextlib
 import functools
+import itertools
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -85,25 +86,27 @@ class Trainer:
     """
     self.config, self.devices = config, devices
     objective = builders.make_objective(config, devices)
+    self.curriculum = builders.make_curriculum(config)
     self.source = builders.make_source(config, "train")
     self.eval_source = builders.make_source(config, "eval")
-    self.optimizer, self.learning_rate = builders.make_optimizer(config)
+    self.optimizer, learning_rate = builders.make_optimizer(config)
     grid_batch = -(-GRID_ROWS * GRID_COLUMNS // len(devices)) * len(devices)
     self.grid_sampler = builders.make_sampler(config, devices, grid_batch)
     self.to_pixels = self._make_to_pixels()
     self.slots = parallel.batch_slots(config.training.batch_size, devices)
     self.key = jax.random.key(config.seed)
-    step = functools.partial(
+    self.step_of_stage = functools.partial(
       training_step.train_step,
       objective=objective,
       optimizer=self.optimizer,
+      learning_rate=learning_rate,
+      curriculum=self.curriculum,
       ema_decay=config.optimizer.ema_decay,
       log_every_steps=config.training.log_every_steps,
     )
     evaluation = functools.partial(
       training_step.eval_step, objective=objective.without_augmentation()
     )
-    self.train_step = parallel.pmap(step, devices, donate_argnums=(0,))
     self.eval_step = parallel.pmap(evaluation, devices)
     self.workdir = open_workdir(workdir, config, create=True)
     check_data(self.workdir, {"train": self.source.identity, "eval": self.eval_source.identity})
@@ -121,7 +124,8 @@ class Trainer:
     """The newest checkpoint's state, on the host, or a fresh one."""
 
     def fresh() -> TrainState:
-      return create_train_state(builders.init_params(self.config), self.optimizer)
+      params = builders.init_params(self.config)
+      return create_train_state(params, self.optimizer, self.curriculum.num_groups)
 
     restored = self.checkpoints.restore_state(jax.eval_shape(fresh))
     if restored is not None:
@@ -130,6 +134,38 @@ class Trainer:
     state = fresh()
     log.info("%d parameters", parameter_overview.count_parameters(state.params))
     return state
+
+  def enter_stage(self, state: TrainState) -> tuple[int, Callable]:
+    """The stage of a replicated state and its pmapped step, which its first call compiles."""
+    progress = parallel.to_host(parallel.unreplicate(state.stage))
+    stage, count = int(progress.number), len(self.curriculum.stages)
+    if count > 1:
+      low, high = self.curriculum.timesteps_of(stage)
+      text = "stage %d/%d: timesteps %d to %d, from step %d"
+      log.info(text, stage + 1, count, low, high - 1, progress.first_step)
+    step = functools.partial(self.step_of_stage, stage=stage)
+    return stage, parallel.pmap(step, self.devices, donate_argnums=(0,))
+
+  def has_left_stage(self, stage: int, state: TrainState, step: int) -> bool:
+    """Whether the state after `step` updates is of a later stage.
+
+    Waits for the state where a stage can have ended, and only there.
+    """
+    is_last = stage == len(self.curriculum.stages) - 1
+    if is_last or step % self.curriculum.check_every_steps:
+      return False
+    return int(parallel.unreplicate(state.stage.number)) != stage
+
+  def warn_of_stages_left(self, state: TrainState) -> None:
+    """Tells of a finished run whose curriculum did not come to all timesteps."""
+    stage, count = int(parallel.unreplicate(state.stage.number)) + 1, len(self.curriculum.stages)
+    if stage < count:
+      log.warning(
+        "training ended in stage %d/%d of the curriculum: go on with more "
+        "config.training.num_steps, or begin again with less config.curriculum.patience",
+        stage,
+        count,
+      )
 
   def save(self, state: TrainState) -> None:
     """Starts a checkpoint of a replicated state, unless its numbers are bad."""
@@ -174,14 +210,20 @@ class Trainer:
     path = self.workdir / "samples" / f"step_{step:08d}.png"
     images.write_grid(path, self.to_pixels(batch), GRID_COLUMNS)
 
-  def window_scalars(self, window: WindowMetrics, step: int, watch: Stopwatch) -> dict[str, float]:
+  def window_scalars(self, window: WindowMetrics, stage: int, watch: Stopwatch) -> dict[str, float]:
     """Means since the last line, and the speed where a step was timed."""
     count = int(window.count)
     scalars = {
       "train/loss": float(window.loss) / count,
       "train/grad_norm": float(window.grad_norm) / count,
-      "train/learning_rate": float(self.learning_rate(step - 1)),
+      "train/learning_rate": float(window.learning_rate),
     }
+    if len(self.curriculum.stages) > 1:
+      scalars["train/stage"] = stage + 1
+    groups = itertools.pairwise(self.curriculum.boundaries)
+    for (low, high), total, n in zip(groups, window.group_loss, window.group_count, strict=True):
+      if n:
+        scalars[f"train/loss_t{low:04d}-{high - 1:04d}"] = float(total) / int(n)
     if watch.steps:
       rate = watch.steps / watch.seconds
       scalars["train/steps_per_second"] = rate
@@ -212,9 +254,15 @@ def _is_due(step: int, every: int, last_step: int) -> bool:
 
 
 def after_step(
-  trainer: Trainer, state: TrainState, step: int, watch: Stopwatch, writer: MetricWriter, bar: Any
+  trainer: Trainer,
+  state: TrainState,
+  step: int,
+  stage: int,
+  watch: Stopwatch,
+  writer: MetricWriter,
+  bar: Any,
 ) -> None:
-  """Whatever is due after a step: metrics, held-out loss, grid, checkpoint."""
+  """Whatever is due after a step of a stage: metrics, held-out loss, grid, checkpoint."""
   training, last = trainer.config.training, trainer.config.training.num_steps
   due = {
     "log": _is_due(step, training.log_every_steps, last),
@@ -230,7 +278,7 @@ def after_step(
   if due["log"]:
     window = parallel.to_host(parallel.unreplicate(state.window))
     trainer.refuse_non_finite(int(window.non_finite_step))
-    scalars |= trainer.window_scalars(window, step, watch)
+    scalars |= trainer.window_scalars(window, stage, watch)
     watch.steps, watch.seconds = 0, 0.0
     speed = scalars.get("train/images_per_second", 0.0)
     bar.set_postfix_str(f"{speed:.0f} images/s, loss {scalars['train/loss']:.4f}", refresh=False)
@@ -257,16 +305,20 @@ def run_steps(
   step, last = first_step, trainer.config.training.num_steps
   batches = trainer.batches(range(step, last))
   watch, before = Stopwatch(), None
+  stage, train_step = trainer.enter_stage(state)
   with contextlib.closing(batches), make_bar(last, step, "step") as bar:
     while step < last and not stop.signal_name:
-      state, non_finite_step = trainer.train_step(state, next(batches), trainer.key)
+      state, non_finite_step = train_step(state, next(batches), trainer.key)
       step += 1
       if before is not None:
         trainer.refuse_non_finite(int(parallel.unreplicate(before)))
       before = non_finite_step
       watch.tick()
-      after_step(trainer, state, step, watch, writer, bar)
+      after_step(trainer, state, step, stage, watch, writer, bar)
       bar.update()
+      if trainer.has_left_stage(stage, state, step):
+        watch.pause()
+        stage, train_step = trainer.enter_stage(state)
   return state, step
 
 
@@ -299,6 +351,7 @@ def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = N
       log.info("stopped by %s at step %d; the same command resumes", stop.signal_name, step)
     else:
       log.info("trained %d steps; checkpoints are under %s", step, trainer.checkpoints.directory)
+      trainer.warn_of_stages_left(state)
   finally:
     log.removeHandler(handler)
     handler.close()

@@ -1,4 +1,7 @@
-"""What a training run carries from step to step, all of it checkpointed."""
+"""What a training run carries from step to step, all of it checkpointed.
+
+Axes: G timestep groups.
+"""
 
 from typing import Any
 
@@ -8,7 +11,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from lrdit.curriculum import Curriculum
+
 NEVER = jnp.iinfo(jnp.int32).max
+
+
+def where_tree(condition: Bool[Array, ""], chosen: Any, other: Any) -> Any:
+  """One of two equal trees."""
+  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, other)
 
 
 @flax.struct.dataclass
@@ -21,6 +31,9 @@ class WindowMetrics:
   Attributes:
     loss, grad_norm: float32 sums over steps.
     count: int32 number of steps.
+    learning_rate: float32, the one applied in the last step.
+    group_loss: (G,) float32 sum over the examples of each timestep group.
+    group_count: (G,) int32 number of examples of each.
     non_finite_step: int32, the first step whose loss, gradient or update was
       not finite; `NEVER` if none.
   """
@@ -28,23 +41,38 @@ class WindowMetrics:
   loss: Float[Array, ""]
   grad_norm: Float[Array, ""]
   count: Int[Array, ""]
+  learning_rate: Float[Array, ""]
+  group_loss: Float[Array, " G"]
+  group_count: Int[Array, " G"]
   non_finite_step: Int[Array, ""]
 
   @classmethod
-  def empty(cls) -> "WindowMetrics":
+  def empty(cls, num_groups: int) -> "WindowMetrics":
     """No steps yet."""
     zero = jnp.zeros((), jnp.float32)
-    return cls(zero, zero, jnp.zeros((), jnp.int32), jnp.full((), NEVER, jnp.int32))
+    return cls(
+      loss=zero,
+      grad_norm=zero,
+      count=jnp.zeros((), jnp.int32),
+      learning_rate=zero,
+      group_loss=jnp.zeros(num_groups, jnp.float32),
+      group_count=jnp.zeros(num_groups, jnp.int32),
+      non_finite_step=jnp.full((), NEVER, jnp.int32),
+    )
 
   def add(
     self,
+    *,
     loss: Float[Array, ""],
     grad_norm: Float[Array, ""],
+    learning_rate: Float[Array, ""],
+    group_loss: Float[Array, " G"],
+    group_count: Int[Array, " G"],
     is_finite: Bool[Array, ""],
     step: Int[Array, ""],
     log_every_steps: int,
   ) -> "WindowMetrics":
-    """With the scalars of step number `step` (from 1) added.
+    """With the numbers of step number `step` (from 1) added.
 
     The first step after a multiple of `log_every_steps` starts new sums.
     """
@@ -54,8 +82,72 @@ class WindowMetrics:
       loss=jnp.where(going_on, self.loss, 0.0) + loss,
       grad_norm=jnp.where(going_on, self.grad_norm, 0.0) + grad_norm,
       count=jnp.where(going_on, self.count, 0) + 1,
+      learning_rate=learning_rate,
+      group_loss=jnp.where(going_on, self.group_loss, 0.0) + group_loss,
+      group_count=jnp.where(going_on, self.group_count, 0) + group_count,
       non_finite_step=jnp.minimum(self.non_finite_step, jnp.where(finite, NEVER, step)),
     )
+
+
+@flax.struct.dataclass
+class StageProgress:
+  """Where a run stands in its curriculum.
+
+  Attributes:
+    number: int32 stage, from 0.
+    first_step: int32 updates applied before the stage began.
+    best_loss: float32, the lowest mean loss a check of the stage has seen.
+    bad_checks: int32 checks since then.
+    loss_sum: float32 sum over the current group's examples since the last check.
+    example_count: int32 number of those examples.
+  """
+
+  number: Int[Array, ""]
+  first_step: Int[Array, ""]
+  best_loss: Float[Array, ""]
+  bad_checks: Int[Array, ""]
+  loss_sum: Float[Array, ""]
+  example_count: Int[Array, ""]
+
+  @classmethod
+  def begin(cls, number: Int[Array, ""], first_step: Int[Array, ""]) -> "StageProgress":
+    """Stage `number`, before its first step."""
+    return cls(
+      number=jnp.asarray(number, jnp.int32),
+      first_step=jnp.asarray(first_step, jnp.int32),
+      best_loss=jnp.full((), jnp.inf, jnp.float32),
+      bad_checks=jnp.zeros((), jnp.int32),
+      loss_sum=jnp.zeros((), jnp.float32),
+      example_count=jnp.zeros((), jnp.int32),
+    )
+
+  def add(
+    self,
+    loss_sum: Float[Array, ""],
+    example_count: Int[Array, ""],
+    step: Int[Array, ""],
+    curriculum: Curriculum,
+  ) -> "StageProgress":
+    """With the current group's examples of step number `step` (from 1) added.
+
+    Every `check_every_steps` the mean since the last check is compared with the
+    best one; after `patience` checks without a better one the next stage begins.
+    """
+    loss_sum, example_count = self.loss_sum + loss_sum, self.example_count + example_count
+    is_check = step % curriculum.check_every_steps == 0
+    mean = loss_sum / example_count
+    is_better = mean < self.best_loss
+    bad_checks = jnp.where(is_better, 0, self.bad_checks + 1)
+    ends = bad_checks >= curriculum.patience
+    ends &= self.number < len(curriculum.stages) - 1
+    sums_on = StageProgress(
+      self.number, self.first_step, self.best_loss, self.bad_checks, loss_sum, example_count
+    )
+    checked = StageProgress.begin(self.number, self.first_step).replace(
+      best_loss=jnp.minimum(mean, self.best_loss), bad_checks=bad_checks
+    )
+    after_check = where_tree(ends, StageProgress.begin(self.number + 1, step), checked)
+    return where_tree(is_check, after_check, sums_on)
 
 
 @flax.struct.dataclass
@@ -68,6 +160,7 @@ class TrainState:
     ema_params: their exponential moving average.
     opt_state: optax state.
     window: sums for the next line of metrics.
+    stage: where the run stands in its curriculum.
   """
 
   step: Int[Array, ""]
@@ -75,14 +168,24 @@ class TrainState:
   ema_params: Any
   opt_state: Any
   window: WindowMetrics
+  stage: StageProgress
 
 
-def create_train_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-  """The state before the first update; the average starts at `params`."""
+def create_train_state(
+  params: Any, optimizer: optax.GradientTransformation, num_groups: int
+) -> TrainState:
+  """The state before the first update; the average starts at `params`.
+
+  Args:
+    params: float32 parameters.
+    optimizer: the optax chain.
+    num_groups: timestep groups whose losses the metrics tell apart.
+  """
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     ema_params=jax.tree.map(jnp.copy, params),
     opt_state=optimizer.init(params),
-    window=WindowMetrics.empty(),
+    window=WindowMetrics.empty(num_groups),
+    stage=StageProgress.begin(number=0, first_step=0),
   )

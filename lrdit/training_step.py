@@ -3,7 +3,7 @@
 All randomness of an example is drawn from (seed, step, global example index),
 so a run does not depend on how its batch is spread over devices.
 
-Axes: B global batch, b local batch, H W image, C channels.
+Axes: B global batch, b local batch, H W image, C channels, G timestep groups.
 """
 
 import dataclasses
@@ -16,11 +16,12 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lrdit import diffusion, timesteps
+from lrdit.curriculum import Curriculum
 from lrdit.dit import DiT
 from lrdit.low_rank import RankSelection
-from lrdit.optimizer import update_ema
+from lrdit.optimizer import Schedule, update_ema
 from lrdit.parallel import AXIS
-from lrdit.train_state import TrainState
+from lrdit.train_state import TrainState, where_tree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class Objective:
     loss_weighting: one of `diffusion.LOSS_WEIGHTINGS`.
     class_dropout_rate: probability of replacing a label by the null class.
     compute: one of `timesteps.COMPUTES`.
-    batch_size: global batch B.
+    strata: how the global batch B is spread over timesteps.
     num_devices: devices the batch is spread over.
   """
 
@@ -44,12 +45,16 @@ class Objective:
   loss_weighting: str
   class_dropout_rate: float
   compute: str
-  batch_size: int
+  strata: timesteps.Strata
   num_devices: int
 
   def without_augmentation(self) -> "Objective":
     """The same objective with every label kept, for evaluation."""
     return dataclasses.replace(self, class_dropout_rate=0.0)
+
+  def with_strata(self, strata: timesteps.Strata) -> "Objective":
+    """The same objective on a stage's timesteps, for the same global batch."""
+    return dataclasses.replace(self, strata=strata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,16 +86,13 @@ def draw(
     key: key of the step.
     index: (b,) int32 global example index in [0, B).
     image_shape: (H, W, C).
-    objective: for T, B and the dropout rate.
+    objective: for the strata and the dropout rate.
   """
   keys = jax.vmap(lambda j: jax.random.split(jax.random.fold_in(key, j), 4))(index)
   uniform = jax.vmap(jax.random.uniform)
   normal = jax.vmap(lambda k: jax.random.normal(k, image_shape))
-  num_train_timesteps = len(objective.alphas_cumprod)
   return Draws(
-    t=timesteps.stratified_timesteps(
-      uniform(keys[:, 0]), index, objective.batch_size, num_train_timesteps
-    ),
+    t=timesteps.stratified_timesteps(uniform(keys[:, 0]), index, objective.strata),
     eps=normal(keys[:, 1]),
     drop=uniform(keys[:, 2]) < objective.class_dropout_rate,
     posterior_noise=normal(keys[:, 3]),
@@ -100,9 +102,7 @@ def draw(
 def select_ranks(objective: Objective, t: Int[Array, " b"]) -> RankSelection:
   """Static groups, and a bucket per example where the plan has several."""
   plan = objective.model.plan
-  groups = timesteps.rank_groups(
-    plan, objective.compute, objective.batch_size, objective.num_devices
-  )
+  groups = timesteps.rank_groups(plan, objective.compute, objective.strata, objective.num_devices)
   if plan.num_buckets == 1:
     return RankSelection(groups)
   return RankSelection(groups, jnp.asarray(plan.bucket_of_timestep)[t])
@@ -166,8 +166,8 @@ def example_losses(
 
 def batch_losses(
   params: Any, objective: Objective, key: Key[Array, ""], batch: dict[str, Array]
-) -> Float[Array, " b"]:
-  """Losses of a device's share of a global batch under training's draws.
+) -> tuple[Float[Array, " b"], Int[Array, " b"]]:
+  """Losses and timesteps of a device's share of a global batch under training's draws.
 
   Args:
     params: model parameters.
@@ -177,7 +177,7 @@ def batch_losses(
       are the means of latents, also "std" (b, H, W, C), and x_0 is drawn.
 
   Returns:
-    (b,) float32. Runs under an axis named `AXIS`.
+    (b,) float32 and (b,) int32. Runs under an axis named `AXIS`.
   """
   x_0, y = batch["image"], batch["label"]
   index = timesteps.global_index(jax.lax.axis_index(AXIS), x_0.shape[0], objective.num_devices)
@@ -186,7 +186,45 @@ def batch_losses(
     x_0 = x_0 + batch["std"] * draws.posterior_noise
   num_classes = objective.model.shape.num_classes
   y = jnp.where(draws.drop, num_classes, y) if num_classes else None
-  return example_losses(params, objective, x_0, y, draws)
+  return example_losses(params, objective, x_0, y, draws), draws.t
+
+
+def group_sums(
+  losses: Float[Array, " b"], t: Int[Array, " b"], boundaries: tuple[int, ...]
+) -> tuple[Float[Array, " G"], Int[Array, " G"]]:
+  """Sum of losses and number of examples of each timestep group.
+
+  Args:
+    losses: (b,) float32.
+    t: (b,) int32.
+    boundaries: (G + 1,) rising; group i is [boundaries[i], boundaries[i + 1]).
+  """
+  edges = jnp.asarray(boundaries, jnp.int32)
+  is_member = (t[:, None] >= edges[:-1]) & (t[:, None] < edges[1:])
+  return jnp.where(is_member, losses[:, None], 0.0).sum(0), is_member.sum(0, dtype=jnp.int32)
+
+
+def mean_gradient(
+  params: Any,
+  objective: Objective,
+  key: Key[Array, ""],
+  batch: dict[str, Array],
+  boundaries: tuple[int, ...],
+) -> tuple[Float[Array, ""], tuple[Float[Array, " G"], Int[Array, " G"]], Any]:
+  """Mean loss over the global batch, `group_sums` over it, and the mean's gradient.
+
+  Args:
+    params, objective, key, batch: as in `batch_losses`.
+    boundaries: as in `group_sums`.
+  """
+
+  def mean_loss(params):
+    losses, t = batch_losses(params, objective, key, batch)
+    return losses.mean(), group_sums(losses, t, boundaries)
+
+  (loss, groups), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
+  loss, grads = jax.lax.pmean((loss, grads), AXIS)
+  return loss, jax.lax.psum(groups, AXIS), grads
 
 
 def train_step(
@@ -196,6 +234,9 @@ def train_step(
   *,
   objective: Objective,
   optimizer: optax.GradientTransformation,
+  learning_rate: Schedule,
+  curriculum: Curriculum,
+  stage: int,
   ema_decay: float,
   log_every_steps: int,
 ) -> tuple[TrainState, Int[Array, ""]]:
@@ -205,8 +246,11 @@ def train_step(
     state: replicated state.
     batch: this device's share, as in `batch_losses`.
     key: the run's key, the same on every device.
-    objective: what is trained.
-    optimizer: the optax chain.
+    objective: what is trained, on any strata.
+    optimizer: the optax chain, for a learning rate of 1.
+    learning_rate: of (step, start of the warm-up).
+    curriculum: the stages of the run.
+    stage: the state's own `stage.number`; static, as are the stage's strata.
     ema_decay: decay of the average, in [0, 1).
     log_every_steps: steps whose metrics are averaged.
 
@@ -215,26 +259,41 @@ def train_step(
     can be waited for after the state has been donated to the next step. Both
     are equal on every device.
   """
-
-  def mean_loss(params):
-    return batch_losses(params, objective, jax.random.fold_in(key, state.step), batch).mean()
-
-  loss, grads = jax.value_and_grad(mean_loss)(state.params)
-  loss, grads = jax.lax.pmean((loss, grads), AXIS)
+  step_key = jax.random.fold_in(key, state.step)
+  objective = objective.with_strata(curriculum.stages[stage].strata)
+  loss, (group_loss, group_count), grads = mean_gradient(
+    state.params, objective, step_key, batch, curriculum.boundaries
+  )
+  warmup_start = state.stage.first_step if curriculum.restart_optimizer else 0
+  rate = learning_rate(state.step, warmup_start)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  updates = jax.tree.map(lambda update: rate * update, updates)
   params = optax.apply_updates(state.params, updates)
   # A sum of squares is finite only if every element is: the new parameters are
   # checked as well, so that no checkpoint can hold anything else.
   is_finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
   window = state.window.add(
-    loss, optax.tree.norm(grads), is_finite, state.step + 1, log_every_steps
+    loss=loss,
+    grad_norm=optax.tree.norm(grads),
+    learning_rate=rate,
+    group_loss=group_loss,
+    group_count=group_count,
+    is_finite=is_finite,
+    step=state.step + 1,
+    log_every_steps=log_every_steps,
   )
+  own = slice(*curriculum.stages[stage].groups)
+  progress = state.stage.add(
+    group_loss[own].sum(), group_count[own].sum(), state.step + 1, curriculum
+  )
+  restart = (progress.number != stage) & curriculum.restart_optimizer
   new_state = TrainState(
     step=state.step + 1,
     params=params,
     ema_params=update_ema(state.ema_params, params, state.step, ema_decay),
-    opt_state=opt_state,
+    opt_state=where_tree(restart, optimizer.init(params), opt_state),
     window=window,
+    stage=progress,
   )
   return new_state, window.non_finite_step
 
@@ -253,6 +312,6 @@ def eval_step(
   Returns:
     two float32 scalars, equal on every device.
   """
-  losses = batch_losses(params, objective, key, batch)
+  losses, _ = batch_losses(params, objective, key, batch)
   sums = (losses * batch["weight"]).sum(), batch["weight"].sum()
   return jax.lax.psum(sums, AXIS)

@@ -21,9 +21,9 @@ CONFIG = {"seed": 0}
 
 def make_state(step=0):
   """A small state of the real structure, different at every step."""
-  optimizer = optimizer_module.make_optimizer("adamw", lambda _: 1e-3, 0.0, 1.0)
+  optimizer = optimizer_module.make_optimizer("adamw", 0.0, 1.0)
   params = {"a": {"down": np.ones((40, 8), np.float32), "bias": np.zeros(30, np.float32)}}
-  state = parallel.to_host(create_train_state(params, optimizer))
+  state = parallel.to_host(create_train_state(params, optimizer, num_groups=3))
   rng = np.random.default_rng(step)
   noisy = jax.tree.map(lambda x: rng.integers(0, 10**6, x.shape).astype(x.dtype), state)
   return noisy.replace(step=np.asarray(step, np.int32))

@@ -22,6 +22,7 @@ jaxtyping.install_import_hook(
   [
     f"lrdit.{name}"
     for name in (
+      "curriculum",
       "diffusion",
       "dit",
       "image_files",

@@ -231,7 +231,7 @@ def first_batch(config, devices):
 def losses_of(config, batch, devices):
   """(n, b) losses under the key."""
   objective = builders.make_objective(config, devices)
-  made = parallel.pmap(lambda p, b, k: training_step.batch_losses(p, objective, k, b), devices)
+  made = parallel.pmap(lambda p, b, k: training_step.batch_losses(p, objective, k, b)[0], devices)
   return np.asarray(made(parallel.replicate(noisy_params(config), devices), batch, KEY))
 
 

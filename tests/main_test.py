@@ -86,6 +86,18 @@ BAD_INPUTS = {
   "no learning rate": (["--config.optimizer.learning_rate=0"], 1, "must be above 0 and below"),
   "endless average": (["--config.optimizer.ema_decay=1"], 1, "ema_decay=1.0 must lie in [0, 1)"),
   "negative clipping": (["--config.optimizer.grad_clip_norm=-1"], 1, "grad_clip_norm=-1.0 must be"),
+  "unknown start": (["--config.curriculum.start=top"], 1, "curriculum.start='top' is unknown"),
+  "no patience": (["--config.curriculum.patience=0"], 1, "patience=0 must be at least 1"),
+  "no checks": (["--config.curriculum.check_every_steps=0"], 1, "check_every_steps=0 must be at"),
+  "groups from elsewhere": (["--config.curriculum.boundaries=(1,1000)"], 1, "must start at 0"),
+  "groups that fall": (["--config.curriculum.boundaries=(0,9,9,1000)"], 1, "must rise"),
+  "one boundary": (["--config.curriculum.boundaries=(0,)"], 1, "must be two or more whole numbers"),
+  "broken boundary": (["--config.curriculum.boundaries=(0,0.5,1)"], 1, "or more whole numbers"),
+  "groups that end early": (
+    ["--config.curriculum.boundaries=(0,50,100)", "--config.curriculum.enabled=True"],
+    1,
+    "must end at config.diffusion.num_train_timesteps=1000: use (0, 500, 1000)",
+  ),
   "zero steps": (["--config.training.num_steps=0"], 1, "training.num_steps=0 must be at least 1"),
   "zero batch": (["--config.training.batch_size=0"], 1, "training.batch_size=0 must be at least 1"),
   "batch over devices": (

@@ -9,11 +9,13 @@ from lrdit.rank_schedule import RankPlan
 
 @pytest.mark.parametrize(("batch_size", "total"), [(16, 1000), (128, 1000), (7, 100), (300, 100)])
 def test_draws_stay_in_their_stratum(batch_size, total):
-  first, last = timesteps.stratum_bounds(batch_size, total)
+  first, last = timesteps.stratum_bounds(timesteps.uniform_strata(batch_size, total))
   j = np.arange(batch_size)
   for u in (0.0, 0.5, np.nextafter(np.float32(1), np.float32(0))):
     t = timesteps.stratified_timesteps(
-      jnp.full(batch_size, u), jnp.asarray(j, jnp.int32), batch_size, total
+      jnp.full(batch_size, u),
+      jnp.asarray(j, jnp.int32),
+      timesteps.uniform_strata(batch_size, total),
     )
     assert (t >= first).all()
     assert (t <= last).all()
@@ -27,10 +29,31 @@ def test_every_timestep_is_equally_likely():
   batch_size, total, grid = 48, 100, 2000
   u = jnp.repeat(jnp.arange(grid) / grid, batch_size).astype(jnp.float32)
   j = jnp.tile(jnp.arange(batch_size, dtype=jnp.int32), grid)
-  t = timesteps.stratified_timesteps(u, j, batch_size, total)
+  t = timesteps.stratified_timesteps(u, j, timesteps.uniform_strata(batch_size, total))
   counts = np.bincount(np.asarray(t), minlength=total)
   assert counts.sum() == grid * batch_size
   np.testing.assert_allclose(counts, grid * batch_size / total, rtol=0.005)
+
+
+def plain_timesteps(uniform, index, batch_size, total):
+  """floor((j + u) T / B) without ranges: what ordinary training always drew."""
+  first, offset = np.divmod(np.arange(batch_size) * total, batch_size)
+  last = -(-(np.arange(batch_size) + 1) * total // batch_size) - 1
+  offset = jnp.asarray(offset / batch_size, jnp.float32)[index]
+  t = jnp.floor(offset + uniform * (total / batch_size)).astype(jnp.int32)
+  return jnp.minimum(jnp.asarray(first, jnp.int32)[index] + t, jnp.asarray(last)[index])
+
+
+@pytest.mark.parametrize(("batch_size", "total"), [(16, 1000), (48, 1000), (7, 100), (12, 999983)])
+def test_one_range_draws_what_was_drawn_without_ranges(batch_size, total):
+  index = jnp.tile(jnp.arange(batch_size, dtype=jnp.int32), 5000)
+  strata = timesteps.uniform_strata(batch_size, total)
+  uniform = jax.random.uniform(jax.random.key(batch_size), index.shape)
+  # Also next to where the timestep changes, where rounding shows.
+  edges = jnp.round(uniform * total / batch_size) * batch_size / total
+  for u in (uniform, jnp.clip(edges, 0, 1 - 2.0**-24)):
+    expected = plain_timesteps(u, index, batch_size, total)
+    np.testing.assert_array_equal(timesteps.stratified_timesteps(u, index, strata), expected)
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
@@ -48,19 +71,18 @@ def test_devices_share_the_global_batch(num_devices):
 def test_no_draw_needs_more_than_its_group(schedule, num_devices, batch_size):
   segments, _ = rank_schedule.quantise(schedule, 1000, 5)
   plan = RankPlan(1000, segments, ())
-  groups = timesteps.rank_groups(plan, "grouped", batch_size, num_devices)
+  strata = timesteps.uniform_strata(batch_size, 1000)
+  groups = timesteps.rank_groups(plan, "grouped", strata, num_devices)
   local = batch_size // num_devices
   assert sum(size for size, _ in groups) == local
   group_bucket = np.repeat([b for _, b in groups], [n for n, _ in groups])
   index = np.arange(local)[None] * num_devices + np.arange(num_devices)[:, None]
   key = jax.random.key(0)
   for u in (0.0, 0.999999, *np.asarray(jax.random.uniform(key, (20,)))):
-    t = timesteps.stratified_timesteps(
-      jnp.full(batch_size, u), jnp.arange(batch_size), batch_size, 1000
-    )
+    t = timesteps.stratified_timesteps(jnp.full(batch_size, u), jnp.arange(batch_size), strata)
     need = plan.bucket_of_timestep[np.asarray(t)][index]
     assert (need <= group_bucket).all()
-  assert timesteps.rank_groups(plan, "masked", batch_size, num_devices) == (
+  assert timesteps.rank_groups(plan, "masked", strata, num_devices) == (
     (local, plan.num_buckets - 1),
   )
 
@@ -68,7 +90,7 @@ def test_no_draw_needs_more_than_its_group(schedule, num_devices, batch_size):
 def test_groups_cost_little_more_than_the_mean_rank():
   segments, levels = rank_schedule.quantise("logistic_decreasing", 1000, 4)
   plan = RankPlan(1000, segments, ())
-  groups = timesteps.rank_groups(plan, "grouped", 128, 1)
+  groups = timesteps.rank_groups(plan, "grouped", timesteps.uniform_strata(128, 1000), 1)
   mean = levels[plan.bucket_of_timestep].mean()
   grouped = sum(size * levels[b] for size, b in groups) / 128
   assert mean <= grouped <= mean + 0.02

@@ -30,15 +30,20 @@ def final_state(workdir, arg="", **overrides):
   """The newest checkpoint of a tiny run."""
   config = tiny.tiny_config(arg, **overrides)
   made, _ = builders.make_optimizer(config)
-  template = jax.eval_shape(lambda: create_train_state(builders.init_params(config), made))
+  num_groups = builders.make_curriculum(config).num_groups
+  template = jax.eval_shape(
+    lambda: create_train_state(builders.init_params(config), made, num_groups)
+  )
   return Checkpoints(workdir).restore_state(template)
 
 
 def assert_same_run(workdir, reference, **overrides):
   """Equal metrics and, to the bit, equal final states."""
-  names = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "eval/loss")
   got, expected = (
-    [{name: line.get(name) for name in names} for line in tiny.read_metrics(path)]
+    [
+      {name: value for name, value in line.items() if not name.endswith("_per_second")}
+      for line in tiny.read_metrics(path)
+    ]
     for path in (workdir, reference)
   )
   assert got == expected
@@ -244,6 +249,73 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_
     np.testing.assert_array_equal(a, b)
 
 
+# A stage ends at its second or a later check; constant, so that a run can be prolonged.
+STAGES = (
+  "--config.curriculum.enabled=True",
+  "--config.curriculum.boundaries=(0,400,700,1000)",
+  "--config.curriculum.check_every_steps=4",
+  "--config.curriculum.patience=1",
+  "--config.curriculum.restart_optimizer=True",
+  "--config.optimizer.decay=constant",
+  "--config.optimizer.warmup_steps=2",
+  "--config.checkpoint.every_steps=100",
+)
+STAGES_CONFIG = {
+  "curriculum__enabled": True,
+  "curriculum__boundaries": (0, 400, 700, 1000),
+}
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+  """A curriculum that nothing interrupts; the step each stage began at by its number."""
+  workdir = tmp_path_factory.mktemp("staged")
+  done = tiny.run_main(workdir, *STAGES, "--config.training.num_steps=60")
+  entered = re.findall(r"^stage (\d)/4: timesteps (.*), from step (\d+)$", done.stderr, re.M)
+  return workdir, entered
+
+
+def test_a_curriculum_goes_through_its_stages(staged):
+  workdir, entered = staged
+  ranges = ["700 to 999", "400 to 699", "0 to 399", "0 to 999"]
+  assert [(number, text) for number, text, _ in entered] == list(zip("1234", ranges, strict=True))
+  starts = [int(step) for *_, step in entered]
+  assert starts[0] == 0
+  assert all(step % 4 == 0 for step in starts)
+  lines = tiny.read_metrics(workdir)
+  for line in lines:
+    stage = sum(start < line["step"] for start in starts)
+    assert line["train/stage"] == stage
+    groups = {name for name in line if name.startswith("train/loss_t")}
+    highest_first = ("train/loss_t0700-0999", "train/loss_t0400-0699", "train/loss_t0000-0399")
+    assert groups == set(highest_first[:stage])
+    began = starts[stage - 1]
+    share = min(1, (line["step"] - began) / 2)
+    assert line["train/learning_rate"] == pytest.approx(2e-3 * share, rel=1e-6)
+
+
+@pytest.mark.parametrize("after_start", [0, 3])
+def test_a_curriculum_resumes_to_the_bit(staged, tmp_path, after_start):
+  """At the very step a stage begins, and inside it between two checks."""
+  reference, entered = staged
+  step = int(entered[1][2]) + after_start
+  done = tiny.run_main(tmp_path, *STAGES, f"--config.training.num_steps={step}")
+  assert "training ended in stage 2/4 of the curriculum" in done.stderr
+  done = tiny.run_main(tmp_path, *STAGES, "--config.training.num_steps=60")
+  assert f"resuming from the checkpoint of step {step}" in done.stderr
+  assert f"stage 2/4: timesteps 400 to 699, from step {entered[1][2]}" in done.stderr
+  assert "training ended in stage" not in done.stderr
+  assert_same_run(tmp_path, reference, **STAGES_CONFIG)
+
+
+def test_other_numbers_of_timesteps_scale_the_groups(tmp_path):
+  flags = ("--config.training.num_steps=2", "--config.diffusion.num_train_timesteps=20")
+  tiny.run_main(tmp_path, *flags)
+  names = [name for name in tiny.read_metrics(tmp_path)[-1] if name.startswith("train/loss_t")]
+  assert names[:2] == ["train/loss_t0000-0001", "train/loss_t0002-0003"]
+  assert all(int(name[-4:]) < 20 for name in names)
+
+
 def read_terminal(fd, process, timeout=120):
   """What the process shows on the terminal until it ends."""
   shown, deadline = b"", time.monotonic() + timeout
@@ -289,4 +361,6 @@ def test_the_learning_rate_in_the_metrics_is_the_one_applied(undisturbed):
     config.optimizer.learning_rate, config.optimizer.warmup_steps, 60, config.optimizer.decay
   )
   for line in tiny.read_metrics(undisturbed)[::20]:
-    assert line["train/learning_rate"] == float(schedule(line["step"] - 1))
+    assert line["train/learning_rate"] == pytest.approx(
+      float(schedule(line["step"] - 1, 0)), rel=1e-6
+    )

@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from lrdit import builders, dit, input_pipeline, optimizer, parallel, training_step
+from lrdit import builders, dit, input_pipeline, parallel, training_step
 from lrdit.low_rank import RankSelection
 from lrdit.parallel import AXIS
-from lrdit.train_state import NEVER, WindowMetrics, create_train_state
+from lrdit.train_state import NEVER, StageProgress, WindowMetrics, create_train_state
 from tests.tiny import GOLDEN, tiny_config
 
 KEY = jax.random.key(7)
@@ -32,23 +32,34 @@ def _noisy_params(model):
   return jax.tree.unflatten(tree, noisy)
 
 
-def run_steps(config, num_devices, num_steps, params=None):
-  """Losses and final parameters of a few steps on the first devices."""
-  devices = jax.devices()[:num_devices]
-  objective = builders.make_objective(config, devices)
-  tx, _ = builders.make_optimizer(config)
-  step = parallel.pmap(
-    functools.partial(
-      training_step.train_step,
-      objective=objective,
-      optimizer=tx,
-      ema_decay=config.optimizer.ema_decay,
-      log_every_steps=1,
-    ),
-    devices,
+def make_step(config, devices, stage=0, **changes):
+  """The pmapped training step of a stage."""
+  tx, rate = builders.make_optimizer(config)
+  settings = dict(
+    objective=builders.make_objective(config, devices),
+    optimizer=tx,
+    learning_rate=rate,
+    curriculum=builders.make_curriculum(config),
+    stage=stage,
+    ema_decay=config.optimizer.ema_decay,
+    log_every_steps=config.training.log_every_steps,
   )
-  state = create_train_state(params or builders.init_params(config), tx)
-  state = parallel.replicate(state, devices)
+  return parallel.pmap(functools.partial(training_step.train_step, **(settings | changes)), devices)
+
+
+def make_state(config, devices, params=None, stage=0):
+  """A replicated state before the first step of a stage."""
+  tx, _ = builders.make_optimizer(config)
+  num_groups = builders.make_curriculum(config).num_groups
+  state = create_train_state(params or builders.init_params(config), tx, num_groups)
+  return parallel.replicate(state.replace(stage=StageProgress.begin(stage, 0)), devices)
+
+
+def run_steps(config, num_devices, num_steps, params=None, stage=0):
+  """Losses and final state of a few steps of a stage on the first devices."""
+  devices = jax.devices()[:num_devices]
+  step = make_step(config, devices, stage)
+  state = make_state(config, devices, params, stage)
   size = config.training.batch_size
   batches = input_pipeline.train_batches(
     builders.make_source(config, "train"),
@@ -78,10 +89,11 @@ def test_one_and_four_devices_give_the_same_losses(arm):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-def gradients(config, num_devices=1, seed_key=KEY):
+def gradients(config, num_devices=1, seed_key=KEY, strata=None):
   """Mean gradient of the training loss over `num_devices` devices."""
   devices = jax.devices()[:num_devices]
   objective = builders.make_objective(config, devices)
+  objective = objective.with_strata(strata or objective.strata)
   source = builders.make_source(config, "train")
   slots = parallel.batch_slots(config.training.batch_size, devices)
   size = config.training.batch_size
@@ -89,7 +101,7 @@ def gradients(config, num_devices=1, seed_key=KEY):
 
   def gradient(params, batch, key):
     def mean(p):
-      return training_step.batch_losses(p, objective, key, batch).mean()
+      return training_step.batch_losses(p, objective, key, batch)[0].mean()
 
     return jax.lax.pmean(jax.grad(mean)(params), AXIS)
 
@@ -106,6 +118,104 @@ def test_grouped_gradients_are_masked_gradients(schedule, num_devices):
   )
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max() + 1e-9)
+
+
+# Two stages of a curriculum from high, then everything; a stage ends at its second check.
+CURRICULUM = {
+  "curriculum__enabled": True,
+  "curriculum__boundaries": (0, 400, 1000),
+  "curriculum__check_every_steps": 2,
+  "curriculum__patience": 1,
+}
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_grouped_gradients_are_masked_gradients_in_a_stage(stage, num_devices):
+  config = tiny_config(**CURRICULUM)
+  strata = builders.make_curriculum(config).stages[stage].strata
+  got, masked = (
+    gradients(tiny_config(rank__compute=compute), n, strata=strata)
+    for compute, n in (("grouped", num_devices), ("masked", 1))
+  )
+  ordinary = gradients(tiny_config())
+  norm = optax.tree.norm
+  assert norm(jax.tree.map(jnp.subtract, masked, ordinary)) > 0.01 * norm(ordinary)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(masked), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max() + 1e-9)
+
+
+def test_one_and_four_devices_train_a_stage_alike():
+  config = tiny_config(**(CURRICULUM | {"curriculum__patience": 9}), optimizer__warmup_steps=0)
+  (one, state_one), (four, state_four) = (run_steps(config, n, 5, stage=1) for n in (1, 4))
+  np.testing.assert_allclose(four, one, rtol=1e-5)
+  for name in ("window", "stage"):
+    a, b = (jax.tree.leaves(getattr(state, name)) for state in (state_one, state_four))
+    np.testing.assert_allclose(np.hstack(a), np.hstack(b), rtol=1e-4)
+  assert int(state_one.stage.number) == 1
+  assert int(state_one.stage.example_count) == 6  # of one step: 40 % of 16 slots, rounded
+  assert state_one.window.group_count.tolist() == [6, 10]
+
+
+def test_losses_by_group_are_means_over_their_examples():
+  boundaries = (0, 44, 123, 371, 1000)
+  config = tiny_config(curriculum__boundaries=boundaries, training__log_every_steps=3)
+  devices = jax.devices()[:2]
+  # Parameters stay: the learning rate is zero.
+  step = make_step(config, devices, learning_rate=lambda step, start: jnp.float32(0))
+  state = make_state(config, devices, noisy_params(config))
+  objective = builders.make_objective(config, devices)
+  evaluate = parallel.pmap(lambda p, b, k: training_step.batch_losses(p, objective, k, b), devices)
+  batch = {name: rows.reshape(2, 8, *rows.shape[2:]) for name, rows in digits_batch().items()}
+  losses, t = [], []
+  for number in range(3):
+    step_losses, step_t = evaluate(state.params, batch, jax.random.fold_in(KEY, number))
+    losses, t = [*losses, *np.ravel(step_losses)], [*t, *np.ravel(step_t)]
+    state, _ = step(state, batch, KEY)
+  window = parallel.to_host(parallel.unreplicate(state.window))
+  group = np.digitize(t, boundaries) - 1
+  for g in range(4):
+    assert window.group_count[g] == (group == g).sum() > 0
+    expected = np.sum(np.asarray(losses)[group == g])
+    np.testing.assert_allclose(window.group_loss[g], expected, rtol=1e-5)
+  assert float(window.loss) / 3 == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("restart", [True, False])
+def test_a_stage_restarts_the_optimiser_and_its_warm_up_if_asked_to(restart):
+  config = tiny_config(
+    **CURRICULUM | {"curriculum__patience": 2},
+    curriculum__restart_optimizer=restart,
+    optimizer__warmup_steps=3,
+    optimizer__decay="constant",
+  )
+  devices, batch = jax.devices()[:1], digits_batch()
+  steps = [make_step(config, devices, stage) for stage in (0, 1)]
+  state = make_state(config, devices, noisy_params(config))
+  # No loss is below 0: both checks up to step 4 are bad.
+  state = state.replace(stage=state.stage.replace(best_loss=state.stage.loss_sum))
+  seen, stage, rates = [], 0, []
+  for _ in range(6):
+    state, _ = steps[stage](state, batch, KEY)
+    host = parallel.to_host(parallel.unreplicate(state))
+    count = int(optax.tree.get(host.opt_state, "count"))
+    moments = float(optax.tree.norm(optax.tree.get(host.opt_state, "mu")))
+    stage = int(host.stage.number)
+    seen.append((stage, count, moments > 0))
+    rates.append(float(host.window.learning_rate) / config.optimizer.learning_rate)
+  assert int(host.stage.first_step) == 4
+  fresh = [(1, 0, False), (1, 1, True), (1, 2, True)]
+  going_on = [(1, 4, True), (1, 5, True), (1, 6, True)]
+  assert seen[:3] == [(0, 1, True), (0, 2, True), (0, 3, True)]
+  assert seen[3:] == (fresh if restart else going_on)
+  warm = [1 / 3, 2 / 3] if restart else [1, 1]
+  np.testing.assert_allclose(rates, [1 / 3, 2 / 3, 1, 1, *warm], rtol=1e-6)
+
+
+def test_evaluation_stays_on_all_timesteps():
+  objective = builders.make_objective(tiny_config(**CURRICULUM), jax.devices()[:1])
+  assert objective.strata.ranges == ((0, 1000, 16),)
+  assert objective.without_augmentation().strata == objective.strata
 
 
 @pytest.mark.parametrize("compute", ["masked", "grouped"])
@@ -170,7 +280,7 @@ def test_draws_have_their_distributions():
 def losses_of(config, batch, num_devices=1):
   devices = jax.devices()[:num_devices]
   objective = builders.make_objective(config, devices)
-  run = parallel.pmap(lambda p, b, k: training_step.batch_losses(p, objective, k, b), devices)
+  run = parallel.pmap(lambda p, b, k: training_step.batch_losses(p, objective, k, b)[0], devices)
   params = parallel.replicate(noisy_params(config), devices)
   return np.asarray(run(params, batch, KEY)).reshape(-1)
 
@@ -251,15 +361,26 @@ def test_min_snr_reweights_each_example():
 
 def test_window_sums_restart_and_remember_the_first_bad_step():
   def add(window, loss, grad_norm, step, is_finite=True):
-    numbers = (jnp.float32(loss), jnp.float32(grad_norm), jnp.asarray(is_finite))
-    return window.add(*numbers, jnp.int32(step), 3)
+    return window.add(
+      loss=jnp.float32(loss),
+      grad_norm=jnp.float32(grad_norm),
+      learning_rate=jnp.float32(step / 10),
+      group_loss=jnp.array([loss, 0.0]),
+      group_count=jnp.array([2, 0]),
+      is_finite=jnp.asarray(is_finite),
+      step=jnp.int32(step),
+      log_every_steps=3,
+    )
 
-  window = WindowMetrics.empty()
+  window = WindowMetrics.empty(2)
   for step, loss in enumerate([1.0, 2.0, 3.0, 4.0], start=1):
     window = add(window, loss, 10 * loss, step)
     if step == 3:
       assert (float(window.loss), float(window.grad_norm), int(window.count)) == (6.0, 60.0, 3)
+      assert (window.group_loss.tolist(), window.group_count.tolist()) == ([6, 0], [6, 0])
+      assert window.learning_rate == pytest.approx(0.3)
   assert (float(window.loss), int(window.count)) == (4.0, 1)
+  assert (window.group_loss.tolist(), window.group_count.tolist()) == ([4, 0], [2, 0])
   assert window.non_finite_step == NEVER
   assert add(window, 1, jnp.inf, 5).non_finite_step == 5
   window = add(window, 1, 1, 5, is_finite=False)
@@ -269,21 +390,10 @@ def test_window_sums_restart_and_remember_the_first_bad_step():
 @pytest.mark.parametrize("bad", ["image", "learning_rate"])
 def test_a_step_that_spoils_anything_is_marked(bad):
   """The loss of a step says nothing of the parameters it leaves behind."""
-  config = tiny_config(optimizer__warmup_steps=0)
-  objective = builders.make_objective(config, jax.devices()[:1])
-  rate = jnp.inf if bad == "learning_rate" else 1e-3
-  tx = optimizer.make_optimizer("adamw", lambda _: rate, 0.0, 1.0)
-  step = parallel.pmap(
-    functools.partial(
-      training_step.train_step,
-      objective=objective,
-      optimizer=tx,
-      ema_decay=0.9,
-      log_every_steps=1,
-    ),
-    jax.devices()[:1],
-  )
-  state = parallel.replicate(create_train_state(noisy_params(config), tx), jax.devices()[:1])
+  config, devices = tiny_config(), jax.devices()[:1]
+  rate = jnp.float32(jnp.inf if bad == "learning_rate" else 1e-3)
+  step = make_step(config, devices, learning_rate=lambda step, start: rate)
+  state = make_state(config, devices, noisy_params(config))
   batch = digits_batch()
   if bad == "image":
     batch["image"][0, 3] = np.nan
