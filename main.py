@@ -12,7 +12,8 @@ from lrdit import startup
 from lrdit.errors import UserError, as_user_error, tell
 
 # Each is a function in the module of its name, of the config and the directory of this flag.
-MODES = {"train": "workdir", "sample": "workdir", "evaluate": "workdir", "encode": "output"}
+MODES = dict.fromkeys(("train", "sample", "evaluate", "benchmark"), "workdir")
+MODES["encode"] = "output"
 
 
 def parse_flags(argv: list[str]) -> flags.FlagValues:
@@ -22,9 +23,7 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
     UserError: unknown, missing or malformed flags, or config fields.
   """
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file(
-    "config", None, "Config file, arguments after a colon.", values, sys_argv=argv
-  )
+  config_flags.DEFINE_config_file("config", None, "FILE[:ARGUMENTS].", values, sys_argv=argv)
   flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
   flags.DEFINE_string("output", None, "Directory to make (encode).", flag_values=values)
   flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", flag_values=values)
@@ -40,8 +39,8 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
   except (OSError, SyntaxError) as error:  # of several attempts, the last line tells the path
     raise UserError(f"--config cannot be read: {str(error).splitlines()[-1]}", 2) from error
   except flags.Error as error:
-    first_line = str(error).splitlines()[0]
-    raise as_user_error(error) or UserError(f"{first_line} (see --help)", 2) from error
+    message = f"{str(error).splitlines()[0]} (see --help)"
+    raise as_user_error(error) or UserError(message, 2) from error
   if unparsed:
     raise UserError(f"{unparsed[0]!r} is not a flag: write --name=value", 2)
   missing = [name for name in ("config", MODES[values.mode]) if not values[name].value]

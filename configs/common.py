@@ -133,4 +133,12 @@ def get_default_config(method: str, variant: str) -> ConfigDict:
   sampling.use_ema = True
   sampling.name = "default"
   sampling.png_files = False
+
+  config.benchmark = benchmark = ConfigDict()
+  benchmark.rounds = 10  # medians are over rounds
+  # Training steps, and solver steps per bucket, timed together in a round: more
+  # than 1 hides the time between steps, as training on an accelerator does.
+  benchmark.steps = 1
+  benchmark.sampling_runs = 1  # whole sampling runs of each arm; 0: add up bucket times
+  benchmark.matmul_size = 0  # of the peak's matrices; 0: 2048 on a CPU, 8192 elsewhere
   return config

@@ -109,6 +109,10 @@ RANGES = {
   "sampling.eta": (0.0, 1.0),
   "sampling.guidance_scale": (0.0, 1000.0),
   "sampling.seed": (0, 2**32 - 1),
+  "benchmark.rounds": (1, math.inf),
+  "benchmark.steps": (1, math.inf),
+  "benchmark.sampling_runs": (0, math.inf),
+  "benchmark.matmul_size": (0, math.inf),
 }
 
 

@@ -3,7 +3,7 @@
 Axes: n devices, B global batch, b = B / n local batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax
@@ -49,6 +49,16 @@ def replicate(tree: Any, devices: Devices) -> Any:
   count as differently sharded, and the second step would compile again.
   """
   return flax.jax_utils.replicate(tree, devices, axis_name=AXIS)
+
+
+def prefetch(batches: Iterator[Any], devices: Devices) -> Iterator[Any]:
+  """The same batches on the devices, two of them ahead of the step that asks.
+
+  Args:
+    batches: trees of arrays with a leading device axis.
+    devices: as for `pmap`, whose name of the axis they are placed by.
+  """
+  return flax.jax_utils.prefetch_to_device(batches, 2, devices, axis_name=AXIS)
 
 
 def unreplicate(tree: Any) -> Any:

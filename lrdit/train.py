@@ -304,11 +304,12 @@ def run_steps(
   """
   step, last = first_step, trainer.config.training.num_steps
   batches = trainer.batches(range(step, last))
+  on_devices = parallel.prefetch(batches, trainer.devices)
   watch, before = Stopwatch(), None
   stage, train_step = trainer.enter_stage(state)
   with contextlib.closing(batches), make_bar(last, step, "step") as bar:
     while step < last and not stop.signal_name:
-      state, non_finite_step = train_step(state, next(batches), trainer.key)
+      state, non_finite_step = train_step(state, next(on_devices), trainer.key)
       step += 1
       if before is not None:
         trainer.refuse_non_finite(int(parallel.unreplicate(before)))

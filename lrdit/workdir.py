@@ -15,6 +15,7 @@ from lrdit.errors import UserError
 FREE_FIELDS = (
   "sampling",
   "checkpoint",
+  "benchmark",
   "data.data_dir",
   "data.cache_gib",
   "vae.path",

@@ -25,6 +25,7 @@ jaxtyping.install_import_hook(
       "curriculum",
       "diffusion",
       "dit",
+      "flops",
       "image_files",
       "images",
       "input_pipeline",

@@ -172,14 +172,22 @@ def test_celeba_encodes_once_and_runs_the_arms_on_the_latents(checkout, tmp_path
 
 
 def test_imagenet128_hands_the_classes_on(checkout):
-  """Latents that look finished are not encoded again; the arms refuse a wrong CLASSES."""
+  """Latents that look finished are not encoded again; the arms get the classes."""
   latents = checkout / "latents"
   latents.mkdir()
   (latents / "manifest.json").write_text("{}")
-  environment = {"LATENTS": str(latents), "CLASSES": "1001"}
+  environment = {"LATENTS": str(latents), "CLASSES": "7"}
   status, _, stderr = run(checkout, "imagenet128.sh", "--config.vae.path=vae", **environment)
+  assert status == 1
+  assert stderr.splitlines()[-1].startswith("error: ")
+  assert "manifest.json is damaged" in stderr
+
+
+@pytest.mark.parametrize("classes", ["1001", "0", "-1", "400x", "1e3"])
+def test_imagenet128_refuses_classes_before_it_encodes(checkout, classes):
+  status, _, stderr = run(checkout, "imagenet128.sh", "--config.vae.path=vae", CLASSES=classes)
   assert status == 2
-  assert stderr.splitlines()[-1] == "error: classes=1001 must be a number from 1 to 1000"
+  assert f"error: CLASSES={classes}: a number from 1 to 1000" in stderr
 
 
 @pytest.mark.parametrize(

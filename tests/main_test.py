@@ -175,6 +175,42 @@ BAD_INPUTS = {
     "data_dir",
   ),
   "negative cache": (["--config.data.cache_gib=-1"], 1, "data.cache_gib=-1.0 must be at least 0"),
+  "no rounds": (
+    ["--mode=benchmark", "--config.benchmark.rounds=0"],
+    1,
+    "benchmark.rounds=0 must be at least 1",
+  ),
+  "no steps": (
+    ["--mode=benchmark", "--config.benchmark.steps=0"],
+    1,
+    "benchmark.steps=0 must be at least 1",
+  ),
+  "fewer than no runs": (
+    ["--mode=benchmark", "--config.benchmark.sampling_runs=-1"],
+    1,
+    "benchmark.sampling_runs=-1 must be at least 0",
+  ),
+  "matrices of negative size": (
+    ["--mode=benchmark", "--config.benchmark.matmul_size=-1"],
+    1,
+    "benchmark.matmul_size=-1 must be at least 0",
+  ),
+  "nowhere to write a benchmark": (["--mode=benchmark", "--workdir="], 2, "--workdir is missing"),
+  "benchmark over devices": (
+    ["--mode=benchmark", "--config.training.batch_size=6"],
+    1,
+    "training.batch_size=6 is not divisible by the 4 devices",
+  ),
+  "benchmark of samples over devices": (
+    ["--mode=benchmark", "--config.sampling.batch_size=6"],
+    1,
+    "sampling.batch_size=6 is not divisible by the 4 devices",
+  ),
+  "benchmark of an arm that cannot be": (
+    [f"{DIGITS}:method=full", "--mode=benchmark", "--config.rank.multiple_of=64"],
+    1,
+    "multiple_of=64 is above",
+  ),
   "evaluating before training": (["--mode=evaluate"], 1, "is not the workdir of a run"),
 }
 

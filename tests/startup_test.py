@@ -47,12 +47,28 @@ def test_other_allocators_are_left_alone(monkeypatch):
   startup.keep_freed_memory()
 
 
-def test_a_second_run_compiles_nothing_anew(tmp_path):
-  cache = tmp_path / "xdg" / "lrdit"
-  places = {"XDG_CACHE_HOME": str(tmp_path / "xdg"), "JAX_COMPILATION_CACHE_DIR": ""}
-  tiny.run_main(tmp_path / "a", "--config.training.num_steps=2", **places)
-  written = {path.name: path.stat().st_mtime_ns for path in cache.glob("*-cache")}
-  assert any("train_step" in name or "_fun" in name for name in written), written
-  tiny.run_main(tmp_path / "b", "--config.training.num_steps=2", **places)
-  assert {path.name: path.stat().st_mtime_ns for path in cache.glob("*-cache")} == written
-  assert tiny.losses(tmp_path / "a") == tiny.losses(tmp_path / "b")
+COMPILE = """
+from lrdit import startup
+startup.prepare()
+import jax
+def slow_to_compile(x):
+  for _ in range(8):
+    x = jax.numpy.linalg.svd(jax.random.normal(jax.random.key(0), (8, 8)) @ x)[0]
+  return x
+print(jax.jit(slow_to_compile)(jax.numpy.eye(8)).sum())
+"""
+
+
+@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"])
+def test_a_second_process_compiles_nothing_anew(tmp_path, variable):
+  environment = tiny.environment(JAX_COMPILATION_CACHE_DIR="") | {variable: str(tmp_path)}
+  cache = tmp_path / "lrdit" if variable == "XDG_CACHE_HOME" else tmp_path
+
+  def run():
+    command = [sys.executable, "-c", COMPILE]
+    subprocess.run(command, cwd=tiny.ROOT, env=environment, check=True, capture_output=True)
+    return {path.name: path.stat().st_mtime_ns for path in cache.glob("*-cache")}
+
+  first = run()
+  assert any("slow_to_compile" in name for name in first)
+  assert run() == first
