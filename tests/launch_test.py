@@ -99,6 +99,7 @@ def assert_arm_is_whole(workdir, step, image_shape):
     assert export["arr_0"].shape == (10, *image_shape)
 
 
+@pytest.mark.slow
 def test_cifar10_goes_on_where_it_was_stopped_and_repeats_nothing(checkout, tmp_path):
   write_images(tmp_path / "images.npz", with_labels=True)
   # The file's name is relative to where the script is called.
@@ -153,6 +154,7 @@ def test_cifar10_goes_on_where_it_was_stopped_and_repeats_nothing(checkout, tmp_
   assert "holds another run: seed (0 there, 1 asked for)" in stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_celeba_encodes_once_and_runs_the_arms_on_the_latents(checkout, tmp_path):
   write_images(tmp_path / "images.npz", with_labels=False)
   vae = f"--config.vae.path={tiny.GOLDEN / 'sd_vae_tiny'}"

@@ -96,7 +96,10 @@ def test_losses_fall_and_lines_have_all_their_fields(undisturbed):
   }
 
 
-@pytest.mark.parametrize("step", [1, 11, 25])
+@pytest.mark.parametrize(
+  "step",
+  [pytest.param(1, marks=pytest.mark.slow), 11, pytest.param(25, marks=pytest.mark.slow)],
+)
 def test_a_killed_run_resumes_to_the_bit(undisturbed, tmp_path, step):
   process = start(tmp_path)
   wait_for_line(process, rf"step {step}/60")
@@ -112,7 +115,9 @@ def test_a_killed_run_resumes_to_the_bit(undisturbed, tmp_path, step):
   assert not list((tmp_path / "checkpoints").glob("*tmp*")), "leftovers of the killed save"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_stopped_run_saves_and_resumes_to_the_bit(undisturbed, tmp_path, number):
   process = start(tmp_path)
   wait_for_line(process, "step 13/60")
@@ -198,6 +203,7 @@ def test_evaluation_is_training_s_own_and_of_the_averaged_weights(undisturbed):
   assert (figures[True]["weights"], figures[False]["weights"]) == ("ema", "raw")
 
 
+@pytest.mark.slow
 def test_unconditional_models_run_without_labels(tmp_path):
   flags = ("--config.data.num_classes=0",)
   for mode in ("train", "sample", "evaluate"):
@@ -206,6 +212,7 @@ def test_unconditional_models_run_without_labels(tmp_path):
     assert list(arrays) == ["arr_0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "flags",
   [
