@@ -136,19 +136,9 @@ class TrainingArm:
   def __init__(self, config: ConfigDict, devices: parallel.Devices):
     """Makes the state and compiles the step."""
     objective = builders.make_objective(config, devices)
-    optimizer, learning_rate = builders.make_optimizer(config)
+    optimizer, _ = builders.make_optimizer(config)
     curriculum = builders.make_curriculum(config)
-    step = functools.partial(
-      training_step.train_step,
-      objective=objective,
-      optimizer=optimizer,
-      learning_rate=learning_rate,
-      curriculum=curriculum,
-      stage=len(curriculum.stages) - 1,
-      ema_decay=config.optimizer.ema_decay,
-      log_every_steps=config.training.log_every_steps,
-    )
-    self._step = parallel.pmap(step, devices, donate_argnums=(0,))
+    self._step = builders.make_train_step(config, devices, len(curriculum.stages) - 1)
     self._count = config.benchmark.steps
     self._key = jax.random.key(config.seed)
     self._batch = self._make_batch(config, devices)

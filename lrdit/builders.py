@@ -1,5 +1,6 @@
 """From a ConfigDict to objects: configs are checked here and go no further."""
 
+import functools
 import itertools
 import logging
 import math
@@ -27,13 +28,13 @@ from lrdit import (
   sampler,
   tfds_data,
   timesteps,
+  training_step,
   vae,
   vae_files,
 )
 from lrdit.errors import UserError
 from lrdit.sampler import Sampler, SamplerSettings
 from lrdit.sources import DataOptions, Source
-from lrdit.training_step import Objective
 
 log = logging.getLogger("lrdit")
 
@@ -521,10 +522,10 @@ def make_solver_table(config: ConfigDict) -> diffusion.SolverTable:
   return diffusion.solver_table(s.solver, make_alphas_cumprod(config), s.num_steps, s.eta)
 
 
-def make_objective(config: ConfigDict, devices: parallel.Devices) -> Objective:
+def make_objective(config: ConfigDict, devices: parallel.Devices) -> training_step.Objective:
   """What training minimises, with its batch spread over `devices`."""
   parallel.check_divisible("config.training.batch_size", config.training.batch_size, devices)
-  return Objective(
+  return training_step.Objective(
     model=make_model(config),
     alphas_cumprod=make_alphas_cumprod(config),
     prediction=config.diffusion.prediction,
@@ -561,6 +562,22 @@ def make_optimizer(
     o.learning_rate, o.warmup_steps, config.training.num_steps, o.decay
   )
   return optimizer.make_optimizer(o.name, o.weight_decay, o.grad_clip_norm), schedule
+
+
+def make_train_step(config: ConfigDict, devices: parallel.Devices, stage: int) -> Callable:
+  """The pmapped training step of a stage of the curriculum, which donates its state."""
+  gradient_transformation, learning_rate = make_optimizer(config)
+  step = functools.partial(
+    training_step.train_step,
+    objective=make_objective(config, devices),
+    optimizer=gradient_transformation,
+    learning_rate=learning_rate,
+    curriculum=make_curriculum(config),
+    stage=stage,
+    ema_decay=config.optimizer.ema_decay,
+    log_every_steps=config.training.log_every_steps,
+  )
+  return parallel.pmap(step, devices, donate_argnums=(0,))
 
 
 def make_sampler(

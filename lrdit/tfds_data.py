@@ -260,9 +260,9 @@ def _open(dataset: TfdsDataset, split: str, options: DataOptions) -> tuple[Any, 
   return builder, name
 
 
-def identify_tfds(dataset: TfdsDataset, split: str, options: DataOptions) -> dict[str, Any]:
-  """The identity of `load_tfds`' source, without reading its records."""
-  builder, name = _open(dataset, split, options)
+def _identity(
+  dataset: TfdsDataset, builder: Any, name: str, options: DataOptions
+) -> dict[str, Any]:
   return {
     "name": dataset.name,
     "version": str(builder.info.version),
@@ -270,6 +270,11 @@ def identify_tfds(dataset: TfdsDataset, split: str, options: DataOptions) -> dic
     "num_examples": builder.info.splits[name].num_examples,
     "crop": images.crop_name(dataset.crop_size, options.image_size),
   }
+
+
+def identify_tfds(dataset: TfdsDataset, split: str, options: DataOptions) -> dict[str, Any]:
+  """The identity of `load_tfds`' source, without reading its records."""
+  return _identity(dataset, *_open(dataset, split, options), options)
 
 
 def load_tfds(dataset: TfdsDataset, split: str, options: DataOptions) -> Source:
@@ -285,7 +290,7 @@ def load_tfds(dataset: TfdsDataset, split: str, options: DataOptions) -> Source:
     UserError: it is not there, or not whole.
   """
   builder, name = _open(dataset, split, options)
-  identity = identify_tfds(dataset, split, options)
+  identity = _identity(dataset, builder, name, options)
   records = _Split(builder, name, dataset, options)
   size = options.image_size
   shape = (identity["num_examples"], size, size, options.num_channels)

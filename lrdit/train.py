@@ -89,21 +89,12 @@ class Trainer:
     self.curriculum = builders.make_curriculum(config)
     self.source = builders.make_source(config, "train")
     self.eval_source = builders.make_source(config, "eval")
-    self.optimizer, learning_rate = builders.make_optimizer(config)
+    self.optimizer, _ = builders.make_optimizer(config)
     grid_batch = -(-GRID_ROWS * GRID_COLUMNS // len(devices)) * len(devices)
     self.grid_sampler = builders.make_sampler(config, devices, grid_batch)
     self.to_pixels = self._make_to_pixels()
     self.slots = parallel.batch_slots(config.training.batch_size, devices)
     self.key = jax.random.key(config.seed)
-    self.step_of_stage = functools.partial(
-      training_step.train_step,
-      objective=objective,
-      optimizer=self.optimizer,
-      learning_rate=learning_rate,
-      curriculum=self.curriculum,
-      ema_decay=config.optimizer.ema_decay,
-      log_every_steps=config.training.log_every_steps,
-    )
     evaluation = functools.partial(
       training_step.eval_step, objective=objective.without_augmentation()
     )
@@ -143,8 +134,7 @@ class Trainer:
       low, high = self.curriculum.timesteps_of(stage)
       text = "stage %d/%d: timesteps %d to %d, from step %d"
       log.info(text, stage + 1, count, low, high - 1, progress.first_step)
-    step = functools.partial(self.step_of_stage, stage=stage)
-    return stage, parallel.pmap(step, self.devices, donate_argnums=(0,))
+    return stage, builders.make_train_step(self.config, self.devices, stage)
 
   def has_left_stage(self, stage: int, state: TrainState, step: int) -> bool:
     """Whether the state after `step` updates is of a later stage.

@@ -1,6 +1,5 @@
 """Analytic counts against the published ones, the traced products, and XLA's."""
 
-import functools
 import math
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrdit import builders, dit, flops, low_rank, parallel, rank_schedule, train_state
+from lrdit import builders, dit, flops, low_rank, rank_schedule, train_state
 from lrdit import training_step as step_module
 from tests.tiny import tiny_config
 
@@ -83,18 +82,8 @@ def forward(config, bucket, batch=4):
 def training(config, devices):
   """The pmapped training step, its arguments, and its groups."""
   objective = builders.make_objective(config, devices)
-  optimizer, learning_rate = builders.make_optimizer(config)
+  optimizer, _ = builders.make_optimizer(config)
   curriculum = builders.make_curriculum(config)
-  step = functools.partial(
-    step_module.train_step,
-    objective=objective,
-    optimizer=optimizer,
-    learning_rate=learning_rate,
-    curriculum=curriculum,
-    stage=0,
-    ema_decay=0.9,
-    log_every_steps=1,
-  )
   n, local = len(devices), config.training.batch_size // len(devices)
   state = jax.eval_shape(
     lambda: train_state.create_train_state(
@@ -110,7 +99,7 @@ def training(config, devices):
   }
   key = structs(jax.random.key(0))
   groups = step_module.select_ranks(objective, jnp.zeros(local, jnp.int32)).groups
-  return parallel.pmap(step, devices), (state, batch, key), groups
+  return builders.make_train_step(config, devices, stage=0), (state, batch, key), groups
 
 
 # Giga-MACs at 32x32x4, from Peebles and Xie 2023, tables 1 and 4.
