@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from lrdit.errors import UserError
 from lrdit.low_rank import RankSelection, make_dense, uniform_selection
+from lrdit.matmul import matmul
 from lrdit.rank_schedule import LayerRanks, RankPlan
 
 FREQUENCY_DIM = 256
@@ -196,9 +197,9 @@ def plain_attention(qkv: Float[Array, "B N three_D"], num_heads: int) -> Float[A
     return x.reshape(b, n, num_heads, -1).transpose(0, 2, 1, 3).reshape(b * num_heads, n, -1)
 
   q, k, v = map(merge_heads, jnp.split(qkv, 3, axis=-1))
-  scores = jnp.einsum("bqd,bkd->bqk", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
+  scores = matmul(q * q.shape[-1] ** -0.5, k.mT).astype(jnp.float32)
   weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-  values = jnp.einsum("bqk,bkd->bqd", weights.astype(qkv.dtype), v)
+  values = matmul(weights.astype(qkv.dtype), v)
   out = values / weights.sum(-1, keepdims=True).astype(qkv.dtype)
   return out.reshape(b, num_heads, n, -1).transpose(0, 2, 1, 3).reshape(b, n, -1)
 

@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from lrdit.matmul import matmul
 from lrdit.rank_schedule import LayerRanks, RankPlan
 
 Initializer = Callable[..., Array]
@@ -89,12 +90,12 @@ def low_rank_matmul(
   for size, rank in groups:
     part = x[start : start + size]
     # Two-dimensional products: XLA's CPU backward pass is much faster on them.
-    hidden = part.reshape(-1, x.shape[-1]) @ down[:, :rank]
+    hidden = matmul(part.reshape(-1, x.shape[-1]), down[:, :rank])
     if active_rank is not None:
       mask = jnp.arange(rank) < active_rank[start : start + size, None]
       mask = mask.astype(hidden.dtype)[:, None]
       hidden = (hidden.reshape(size, -1, rank) * mask).reshape(-1, rank)
-    outputs.append((hidden @ up[:rank]).reshape(*part.shape[:-1], up.shape[-1]))
+    outputs.append(matmul(hidden, up[:rank]).reshape(*part.shape[:-1], up.shape[-1]))
     start += size
   return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
 
@@ -120,7 +121,7 @@ class Dense(nn.Module):
     del selection
     kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
-    y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
+    y = matmul(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel.astype(self.dtype))
     return (y + bias.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
 
 

@@ -31,6 +31,7 @@ jaxtyping.install_import_hook(
       "input_pipeline",
       "latents",
       "low_rank",
+      "matmul",
       "metrics",
       "parallel",
       "rank_schedule",

@@ -119,7 +119,7 @@ def test_output_is_that_of_the_published_implementation():
     dit.position_embedding(shape.hidden_size, 4), state["pos_embed"][0], atol=1e-6
   )
   model = dit.DiT(shape, rank_schedule.dense_plan(1000))
-  params = official_to_ours(state, shape.depth, shape.channels)
+  params = jax.tree.map(jnp.asarray, official_to_ours(state, shape.depth, shape.channels))
   output = model.apply(
     {"params": params},
     jnp.asarray(x.transpose(0, 2, 3, 1)),
