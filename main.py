@@ -11,9 +11,9 @@ from ml_collections import config_flags
 from lrdit import startup
 from lrdit.errors import UserError, as_user_error, tell
 
-# Each is a function in the module of its name, of the config and the directory of this flag.
-MODES = dict.fromkeys(("train", "sample", "evaluate", "benchmark"), "workdir")
-MODES["encode"] = "output"
+# Each is a function in the module of its name, of the values of these flags.
+MODES = dict.fromkeys(("train", "sample", "evaluate", "benchmark"), ("config", "workdir"))
+MODES |= {"encode": ("config", "output"), "report": ("workdirs", "output")}
 
 
 def parse_flags(argv: list[str]) -> flags.FlagValues:
@@ -25,7 +25,8 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
   values = flags.FlagValues()
   config_flags.DEFINE_config_file("config", None, "FILE[:ARGUMENTS].", values, sys_argv=argv)
   flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
-  flags.DEFINE_string("output", None, "Directory to make (encode).", flag_values=values)
+  flags.DEFINE_list("workdirs", None, "Runs to compare (report).", flag_values=values)
+  flags.DEFINE_string("output", None, "Directory to make (encode, report).", flag_values=values)
   flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", flag_values=values)
   flags.DEFINE_boolean("debug", False, "Show tracebacks.", flag_values=values)
   flags.DEFINE_boolean("help", False, "Show this help.", flag_values=values)
@@ -43,9 +44,14 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
     raise as_user_error(error) or UserError(message, 2) from error
   if unparsed:
     raise UserError(f"{unparsed[0]!r} is not a flag: write --name=value", 2)
-  missing = [name for name in ("config", MODES[values.mode]) if not values[name].value]
+  missing = [name for name in MODES[values.mode] if not values[name].value]
   if missing and not values.help:
-    raise UserError(f"--{missing[0]} is missing. {__doc__}", 2)
+    needed = " and ".join(f"--{name}" for name in MODES[values.mode])
+    raise UserError(f"--{missing[0]} is missing: --mode={values.mode} needs {needed}", 2)
+  others = ("config", "workdir") if values.mode == "report" else ("workdirs",)
+  needless = [name for name in others if values[name].value]
+  if needless and not values.help:
+    raise UserError(f"--{needless[0]} is not used by --mode={values.mode}: leave it out", 2)
   return values
 
 
@@ -62,7 +68,8 @@ def run(argv: list[str]) -> int:
 
     progress.start_logging(values.debug)
     verb = getattr(importlib.import_module(f"lrdit.{values.mode}"), values.mode)
-    verb(builders.resolve(values.config), os.path.expanduser(values[MODES[values.mode]].value))
+    read = {"config": builders.resolve, "workdirs": list}
+    verb(*(read.get(f, os.path.expanduser)(values[f].value) for f in MODES[values.mode]))
     return 0
   except (Exception, KeyboardInterrupt) as error:
     return tell(error, with_traceback=values is not None and values.debug)

@@ -134,6 +134,19 @@ def get_default_config(method: str, variant: str) -> ConfigDict:
   sampling.name = "default"
   sampling.png_files = False
 
+  config.evaluation = evaluation = ConfigDict()
+  # By what samples are compared: classifier (trained on the data), inception (FID's), pixel.
+  # Empty: held-out losses alone.
+  evaluation.extractors = ("classifier",)
+  evaluation.draws = 4  # of noise and timestep for each held-out example
+  evaluation.reference_split = "train"  # real images to compare with; or eval
+  evaluation.max_features = 10_000  # images the kernel distance, precision and recall are over
+  evaluation.features_dir = (
+    ""  # of the classifier and the real images' statistics; empty: in workdir
+  )
+  evaluation.classifier_steps = 0  # of training it; 0: about 20 epochs
+  evaluation.inception_weights = ""  # a file; empty: torch-fidelity downloads them
+
   config.benchmark = benchmark = ConfigDict()
   benchmark.rounds = 10  # medians are over rounds
   # Training steps, and solver steps per bucket, timed together in a round: more

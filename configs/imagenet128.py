@@ -46,6 +46,8 @@ def get_config(arg: str = "") -> ConfigDict:
   config.data.image_size = 128
   config.data.num_classes = classes
   config.data.flip = True
+  # FID: --config.evaluation.extractors="('inception',)"; a classifier takes long to train.
+  config.evaluation.extractors = ()
   config.vae.downsample_factor = 8
   # Of fewer classes about as many images less, so an epoch stays an epoch.
   train_images = TRAIN_IMAGES * classes // CLASSES

@@ -1,4 +1,4 @@
-"""Draws the README's picture of r(t): pip install '.[docs]' && python -m docs.figures."""
+"""Draws the README's picture of r(t): python -m docs.figures."""
 
 import pathlib
 

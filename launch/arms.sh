@@ -138,9 +138,13 @@ exported = (
 if not exported:
   print("sample\nevaluate")
   sys.exit()
-# An evaluation holds the metadata of its export, down to the seconds it took.
-evaluated = read(workdir / "evaluation.json").get("samples", {})
-if any(field not in evaluated or evaluated[field] != metadata[field] for field in metadata):
+# The figures of an export hold its metadata, down to the seconds it took.
+evaluation = read(workdir / "evaluation.json")
+figures = evaluation.get("samples", {}).get(sampling["name"], {})
+measured = list(figures.get("extractors", {})) == list(stored["evaluation"]["extractors"])
+if evaluation.get("checkpoint_step") != step or not measured or (
+  figures and figures["metadata"] != metadata
+):
   print("evaluate")
 EOF
 }
@@ -196,7 +200,7 @@ for workdir in workdirs:
   sampling = json.loads((workdir / "config.json").read_text())["sampling"]
   arm = workdir.name.rpartition("_")[2]
   print(
-    f"{arm:<10}{evaluation['checkpoint_step']:>9}{evaluation['held_out_loss']:>15.5f}  "
+    f"{arm:<10}{evaluation['checkpoint_step']:>9}{evaluation['held_out']['ema']['loss']:>15.5f}  "
     f"{workdir / 'samples' / sampling['name']}"
   )
 EOF

@@ -31,18 +31,21 @@ import json, pathlib, sys
 
 workdir = pathlib.Path(sys.argv[1])
 evaluation = json.loads((workdir / "evaluation.json").read_text())
-samples = evaluation["samples"]
+samples = evaluation["samples"]["default"]
+figures, metadata = samples["figures"], samples["metadata"]
 export = workdir / "samples" / "default"
 print(f"""
 grid of samples   {export / "grid.png"}
 samples           {export / "samples.npz"}
 checkpoint        {workdir / "checkpoints" / str(evaluation["checkpoint_step"])}
 
-samples recognised as their label by an SVM on the real digits: \
-{samples["svm_recognition_accuracy"]:.1%} (real held-out digits: \
-{samples["svm_recognition_accuracy_of_held_out_images"]:.1%})
-Frechet distance over the raw pixels: {samples["pixel_frechet_distance"]:.3f}
-{samples["num_samples"]} samples drawn in {samples["wall_clock_seconds"]:.1f} s""")
+held-out loss: {evaluation["held_out"]["ema"]["loss"]:.5f}
+samples recognised as their label by a classifier of the real digits: \
+{figures["classifier_recognition_accuracy"]:.1%} (real held-out digits: \
+{figures["classifier_recognition_accuracy_of_held_out_images"]:.1%})
+Frechet distance over the classifier's features: {figures["classifier_frechet_distance"]:.3f}, \
+precision {figures["classifier_precision"]:.3f}, recall {figures["classifier_recall"]:.3f}
+{metadata["num_samples"]} samples drawn in {metadata["wall_clock_seconds"]:.1f} s""")
 EOF
 echo "install $((installed - start)) s, training $((trained - installed)) s," \
   "all $((SECONDS - start)) s"

@@ -5,6 +5,7 @@ import itertools
 import logging
 import math
 import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +20,13 @@ from lrdit import (
   curriculum,
   diffusion,
   dit,
+  extractors,
   images,
   input_pipeline,
   latents,
   optimizer,
   parallel,
   rank_schedule,
-  sampler,
   tfds_data,
   timesteps,
   training_step,
@@ -63,10 +64,17 @@ def _check_choices(config: ConfigDict) -> None:
     "optimizer.name": optimizer.OPTIMIZERS,
     "optimizer.decay": optimizer.DECAYS,
     "sampling.solver": diffusion.SOLVERS,
+    "evaluation.reference_split": ("train", "eval"),
   }
   for field, allowed in choices.items():
     value = _get(config, field)
     _require(value in allowed, field, value, f"is unknown: use one of {', '.join(allowed)}")
+  for name in config.evaluation.extractors:
+    known = ", ".join(extractors.EXTRACTORS)
+    rule = f"names an unknown extractor {name!r}: use some of {known}"
+    _require(
+      name in extractors.EXTRACTORS, "evaluation.extractors", config.evaluation.extractors, rule
+    )
 
 
 def _get(config: ConfigDict, field: str) -> Any:
@@ -110,6 +118,9 @@ RANGES = {
   "sampling.eta": (0.0, 1.0),
   "sampling.guidance_scale": (0.0, 1000.0),
   "sampling.seed": (0, 2**32 - 1),
+  "evaluation.draws": (1, math.inf),
+  "evaluation.max_features": (10, math.inf),
+  "evaluation.classifier_steps": (0, math.inf),
   "benchmark.rounds": (1, math.inf),
   "benchmark.steps": (1, math.inf),
   "benchmark.sampling_runs": (0, math.inf),
@@ -416,7 +427,7 @@ def make_to_pixels(
     UserError: the VAE is missing, or another one.
   """
   if not _has_vae(config):
-    return sampler.to_uint8
+    return images.to_uint8
   codec = make_codec(config, devices)
   _require(
     codec.digest == vae_digest,
@@ -427,7 +438,7 @@ def make_to_pixels(
   )
 
   def decode(x_0: Float[np.ndarray, "B H W C"]) -> UInt8[np.ndarray, "B height width channels"]:
-    return sampler.to_uint8(codec.decode(vae.unscale_latents(codec.config, x_0)))
+    return images.to_uint8(codec.decode(vae.unscale_latents(codec.config, x_0)))
 
   return decode
 
@@ -578,6 +589,48 @@ def make_train_step(config: ConfigDict, devices: parallel.Devices, stage: int) -
     log_every_steps=config.training.log_every_steps,
   )
   return parallel.pmap(step, devices, donate_argnums=(0,))
+
+
+def make_eval_step(config: ConfigDict, devices: parallel.Devices) -> Callable:
+  """The pmapped evaluation step, for `held_out.held_out_losses`."""
+  step = functools.partial(
+    training_step.eval_step,
+    objective=make_objective(config, devices).without_augmentation(),
+    boundaries=make_curriculum(config).boundaries,
+  )
+  return parallel.pmap(step, devices)
+
+
+def make_classifier(config: ConfigDict, directory: pathlib.Path) -> extractors.ClassifierExtractor:
+  """The classifier kept in a directory, trained first where there is none.
+
+  Its seed is not the run's: runs that are compared share the classifier.
+  """
+  train, held_out = (make_image_source(config, split) for split in ("train", "eval"))
+  batch_size = extractors.ClassifierSettings.batch_size
+  settings = extractors.ClassifierSettings(
+    seed=0,
+    num_steps=config.evaluation.classifier_steps
+    or extractors.default_num_steps(len(train), batch_size),
+    flip=config.data.flip,
+  )
+  return extractors.open_classifier(directory, train, held_out, settings)
+
+
+def make_extractors(config: ConfigDict, directory: pathlib.Path) -> list[extractors.Extractor]:
+  """The extractors of `evaluation.extractors`.
+
+  Args:
+    config: resolved.
+    directory: where the classifier is kept.
+  """
+  e, data = config.evaluation, config.data
+  make = {
+    "pixel": lambda: extractors.PixelExtractor(data.image_size, data.num_channels),
+    "classifier": lambda: make_classifier(config, directory),
+    "inception": lambda: extractors.open_inception(e.inception_weights),
+  }
+  return [make[name]() for name in e.extractors]
 
 
 def make_sampler(

@@ -6,6 +6,7 @@ A checkpoint `checkpoints/STEP/` holds the items `params` (raw weights),
 which makes it visible only once it is complete.
 """
 
+import hashlib
 import itertools
 import logging
 import os
@@ -58,6 +59,19 @@ def _checksums(tree: Any) -> dict[str, int]:
   return {
     jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf)) for path, leaf in leaves
   }
+
+
+def digest(tree: Any) -> str:
+  """SHA-256, in hex, of every array with its path, dtype and shape.
+
+  Args:
+    tree: of arrays on the host.
+  """
+  sha256 = hashlib.sha256()
+  for (path, layout), leaf in zip(_layout(tree).items(), jax.tree.leaves(tree), strict=True):
+    sha256.update(f"{path}{layout}".encode())
+    sha256.update(np.ascontiguousarray(leaf))
+  return sha256.hexdigest()
 
 
 def _manifest(items: dict[str, Any]) -> dict[str, Any]:

@@ -1,147 +1,168 @@
 """Measures a trained model: held-out loss, and the quality of exported samples."""
 
-import functools
+import itertools
+import json
 import logging
-import math
 import pathlib
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
-from lrdit import builders, input_pipeline, metrics, parallel, training_step
-from lrdit.checkpoints import Checkpoints
+from lrdit import builders, checkpoints, export, held_out, parallel, references
 from lrdit.errors import UserError
-from lrdit.sample import load_export
-from lrdit.sources import Source
-from lrdit.train import mean_eval_loss
+from lrdit.extractors import Extractor
 from lrdit.workdir import open_workdir, write_json
 
 log = logging.getLogger("lrdit")
 
-# Beyond this an SVM on raw pixels takes hours.
-MAX_REAL_VALUES = 1 << 24
 
+def held_out_figures(
+  config: ConfigDict, weights: dict[str, Any], devices: parallel.Devices
+) -> dict[str, Any]:
+  """Losses on the held-out split, overall and by timestep group.
 
-def held_out_loss(config: ConfigDict, params: Any, devices: parallel.Devices) -> float:
-  """Mean loss on the held-out split with the noise and timesteps of training's
-  own evaluation, so both give the same figure.
+  Noise and timesteps are the same for every run; see `held_out`.
 
   Args:
     config: resolved.
-    params: parameters on the host.
+    weights: parameters on the host by their name, "raw" or "ema".
     devices: devices to use.
+
+  Returns:
+    how they were measured, and the losses by the name of the weights.
   """
-  objective = builders.make_objective(config, devices).without_augmentation()
-  step = functools.partial(training_step.eval_step, objective=objective)
-  batch_size = config.training.batch_size
-  batches = input_pipeline.eval_batches(
-    builders.make_source(config, "eval"),
-    parallel.batch_slots(batch_size, devices),
-    batch_size,
-  )
-  return mean_eval_loss(
-    parallel.pmap(step, devices),
-    parallel.replicate(params, devices),
-    batches,
-    jax.random.key(config.seed),
-  )
+  source, batch_size = builders.make_source(config, "eval"), config.training.batch_size
+  step, slots = builders.make_eval_step(config, devices), parallel.batch_slots(batch_size, devices)
+  draws = config.evaluation.draws
+  figures: dict[str, Any] = {
+    "draws": draws,
+    "examples": len(source),
+    "seed": held_out.SEED,
+    "batch_size": batch_size,
+  }
+  edges = list(itertools.pairwise(builders.make_curriculum(config).boundaries))
+  for name, params in weights.items():
+    losses = held_out.held_out_losses(
+      step, parallel.replicate(params, devices), source, slots, batch_size, draws
+    )
+    groups = zip(edges, losses.group_means, losses.count, strict=True)
+    figures[name] = {
+      "loss": losses.mean,
+      "groups": [
+        {"t_first": first, "t_last": end - 1, "loss": loss, "examples": int(count)}
+        for (first, end), loss, count in groups
+      ],
+    }
+    log.info("held-out loss %.5f (%s weights)", losses.mean, name)
+  return figures
 
 
-def sample_quality(config: ConfigDict, step: int, directory: pathlib.Path) -> dict[str, Any]:
-  """An export's metadata and its figures against the real images, on raw pixels.
-
-  The reference of the Frechet distance is the whole dataset; the classifier is
-  fitted on the training split, and its accuracy on the held-out one given too.
+def check_export(
+  config: ConfigDict, directory: pathlib.Path, step: int, weights: dict[str, Any]
+) -> None:
+  """Refuses samples of other parameters than those the config and the workdir name.
 
   Args:
     config: resolved.
-    step: of the checkpoint that is evaluated.
     directory: of the export.
+    step: of the newest checkpoint.
+    weights: its parameters, by name.
 
   Raises:
-    UserError: the export is missing, damaged, too small, or of other weights.
+    UserError: the export is missing, unfinished, or of other weights.
   """
-  samples, labels, metadata = load_export(directory)
-  weights = _weights(config)
-  if (metadata["checkpoint_step"], metadata["weights"]) != (step, weights):
+  metadata, _ = export.iterate_export(directory, 1)
+  name = "ema" if config.sampling.use_ema else "raw"
+  found = (metadata["checkpoint_step"], metadata["weights"])
+  again = "run the same command with --mode=sample again"
+  if found != (step, name):
     raise UserError(
-      f"the samples under {directory} are of step {metadata['checkpoint_step']} "
-      f"({metadata['weights']} weights), not of step {step} ({weights}): run the same command with "
-      "--mode=sample again"
+      f"the samples under {directory} are of step {found[0]} ({found[1]} weights), not of step "
+      f"{step} ({name}): {again}"
     )
-  if len(samples) < 2:
+  if metadata["checkpoint_digest"] != checkpoints.digest(weights[name]):
     raise UserError(
-      f"{directory} holds one sample: a distance needs config.sampling.num_samples>=2"
+      f"the samples under {directory} are of another run's step {step} than the checkpoint there: "
+      f"{again}"
     )
-  if config.vae.downsample_factor:
-    log.warning("no figures of the samples: over raw pixels they are for models on pixels")
-    return metadata
-  splits = [builders.make_source(config, split) for split in ("train", "eval")]
-  num_values = sum(len(split) for split in splits) * math.prod(splits[0].image_shape)
-  if num_values > MAX_REAL_VALUES:
-    log.warning(
-      "no figures of the samples: over raw pixels they are for small images (at most %d values "
-      "in all, here %d)",
-      MAX_REAL_VALUES,
-      num_values,
-    )
-    return metadata
-  images = samples[..., : config.data.num_channels] / 127.5 - 1.0
-  train, held_out = (_read_all(split) for split in splits)
-  real = np.concatenate([train["image"], held_out["image"]])
-  figures = {
-    "pixel_frechet_distance": metrics.frechet_distance(
-      *(metrics.gaussian_statistics(x.reshape(len(x), -1)) for x in (images, real))
-    )
-  }
-  if labels is not None:
-    classifier = metrics.fit_svm(train["image"], train["label"])
-    accuracy = functools.partial(metrics.recognition_accuracy, classifier)
-    figures["svm_recognition_accuracy"] = accuracy(images, labels)
-    figures["svm_recognition_accuracy_of_held_out_images"] = accuracy(
-      held_out["image"], held_out["label"]
-    )
-  for name, value in figures.items():
-    log.info("%s %.4f", name, value)
-  return metadata | figures
 
 
-def _weights(config: ConfigDict) -> str:
-  return "ema" if config.sampling.use_ema else "raw"
+def sample_figures(
+  config: ConfigDict, directory: pathlib.Path, extractors: list[Extractor], features: pathlib.Path
+) -> dict[str, Any]:
+  """An export's metadata and its figures against real images.
+
+  Args:
+    config: resolved.
+    directory: of the export.
+    extractors: what the images are compared by.
+    features: where the statistics of the real images are kept.
+
+  Raises:
+    UserError: the export is damaged or too small, or the kept statistics are
+      of something else.
+  """
+  e = config.evaluation
+  source = builders.make_image_source(config, e.reference_split)
+  result: dict[str, Any] = {"figures": {}, "extractors": {}}
+  for extractor in extractors:
+    path = features / f"reference_{extractor.name}_{e.reference_split}.npz"
+    reference = references.open_reference(path, source, extractor, e.max_features)
+    metadata, batches = export.iterate_export(directory, extractor.batch_size)
+    figures = references.measure(batches, extractor, reference)
+    for name, value in figures.items():
+      log.info("%s %.6g", name, value)
+    identity = dict(reference.identity)
+    result["extractors"][extractor.name] = identity.pop("extractor")
+    result["figures"] |= figures
+    result |= {"metadata": metadata, "reference": identity | {"split": e.reference_split}}
+  return result
 
 
-def _read_all(source: Source) -> dict[str, np.ndarray]:
-  """A whole split: "image" (N, H, W, C) in [-1, 1] and "label" (N,)."""
-  return source.gather(np.arange(len(source)), np.zeros(len(source), bool))
+def kept_samples(path: pathlib.Path, step: int) -> dict[str, Any]:
+  """Figures of exports of the same checkpoint, measured before."""
+  try:
+    evaluation = json.loads(path.read_text())
+    return dict(evaluation["samples"]) if evaluation["checkpoint_step"] == step else {}
+  except (OSError, ValueError, KeyError, TypeError):
+    return {}
 
 
 def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:
-  """Runs `--mode=evaluate`: writes and prints evaluation.json.
+  """Runs `--mode=evaluate`: writes evaluation.json.
+
+  Figures of the workdir's other exports (other `sampling.name`s) stay in it as
+  long as they are of the same checkpoint.
 
   Args:
     config: resolved.
-    workdir: of a trained run with an export named `sampling.name`.
+    workdir: of a trained run, with an export named `sampling.name` unless
+      `evaluation.extractors` is empty.
     devices: devices to use; all by default.
 
   Raises:
-    UserError: no checkpoint or no export.
+    UserError: no checkpoint or no export, and the like.
   """
-  devices = devices or jax.local_devices()
+  devices, e = devices or jax.local_devices(), config.evaluation
   path = open_workdir(workdir, config, create=False)
-  checkpoints = Checkpoints(path)
-  step, params = checkpoints.restore_params(
-    builders.params_template(config), config.sampling.use_ema
-  )
-  checkpoints.close()
-  loss = held_out_loss(config, params, devices)
-  log.info("held-out loss %.5f", loss)
+  restored = checkpoints.Checkpoints(path)
+  template, weights = builders.params_template(config), {}
+  for name in ("raw", "ema"):
+    step, weights[name] = restored.restore_params(template, use_ema=name == "ema")
+  restored.close()
+  directory = path / "samples" / config.sampling.name
+  if e.extractors:  # checked before anything takes long
+    check_export(config, directory, step, weights)
   evaluation = {
     "checkpoint_step": step,
-    "weights": _weights(config),
-    "held_out_loss": loss,
-    "samples": sample_quality(config, step, path / "samples" / config.sampling.name),
+    "held_out": held_out_figures(config, weights, devices),
+    "samples": kept_samples(path / "evaluation.json", step),
   }
+  if e.extractors:
+    features = pathlib.Path(e.features_dir).expanduser() if e.features_dir else path / "features"
+    extractors = builders.make_extractors(config, features)
+    figures = sample_figures(config, directory, extractors, features)
+    evaluation["samples"][config.sampling.name] = figures
   write_json(path / "evaluation.json", evaluation)
   log.info("%s", path / "evaluation.json")

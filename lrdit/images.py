@@ -6,7 +6,7 @@ import os
 import pathlib
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from lrdit.workdir import atomic_path
@@ -91,6 +91,11 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
   if transparent is not None:
     grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
   return grey
+
+
+def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+  """[-1, 1] to uint8, round half up of 127.5 x + 127.5 (design, section 8)."""
+  return np.clip(np.floor(127.5 * images.astype(np.float64) + 128.0), 0, 255).astype(np.uint8)
 
 
 def to_rgb(images: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "N H W 3"]:

@@ -173,12 +173,19 @@ def train_batches(
 
 
 def eval_batches(
-  source: Source, slots: Int[np.ndarray, "n b"], batch_size: int
+  source: Source, slots: Int[np.ndarray, "n b"], batch_size: int, shift: float = 0.0
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Each held-out example once, in order, the last batch padded.
+  """Each held-out example once, a batch of neighbours at a time, the last one padded.
 
   A slot stands for a stratum of timesteps, so the padding is spread evenly
   over the slots: at the end of the batch it would leave out the noisy ones.
+
+  Args:
+    source: the held-out split.
+    slots: (n, b) global example indices of this process's devices.
+    batch_size: global.
+    shift: in [0, 1), the share of a batch by which examples move on over the
+      slots, going round, so that each meets another stratum.
 
   Yields:
     as `train_batches`, plus "weight" (n, b) float32, 0 for padding.
@@ -187,7 +194,8 @@ def eval_batches(
   def make(start: int) -> dict[str, np.ndarray]:
     count = min(batch_size, len(source) - start)
     offset, remainder = np.divmod(slots * count, batch_size)
-    batch = _gather(source, start + offset, np.zeros(slots.shape, bool))
+    index = start + (offset + int(shift * count)) % count
+    batch = _gather(source, index, np.zeros(slots.shape, bool))
     return batch | {"weight": (remainder < count).astype(np.float32)}
 
   return read_ahead(make, range(0, len(source), batch_size))

@@ -1,53 +1,226 @@
-"""Sample quality: distances between sets of images and recognition of labels.
+"""Sample quality: distances between sets of features, and recognition of labels.
 
-A figure's name says the features it was measured on.
+All in float64. What the features are is the caller's to say, in a figure's name too.
+
+Axes: N features of one set, M of the other, b a batch of them, D values of a feature.
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float64, Int, Real
 
-Statistics = tuple[Float[np.ndarray, " D"], Float[np.ndarray, "D D"]]
+Statistics = tuple[Float64[np.ndarray, " D"], Float64[np.ndarray, "D D"]]
+
+KERNEL_SUBSETS = 100
+KERNEL_SUBSET_SIZE = 1000
+NEIGHBOURS = 3
+
+# Distances are held for so many of both sets at once: 64 MiB.
+BLOCK_ROWS, BLOCK_COLUMNS = 1024, 8192
+# Squared distances below this share of the squared norms are rounding errors of
+# |x|^2 + |y|^2 - 2 x.y, and stand for equal features.
+DISTANCE_EPSILON = 1e-12
 
 
-def gaussian_statistics(features: Float[np.ndarray, "N D"]) -> Statistics:
-  """Mean (D,) and unbiased covariance (D, D) of (N, D) features, float64."""
+class Moments(NamedTuple):
+  """What a stream of features is remembered by.
+
+  Attributes:
+    count: features seen.
+    mean: (D,) float64.
+    scatter: (D, D) float64, the sum of (x - mean)(x - mean)^T.
+  """
+
+  count: int
+  mean: Float64[np.ndarray, " D"]
+  scatter: Float64[np.ndarray, "D D"]
+
+
+def moments(features: Real[np.ndarray, "b D"]) -> Moments:
+  """Of one batch, at least one feature."""
   features = np.asarray(features, np.float64)
-  return features.mean(axis=0), np.cov(features, rowvar=False)
+  mean = features.mean(axis=0)
+  centred = features - mean
+  return Moments(len(features), mean, centred.T @ centred)
+
+
+def merge_moments(a: Moments, b: Moments) -> Moments:
+  """Of two batches together (Chan, Golub and LeVeque 1983, eq. 2.1)."""
+  count = a.count + b.count
+  offset = b.mean - a.mean
+  mean = a.mean + offset * (b.count / count)
+  between = np.outer(offset, offset) * (a.count * b.count / count)
+  return Moments(count, mean, a.scatter + b.scatter + between)
+
+
+def statistics_of(seen: Moments) -> Statistics:
+  """Mean (D,) and unbiased covariance (D, D).
+
+  Raises:
+    ValueError: fewer than two features.
+  """
+  if seen.count < 2:
+    raise ValueError("a covariance needs at least two features")
+  return seen.mean, seen.scatter / (seen.count - 1)
+
+
+def gaussian_statistics(features: Real[np.ndarray, "N D"]) -> Statistics:
+  """Mean (D,) and unbiased covariance (D, D) of (N, D) features, float64."""
+  return statistics_of(moments(features))
+
+
+def _factor(covariance: Float64[np.ndarray, "D D"]) -> Float64[np.ndarray, "D r"]:
+  """A with A A^T the covariance, without the directions that rounding alone fills."""
+  values, vectors = np.linalg.eigh(covariance)
+  kept = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
+  return vectors[:, kept] * np.sqrt(values[kept])
 
 
 def frechet_distance(statistics_1: Statistics, statistics_2: Statistics) -> float:
   """Squared Frechet distance of two Gaussians (Dowson and Landau 1982).
 
-  |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). The trace of the root is the sum
-  of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric:
-  exact for singular covariances too, where a general matrix root is not.
+  |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). With S1 = A A^T and S2 = B B^T
+  the trace of the root is the sum of the singular values of A^T B: exact for
+  singular covariances too, where a general matrix root is not.
 
   Args:
     statistics_1, statistics_2: (mean, covariance) of each.
   """
   (mean_1, cov_1), (mean_2, cov_2) = statistics_1, statistics_2
-  values, vectors = np.linalg.eigh(cov_1)
-  root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-  product = np.linalg.eigvalsh(root @ cov_2 @ root)
-  trace_root = np.sqrt(np.clip(product, 0, None)).sum()
+  product = _factor(cov_1).T @ _factor(cov_2)
+  trace_root = np.linalg.svd(product, compute_uv=False).sum() if product.size else 0.0
   offset = np.square(mean_1 - mean_2).sum()
   return float(offset + np.trace(cov_1) + np.trace(cov_2) - 2 * trace_root)
 
 
-def fit_svm(images: Float[np.ndarray, "N H W C"], labels: Int[np.ndarray, " N"]):
-  """A support-vector classifier (scikit-learn's default RBF) on raw pixels.
+def _cubic_kernel(
+  x: Float64[np.ndarray, "N D"], y: Float64[np.ndarray, "M D"]
+) -> Float64[np.ndarray, "N M"]:
+  """(x.y / D + 1)^3 of every pair."""
+  base = x @ y.T / x.shape[1] + 1.0
+  return base * base * base
+
+
+def squared_mmd(x: Float64[np.ndarray, "n D"], y: Float64[np.ndarray, "n D"]) -> float:
+  """Unbiased estimate of the squared maximum mean discrepancy under the cubic
+  kernel (Gretton et al. 2012, eq. 3), of equally many features of each.
+
+  It may be negative where both are alike.
+  """
+  n = len(x)
+  k_xx, k_yy, k_xy = _cubic_kernel(x, x), _cubic_kernel(y, y), _cubic_kernel(x, y)
+  within = k_xx.sum() - np.trace(k_xx) + k_yy.sum() - np.trace(k_yy)
+  return float(within / (n * (n - 1)) - 2 * k_xy.mean())
+
+
+def kernel_distance(
+  features_1: Real[np.ndarray, "N D"], features_2: Real[np.ndarray, "M D"], seed: int = 0
+) -> tuple[float, float]:
+  """Kernel distance (Binkowski et al. 2018, "KID" over Inception features).
+
+  `squared_mmd` of 100 pairs of random subsets, of 1,000 features or as many as
+  the smaller set has: then its subsets are all the set itself.
 
   Args:
-    images: (N, H, W, C) in [-1, 1].
-    labels: (N,).
+    features_1, features_2: the two sets, of at least two each.
+    seed: of the subsets.
+
+  Returns:
+    (mean, standard deviation) over the pairs of subsets.
+
+  Raises:
+    ValueError: fewer than two features in a set.
   """
-  from sklearn import svm
+  size = min(KERNEL_SUBSET_SIZE, len(features_1), len(features_2))
+  if size < 2:
+    raise ValueError("a kernel distance needs at least two features of each")
+  rng = np.random.default_rng(seed)
 
-  return svm.SVC().fit(images.reshape(len(images), -1), labels)
+  def draw(features: np.ndarray) -> np.ndarray:
+    index = rng.choice(len(features), size, replace=False)
+    return features[index].astype(np.float64)
+
+  estimates = [squared_mmd(draw(features_1), draw(features_2)) for _ in range(KERNEL_SUBSETS)]
+  return float(np.mean(estimates)), float(np.std(estimates))
 
 
-def recognition_accuracy(
-  classifier, images: Float[np.ndarray, "N H W C"], labels: Int[np.ndarray, " N"]
+def _distance_blocks(
+  x: Float64[np.ndarray, "b D"], features: Real[np.ndarray, "N D"]
+) -> Iterator[tuple[slice, Float64[np.ndarray, "b n"]]]:
+  """Squared distances of `x` to the features, some columns at a time."""
+  x_norms = np.square(x).sum(axis=1)[:, None]
+  for start in range(0, len(features), BLOCK_COLUMNS):
+    columns = slice(start, start + BLOCK_COLUMNS)
+    y = features[columns].astype(np.float64)
+    norms = x_norms + np.square(y).sum(axis=1)
+    squared = norms - 2 * (x @ y.T)
+    squared[squared < DISTANCE_EPSILON * norms] = 0.0
+    yield columns, squared
+
+
+def _row_blocks(features: Real[np.ndarray, "N D"]) -> Iterator[Float64[np.ndarray, "b D"]]:
+  for start in range(0, len(features), BLOCK_ROWS):
+    yield features[start : start + BLOCK_ROWS].astype(np.float64)
+
+
+def _squared_radii(features: Real[np.ndarray, "N D"], k: int) -> Float64[np.ndarray, " N"]:
+  """Squared distance of each feature to its k-th nearest other one."""
+  radii = []
+  for x in _row_blocks(features):
+    nearest = np.empty((len(x), 0))
+    for _, squared in _distance_blocks(x, features):
+      nearest = np.concatenate([nearest, squared], axis=1)
+      # One more than k: the nearest of all is the feature itself.
+      nearest = np.partition(nearest, min(k, nearest.shape[1] - 1), axis=1)[:, : k + 1]
+    radii.append(nearest.max(axis=1))
+  return np.concatenate(radii)
+
+
+def _share_covered(
+  features: Real[np.ndarray, "N D"],
+  centres: Real[np.ndarray, "M D"],
+  squared_radii: Float64[np.ndarray, " M"],
 ) -> float:
-  """Share of images that `classifier` takes for their label, in [0, 1]."""
-  return float((classifier.predict(images.reshape(len(images), -1)) == labels).mean())
+  """Share of the features that lie in at least one ball."""
+  num_covered = 0
+  for x in _row_blocks(features):
+    covered = np.zeros(len(x), bool)
+    for columns, squared in _distance_blocks(x, centres):
+      covered |= (squared <= squared_radii[columns]).any(axis=1)
+    num_covered += int(covered.sum())
+  return num_covered / len(features)
+
+
+def precision_recall(
+  generated: Real[np.ndarray, "N D"], real: Real[np.ndarray, "M D"], k: int = NEIGHBOURS
+) -> tuple[float, float]:
+  """Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1 and 2).
+
+  Balls around the features of a set, each reaching to its k-th nearest other
+  one, stand for the set's manifold. The memory needed beside the features is
+  bounded. Both figures depend on N and M: compare those of equal numbers.
+
+  Args:
+    generated: features of generated images.
+    real: features of real images.
+    k: neighbours.
+
+  Returns:
+    (share of the generated in the manifold of the real ones, share of the real
+    in that of the generated ones), each in [0, 1].
+
+  Raises:
+    ValueError: a set has no more than k features.
+  """
+  if min(len(generated), len(real)) <= k:
+    raise ValueError(f"precision and recall need more than {k} features of each")
+  precision = _share_covered(generated, real, _squared_radii(real, k))
+  recall = _share_covered(real, generated, _squared_radii(generated, k))
+  return precision, recall
+
+
+def recognition_accuracy(predicted: Int[np.ndarray, " N"], labels: Int[np.ndarray, " N"]) -> float:
+  """Share of images that a classifier takes for their label, in [0, 1]."""
+  return float((predicted == labels).mean())

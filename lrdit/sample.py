@@ -1,53 +1,51 @@
 """Exports samples of a trained model for evaluation by any tool."""
 
-import json
 import logging
-import pathlib
-import shutil
-import time
-import zipfile
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lrdit import builders, images, parallel, sampler
-from lrdit.checkpoints import Checkpoints
-from lrdit.errors import UserError
+from lrdit import builders, checkpoints, parallel, sampler
+from lrdit.export import ExportWriter
 from lrdit.progress import make_bar
-from lrdit.workdir import atomic_path, open_workdir, read_data, write_json
+from lrdit.workdir import open_workdir, read_data
 
 log = logging.getLogger("lrdit")
 
-GRID_SIZE = 100
-GRID_COLUMNS = 10
 
-
-def make_labels(config: ConfigDict) -> np.ndarray | None:
-  """(num_samples,) int32 by the label rule; None for an unconditional model."""
+def make_label_rule(config: ConfigDict) -> sampler.LabelRule | None:
+  """(B,) sample indices to (B,) int32 labels; None for an unconditional model."""
   s, classes = config.sampling, config.data.num_classes
-  index = np.arange(s.num_samples)
   if not classes:
     return None
   if s.labels == "balanced":
-    return sampler.balanced_labels(index, classes)
+    return lambda index: sampler.balanced_labels(index, classes)
   if s.labels == "random":
-    return sampler.random_labels(s.seed, index, classes)
-  return np.full(s.num_samples, int(s.labels), np.int32)
+    return lambda index: sampler.random_labels(s.seed, index, classes)
+  return lambda index: np.full(len(index), int(s.labels), np.int32)
 
 
-def make_metadata(
-  config: ConfigDict, drawn: sampler.Sampler, step: int, seconds: float, num_devices: int
+def make_settings(
+  config: ConfigDict, drawn: sampler.Sampler, step: int, params: Any, vae_digest: str
 ) -> dict[str, Any]:
-  """What a figure measured on these samples must be quoted with."""
+  """All that defines a sample beside its index; a figure measured is quoted with it.
+
+  Args:
+    config: resolved.
+    drawn: what draws the samples.
+    step: of the checkpoint.
+    params: its weights, on the host.
+    vae_digest: of the VAE that decodes; "" for pixels.
+  """
   s, plan = config.sampling, drawn.model.plan
   visited = [(bucket, end - first) for bucket, first, end in drawn.segments]
   return {
     "checkpoint_step": step,
+    "checkpoint_digest": checkpoints.digest(params),
     "weights": "ema" if s.use_ema else "raw",
     "method": config.method,
-    "num_samples": s.num_samples,
     "solver": s.solver,
     "num_steps": s.num_steps,
     "eta": s.eta,
@@ -56,41 +54,21 @@ def make_metadata(
     "seed": s.seed,
     "labels": s.labels if config.data.num_classes else None,
     "dtype": config.model.dtype,
+    "prediction": config.diffusion.prediction,
+    "noise_schedule": config.diffusion.noise_schedule,
+    "num_train_timesteps": config.diffusion.num_train_timesteps,
     "rank_table": {name: list(ranks.active) for name, ranks in plan.layers},
     "solver_steps_per_bucket": [
       sum(n for b, n in visited if b == bucket) for bucket in range(plan.num_buckets)
     ],
-    "wall_clock_seconds": seconds,
-    "num_devices": num_devices,
-    "backend": jax.default_backend(),
-    "jax": jax.__version__,
+    "vae_digest": vae_digest or None,
   }
-
-
-def write_export(
-  directory: pathlib.Path, samples: np.ndarray, labels: np.ndarray | None, png_files: bool
-) -> None:
-  """Writes samples.npz (the ADM evaluator's layout), grid.png and PNG files.
-
-  Args:
-    directory: exists.
-    samples: (N, H, W, 1 or 3) uint8.
-    labels: (N,) or None.
-    png_files: also write png/000000.png and so on.
-  """
-  rgb = images.to_rgb(samples)
-  arrays = {"arr_0": rgb} if labels is None else {"arr_0": rgb, "arr_1": labels.astype(np.int64)}
-  with atomic_path(directory / "samples.npz") as temporary, temporary.open("wb") as file:
-    np.savez(file, **arrays)
-  images.write_grid(directory / "grid.png", samples[:GRID_SIZE], GRID_COLUMNS)
-  if png_files:
-    (directory / "png").mkdir()
-    for i, image in enumerate(rgb):
-      images.write_png(directory / "png" / f"{i:06d}.png", image)
 
 
 def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:
   """Runs `--mode=sample`: exactly `sampling.num_samples` images.
+
+  An export that was stopped goes on where it was; a finished one is left alone.
 
   Args:
     config: resolved.
@@ -98,51 +76,43 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
     devices: devices to sample on; all by default.
 
   Raises:
-    UserError: no checkpoint, another model's workdir, and the like.
+    UserError: no checkpoint, another model's workdir, a full disk, and the like.
   """
-  devices = devices or jax.local_devices()
+  devices, s = devices or jax.local_devices(), config.sampling
   drawn = builders.make_sampler(config, devices)
   path = open_workdir(workdir, config, create=False)
-  checkpoints = Checkpoints(path)
-  step, params = checkpoints.restore_params(
-    builders.params_template(config), config.sampling.use_ema
-  )
-  checkpoints.close()
+  restored = checkpoints.Checkpoints(path)
+  step, params = restored.restore_params(builders.params_template(config), s.use_ema)
+  restored.close()
   vae_digest = read_data(path)["train"]["vae"] if config.vae.downsample_factor else ""
   to_pixels = builders.make_to_pixels(config, devices, vae_digest)
-  directory = path / "samples" / config.sampling.name
-  directory.mkdir(parents=True, exist_ok=True)
-  # What an earlier export left would not fit; the metadata is written last, so
-  # an export without it is not finished.
-  (directory / "metadata.json").unlink(missing_ok=True)
-  shutil.rmtree(directory / "png", ignore_errors=True)
-  labels, batches = make_labels(config), []
-  start = time.perf_counter()
-  with make_bar(config.sampling.num_samples, 0, "image") as bar:
-    for batch in drawn.sample(params, labels, config.sampling.num_samples):
-      batches.append(to_pixels(batch))
-      bar.update(len(batch))
-  seconds = time.perf_counter() - start
-  write_export(directory, np.concatenate(batches), labels, config.sampling.png_files)
-  metadata = make_metadata(config, drawn, step, seconds, len(devices))
-  write_json(directory / "metadata.json", metadata)
+  label_rule = make_label_rule(config)
+  with ExportWriter(
+    path / "samples" / s.name,
+    settings=make_settings(config, drawn, step, params, vae_digest),
+    software={"backend": jax.default_backend(), "jax": jax.__version__},
+    num_samples=s.num_samples,
+    image_size=config.data.image_size,
+    batch_size=s.batch_size,
+    png_files=s.png_files,
+  ) as writer:
+    if writer.is_finished:
+      log.info("%s: all %d samples are there", writer.directory, s.num_samples)
+      return
+    if writer.num_done:
+      log.info(
+        "%s: going on from %d of %d samples", writer.directory, writer.num_done, s.num_samples
+      )
+    with make_bar(s.num_samples, writer.num_done, "image") as bar:
+      for batch in drawn.sample(params, label_rule, s.num_samples, writer.num_done):
+        writer.append(to_pixels(batch))
+        bar.update(len(batch))
+    machine = {"batch_size": s.batch_size, "num_devices": len(devices)}
+    metadata = writer.finish(label_rule, machine)
   log.info(
-    "%d samples of step %d in %.1f s: %s", config.sampling.num_samples, step, seconds, directory
+    "%d samples of step %d in %.1f s: %s",
+    s.num_samples,
+    step,
+    metadata["wall_clock_seconds"],
+    writer.directory,
   )
-
-
-def load_export(directory: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
-  """(samples (N, H, W, 3) uint8, labels or None, metadata) of an export.
-
-  Raises:
-    UserError: there is none, or it is damaged.
-  """
-  again = "run the same command with --mode=sample"
-  if not (directory / "metadata.json").exists():
-    raise UserError(f"no samples under {directory}: {again} first")
-  try:
-    metadata = json.loads((directory / "metadata.json").read_text())
-    with np.load(directory / "samples.npz") as arrays:
-      return arrays["arr_0"], arrays.get("arr_1"), metadata
-  except (ValueError, KeyError, EOFError, FileNotFoundError, zipfile.BadZipFile) as error:
-    raise UserError(f"the samples under {directory} are damaged: {again} again") from error

@@ -10,13 +10,13 @@ Axes: B images in flight, S solver steps, H W image, C channels.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer, Key, UInt8
+from jaxtyping import Array, Float, Int, Integer, Key
 
 from lrdit import diffusion, low_rank, parallel
 from lrdit.dit import DiT
@@ -25,6 +25,9 @@ from lrdit.dit import DiT
 SAMPLING_STREAM = 2**31 - 2
 # The streams of a sample, folded into its key.
 LABEL_STREAM, NOISE_STREAM = 0, 1
+
+# Labels of sample indices.
+LabelRule = Callable[[Integer[np.ndarray, " B"]], Int[np.ndarray, " B"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,17 +258,18 @@ class Sampler:
     return carry[0]
 
   def sample(
-    self, params: Any, labels: Int[np.ndarray, " N"] | None, num_samples: int
+    self, params: Any, label_rule: LabelRule | None, num_samples: int, first: int = 0
   ) -> Iterator[Float[np.ndarray, "B H W C"]]:
-    """Exactly `num_samples` samples in index order, a batch at a time.
+    """The samples [first, num_samples) in index order, a batch at a time.
 
     The last batch is padded with further indices, which are dropped, so the
     compiled shapes and every kept sample are the same whatever the number.
 
     Args:
       params: the model's parameters.
-      labels: (num_samples,) int32, or None.
-      num_samples: N.
+      label_rule: (B,) indices to (B,) int32 labels; None for an unconditional model.
+      num_samples: N, counted from index 0.
+      first: index of the first sample that is drawn.
 
     Yields:
       (at most B, H, W, C) float32; the next batch is computed meanwhile.
@@ -273,17 +277,12 @@ class Sampler:
     sliced = self.slice_params(params)
     size = self.settings.batch_size
     pending: list[tuple[int, Array]] = []
-    for start in range(0, num_samples, size):
+    for start in range(first, num_samples, size):
       index = np.arange(start, start + size)
-      y = None if labels is None else labels[np.minimum(index, num_samples - 1)]
+      y = None if label_rule is None else label_rule(index)
       pending.append((min(size, num_samples - start), self.sample_batch(sliced, index, y)))
       if len(pending) > 1:
         count, images = pending.pop(0)
         yield np.asarray(images)[:count]
     for count, images in pending:
       yield np.asarray(images)[:count]
-
-
-def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-  """[-1, 1] to uint8, round half up of 127.5 x + 127.5 (design, section 8)."""
-  return np.clip(np.floor(127.5 * images.astype(np.float64) + 128.0), 0, 255).astype(np.uint8)

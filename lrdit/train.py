@@ -1,7 +1,6 @@
 """Trains a model, or goes on training it from its newest checkpoint."""
 
 import contextlib
-import functools
 import itertools
 import logging
 import signal
@@ -14,9 +13,10 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from lrdit import builders, images, input_pipeline, parallel, sampler, training_step
+from lrdit import builders, images, input_pipeline, parallel, sampler
 from lrdit.checkpoints import Checkpoints
 from lrdit.errors import UserError
+from lrdit.held_out import held_out_losses
 from lrdit.metric_writer import MetricWriter
 from lrdit.progress import log_to_file, make_bar
 from lrdit.train_state import NEVER, TrainState, WindowMetrics, create_train_state
@@ -25,7 +25,6 @@ from lrdit.workdir import check_data, open_workdir, store_config
 log = logging.getLogger("lrdit")
 
 GRID_ROWS, GRID_COLUMNS = 8, 10
-EVAL_STREAM = 2**31 - 1  # folded into the run's key; no step has this number
 
 
 class StopRequest:
@@ -85,7 +84,6 @@ class Trainer:
       devices: devices to train on.
     """
     self.config, self.devices = config, devices
-    objective = builders.make_objective(config, devices)
     self.curriculum = builders.make_curriculum(config)
     self.source = builders.make_source(config, "train")
     self.eval_source = builders.make_source(config, "eval")
@@ -95,10 +93,7 @@ class Trainer:
     self.to_pixels = self._make_to_pixels()
     self.slots = parallel.batch_slots(config.training.batch_size, devices)
     self.key = jax.random.key(config.seed)
-    evaluation = functools.partial(
-      training_step.eval_step, objective=objective.without_augmentation()
-    )
-    self.eval_step = parallel.pmap(evaluation, devices)
+    self.eval_step = builders.make_eval_step(config, devices)
     self.workdir = open_workdir(workdir, config, create=True)
     check_data(self.workdir, {"train": self.source.identity, "eval": self.eval_source.identity})
     (self.workdir / "samples").mkdir(exist_ok=True)
@@ -185,18 +180,22 @@ class Trainer:
 
   def eval_loss(self, state: TrainState) -> float:
     """Mean held-out loss of the averaged weights; the same draws every time."""
-    batches = input_pipeline.eval_batches(
-      self.eval_source, self.slots, self.config.training.batch_size
+    batch_size = self.config.training.batch_size
+    losses = held_out_losses(
+      self.eval_step, state.ema_params, self.eval_source, self.slots, batch_size, draws=1
     )
-    return mean_eval_loss(self.eval_step, state.ema_params, batches, self.key)
+    return losses.mean
 
   def write_grid(self, state: TrainState, step: int) -> None:
     """A grid of samples of the averaged weights, one class a column."""
     count, classes = GRID_ROWS * GRID_COLUMNS, self.config.data.num_classes
-    index = np.arange(count)
-    labels = sampler.balanced_labels(index % GRID_COLUMNS, classes) if classes else None
+
+    def label_of_column(index: np.ndarray) -> np.ndarray:
+      return sampler.balanced_labels(index % GRID_COLUMNS, classes)
+
     params = parallel.unreplicate(state.ema_params)
-    batch = np.concatenate(list(self.grid_sampler.sample(params, labels, count)))
+    label_rule = label_of_column if classes else None
+    batch = np.concatenate(list(self.grid_sampler.sample(params, label_rule, count)))
     path = self.workdir / "samples" / f"step_{step:08d}.png"
     images.write_grid(path, self.to_pixels(batch), GRID_COLUMNS)
 
@@ -219,23 +218,6 @@ class Trainer:
       scalars["train/steps_per_second"] = rate
       scalars["train/images_per_second"] = rate * self.config.training.batch_size
     return scalars
-
-
-def mean_eval_loss(eval_step: Any, params: Any, batches: Iterator[Any], key: jax.Array) -> float:
-  """Mean over held-out examples of the loss, noise and timesteps fixed by key.
-
-  Args:
-    eval_step: pmapped `training_step.eval_step`.
-    params: replicated parameters.
-    batches: from `input_pipeline.eval_batches`.
-    key: the run's key.
-  """
-  total = weight = 0.0
-  for number, batch in enumerate(batches):
-    batch_key = jax.random.fold_in(jax.random.fold_in(key, EVAL_STREAM), number)
-    loss_sum, weight_sum = parallel.unreplicate(eval_step(params, batch, batch_key))
-    total, weight = total + float(loss_sum), weight + float(weight_sum)
-  return total / weight
 
 
 def _is_due(step: int, every: int, last_step: int) -> bool:

@@ -190,17 +190,21 @@ def batch_losses(
 
 
 def group_sums(
-  losses: Float[Array, " b"], t: Int[Array, " b"], boundaries: tuple[int, ...]
+  losses: Float[Array, " b"],
+  t: Int[Array, " b"],
+  counts: Bool[Array, " b"],
+  boundaries: tuple[int, ...],
 ) -> tuple[Float[Array, " G"], Int[Array, " G"]]:
   """Sum of losses and number of examples of each timestep group.
 
   Args:
     losses: (b,) float32.
     t: (b,) int32.
+    counts: (b,) bool, False for padding.
     boundaries: (G + 1,) rising; group i is [boundaries[i], boundaries[i + 1]).
   """
   edges = jnp.asarray(boundaries, jnp.int32)
-  is_member = (t[:, None] >= edges[:-1]) & (t[:, None] < edges[1:])
+  is_member = (t[:, None] >= edges[:-1]) & (t[:, None] < edges[1:]) & counts[:, None]
   return jnp.where(is_member, losses[:, None], 0.0).sum(0), is_member.sum(0, dtype=jnp.int32)
 
 
@@ -220,7 +224,7 @@ def mean_gradient(
 
   def mean_loss(params):
     losses, t = batch_losses(params, objective, key, batch)
-    return losses.mean(), group_sums(losses, t, boundaries)
+    return losses.mean(), group_sums(losses, t, jnp.ones_like(t, bool), boundaries)
 
   (loss, groups), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
   loss, grads = jax.lax.pmean((loss, grads), AXIS)
@@ -299,19 +303,24 @@ def train_step(
 
 
 def eval_step(
-  params: Any, batch: dict[str, Array], key: Key[Array, ""], *, objective: Objective
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-  """Sum of held-out losses and of weights over all devices.
+  params: Any,
+  batch: dict[str, Array],
+  key: Key[Array, ""],
+  *,
+  objective: Objective,
+  boundaries: tuple[int, ...],
+) -> tuple[Float[Array, " G"], Int[Array, " G"]]:
+  """Sum of held-out losses and number of examples of each timestep group, over all devices.
 
   Args:
     params: replicated parameters.
     batch: as in `train_step`, plus "weight" (b,) float32, 0 for padding.
-    key: fixes noise and timesteps; the same key gives the same figure.
+    key: fixes noise and timesteps; the same key gives the same figures.
     objective: as trained, without label dropout and flips.
+    boundaries: as in `group_sums`.
 
   Returns:
-    two float32 scalars, equal on every device.
+    (G,) float32 and (G,) int32, equal on every device.
   """
-  losses, _ = batch_losses(params, objective, key, batch)
-  sums = (losses * batch["weight"]).sum(), batch["weight"].sum()
-  return jax.lax.psum(sums, AXIS)
+  losses, t = batch_losses(params, objective, key, batch)
+  return jax.lax.psum(group_sums(losses, t, batch["weight"] > 0, boundaries), AXIS)

@@ -14,6 +14,7 @@ from lrdit.errors import UserError
 # A mode may differ from the workdir's config only in these...
 FREE_FIELDS = (
   "sampling",
+  "evaluation",
   "checkpoint",
   "benchmark",
   "data.data_dir",
@@ -52,19 +53,20 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     os.fsync(file.fileno())
 
 
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """{"group.field": value} of a nested config; tuples become lists, as JSON has them."""
   flat = {}
   for key, value in config.items():
     if isinstance(value, dict):
-      flat |= _flatten(value, f"{prefix}{key}.")
+      flat |= flatten(value, f"{prefix}{key}.")
     else:
       flat[prefix + key] = list(value) if isinstance(value, tuple) else value
   return flat
 
 
-def _changes(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-  """ "field: stored value, not given value" of fields that differ."""
-  ours, theirs = _flatten(ours), _flatten(theirs)
+def changes(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+  """ "field (stored value there, given value asked for)" of fields that differ."""
+  ours, theirs = flatten(ours), flatten(theirs)
   return [
     f"{field} ({theirs.get(field)!r} there, {ours.get(field)!r} asked for)"
     for field in sorted(ours.keys() | theirs.keys())
@@ -127,7 +129,7 @@ def check_data(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
   begun = any((workdir / "checkpoints").glob("[0-9]*"))
   if begun and path.exists() and (stored := read_data(workdir)) != identity:
     raise UserError(
-      f"{workdir} holds a run on other data: {'; '.join(_changes(identity, stored))}. Use "
+      f"{workdir} holds a run on other data: {'; '.join(changes(identity, stored))}. Use "
       "another --workdir, or the data of that run"
     )
   write_json(path, identity)
@@ -151,7 +153,7 @@ def read_data(workdir: pathlib.Path) -> dict[str, Any]:
 def _check_same_run(stored: pathlib.Path, config: ConfigDict) -> None:
   try:
     theirs = json.loads(stored.read_text())
-    differences = [c for c in _changes(config.to_dict(), theirs) if not _is_free(c)]
+    differences = [c for c in changes(config.to_dict(), theirs) if not _is_free(c)]
   except (ValueError, AttributeError) as error:
     raise UserError(
       f"{stored} is damaged ({error}): restore it, or use another --workdir"

@@ -22,13 +22,13 @@ from lrdit import (
   input_pipeline,
   parallel,
   sample,
-  sampler,
   train,
   training_step,
   vae_files,
 )
 from lrdit import vae as vae_module
 from lrdit.errors import UserError
+from lrdit.images import to_uint8
 from tests import tiny
 from tests.training_step_test import noisy_params
 
@@ -207,7 +207,7 @@ def test_what_training_reads_decodes_to_what_the_vae_makes_of_it(images, encoded
   np.testing.assert_allclose(got["std"], np.exp(log_variance / 2) * SCALE, rtol=1e-6)
   codec = builders.make_codec(config, one_device())
   pixels = builders.make_to_pixels(config, one_device(), codec.digest)(got["image"])
-  expected = sampler.to_uint8(codec.decode(np.ascontiguousarray(mean)))
+  expected = to_uint8(codec.decode(np.ascontiguousarray(mean)))
   assert (pixels.shape, pixels.dtype) == ((6, 32, 32, 3), np.uint8)
   assert np.abs(pixels.astype(int) - expected).max() <= 1
   assert pixels.std() > 0

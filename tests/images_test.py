@@ -7,6 +7,13 @@ from PIL import Image
 from lrdit import images
 
 
+def test_rounding_is_half_up_and_clipped():
+  values = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
+  assert images.to_uint8(values).tolist() == [0, 0, 128, 255, 255]
+  levels = np.arange(256)
+  assert (images.to_uint8((levels / 127.5 - 1).astype(np.float32)) == levels).all()
+
+
 def test_grid_places_tiles_row_by_row():
   tiles = np.stack([np.full((4, 4, 3), 10 * i, np.uint8) for i in range(5)])
   grid = images.make_grid(tiles, columns=2)

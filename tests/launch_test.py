@@ -94,8 +94,11 @@ def assert_arm_is_whole(workdir, step, image_shape):
   assert (workdir / "checkpoints" / str(step) / "ema_params").is_dir()
   evaluation = json.loads((workdir / "evaluation.json").read_text())
   assert evaluation["checkpoint_step"] == step
-  assert evaluation["samples"]["method"] == workdir.name.rpartition("_")[2]
-  with np.load(workdir / "samples" / "default" / "samples.npz") as export:
+  directory = workdir / "samples" / "default"
+  metadata = json.loads((directory / "metadata.json").read_text())
+  assert metadata["method"] == workdir.name.rpartition("_")[2]
+  assert all(figures["metadata"] == metadata for figures in evaluation["samples"].values())
+  with np.load(directory / "samples.npz") as export:
     assert export["arr_0"].shape == (10, *image_shape)
 
 
@@ -132,7 +135,7 @@ def test_cifar10_goes_on_where_it_was_stopped_and_repeats_nothing(checkout, tmp_
   assert times(runs[0]) == first_arm
   for workdir in runs:
     assert_arm_is_whole(workdir, NUM_STEPS, (8, 8, 3))
-    loss = json.loads((workdir / "evaluation.json").read_text())["held_out_loss"]
+    loss = json.loads((workdir / "evaluation.json").read_text())["held_out"]["ema"]["loss"]
     assert f"{loss:.5f}  {workdir}/samples/default\n" in stdout
 
   all_arms = times(tmp_path / "out")
@@ -158,7 +161,10 @@ def test_cifar10_goes_on_where_it_was_stopped_and_repeats_nothing(checkout, tmp_
 def test_celeba_encodes_once_and_runs_the_arms_on_the_latents(checkout, tmp_path):
   write_images(tmp_path / "images.npz", with_labels=False)
   vae = f"--config.vae.path={tiny.GOLDEN / 'sd_vae_tiny'}"
-  flags = [vae, *overrides("images.npz", training__num_steps=2, data__image_size=32)]
+  flags = [
+    vae,
+    *overrides("images.npz", training__num_steps=2, data__image_size=32, evaluation__extractors=()),
+  ]
   status, stdout, stderr = run(checkout, "celeba.sh", *flags, LATENTS="latents")
   assert status == 0, stderr
   assert modes(stderr)[0] == f"celeba: encode into {tmp_path / 'latents'}"

@@ -29,6 +29,8 @@ OVERRIDES = {
   "sampling.num_samples": 10,
   "sampling.batch_size": 4,
   "sampling.num_steps": 10,
+  "evaluation.extractors": ("pixel",),
+  "evaluation.draws": 1,
 }
 
 

@@ -1,0 +1,314 @@
+"""What a workdir holds, as a report needs it; a missing piece becomes a note.
+
+Axes: N samples, H W image.
+"""
+
+import json
+import math
+import pathlib
+import zipfile
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Shaped
+from ml_collections import ConfigDict
+
+from lrdit import builders, dit, flops, rank_schedule, workdir
+from lrdit.errors import UserError
+
+# Whatever a damaged or older file of a workdir can raise when it is read.
+DAMAGED = (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile)
+
+# What an export's figures depend on besides the weights' training and the seed.
+SETTINGS = (
+  "weights",
+  "num_samples",
+  "solver",
+  "num_steps",
+  "eta",
+  "guidance_scale",
+  "clip_x_0",
+  "labels",
+  "dtype",
+)
+
+
+def finite(value: Any) -> float | None:
+  """A finite number, or None."""
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  return value if is_number and math.isfinite(value) else None
+
+
+def _tuples(value: Any) -> Any:
+  """JSON's lists as the tuples that configs have."""
+  if isinstance(value, dict):
+    return {key: _tuples(item) for key, item in value.items()}
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _read_object(path: pathlib.Path, notes: list[str]) -> dict[str, Any] | None:
+  """A JSON object; None and a note where it is missing or damaged."""
+  try:
+    value = json.loads(path.read_text(), parse_constant=lambda _name: None)  # NaN is missing
+    if isinstance(value, dict):
+      return value
+    notes.append(f"{path.name} is damaged: it is no JSON object")
+  except FileNotFoundError:
+    notes.append(f"there is no {path.name}")
+  except DAMAGED as error:
+    notes.append(f"{path.name} is damaged ({error})")
+  return None
+
+
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+  """The config.json of a workdir.
+
+  Raises:
+    UserError: it is missing or damaged: the directory is no workdir.
+  """
+  notes: list[str] = []
+  config = _read_object(path / "config.json", notes)
+  if config is None:
+    raise UserError(
+      f"{path} is not the workdir of a run ({notes[0]}): name directories that --mode=train wrote "
+      "in --workdirs"
+    )
+  return config
+
+
+def read_metrics(path: pathlib.Path, notes: list[str]) -> list[dict[str, float | None]]:
+  """The lines of metrics.jsonl in order of `step`; a torn last line is left out."""
+  lines: list[dict[str, float | None]] = []
+  try:
+    for line in (path / "metrics.jsonl").read_text().splitlines():
+      scalars = {key: finite(value) for key, value in json.loads(line).items()}
+      if scalars["step"] is None:
+        raise ValueError("a line without a step")
+      lines.append(scalars)
+  except FileNotFoundError:
+    notes.append("there is no metrics.jsonl")
+  except DAMAGED:
+    notes.append(f"metrics.jsonl is damaged after {len(lines)} lines, which are shown")
+  return lines
+
+
+def training_speed(
+  metrics: list[dict[str, float | None]], batch_size: int
+) -> dict[str, float | int | None]:
+  """How fast a run trained, and for how long.
+
+  Seconds of a window of steps are its images over its images/s, so compilation,
+  evaluation, grids, checkpoints and interruptions are not among them. Windows
+  without a speed are taken to have had the mean of the others.
+
+  Args:
+    metrics: lines of metrics.jsonl.
+    batch_size: images a step.
+
+  Returns:
+    "images_per_second" and "seconds" (None where no window was timed), and
+    "images".
+  """
+  images = timed_images = seconds = before = 0
+  for line in metrics:
+    if line.get("train/loss") is None:  # a line of evaluation alone
+      continue
+    window, before = (line["step"] - before) * batch_size, line["step"]
+    images += window
+    if rate := line.get("train/images_per_second"):
+      timed_images += window
+      seconds += window / rate
+  if not timed_images:
+    return {"images": images, "images_per_second": None, "seconds": None}
+  rate = timed_images / seconds
+  return {"images": images, "images_per_second": rate, "seconds": images / rate}
+
+
+def _read_exports(
+  path: pathlib.Path, evaluation: dict[str, Any], notes: list[str]
+) -> dict[str, dict[str, Any]]:
+  """Metadata of each export by name, and "figures" and the like where it was evaluated."""
+  exports = {}
+  for file in sorted((path / "samples").glob("*/metadata.json")):
+    metadata = _read_object(file, notes)
+    if metadata is not None:
+      exports[file.parent.name] = {"metadata": metadata}
+  if not exports:
+    notes.append("there is no finished export of samples")
+  samples = evaluation.get("samples")
+  for name, evaluated in (samples if isinstance(samples, dict) else {}).items():
+    if not (isinstance(evaluated, dict) and isinstance(evaluated.get("metadata"), dict)):
+      notes.append(f"evaluation.json has no export {name!r} of the known layout: evaluate again")
+      continue
+    drawn = exports.setdefault(name, {"metadata": evaluated["metadata"]})
+    if drawn["metadata"] != evaluated["metadata"]:
+      notes.append(
+        f"the export {name!r} was drawn again after its evaluation, whose figures are not shown"
+      )
+      continue
+    for part in ("figures", "extractors", "reference"):
+      drawn[part] = evaluated[part] if isinstance(evaluated.get(part), dict) else {}
+  return exports
+
+
+def describe_model(config: dict[str, Any], notes: list[str]) -> dict[str, Any] | None:
+  """Sizes, MACs and ranks of a stored config's model; None and a note if it does not fit."""
+  try:
+    resolved = builders.resolve(ConfigDict(_tuples(config)))
+    shape, plan = builders.make_shape(resolved), builders.make_plan(resolved)
+  except (UserError, *DAMAGED) as error:
+    notes.append(f"config.json does not fit this version of lrdit ({error})")
+    return None
+  timesteps = np.bincount(plan.bucket_of_timestep, minlength=plan.num_buckets)
+  ranks = _describe_ranks(shape, plan)
+  return {
+    "parameters": flops.num_parameters(shape, plan),
+    "mean_forward_macs": flops.mean_forward_macs(shape, plan),
+    "mean_ratio": ranks["mean_ratio"],
+    "buckets": [
+      {"forward_macs": flops.forward_macs(shape, plan, k), "timesteps": int(n)}
+      for k, n in enumerate(timesteps)
+    ],
+    "rank": ranks,
+  }
+
+
+def _describe_ranks(shape: dit.DiTShape, plan: rank_schedule.RankPlan) -> dict[str, Any]:
+  """Active ranks by bucket of every layer, and the factors' share of the dense kernels.
+
+  A dense layer has one rank, the largest that its kernel can have.
+  """
+  shapes = dit.layer_shapes(shape)
+  dense = sum(math.prod(shapes[name]) for name, _ in plan.layers)
+
+  def share(bucket: int) -> float:
+    active = sum(ranks.active[bucket] * sum(shapes[name]) for name, ranks in plan.layers)
+    return active / dense if dense else 1.0
+
+  ratio = [share(bucket) for bucket in range(plan.num_buckets)]
+  return {
+    "num_train_timesteps": plan.num_train_timesteps,
+    "segments": [list(segment) for segment in plan.segments],
+    "factorised": [name for name, _ in plan.layers],
+    "active_rank": {
+      name: list(plan.by_name[name].active if name in plan.by_name else [min(dims)] * len(ratio))
+      for name, dims in shapes.items()
+    },
+    "ratio": ratio,
+    "mean_ratio": float(np.asarray(ratio)[plan.bucket_of_timestep].mean()),
+  }
+
+
+def read_run(name: str) -> dict[str, Any]:
+  """Everything a report shows of one workdir.
+
+  Args:
+    name: the workdir as the user wrote it.
+
+  Returns:
+    "workdir", "config", "seed", "data" (what data.json holds), "step" (the
+    newest that is known), "num_steps", "metrics", "speed", "evaluation" (or
+    None), "exports" and "notes" on what is missing.
+
+  Raises:
+    UserError: it is no workdir.
+  """
+  path, notes = pathlib.Path(name).expanduser(), []
+  config = read_config(path)
+  metrics = read_metrics(path, notes)
+  evaluation = _read_object(path / "evaluation.json", notes)
+  exports = _read_exports(path, evaluation or {}, notes)
+  if evaluation and not isinstance(evaluation.get("held_out"), dict):
+    notes.append("evaluation.json has no held_out losses of the known layout: evaluate again")
+  data = _read_object(path / "data.json", [])
+  training = config.get("training")
+  training = training if isinstance(training, dict) else {}
+  steps = [int(p.name) for p in (path / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
+  step = max([int(line["step"]) for line in metrics[-1:]] + steps, default=0)
+  num_steps = finite(training.get("num_steps"))
+  if num_steps and step < num_steps:
+    notes.append(f"unfinished: at step {step} of {num_steps}")
+  return {
+    "workdir": name,
+    "config": config,
+    "seed": config.get("seed"),
+    "data": data,
+    "step": step,
+    "num_steps": num_steps,
+    "metrics": metrics,
+    "speed": training_speed(metrics, finite(training.get("batch_size")) or 0),
+    "evaluation": evaluation,
+    "exports": exports,
+    "notes": notes,
+  }
+
+
+def run_key(run: dict[str, Any]) -> dict[str, Any]:
+  """What makes a run another arm: flat config fields that define it, all but its seed.
+
+  Fields that a mode may change in a workdir (paths, sampling, how often is
+  logged) do not, but the number of training steps does.
+  """
+  free = [f for f in workdir.FREE_FIELDS + workdir.FREE_IN_TRAINING if f != "training.num_steps"]
+  flat = workdir.flatten(run["config"])
+  kept = {
+    field: value
+    for field, value in flat.items()
+    if field != "seed" and not any(field == f or field.startswith(f + ".") for f in free)
+  }
+  return kept | {f"data.json: {split}": value for split, value in (run["data"] or {}).items()}
+
+
+def export_settings(run: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+  """What two exports must share so that their figures may be compared, the seed apart."""
+  sampling = run["config"].get("sampling")
+  fields = dict.fromkeys([*SETTINGS, *(sampling if isinstance(sampling, dict) else ())])
+  left_out = ("seed", "name", "batch_size", "png_files")
+  return {f: metadata[f] for f in fields if f in metadata and f not in left_out}
+
+
+def first_rows(file: pathlib.Path, array: str, count: int) -> Shaped[np.ndarray, "n ..."] | None:
+  """The first rows of an array in an .npz, without reading the rest.
+
+  Args:
+    file: the .npz.
+    array: name of the array.
+    count: rows wanted.
+
+  Returns:
+    at most `count` rows; None where there is no such array.
+
+  Raises:
+    ValueError, OSError, zipfile.BadZipFile: the file is damaged or missing.
+  """
+  with zipfile.ZipFile(file) as archive:
+    if f"{array}.npy" not in archive.namelist():
+      return None
+    with archive.open(f"{array}.npy") as stream:
+      version = np.lib.format.read_magic(stream)
+      read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+        version, np.lib.format.read_array_header_2_0
+      )
+      shape, is_fortran, dtype = read(stream)
+      if dtype.hasobject or is_fortran or not shape:
+        raise ValueError(f"{array} is no plain array")
+      rows = (min(count, shape[0]), *shape[1:])
+      data = stream.read(math.prod(rows) * dtype.itemsize)
+  return np.frombuffer(data, dtype).reshape(rows)
+
+
+def read_samples(
+  run: dict[str, Any], export: str, count: int
+) -> tuple[Shaped[np.ndarray, "n H W 3"], Int[np.ndarray, " n"] | None] | None:
+  """(first images, their labels or None) of an export; None and a note if damaged."""
+  file = pathlib.Path(run["workdir"]).expanduser() / "samples" / export / "samples.npz"
+  try:
+    images, labels = first_rows(file, "arr_0", count), first_rows(file, "arr_1", count)
+    if images is None or images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] != 3:
+      raise ValueError("arr_0 is not uint8 of the shape (N, H, W, 3)")
+    if labels is not None and labels.shape != images.shape[:1]:
+      raise ValueError("arr_1 holds no label of each image")
+    return images, labels
+  except DAMAGED as error:
+    run["notes"].append(f"samples.npz of the export {export!r} cannot be read ({error})")
+    return None
