@@ -14,6 +14,7 @@ from lrdit.errors import UserError, as_user_error, tell
 # Each is a function in the module of its name, of the values of these flags.
 MODES = dict.fromkeys(("train", "sample", "evaluate", "benchmark"), ("config", "workdir"))
 MODES |= {"encode": ("config", "output"), "report": ("workdirs", "output")}
+SHARED_BY_PROCESSES = ("train", "sample", "evaluate")
 
 
 def parse_flags(argv: list[str]) -> flags.FlagValues:
@@ -28,6 +29,9 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_list("workdirs", None, "Runs to compare (report).", flag_values=values)
   flags.DEFINE_string("output", None, "Directory to make (encode, report).", flag_values=values)
   flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", flag_values=values)
+  flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.", flag_values=values)
+  flags.DEFINE_integer("num_processes", None, "1: alone, on any cluster.", flag_values=values)
+  flags.DEFINE_integer("process_id", None, "From 0.", flag_values=values)
   flags.DEFINE_boolean("debug", False, "Show tracebacks.", flag_values=values)
   flags.DEFINE_boolean("help", False, "Show this help.", flag_values=values)
   try:
@@ -57,22 +61,29 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
 
 def run(argv: list[str]) -> int:
   """Does what a command line says; returns the exit status."""
-  values = None
+  values, who = None, ""
   try:
     values = parse_flags(argv)
     if values.help:
       print(__doc__, values.get_help(), sep="\n")
       return 0
     startup.prepare()
-    from lrdit import builders, progress  # now, as importing jax takes a while
+    from lrdit import builders, parallel, progress  # now, as importing jax takes a while
 
-    progress.start_logging(values.debug)
+    parallel.connect(values.coordinator, values.num_processes, values.process_id)
+    who = parallel.name_of_process()
+    progress.start_logging(values.debug, who, parallel.is_first())
+    if who and values.mode not in SHARED_BY_PROCESSES:
+      raise UserError(f"--mode={values.mode} is for one process: start it once", 2)
     verb = getattr(importlib.import_module(f"lrdit.{values.mode}"), values.mode)
     read = {"config": builders.resolve, "workdirs": list}
     verb(*(read.get(f, os.path.expanduser)(values[f].value) for f in MODES[values.mode]))
     return 0
   except (Exception, KeyboardInterrupt) as error:
-    return tell(error, with_traceback=values is not None and values.debug)
+    status = tell(error, values is not None and values.debug, who)
+    if who:  # jax would have this process wait for the others, which wait for it
+      os._exit(status)
+    return status
 
 
 if __name__ == "__main__":

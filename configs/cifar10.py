@@ -31,6 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.data.image_size = 32
   config.data.num_classes = 10
   config.data.flip = True
+  config.curriculum.check_every_steps = 200
   config.training.num_steps = EPOCHS * TRAIN_IMAGES // config.training.batch_size
   config.sampling.num_samples = 50_000
   config.sampling.guidance_scale = 2.0

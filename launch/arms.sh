@@ -141,9 +141,11 @@ if not exported:
 # The figures of an export hold its metadata, down to the seconds it took.
 evaluation = read(workdir / "evaluation.json")
 figures = evaluation.get("samples", {}).get(sampling["name"], {})
-measured = list(figures.get("extractors", {})) == list(stored["evaluation"]["extractors"])
-if evaluation.get("checkpoint_step") != step or not measured or (
-  figures and figures["metadata"] != metadata
+if (
+  evaluation.get("checkpoint_step") != step
+  or evaluation.get("settings") != stored["evaluation"]
+  or not set(stored["evaluation"]["extractors"]) <= set(figures.get("extractors", {}))
+  or (figures and figures["metadata"] != metadata)
 ):
   print("evaluate")
 EOF

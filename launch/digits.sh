@@ -8,6 +8,12 @@ set -euo pipefail
 # shellcheck source=launch/arms.sh
 source "$(dirname "${BASH_SOURCE[0]}")/arms.sh"
 check_arguments "$@"
+for argument in "$@"; do
+  case "$argument" in
+    --config.seed=*) usage_error "$argument: name the seeds by SEEDS=\"0 1 2\"" ;;
+    --config.evaluation.features_dir=*) usage_error "$argument: one directory serves all arms" ;;
+  esac
+done
 enter_environment
 
 runs="$(realpath --canonicalize-missing "${RUNS:-runs}")"

@@ -17,11 +17,13 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
 from lrdit import (
+  classifier,
   curriculum,
   diffusion,
   dit,
   extractors,
   images,
+  inception,
   input_pipeline,
   latents,
   optimizer,
@@ -601,20 +603,20 @@ def make_eval_step(config: ConfigDict, devices: parallel.Devices) -> Callable:
   return parallel.pmap(step, devices)
 
 
-def make_classifier(config: ConfigDict, directory: pathlib.Path) -> extractors.ClassifierExtractor:
+def make_classifier(config: ConfigDict, directory: pathlib.Path) -> classifier.ClassifierExtractor:
   """The classifier kept in a directory, trained first where there is none.
 
   Its seed is not the run's: runs that are compared share the classifier.
   """
   train, held_out = (make_image_source(config, split) for split in ("train", "eval"))
-  batch_size = extractors.ClassifierSettings.batch_size
-  settings = extractors.ClassifierSettings(
+  batch_size = classifier.ClassifierSettings.batch_size
+  settings = classifier.ClassifierSettings(
     seed=0,
     num_steps=config.evaluation.classifier_steps
-    or extractors.default_num_steps(len(train), batch_size),
+    or classifier.default_num_steps(len(train), batch_size),
     flip=config.data.flip,
   )
-  return extractors.open_classifier(directory, train, held_out, settings)
+  return classifier.open_classifier(directory, train, held_out, settings)
 
 
 def make_extractors(config: ConfigDict, directory: pathlib.Path) -> list[extractors.Extractor]:
@@ -628,7 +630,7 @@ def make_extractors(config: ConfigDict, directory: pathlib.Path) -> list[extract
   make = {
     "pixel": lambda: extractors.PixelExtractor(data.image_size, data.num_channels),
     "classifier": lambda: make_classifier(config, directory),
-    "inception": lambda: extractors.open_inception(e.inception_weights),
+    "inception": lambda: inception.open_inception(e.inception_weights),
   }
   return [make[name]() for name in e.extractors]
 

@@ -90,7 +90,7 @@ def _host_zeros(tree: Any) -> Any:
 
 
 class Checkpoints:
-  """The checkpoints of one workdir."""
+  """The checkpoints of one workdir, for one process."""
 
   def __init__(self, workdir: str | os.PathLike, keep: int | None = None):
     """Opens `workdir`/checkpoints.
@@ -101,12 +101,24 @@ class Checkpoints:
         which leaves a save that another process has under way alone.
     """
     self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+    # Whatever other processes there are, this one reads and writes alone.
+    alone = ocp.options.MultiprocessingOptions(
+      primary_host=jax.process_index(),
+      active_processes={jax.process_index()},
+      barrier_sync_key_prefix=f"process_{jax.process_index()}",
+    )
     if keep is None:
-      options = ocp.CheckpointManagerOptions(read_only=True)
+      options = ocp.CheckpointManagerOptions(
+        read_only=True, create=False, multiprocessing_options=alone
+      )
     else:
       self.directory.mkdir(parents=True, exist_ok=True)
       options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        max_to_keep=keep,
+        enable_async_checkpointing=True,
+        cleanup_tmp_directories=True,
+        create=False,
+        multiprocessing_options=alone,
       )
     self._manager = ocp.CheckpointManager(self.directory, options=options)
 

@@ -5,6 +5,17 @@ import sys
 import traceback
 from collections.abc import Iterator
 
+# What jax says in the other processes when one of several ends, and the exit status by
+# which a launcher knows that starting all again is the mend (EX_TEMPFAIL).
+OTHERS_ARE_GONE = (
+  "Connection closed by peer",
+  "Connection reset by peer",
+  "Gloo all-reduce failed",
+  "coordination service",
+  "Coordination service",
+)
+RESTART_STATUS = 75
+
 
 class UserError(Exception):
   """A mistake or a circumstance the user can mend.
@@ -39,6 +50,12 @@ def as_user_error(error: Exception) -> UserError | None:
       )
   if isinstance(error, OSError) and error.errno:
     return UserError(f"{os.strerror(error.errno)} while writing: make space, or write elsewhere")
+  if any(words in str(error) for words in OTHERS_ARE_GONE):
+    return UserError(
+      f"another process has ended ({str(error).splitlines()[0][:200]}): start all again, which go "
+      "on from the last checkpoint",
+      RESTART_STATUS,
+    )
   if "RESOURCE_EXHAUSTED" in str(error):
     return UserError(
       "the device is out of memory: lower config.training.batch_size or "
@@ -47,23 +64,26 @@ def as_user_error(error: Exception) -> UserError | None:
   return None
 
 
-def tell(error: BaseException, with_traceback: bool) -> int:
+def tell(error: BaseException, with_traceback: bool, who: str = "") -> int:
   """Prints what ended a command, in one line if the user can mend it.
 
   Args:
     error: the exception being handled.
     with_traceback: show where even a `UserError` came from.
+    who: which of several processes, as the line begins.
 
   Returns:
     the exit status.
   """
   if isinstance(error, KeyboardInterrupt):
-    print("interrupted", file=sys.stderr)
+    print(f"{who}interrupted", file=sys.stderr)
     return 130
   told = as_user_error(error)
   if told is None or with_traceback:
     traceback.print_exception(error)
   if told is None:
+    if who:
+      print(f"{who}failed", file=sys.stderr)
     return 70
-  print(f"error: {told}", file=sys.stderr)
+  print(f"{who}error: {told}", file=sys.stderr)
   return told.exit_status

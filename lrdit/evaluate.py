@@ -1,18 +1,21 @@
 """Measures a trained model: held-out loss, and the quality of exported samples."""
 
+import importlib.metadata
 import itertools
 import json
 import logging
 import pathlib
+import platform
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from lrdit import builders, checkpoints, export, held_out, parallel, references
+from lrdit import builders, checkpoints, export, held_out, parallel, references, run_files
 from lrdit.errors import UserError
 from lrdit.extractors import Extractor
-from lrdit.workdir import open_workdir, write_json
+from lrdit.sample import make_settings
+from lrdit.workdir import write_json
 
 log = logging.getLogger("lrdit")
 
@@ -40,6 +43,8 @@ def held_out_figures(
     "examples": len(source),
     "seed": held_out.SEED,
     "batch_size": batch_size,
+    "dtype": config.model.dtype,
+    "data": source.identity,
   }
   edges = list(itertools.pairwise(builders.make_curriculum(config).boundaries))
   for name, params in weights.items():
@@ -59,32 +64,30 @@ def held_out_figures(
 
 
 def check_export(
-  config: ConfigDict, directory: pathlib.Path, step: int, weights: dict[str, Any]
+  config: ConfigDict, directory: pathlib.Path, step: int, params: Any, vae_digest: str
 ) -> None:
-  """Refuses samples of other parameters than those the config and the workdir name.
+  """Refuses samples of other weights or settings than those the config and the workdir name.
 
   Args:
     config: resolved.
     directory: of the export.
     step: of the newest checkpoint.
-    weights: its parameters, by name.
+    params: its weights that `sampling.use_ema` names.
+    vae_digest: of the VAE that decodes; "" for pixels.
 
   Raises:
-    UserError: the export is missing, unfinished, or of other weights.
+    UserError: the export is missing, unfinished, or of something else.
   """
   metadata, _ = export.iterate_export(directory, 1)
-  name = "ema" if config.sampling.use_ema else "raw"
-  found = (metadata["checkpoint_step"], metadata["weights"])
-  again = "run the same command with --mode=sample again"
-  if found != (step, name):
+  drawn = builders.make_sampler(config, parallel.all_devices())
+  asked = make_settings(config, drawn, step, params, vae_digest)
+  asked = json.loads(json.dumps(asked | {"num_samples": config.sampling.num_samples}))
+  differing = [name for name in asked if metadata.get(name) != asked[name]]
+  if differing:
+    shown = [f"{n} ({metadata.get(n)!r} there, {asked[n]!r} asked for)"[:120] for n in differing]
     raise UserError(
-      f"the samples under {directory} are of step {found[0]} ({found[1]} weights), not of step "
-      f"{step} ({name}): {again}"
-    )
-  if metadata["checkpoint_digest"] != checkpoints.digest(weights[name]):
-    raise UserError(
-      f"the samples under {directory} are of another run's step {step} than the checkpoint there: "
-      f"{again}"
+      f"the samples under {directory} are of something else: {'; '.join(shown[:3])}. Run the same "
+      "command with --mode=sample first; --config.sampling.name=NAME in both keeps the others"
     )
 
 
@@ -120,20 +123,49 @@ def sample_figures(
   return result
 
 
-def kept_samples(path: pathlib.Path, step: int) -> dict[str, Any]:
-  """Figures of exports of the same checkpoint, measured before."""
+def merged(kept: dict[str, Any] | None, measured: dict[str, Any]) -> dict[str, Any]:
+  """New figures of an export, beside those over other extractors that still hold."""
+  fields = ("metadata", "reference")
+  if not kept or any(kept.get(field) != measured[field] for field in fields):
+    return measured
+  return measured | {field: kept[field] | measured[field] for field in ("figures", "extractors")}
+
+
+def kept_samples(path: pathlib.Path, held_out_key: dict[str, Any]) -> dict[str, Any]:
+  """Figures of the workdir's exports that were measured before.
+
+  Args:
+    path: of evaluation.json.
+    held_out_key: "checkpoint_step" and "checkpoint_digest" that must be the same.
+  """
   try:
     evaluation = json.loads(path.read_text())
-    return dict(evaluation["samples"]) if evaluation["checkpoint_step"] == step else {}
-  except (OSError, ValueError, KeyError, TypeError):
+    same = all(evaluation[name] == value for name, value in held_out_key.items())
+    return dict(evaluation["samples"]) if same else {}
+  except FileNotFoundError:
     return {}
+  except (ValueError, KeyError, TypeError) as error:
+    log.warning("%s is damaged (%s): its figures are not kept", path, error)
+    return {}
+
+
+def _software() -> dict[str, str | None]:
+  names = {"jax": "jax", "flax": "flax", "lrdit": "lrdit"}
+  versions = {"python": platform.python_version(), "backend": jax.default_backend()}
+  for name, package in names.items():
+    try:
+      versions[name] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      versions[name] = None
+  return versions
 
 
 def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:
   """Runs `--mode=evaluate`: writes evaluation.json.
 
-  Figures of the workdir's other exports (other `sampling.name`s) stay in it as
-  long as they are of the same checkpoint.
+  All processes measure held-out losses, the first one alone the samples.
+  Figures over other extractors, and of the workdir's other exports (other
+  `sampling.name`s), stay in it as long as they are of the same checkpoint.
 
   Args:
     config: resolved.
@@ -142,27 +174,33 @@ def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None 
     devices: devices to use; all by default.
 
   Raises:
-    UserError: no checkpoint or no export, and the like.
+    UserError: no checkpoint or no export, other data, and the like.
   """
-  devices, e = devices or jax.local_devices(), config.evaluation
-  path = open_workdir(workdir, config, create=False)
-  restored = checkpoints.Checkpoints(path)
+  devices, e = devices or parallel.all_devices(), config.evaluation
+  path = run_files.open_trained(workdir, config)
   template, weights = builders.params_template(config), {}
   for name in ("raw", "ema"):
-    step, weights[name] = restored.restore_params(template, use_ema=name == "ema")
-  restored.close()
+    step, weights[name] = run_files.restore_params(path, template, use_ema=name == "ema")
+  run_files.check_eval_data(path, builders.make_source(config, "eval").identity)
+  vae_digest = run_files.read_vae_digest(path) if config.vae.downsample_factor else ""
   directory = path / "samples" / config.sampling.name
-  if e.extractors:  # checked before anything takes long
-    check_export(config, directory, step, weights)
-  evaluation = {
-    "checkpoint_step": step,
-    "held_out": held_out_figures(config, weights, devices),
-    "samples": kept_samples(path / "evaluation.json", step),
-  }
-  if e.extractors:
-    features = pathlib.Path(e.features_dir).expanduser() if e.features_dir else path / "features"
+  features = pathlib.Path(e.features_dir).expanduser() if e.features_dir else path / "features"
+  extractors = []
+  if e.extractors and parallel.is_first():  # checked before anything takes long
+    params = weights["ema" if config.sampling.use_ema else "raw"]
+    check_export(config, directory, step, params, vae_digest)
     extractors = builders.make_extractors(config, features)
-    figures = sample_figures(config, directory, extractors, features)
-    evaluation["samples"][config.sampling.name] = figures
+  losses = held_out_figures(config, weights, devices)
+  if not parallel.is_first():
+    return
+  key = {"checkpoint_step": step, "checkpoint_digest": checkpoints.digest(weights["ema"])}
+  samples = kept_samples(path / "evaluation.json", key)
+  if extractors:
+    name = config.sampling.name
+    samples[name] = merged(
+      samples.get(name), sample_figures(config, directory, extractors, features)
+    )
+  settings = {"settings": e.to_dict(), "software": _software()}
+  evaluation = key | {"held_out": losses, "samples": samples} | settings
   write_json(path / "evaluation.json", evaluation)
   log.info("%s", path / "evaluation.json")

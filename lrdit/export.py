@@ -14,7 +14,6 @@ Axes: N images, B images of a batch, H W image, C channels.
 
 import contextlib
 import dataclasses
-import errno
 import io
 import json
 import logging
@@ -22,7 +21,6 @@ import math
 import os
 import pathlib
 import shutil
-import struct
 import time
 import zipfile
 import zlib
@@ -34,6 +32,7 @@ from jaxtyping import Int, UInt8
 
 from lrdit import images
 from lrdit.errors import UserError
+from lrdit.npz_stream import DamagedArchive, read_npz, write_member
 from lrdit.workdir import atomic_path, changes, write_json
 
 log = logging.getLogger("lrdit")
@@ -46,17 +45,6 @@ SHOWN_CHANGES = 3
 
 # Labels of sample indices.
 LabelRule = Callable[[np.ndarray], np.ndarray]
-
-# What reading a damaged archive raises.
-_DAMAGE = (
-  ValueError,
-  KeyError,
-  TypeError,
-  EOFError,
-  RuntimeError,
-  struct.error,
-  zipfile.BadZipFile,
-)
 
 
 class DamagedExport(Exception):
@@ -126,6 +114,20 @@ def _npz_layout(metadata: dict[str, Any]) -> tuple[int, bool]:
   if [type(value) for value in layout] != [int, bool]:
     raise DamagedExport("metadata.json is damaged")
   return layout
+
+
+def _read_samples(
+  path: pathlib.Path, num_samples: int, has_labels: bool, batch_size: int
+) -> Iterator[tuple[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, " B"] | None]]:
+  """`read_npz`, its damage being the export's.
+
+  Raises:
+    DamagedExport: the file is not as it was written.
+  """
+  try:
+    yield from read_npz(path, num_samples, has_labels, batch_size)
+  except DamagedArchive as error:
+    raise DamagedExport(str(error)) from error
 
 
 class ExportWriter:
@@ -302,7 +304,7 @@ class ExportWriter:
 
   def _read_finished(self, metadata: dict[str, Any]) -> Iterator[UInt8[np.ndarray, "B H W 3"]]:
     count, has_labels = _npz_layout(metadata)
-    for rows, _ in read_npz(self._npz, count, has_labels, self._rows_per_chunk()):
+    for rows, _ in _read_samples(self._npz, count, has_labels, self._rows_per_chunk()):
       if rows.shape[1:] != self._shape:
         raise DamagedExport(f"its images are of shape {rows.shape[1:]}")
       yield rows
@@ -350,6 +352,10 @@ class ExportWriter:
         f"cannot write under {self.directory}: {error.strerror}: make space or make it writable, "
         f"then run the same command again, which goes on from what is there"
       ) from error
+
+  def start_clock(self) -> None:
+    """The time until now, of compiling say, is none of `wall_clock_seconds`."""
+    self._clock = time.perf_counter()
 
   def append(self, samples: UInt8[np.ndarray, "B H W C"]) -> None:
     """Adds the next samples, safe against a kill when it returns.
@@ -422,15 +428,15 @@ class ExportWriter:
     with atomic_path(self._npz) as temporary:
       with temporary.open("wb") as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-          _write_member(archive, "arr_0.npy", np.uint8, (count, *self._shape), rows())
+          write_member(archive, "arr_0.npy", np.uint8, (count, *self._shape), rows())
           if label_rule is not None:
-            _write_member(archive, "arr_1.npy", np.int64, (count,), _labels(label_rule, count))
+            write_member(archive, "arr_1.npy", np.int64, (count,), _labels(label_rule, count))
         file.flush()
         os.fsync(file.fileno())
       if crc != self._progress.crc32:
         raise DamagedExport(f"{self._part.name} is damaged")
       has_labels = label_rule is not None
-      for _ in read_npz(temporary, count, has_labels, self._rows_per_chunk()):
+      for _ in _read_samples(temporary, count, has_labels, self._rows_per_chunk()):
         pass  # the checksums of what the disk gives back
 
   def _remove_other_pngs(self) -> None:
@@ -451,82 +457,6 @@ class ExportWriter:
 def _labels(label_rule: LabelRule, count: int) -> Iterator[Int[np.ndarray, " B"]]:
   for first in range(0, count, LABEL_CHUNK):
     yield label_rule(np.arange(first, min(first + LABEL_CHUNK, count))).astype(np.int64)
-
-
-def _write_member(
-  archive: zipfile.ZipFile,
-  name: str,
-  dtype: Any,
-  shape: tuple[int, ...],
-  chunks: Iterator[np.ndarray],
-) -> None:
-  """One .npy of an archive, without a time, so that equal arrays make equal archives."""
-  header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-  with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
-    np.lib.format.write_array_header_1_0(member, header)
-    for chunk in chunks:
-      member.write(chunk)
-
-
-def _read_header(member: Any) -> tuple[tuple[int, ...], np.dtype]:
-  version = np.lib.format.read_magic(member)
-  if version != (1, 0):
-    raise ValueError(f"of .npy version {version}")
-  shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(member)
-  if fortran_order:
-    raise ValueError("in Fortran order")
-  return shape, dtype
-
-
-def _read_array(member: Any, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-  num_bytes = dtype.itemsize * math.prod(shape)
-  data = member.read(num_bytes)
-  if len(data) < num_bytes:
-    raise EOFError("it ends early")
-  return np.frombuffer(data, dtype).reshape(shape).copy()
-
-
-def _npz_batches(
-  path: pathlib.Path, num_samples: int, has_labels: bool, batch_size: int
-) -> Iterator[list[Any]]:
-  with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as stack:
-    names = ["arr_0.npy", "arr_1.npy"] if has_labels else ["arr_0.npy"]
-    if archive.namelist() != names:
-      raise ValueError(f"it holds {archive.namelist()}")
-    members = [stack.enter_context(archive.open(name)) for name in names]
-    headers = [_read_header(member) for member in members]
-    kinds = [(len(shape), dtype) for shape, dtype in headers]
-    expected = [(4, np.dtype(np.uint8)), (1, np.dtype(np.int64))][: len(names)]
-    if kinds != expected or any(shape[0] != num_samples for shape, _ in headers):
-      raise ValueError(f"it does not hold {num_samples} images")
-    for first in range(0, num_samples, batch_size):
-      count = min(batch_size, num_samples - first)
-      yield [
-        _read_array(member, dtype, (count, *shape[1:]))
-        for member, (shape, dtype) in zip(members, headers, strict=True)
-      ]
-    if any(member.read(1) for member in members):
-      raise ValueError("it goes on after its end")
-
-
-def read_npz(
-  path: pathlib.Path, num_samples: int, has_labels: bool, batch_size: int
-) -> Iterator[tuple[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, " B"] | None]]:
-  """The images and labels of a samples.npz in order, a batch at a time.
-
-  Raises:
-    DamagedExport: it does not hold `num_samples` images, with labels or without, or a
-      checksum differs; the latter is known with the last batch.
-  """
-  try:
-    for samples, *labels in _npz_batches(path, num_samples, has_labels, batch_size):
-      yield samples, labels[0] if labels else None
-  except _DAMAGE as error:
-    raise DamagedExport(f"{path.name} is damaged ({error})") from error
-  except OSError as error:
-    if error.errno not in (errno.ENOENT, errno.EINVAL):  # missing; an absurd offset
-      raise
-    raise DamagedExport(f"{path.name} is damaged ({error.strerror})") from error
 
 
 def iterate_export(
@@ -568,7 +498,7 @@ def iterate_export(
 
   def batches() -> Iterator[Any]:
     try:
-      yield from read_npz(directory / "samples.npz", *layout, batch_size)
+      yield from _read_samples(directory / "samples.npz", *layout, batch_size)
     except DamagedExport as error:
       raise damaged(error) from error
 

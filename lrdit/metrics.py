@@ -120,22 +120,26 @@ def kernel_distance(
 ) -> tuple[float, float]:
   """Kernel distance (Binkowski et al. 2018, "KID" over Inception features).
 
-  `squared_mmd` of 100 pairs of random subsets, of 1,000 features or as many as
-  the smaller set has: then its subsets are all the set itself.
+  `squared_mmd` of 100 pairs of random subsets of 1,000 features each, or of
+  half the smaller set (rounded down, at least 2) where that is less: of whole
+  sets all estimates would be one, and their deviation rounding only. Their mean
+  is unbiased for any size of the subsets.
 
   Args:
     features_1, features_2: the two sets, of at least two each.
     seed: of the subsets.
 
   Returns:
-    (mean, standard deviation) over the pairs of subsets.
+    (mean, standard deviation) over the pairs of subsets. The deviation is one
+    subset's, not the mean's.
 
   Raises:
     ValueError: fewer than two features in a set.
   """
-  size = min(KERNEL_SUBSET_SIZE, len(features_1), len(features_2))
-  if size < 2:
+  smaller = min(len(features_1), len(features_2))
+  if smaller < 2:
     raise ValueError("a kernel distance needs at least two features of each")
+  size = min(KERNEL_SUBSET_SIZE, max(2, smaller // 2))
   rng = np.random.default_rng(seed)
 
   def draw(features: np.ndarray) -> np.ndarray:

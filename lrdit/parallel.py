@@ -1,23 +1,150 @@
-"""The one place that knows devices: pmap for training, shardings for sampling.
+"""The one place that knows devices and processes: pmap for training, shardings for sampling.
 
-Axes: n devices, B global batch, b = B / n local batch.
+Every process runs the same program on the devices of its own host. Training's
+collectives go over all devices; sampling has none, and each process computes
+its rows of a batch. Files are the first process's.
+
+Axes: n devices of this process, N devices in all, P processes, B global batch,
+b = B / N local batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
-from lrdit.errors import UserError
+from lrdit.errors import RESTART_STATUS, UserError
 from lrdit.timesteps import global_index
 
 AXIS = "batch"
 
+# A process that has been silent for so long is taken for dead, and the others end.
+HEARTBEAT_SECONDS = 20
+# The others wait at the end for the first one, which may have much to write.
+SHUTDOWN_SECONDS = 24 * 3600
+
+# Of all processes, process by process.
 Devices = Sequence[jax.Device]
+
+
+def is_cluster(environment: Mapping[str, str]) -> bool:
+  """Whether the environment is that of one of several processes of one job.
+
+  Told by what SLURM's srun, Open MPI's mpirun and TPU pods (also on GKE) set;
+  jax itself then finds the coordinator.
+  """
+  if "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+    return True
+  if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+    return True
+  if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
+    return True
+  # The machines of a pod are alike, and told apart by the metadata server alone.
+  return "TPU_SKIP_MDS_QUERY" not in environment and _is_tpu_machine()
+
+
+def _is_tpu_machine() -> bool:
+  has_chips = os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")
+  return has_chips and importlib.util.find_spec("libtpu") is not None
+
+
+def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+  """Joins the processes of a job; to be called before any device is used.
+
+  Args:
+    coordinator: "HOST:PORT" that the first process listens at.
+    num_processes: P; 1 stays alone, whatever the environment says.
+    process_id: this process, in [0, P).
+    All None: found by jax where `is_cluster`, otherwise this process stays alone.
+
+  Raises:
+    UserError: some are missing or do not fit, or the others cannot be reached.
+  """
+  given = (coordinator, num_processes, process_id)
+  if num_processes == 1 or (given == (None,) * 3 and not is_cluster(os.environ)):
+    return
+  if any(value is None for value in given) and given != (None,) * 3:
+    raise UserError("--coordinator, --num_processes and --process_id go together: give all", 2)
+  if num_processes is not None and not 0 <= process_id < num_processes:
+    raise UserError(f"--process_id={process_id} is not in [0, {num_processes})", 2)
+  try:
+    jax.distributed.initialize(
+      *given,
+      initialization_timeout=300,
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+      shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+    )
+  except (RuntimeError, ValueError) as error:
+    raise UserError(
+      f"the other processes cannot be reached ({str(error).splitlines()[0]}): check that all are "
+      "started, and --coordinator, --num_processes and --process_id",
+      RESTART_STATUS,
+    ) from error
+
+
+def num_processes() -> int:
+  """P."""
+  return jax.process_count()
+
+
+def name_of_process() -> str:
+  """What this process' lines begin with; "" where it is alone."""
+  return f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+
+
+def is_first() -> bool:
+  """Whether this is the process that reads and writes the workdir."""
+  return jax.process_index() == 0
+
+
+def all_devices() -> Devices:
+  """The devices of all processes, process by process."""
+  return jax.devices()
+
+
+def own_devices(devices: Devices) -> Devices:
+  """Those of this process."""
+  return [device for device in devices if device.process_index == jax.process_index()]
+
+
+def from_first(tree: Any) -> Any:
+  """The first process's tree, on every process.
+
+  Args:
+    tree: numpy arrays or scalars; on the other processes anything of the same
+      structure, shapes and dtypes of at most 32 bits.
+  """
+  if jax.process_count() == 1:
+    return tree
+  return multihost_utils.broadcast_one_to_all(tree)
+
+
+def gather_rows(rows: np.ndarray) -> np.ndarray:
+  """(B / P, ...) rows of each process to the (B, ...) of all, in order of the processes."""
+  if jax.process_count() == 1:
+    return rows
+  return multihost_utils.process_allgather(rows, tiled=True)
+
+
+def own_rows(size: int) -> slice:
+  """This process's rows of a batch of `size`, which P divides."""
+  share = size // jax.process_count()
+  return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+
+def is_preempted(step: int) -> bool:
+  """Whether all processes stop after `step` updates, as one of them got SIGTERM.
+
+  To be asked at every step by all; they get the same answer.
+  """
+  return multihost_utils.reached_preemption_sync_point(step)
 
 
 def check_divisible(field: str, size: int, devices: Devices) -> None:
@@ -31,34 +158,39 @@ def pmap(function: Callable, devices: Devices, donate_argnums: tuple[int, ...] =
   """`jax.pmap` over `devices` with the axis the steps expect.
 
   The first argument is replicated state, the second a batch with a leading
-  device axis, the third a key shared by all devices.
+  axis of this process's devices, the third a key shared by all devices.
   """
-  return jax.pmap(
+  mapped = jax.pmap(
     function,
     axis_name=AXIS,
     devices=devices,
     in_axes=(0, 0, None),
     donate_argnums=donate_argnums,
   )
+  if jax.process_count() == 1 or devices[0].platform != "cpu":
+    return mapped
+  # Several steps in flight on several CPU devices of several processes deadlock in gloo.
+  return lambda *args: jax.block_until_ready(mapped(*args))
 
 
 def replicate(tree: Any, devices: Devices) -> Any:
-  """Copies a tree to every device, with a leading device axis.
+  """Copies a tree to this process's devices, with a leading device axis.
 
   Named as pmap names its axis: with another name the first step's outputs would
   count as differently sharded, and the second step would compile again.
   """
-  return flax.jax_utils.replicate(tree, devices, axis_name=AXIS)
+  return flax.jax_utils.replicate(tree, own_devices(devices), axis_name=AXIS)
 
 
 def prefetch(batches: Iterator[Any], devices: Devices) -> Iterator[Any]:
-  """The same batches on the devices, two of them ahead of the step that asks.
+  """The same batches on this process's devices, two of them ahead of the step that asks.
 
   Args:
-    batches: trees of arrays with a leading device axis.
+    batches: trees of arrays with a leading axis of this process's devices.
     devices: as for `pmap`, whose name of the axis they are placed by.
   """
-  return flax.jax_utils.prefetch_to_device(batches, 2, devices, axis_name=AXIS)
+  own = own_devices(devices)
+  return flax.jax_utils.prefetch_to_device(batches, 2, own, axis_name=AXIS)
 
 
 def unreplicate(tree: Any) -> Any:
@@ -70,23 +202,35 @@ def unreplicate(tree: Any) -> Any:
   return jax.tree.map(lambda x: x.addressable_shards[0].data.squeeze(0), tree)
 
 
+def read(tree: Any) -> Any:
+  """Numpy copies of the first local device's copy, which alone is waited for.
+
+  No operation of the device: one would queue up behind the steps dispatched since.
+  """
+  return jax.tree.map(lambda x: np.array(x.addressable_shards[0].data)[0], tree)
+
+
 def to_host(tree: Any) -> Any:
   """Numpy copies that no later donation can overwrite."""
   return jax.tree.map(lambda x: np.array(x, copy=True), jax.device_get(tree))
 
 
 def batch_slots(batch_size: int, devices: Devices) -> Int[np.ndarray, "n b"]:
-  """(n, b) int64 global example index of every device's slots.
+  """(n, b) int64 global example index of the slots of each of this process's devices.
 
   Interleaved as `timesteps.global_index` says, so that each device meets every
   stratum of timesteps.
   """
-  n = len(devices)
-  slots = [np.asarray(global_index(d, batch_size // n, n), np.int64) for d in range(n)]
+  own, count = own_devices(devices), len(devices)
+  slots = [
+    np.asarray(global_index(d, batch_size // count, count), np.int64)
+    for d, device in enumerate(devices)
+    if device in own
+  ]
   return np.stack(slots)
 
 
 def shardings(devices: Devices) -> tuple[NamedSharding, NamedSharding]:
-  """(batch split over devices, replicated) for `jax.jit`."""
-  mesh = Mesh(np.asarray(devices), (AXIS,))
+  """(rows split over this process's devices, replicated) for `jax.jit`."""
+  mesh = Mesh(np.asarray(own_devices(devices)), (AXIS,))
   return NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())

@@ -17,6 +17,7 @@ LINE_STYLES = ("-", "--", "-.", ":")
 INK = "#010203"  # stands for the page's colour of text
 WIDTH, HEIGHT = 4.3, 3.1  # inches: about a phone's width, so text keeps its size there
 FONT_SIZE = 9.5
+FEW_POINTS = 30  # a curve of fewer shows each, as one alone makes no line
 MAX_POINTS = 600  # of a curve; longer ones are averaged over equal runs of points
 
 
@@ -109,12 +110,10 @@ def rank_over_t(arms: Sequence[dict[str, Any]], layer: str) -> str | None:
   """Active rank of one layer at each timestep; of a dense layer, the most it can have."""
 
   def paint(axes: Any) -> bool:
-    drawn = [
-      (i, arm) for i, arm in enumerate(arms)
-      if arm["model"] and layer in arm["model"]["rank"]["active_rank"]
-    ]  # fmt: skip
-    for number, arm in drawn:
-      _steps(axes, number, arm, arm["model"]["rank"]["active_rank"][layer])
+    ranks = [arm["model"]["rank"]["active_rank"] if arm["model"] else {} for arm in arms]
+    drawn = [number for number, of_arm in enumerate(ranks) if layer in of_arm]
+    for number in drawn:
+      _steps(axes, number, arms[number], ranks[number][layer])
     return bool(drawn)
 
   return draw("rank", paint, xlabel=_T_LABEL, ylabel="active rank r(t)", ylim=(0, None))
@@ -190,11 +189,9 @@ def training_curves(arms: Sequence[dict[str, Any]], curve: str) -> str | None:
         if any(loss is not None for loss in losses):
           label = None if arm["name"] in axes.get_legend_handles_labels()[1] else arm["name"]
           points = shorten(steps, losses)
-          marker = "o" if len(points[0]) < 30 and curve == "eval/loss" else None
-          axes.plot(
-            *points, label=label, alpha=0.8, linewidth=1.2, marker=marker, markersize=3,
-            **_style_of(number),
-          )  # fmt: skip
+          few = np.isfinite(points[1]).sum() < FEW_POINTS
+          style = _style_of(number) | {"marker": "o" if few else None, "markersize": 3}
+          axes.plot(*points, label=label, alpha=0.8, linewidth=1.2, **style)
           drawn = True
     return drawn
 

@@ -18,14 +18,18 @@ class _BarHandler(logging.Handler):
     tqdm.tqdm.write(self.format(record), file=sys.stderr)
 
 
-def start_logging(debug: bool) -> None:
+def start_logging(debug: bool, who: str, is_first: bool) -> None:
   """Sends the package's log lines, and no library's, to standard error.
+
+  Of several processes the first one speaks for all, the others only to warn.
 
   A failed write makes orbax and tensorstore print tracebacks from their own
   threads; the error itself reaches the main thread and is told there.
 
   Args:
     debug: let the libraries speak too.
+    who: what lines begin with.
+    is_first: this process is alone, or the first of several.
   """
   if not debug:
     absl.logging.set_verbosity(absl.logging.FATAL)
@@ -34,9 +38,10 @@ def start_logging(debug: bool) -> None:
     sys.unraisablehook = _ignore_closed_event_loop
   if not log.handlers:
     handler = _BarHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(logging.Formatter(who + "%(message)s"))
     # Lines of progress are DEBUG: a terminal shows the bar instead.
-    handler.setLevel(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
+    level = logging.INFO if sys.stderr.isatty() else logging.DEBUG
+    handler.setLevel(level if is_first else logging.WARNING)
     log.addHandler(handler)
   log.setLevel(logging.DEBUG)
   log.propagate = False

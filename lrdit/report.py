@@ -11,6 +11,7 @@ import datetime
 import importlib.metadata
 import itertools
 import logging
+import math
 import os
 import pathlib
 import platform
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from lrdit import report_commands, report_compare, report_page, report_runs
+from lrdit import report_claim, report_commands, report_compare, report_page, report_runs
 from lrdit.errors import UserError
 from lrdit.report_page import GRID_COLUMNS
 from lrdit.report_runs import finite
@@ -62,12 +63,17 @@ def group_arms(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
       )
     arm["runs"].append(run)
   for arm in arms:
-    arm["runs"].sort(key=lambda run: str(run["seed"]).zfill(10))
+    arm["runs"].sort(key=_seed_order)
     alike = [other["key"] for other in arms if other["method"] == arm["method"]]
     fields = report_compare.differing_fields(*alike)
     own = ", ".join(f"{f.rpartition('.')[2]} {arm['key'].get(f)}" for f in fields)
     arm["name"] = f"{arm['method']} ({own})" if own else arm["method"]
   return arms
+
+
+def _seed_order(run: dict[str, Any]) -> float:
+  seed = finite(run["seed"])
+  return math.inf if seed is None else seed  # a config without a seed comes last
 
 
 def _measure(value: Any, run: dict[str, Any], protocol: dict[str, Any], **origin: Any) -> list:
@@ -82,11 +88,10 @@ def _measure(value: Any, run: dict[str, Any], protocol: dict[str, Any], **origin
 def _held_out_protocol(run: dict[str, Any]) -> dict[str, Any]:
   """What two held-out losses must share to be of one quantity."""
   evaluation = run["evaluation"]
-  fields = ("draws", "examples", "seed", "batch_size")
+  fields = ("data", "draws", "examples", "seed", "batch_size", "dtype")
   return {f"held_out.{field}": evaluation["held_out"].get(field) for field in fields} | {
     "checkpoint_step": evaluation.get("checkpoint_step"),
     "diffusion": run["config"].get("diffusion"),
-    "data": (run["data"] or {}).get("eval"),
   }
 
 
@@ -176,8 +181,10 @@ def _export_protocol(run: dict[str, Any], drawn: dict[str, Any], figure: str) ->
 
 def _sampling_speed(run: dict[str, Any], export: str, drawn: dict[str, Any]) -> list:
   metadata = drawn["metadata"]
-  count, seconds = finite(metadata.get("num_samples")), finite(metadata.get("wall_clock_seconds"))
+  # Not num_samples: an export that was cut or went on drew more than it holds.
+  count, seconds = finite(metadata.get("num_drawn")), finite(metadata.get("wall_clock_seconds"))
   protocol = {field: metadata.get(field) for field in ("backend", "num_devices", "jax")}
+  protocol["compilation"] = "not counted" if "compile_seconds" in metadata else "counted"
   rate = count / seconds if count and seconds else None
   return _measure(rate, run, protocol, export=export, sampling_seed=metadata.get("seed"))
 
@@ -211,7 +218,7 @@ def _sample_rows(arms: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _rows_of_settings(exports: list[list[tuple]]) -> list[dict[str, Any]]:
   """Rows of the exports of each arm that were drawn alike: their speed, then their figures."""
-  speed = ("sampling_images_per_second", "images/s, compilation included", "rate", "ratio")
+  speed = ("sampling_images_per_second", "images/s, without compilation", "rate", "ratio")
   rows = [
     _row(
       ("Samples", *speed),
@@ -238,21 +245,34 @@ def choose_layer(arms: Sequence[dict[str, Any]]) -> str:
   return names[0]
 
 
-def loss_by_timestep(arm: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-  """Loss of each group of timesteps, mean and spread over an arm's runs.
+def losses_by_timestep(arms: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Loss of each group of timesteps, mean and spread over each arm's runs.
 
   Returns:
-    "held_out" (EMA weights; of the first evaluated run's protocol) and
-    "training" (last tenth of the metric lines): groups "t_first", "t_last",
-    "mean", "std" (None of one run) and "n", ascending.
+    of each arm: "held_out" (EMA weights, of the runs that were measured like
+    the first evaluated one of all arms) and "training" (last tenth of the
+    metric lines): groups "t_first", "t_last", "mean", "std" (None of one run)
+    and "n", ascending; and "left_out", {what differs: number of runs}.
   """
-  evaluated = [run for run in arm["runs"] if held_out(run, "ema").get("groups")]
+  evaluated = [run for arm in arms for run in arm["runs"] if held_out(run, "ema").get("groups")]
+  protocol = _held_out_protocol(evaluated[0]) if evaluated else {}
+  return [_losses_of_arm(arm["runs"], protocol) for arm in arms]
+
+
+def _losses_of_arm(runs: Sequence[dict[str, Any]], protocol: dict[str, Any]) -> dict[str, Any]:
   held: list[tuple[int, int, float]] = []
-  for run in evaluated:
-    if _held_out_protocol(run) == _held_out_protocol(evaluated[0]):
+  left_out: dict[str, int] = {}
+  for run in runs:
+    if not held_out(run, "ema").get("groups"):
+      continue
+    differs = report_compare.tell_difference(protocol, _held_out_protocol(run))
+    if differs:
+      left_out[differs] = left_out.get(differs, 0) + 1
+    else:
       held += _held_out_groups(run)
-  training = itertools.chain(*map(_training_groups, arm["runs"]))
-  return {"held_out": _group_means(held), "training": _group_means(training)}
+  training = itertools.chain(*map(_training_groups, runs))
+  means = {"held_out": _group_means(held), "training": _group_means(training)}
+  return means | {"left_out": left_out}
 
 
 def _held_out_groups(run: dict[str, Any]) -> list[tuple[int, int, float]]:
@@ -370,8 +390,8 @@ def make_report(workdirs: Sequence[str], output: str) -> dict[str, Any]:
     output: where the report goes; for the command it is made again by.
 
   Returns:
-    "made" (command, time, versions), "arms", "rows", "comparisons" and "grids";
-    JSON but for the grids' "images".
+    "made" (command, time, versions), "claim" (of `report_claim.judge`), "arms",
+    "rows", "comparisons" and "grids"; JSON but for the grids' "images".
 
   Raises:
     UserError: none or no workdirs, or one named twice.
@@ -382,7 +402,8 @@ def make_report(workdirs: Sequence[str], output: str) -> dict[str, Any]:
     notes: list[str] = []
     arm["model"] = report_runs.describe_model(arm["runs"][0]["config"], notes)
     arm["runs"][0]["notes"].extend(notes)
-    arm["loss_by_timestep"] = loss_by_timestep(arm)
+  for arm, losses in zip(arms, losses_by_timestep(arms), strict=True):
+    arm["loss_by_timestep"] = losses
   rows = [*_model_rows(arms), *_run_rows(arms), *_sample_rows(arms)]
   for row in rows:
     report_compare.mark_protocols(row)
@@ -391,15 +412,17 @@ def make_report(workdirs: Sequence[str], output: str) -> dict[str, Any]:
     run["commands"] = report_commands.reproduce(run)
     run["curves"] = curves(run)
     del run["metrics"]
+  comparisons = report_compare.compare(arms, rows)
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
   flags = [f"--workdirs={','.join(workdirs)}", f"--output={output}"]
   command = shlex.join(["python", "main.py", "--mode=report", *flags])
   return {
     "made": {"command": command, "time": now, "versions": versions()},
+    "claim": report_claim.judge(arms, comparisons),
     "arms": arms,
     "layer": choose_layer(arms),
     "rows": rows,
-    "comparisons": report_compare.compare(arms, rows),
+    "comparisons": comparisons,
     "grids": grids,
   }
 

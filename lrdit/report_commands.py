@@ -54,6 +54,13 @@ def _sampling_overrides(stored: dict[str, Any], export: str, metadata: dict[str,
   return [_flag(field, value) for field, value in drawn.items() if stored.get(field) != value]
 
 
+def _evaluation_overrides(stored: dict[str, Any], evaluation: dict[str, Any] | None) -> list[str]:
+  """Flags that an evaluation needs beyond those of its run."""
+  settings = (evaluation or {}).get("settings")
+  measured = flatten({"evaluation": settings if isinstance(settings, dict) else {}})
+  return [_flag(f, value) for f, value in measured.items() if f in stored and stored[f] != value]
+
+
 def reproduce(run: dict[str, Any]) -> list[str]:
   """Command lines that train, sample and evaluate a run again.
 
@@ -75,11 +82,12 @@ def reproduce(run: dict[str, Any]) -> list[str]:
   flags = [f"--config={config}", f"--workdir={run['workdir']}"]
   base = [_flag(field, value) for field, value in changed.items()]
   commands = [[*flags, "--mode=train", *base]]
+  measured = _evaluation_overrides(stored, run["evaluation"])
   for export, drawn in run["exports"].items():
     own = _sampling_overrides(stored, export, drawn["metadata"])
     commands.append([*flags, "--mode=sample", *base, *own])
     if drawn.get("figures"):
-      commands.append([*flags, "--mode=evaluate", *base, *own])
+      commands.append([*flags, "--mode=evaluate", *base, *own, *measured])
   if run["evaluation"] and not any("--mode=evaluate" in command for command in commands):
-    commands.append([*flags, "--mode=evaluate", *base])
+    commands.append([*flags, "--mode=evaluate", *base, *measured])
   return [shlex.join(["python", "main.py", *command]) for command in commands]

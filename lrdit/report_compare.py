@@ -21,7 +21,11 @@ FIGURES = {
     "share",
     None,
   ),
+  "num_samples": ("images compared", "count", None),
+  "num_subset_samples": ("images of kernel distance, precision and recall", "count", None),
 }
+# What is the same for every arm, and told once.
+SHARED_FIGURES = ("recognition_accuracy_of_held_out_images", "num_samples", "num_subset_samples")
 
 
 def describe(figure: str) -> tuple[str, str, str | None]:
@@ -35,6 +39,11 @@ def describe(figure: str) -> tuple[str, str, str | None]:
   if figure == "inception_frechet_distance":
     label = "FID"
   return f"{label} ({extractor})", form, comparison
+
+
+def is_shared(row: dict[str, Any]) -> bool:
+  """Whether a row tells how samples were measured and not how good an arm's are."""
+  return row["section"] == "Samples" and row["key"].partition("_")[2] in SHARED_FIGURES
 
 
 def unique(values: Iterable[Any]) -> list[Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lrdit import images, plots
+from lrdit import images, plots, report_compare
 
 DASH = "—"
 VOID = ("meta", "img")
@@ -39,7 +39,7 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; text-align: left; vertical-align: top; white-space: nowrap;
   border-top: 1px solid var(--line); }
-tr:first-child th { border-top: 0; }
+thead th { border-top: 0; }
 thead th { vertical-align: bottom; white-space: normal; min-width: 7rem; }
 tbody th { font-weight: 400; position: sticky; left: 0; background: var(--page);
   white-space: normal; min-width: 8.5rem; max-width: 17rem; }
@@ -210,7 +210,8 @@ def _with_sections(rows: Sequence[dict[str, Any]], lines: Iterable[Html], column
 
 def arms_table(report: dict[str, Any]) -> Html:
   """Quantities by rows, arms by columns."""
-  arms, rows = report["arms"], report["rows"]
+  arms = report["arms"]
+  rows = [row for row in report["rows"] if not report_compare.is_shared(row)]
   head = [tag("th", "")] + [
     tag("th", _swatch(i), arm["name"], scope="col") for i, arm in enumerate(arms)
   ]
@@ -224,7 +225,79 @@ def arms_table(report: dict[str, Any]) -> Html:
   )
   body = _with_sections(rows, lines, len(arms) + 1)
   table = tag("table", tag("thead", tag("tr", *head)), tag("tbody", body))
-  return tag("div", table, class_="wide", tabindex=0)
+  return join([tag("div", table, class_="wide", tabindex=0), _shared_figures(report)])
+
+
+def _shared_figures(report: dict[str, Any]) -> Html:
+  """What samples were measured with: once, unless the arms differ."""
+  rows = [row for row in report["rows"] if report_compare.is_shared(row)]
+  parts = []
+  drawn = report_compare.unique(row["settings"] for row in rows)
+  for settings in drawn:
+    told = "; ".join(_shared_text(report, row) for row in rows if row["settings"] == settings)
+    which = f" ({_settings_text(settings)})" if len(drawn) > 1 else ""
+    parts.append(tag("p", f"Samples{which}: {told}.", class_="soft"))
+  return join(parts)
+
+
+def _shared_text(report: dict[str, Any], row: dict[str, Any]) -> str:
+  of_arms = []
+  for arm, cell in zip(report["arms"], row["cells"], strict=True):
+    values = [value["value"] for group in cell["groups"] for value in group["values"]]
+    texts = dict.fromkeys(format_value(value, row["format"]) for value in values)
+    if texts:
+      of_arms.append((" and ".join(texts), arm["name"]))
+  texts = dict.fromkeys(text for text, _ in of_arms)
+  if len(texts) == 1:
+    return f"{row['label']} {next(iter(texts))}"
+  told = ", ".join(f"{text} of {name}" for text, name in of_arms)
+  return f"{row['label']} {told or DASH}"
+
+
+def claim_section(report: dict[str, Any]) -> Html:
+  """Whether each adaptive arm keeps what is claimed of it."""
+  parts = []
+  for claim in report["claim"]:
+    name = "adaptive" if claim["arm"] is None else report["arms"][claim["arm"]]["name"]
+    if len(report["claim"]) > 1:
+      parts.append(tag("h3", _swatch(claim["arm"]), name))
+    settings = [check["settings"] for check in claim["checks"] if check["settings"]]
+    several = len(report_compare.unique(settings)) > 1
+    heads = ("", "", "difference", "target", "ratio of MACs")
+    head = tag("thead", tag("tr", *(tag("th", text) for text in heads)))
+    lines = (_claim_row(check, several) for check in claim["checks"])
+    table = tag("table", head, tag("tbody", *lines))
+    parts.append(tag("div", table, class_="wide", tabindex=0))
+    for method, also in claim["also"].items():
+      if also:
+        text = f"⚠ {name} differs from {method} also in {', '.join(also)}."
+        parts.append(tag("p", text, class_="warn"))
+  return join(parts)
+
+
+def _claim_row(check: dict[str, Any], tell_settings: bool) -> Html:
+  head = f"{check['label']}, against {check['against']}"
+  if tell_settings and check["settings"]:
+    head += f" ({_settings_text(check['settings'])})"
+  if "value" in check:
+    verdict = check["verdict"]
+    verdict = verdict if verdict.startswith("one seed") else f"difference {verdict}"
+    words = tag("span", f"{check['better']} is better; {verdict}", class_="soft")
+    error = check["standard_error"]
+    text = f"{check['value']:+.2f}" + (f" ± {error:.2f}" if error is not None else "")
+    value = f"{text} {check['unit']}"
+  else:
+    words, value = tag("span", check["reason"], class_="soft"), DASH
+  macs = DASH if check["macs_ratio"] is None else f"{check['macs_ratio']:.4f}"
+  outcome = tag("td", tag("strong", check["outcome"]), words)
+  return tag(
+    "tr",
+    tag("th", head, scope="row"),
+    outcome,
+    tag("td", value),
+    tag("td", check["target"]),
+    tag("td", macs),
+  )
 
 
 def _compared(cell: dict[str, Any], how: str) -> Html:
@@ -265,20 +338,30 @@ def comparison_tables(report: dict[str, Any]) -> Html:
     table = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", body))
     parts.append(tag("h3", "Against ", _swatch(baseline), arms[baseline]["name"]))
     parts.append(tag("div", table, class_="wide", tabindex=0))
-    parts += [
-      tag("p", f"⚠ {arms[c['arm']]['name']} differs from it also in {', '.join(c['also'])}.",
-          class_="warn")
-      for c in against if c["also"]
-    ]  # fmt: skip
+    for c in against:
+      if c["also"]:
+        text = f"⚠ {arms[c['arm']]['name']} differs from it also in {', '.join(c['also'])}."
+        parts.append(tag("p", text, class_="warn"))
   return join(parts)
 
 
 DIFFERENCE = {"ratio": ": ratio", "points": ": difference"}
 
 
-def _plot(svg: str | None, caption: str) -> Html:
+def _plot(svg: str | None, caption: str, warning: str = "") -> Html:
   body = Html(svg) if svg else tag("p", f"{DASH} no workdir holds it", class_="soft")
-  return tag("figure", tag("figcaption", caption), body)
+  told = tag("div", warning, class_="warn") if warning else None
+  return tag("figure", tag("figcaption", caption, told), body)
+
+
+def _left_out(arms: Sequence[dict[str, Any]]) -> str:
+  """Which runs the plot of held-out losses does not show, and why."""
+  told = [
+    f"{count} of {_plural(len(arm['runs']), 'run')} of {arm['name']} ({differs})"
+    for arm in arms
+    for differs, count in arm["loss_by_timestep"]["left_out"].items()
+  ]
+  return f"⚠ Left out, as measured otherwise: {', '.join(told)}" if told else ""
 
 
 def plots_section(report: dict[str, Any]) -> Html:
@@ -297,7 +380,7 @@ def plots_section(report: dict[str, Any]) -> Html:
       tag("h2", "Loss by timestep"),
       tag(
         "div",
-        _plot(plots.loss_over_t(arms, "held_out"), "Held-out split, EMA weights"),
+        _plot(plots.loss_over_t(arms, "held_out"), "Held-out split, EMA weights", _left_out(arms)),
         _plot(
           plots.loss_over_t(arms, "training"), "Training, last tenth of each run's logged windows"
         ),
@@ -382,27 +465,34 @@ def commands_section(report: dict[str, Any]) -> Html:
       fallback = f"{DASH} no file of configs/ has the fields of its config.json"
       parts.append(tag("p", tag("code", run["workdir"]), f", seed {run['seed']}"))
       parts.append(tag("pre", commands, tabindex=0) if commands else tag("p", fallback))
-      parts += [_export_made(name, drawn["metadata"]) for name, drawn in run["exports"].items()]
   made = report["made"]
+  parts += [tag("h3", "Versions"), _versions_table(report)]
   parts += [tag("h3", "This page"), tag("pre", made["command"], tabindex=0)]
   parts.append(tag("p", f"{made['time']}; {_versions_text(made['versions'])}", class_="soft"))
   return join(parts)
 
 
-def _export_made(name: str, metadata: dict[str, Any]) -> Html:
-  """Where and with what an export was drawn, as far as its metadata says."""
-  fields = ("jax", "backend", "num_devices", "dtype", "lrdit", "flax", "python")
-  told = {field: metadata[field] for field in fields if field in metadata}
-  recorded = metadata.get("versions")
-  told |= recorded if isinstance(recorded, dict) else {}
-  return tag("p", f"Export {name}: {_versions_text(told) or DASH}", class_="soft")
+def _versions_table(report: dict[str, Any]) -> Html:
+  """With what each workdir was evaluated and each of its exports drawn."""
+  fields = ("lrdit", "jax", "flax", "python", "backend")
+  lines = []
+  for run in (run for arm in report["arms"] for run in arm["runs"]):
+    software = (run["evaluation"] or {}).get("software")
+    told = {"evaluation": software if isinstance(software, dict) else {}}
+    told |= {f"export {name}": drawn["metadata"] for name, drawn in run["exports"].items()}
+    for name, recorded in told.items():
+      cells = (tag("td", recorded.get(field) or DASH) for field in fields)
+      lines.append(tag("tr", tag("th", f"{run['workdir']}, {name}", scope="row"), *cells))
+  head = tag("thead", tag("tr", *(tag("th", text) for text in ("", *fields))))
+  return tag("div", tag("table", head, tag("tbody", *lines)), class_="wide", tabindex=0)
 
 
 HOW_TO_READ = """Figures are means over the runs of an arm that differ in nothing but their seed,
 ± one standard deviation (n - 1); one run shows no spread. In the comparison ± is the standard
 error of the ratio or difference, and the seeds' spread is the larger of both arms' standard
 deviations. MACs are per image and forward pass. Training time counts the steps alone, without
-compilation, evaluation and checkpoints, on whatever machine each run had. A figure that was
+compilation, evaluation and checkpoints, on whatever machine each run had. Images/s of samples are
+of all that were drawn, also of those that an interruption or a cut left out. A figure that was
 measured otherwise than the first of its row is marked ⚠ and compared with nothing."""
 
 
@@ -423,6 +513,8 @@ def render(report: dict[str, Any]) -> str:
     "body",
     tag("h1", "Comparison of arms"),
     tag("p", counted, class_="soft"),
+    tag("h2", "Claim"),
+    claim_section(report),
     tag("h2", "Arms"),
     arms_table(report),
     tag("p", HOW_TO_READ, class_="soft"),

@@ -6,18 +6,17 @@ Axes: N samples, H W image.
 import json
 import math
 import pathlib
-import zipfile
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
-from lrdit import builders, dit, flops, rank_schedule, workdir
+from lrdit import builders, dit, export, flops, rank_schedule, workdir
 from lrdit.errors import UserError
 
 # Whatever a damaged or older file of a workdir can raise when it is read.
-DAMAGED = (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile)
+DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OSError)
 
 # What an export's figures depend on besides the weights' training and the seed.
 SETTINGS = (
@@ -151,6 +150,28 @@ def _read_exports(
   return exports
 
 
+def _drop_damaged_groups(evaluation: dict[str, Any] | None, notes: list[str]) -> None:
+  """Leaves the timestep groups that can be placed on an axis; a note tells of others."""
+  losses = (evaluation or {}).get("held_out")
+  for weights in ("raw", "ema"):
+    own = losses.get(weights) if isinstance(losses, dict) else None
+    if not isinstance(own, dict) or "groups" not in own:
+      continue
+    groups = own["groups"] if isinstance(own["groups"], list) else [None]
+    own["groups"] = [group for group in groups if _is_group(group)]
+    if damaged := len(groups) - len(own["groups"]):
+      notes.append(
+        f"evaluation.json: {damaged} of {len(groups)} timestep groups ({weights} weights) are "
+        "damaged and left out: evaluate again"
+      )
+
+
+def _is_group(group: Any) -> bool:
+  if not isinstance(group, dict):
+    return False
+  return all(finite(group.get(field)) is not None for field in ("t_first", "t_last"))
+
+
 def describe_model(config: dict[str, Any], notes: list[str]) -> dict[str, Any] | None:
   """Sizes, MACs and ranks of a stored config's model; None and a note if it does not fit."""
   try:
@@ -220,6 +241,7 @@ def read_run(name: str) -> dict[str, Any]:
   exports = _read_exports(path, evaluation or {}, notes)
   if evaluation and not isinstance(evaluation.get("held_out"), dict):
     notes.append("evaluation.json has no held_out losses of the known layout: evaluate again")
+  _drop_damaged_groups(evaluation, notes)
   data = _read_object(path / "data.json", [])
   training = config.get("training")
   training = training if isinstance(training, dict) else {}
@@ -267,48 +289,14 @@ def export_settings(run: dict[str, Any], metadata: dict[str, Any]) -> dict[str, 
   return {f: metadata[f] for f in fields if f in metadata and f not in left_out}
 
 
-def first_rows(file: pathlib.Path, array: str, count: int) -> Shaped[np.ndarray, "n ..."] | None:
-  """The first rows of an array in an .npz, without reading the rest.
-
-  Args:
-    file: the .npz.
-    array: name of the array.
-    count: rows wanted.
-
-  Returns:
-    at most `count` rows; None where there is no such array.
-
-  Raises:
-    ValueError, OSError, zipfile.BadZipFile: the file is damaged or missing.
-  """
-  with zipfile.ZipFile(file) as archive:
-    if f"{array}.npy" not in archive.namelist():
-      return None
-    with archive.open(f"{array}.npy") as stream:
-      version = np.lib.format.read_magic(stream)
-      read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
-        version, np.lib.format.read_array_header_2_0
-      )
-      shape, is_fortran, dtype = read(stream)
-      if dtype.hasobject or is_fortran or not shape:
-        raise ValueError(f"{array} is no plain array")
-      rows = (min(count, shape[0]), *shape[1:])
-      data = stream.read(math.prod(rows) * dtype.itemsize)
-  return np.frombuffer(data, dtype).reshape(rows)
-
-
 def read_samples(
-  run: dict[str, Any], export: str, count: int
-) -> tuple[Shaped[np.ndarray, "n H W 3"], Int[np.ndarray, " n"] | None] | None:
+  run: dict[str, Any], name: str, count: int
+) -> tuple[UInt8[np.ndarray, "n H W 3"], Int[np.ndarray, " n"] | None] | None:
   """(first images, their labels or None) of an export; None and a note if damaged."""
-  file = pathlib.Path(run["workdir"]).expanduser() / "samples" / export / "samples.npz"
+  directory = pathlib.Path(run["workdir"]).expanduser() / "samples" / name
   try:
-    images, labels = first_rows(file, "arr_0", count), first_rows(file, "arr_1", count)
-    if images is None or images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] != 3:
-      raise ValueError("arr_0 is not uint8 of the shape (N, H, W, 3)")
-    if labels is not None and labels.shape != images.shape[:1]:
-      raise ValueError("arr_1 holds no label of each image")
-    return images, labels
-  except DAMAGED as error:
-    run["notes"].append(f"samples.npz of the export {export!r} cannot be read ({error})")
+    _, batches = export.iterate_export(directory, count)
+    return next(batches)
+  except (UserError, OSError, StopIteration) as error:
+    run["notes"].append(f"the export {name!r} cannot be shown: {error or 'it is empty'}")
     return None

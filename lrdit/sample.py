@@ -1,16 +1,19 @@
 """Exports samples of a trained model for evaluation by any tool."""
 
+import functools
 import logging
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from lrdit import builders, checkpoints, parallel, sampler
+from lrdit import builders, checkpoints, parallel, run_files, sampler
 from lrdit.export import ExportWriter
 from lrdit.progress import make_bar
-from lrdit.workdir import open_workdir, read_data
 
 log = logging.getLogger("lrdit")
 
@@ -65,6 +68,76 @@ def make_settings(
   }
 
 
+def draw(
+  config: ConfigDict, drawn: sampler.Sampler, params: Any, to_pixels: Callable, first: int
+) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
+  """The samples [first, num_samples) by batches, drawn by all processes, on each of them.
+
+  Args:
+    config: resolved.
+    drawn: what draws the samples.
+    params: its weights.
+    to_pixels: from `builders.make_to_pixels`.
+    first: index of the first sample.
+  """
+  s = config.sampling
+  starts, rows = range(first, s.num_samples, s.batch_size), parallel.own_rows(s.batch_size)
+  for start, images in drawn.sample_rows(params, make_label_rule(config), starts, rows):
+    yield parallel.gather_rows(to_pixels(images))[: s.num_samples - start]
+
+
+def write_samples(
+  config: ConfigDict,
+  writer: ExportWriter,
+  compile_all: Callable[[], None],
+  batches: Callable[[int], Iterator],
+  num_devices: int,
+) -> None:
+  """Exports what is missing; the first process's part.
+
+  Args:
+    config: resolved.
+    writer: of the export.
+    compile_all: what draws them, before the export's clock starts.
+    batches: samples from an index on.
+    num_devices: they are drawn on.
+  """
+  s = config.sampling
+  parallel.from_first((np.int32(writer.num_done), np.bool_(writer.is_finished)))
+  if writer.is_finished:
+    log.info("%s: all %d samples are there", writer.directory, s.num_samples)
+    return
+  if writer.num_done:
+    log.info("%s: going on from %d of %d samples", writer.directory, writer.num_done, s.num_samples)
+  start = time.perf_counter()
+  if writer.num_done < s.num_samples:
+    compile_all()
+  compile_seconds = time.perf_counter() - start
+  writer.start_clock()
+  with make_bar(s.num_samples, writer.num_done, "image") as bar:
+    for batch in batches(writer.num_done):
+      writer.append(batch)
+      bar.update(len(batch))
+  machine = {"batch_size": s.batch_size, "num_devices": num_devices}
+  metadata = writer.finish(make_label_rule(config), machine | {"compile_seconds": compile_seconds})
+  text = "%d samples of step %d in %.1f s: %s"
+  seconds = metadata["wall_clock_seconds"]
+  log.info(text, s.num_samples, metadata["checkpoint_step"], seconds, writer.directory)
+
+
+def help_to_draw(compile_all: Callable[[], None], batches: Callable[[int], Iterator]) -> None:
+  """Draws with the first process what that one exports; the other processes' part.
+
+  Args:
+    compile_all, batches: as for `write_samples`.
+  """
+  first, is_finished = parallel.from_first((np.int32(0), np.bool_(False)))
+  if not is_finished:
+    compile_all()
+    for _ in batches(int(first)):
+      pass
+
+
 def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:
   """Runs `--mode=sample`: exactly `sampling.num_samples` images.
 
@@ -78,15 +151,19 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
   Raises:
     UserError: no checkpoint, another model's workdir, a full disk, and the like.
   """
-  devices, s = devices or jax.local_devices(), config.sampling
+  devices, s = devices or parallel.all_devices(), config.sampling
   drawn = builders.make_sampler(config, devices)
-  path = open_workdir(workdir, config, create=False)
-  restored = checkpoints.Checkpoints(path)
-  step, params = restored.restore_params(builders.params_template(config), s.use_ema)
-  restored.close()
-  vae_digest = read_data(path)["train"]["vae"] if config.vae.downsample_factor else ""
+  path = run_files.open_trained(workdir, config)
+  step, params = run_files.restore_params(path, builders.params_template(config), s.use_ema)
+  vae_digest = run_files.read_vae_digest(path) if config.vae.downsample_factor else ""
   to_pixels = builders.make_to_pixels(config, devices, vae_digest)
-  label_rule = make_label_rule(config)
+  batches = functools.partial(draw, config, drawn, params, to_pixels)
+  compile_all = functools.partial(
+    drawn.compile, params, make_label_rule(config), parallel.own_rows(s.batch_size)
+  )
+  if not parallel.is_first():
+    help_to_draw(compile_all, batches)
+    return
   with ExportWriter(
     path / "samples" / s.name,
     settings=make_settings(config, drawn, step, params, vae_digest),
@@ -96,23 +173,4 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
     batch_size=s.batch_size,
     png_files=s.png_files,
   ) as writer:
-    if writer.is_finished:
-      log.info("%s: all %d samples are there", writer.directory, s.num_samples)
-      return
-    if writer.num_done:
-      log.info(
-        "%s: going on from %d of %d samples", writer.directory, writer.num_done, s.num_samples
-      )
-    with make_bar(s.num_samples, writer.num_done, "image") as bar:
-      for batch in drawn.sample(params, label_rule, s.num_samples, writer.num_done):
-        writer.append(to_pixels(batch))
-        bar.update(len(batch))
-    machine = {"batch_size": s.batch_size, "num_devices": len(devices)}
-    metadata = writer.finish(label_rule, machine)
-  log.info(
-    "%d samples of step %d in %.1f s: %s",
-    s.num_samples,
-    step,
-    metadata["wall_clock_seconds"],
-    writer.directory,
-  )
+    write_samples(config, writer, compile_all, batches, len(devices))

@@ -230,6 +230,17 @@ class Sampler:
       for bucket in self.run_bucket
     }
 
+  def compile(self, params: Any, label_rule: LabelRule | None, rows: slice) -> None:
+    """Compiles what `sample_rows` runs, by running no solver step of each bucket.
+
+    Args:
+      params, label_rule, rows: as for `sample_rows`.
+    """
+    index = np.arange(self.settings.batch_size)[rows]
+    y = None if label_rule is None else label_rule(index)
+    no_steps = [(bucket, 0, 0) for bucket in self.run_bucket]
+    jax.block_until_ready(self._run(self.slice_params(params), index, y, no_steps))
+
   def sample_batch(
     self,
     sliced_params: dict[int, Any],
@@ -243,6 +254,10 @@ class Sampler:
       index: (B,) sample indices.
       labels: (B,) int32, or None for an unconditional model.
     """
+    return self._run(sliced_params, index, labels, self.segments)
+
+  def _run(self, sliced_params, index, labels, segments):
+    """`sample_batch` over other runs of solver steps: (bucket, first step, end step)."""
     shape = self.model.shape
     image_shape = (shape.image_size, shape.image_size, shape.channels)
     index = jax.device_put(np.asarray(index, np.uint32), self._batch_sharding)
@@ -251,7 +266,7 @@ class Sampler:
     # Placed as the bucket functions place their outputs, or a bucket that is
     # visited first and again later would be compiled for both placements.
     carry = jax.device_put((x, jnp.zeros_like(x)), self._batch_sharding)
-    for bucket, first, end in self.segments:
+    for bucket, first, end in segments:
       carry = self.run_bucket[bucket](
         sliced_params[bucket], carry, y, index, np.int32(first), np.int32(end)
       )
@@ -274,15 +289,32 @@ class Sampler:
     Yields:
       (at most B, H, W, C) float32; the next batch is computed meanwhile.
     """
-    sliced = self.slice_params(params)
     size = self.settings.batch_size
+    batches = self.sample_rows(params, label_rule, range(first, num_samples, size), slice(size))
+    for start, images in batches:
+      yield images[: num_samples - start]
+
+  def sample_rows(
+    self, params: Any, label_rule: LabelRule | None, starts: range, rows: slice
+  ) -> Iterator[tuple[int, Float[np.ndarray, "b H W C"]]]:
+    """Some rows of each batch, for a process that shares batches with others.
+
+    Args:
+      params, label_rule: as for `sample`.
+      starts: index of the first sample of each batch.
+      rows: which of the B samples of a batch.
+
+    Yields:
+      the batch's start, and (b, H, W, C) float32; the next batch is computed meanwhile.
+    """
+    sliced = self.slice_params(params)
     pending: list[tuple[int, Array]] = []
-    for start in range(first, num_samples, size):
-      index = np.arange(start, start + size)
+    for start in starts:
+      index = np.arange(start, start + self.settings.batch_size)[rows]
       y = None if label_rule is None else label_rule(index)
-      pending.append((min(size, num_samples - start), self.sample_batch(sliced, index, y)))
+      pending.append((start, self.sample_batch(sliced, index, y)))
       if len(pending) > 1:
-        count, images = pending.pop(0)
-        yield np.asarray(images)[:count]
-    for count, images in pending:
-      yield np.asarray(images)[:count]
+        done, images = pending.pop(0)
+        yield done, np.asarray(images)
+    for done, images in pending:
+      yield done, np.asarray(images)

@@ -55,6 +55,16 @@ def use_compilation_cache() -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_CACHED_SECONDS)
 
 
+def _memory_limit() -> int:
+  """Bytes this process may use: the machine's memory, or its control group's limit."""
+  memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  try:
+    with open("/sys/fs/cgroup/memory.max") as file:
+      return min(memory, int(file.read()))
+  except (OSError, ValueError):  # no such group, or "max"
+    return memory
+
+
 def _reserve_huge_pages(libc: ctypes.CDLL) -> None:
   """Extends the heap, which takes no memory until it is written, by half of the
   machine's and asks for huge pages there; without them, 4 KiB pages are used."""
@@ -62,7 +72,7 @@ def _reserve_huge_pages(libc: ctypes.CDLL) -> None:
   libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
   libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
   page = os.sysconf("SC_PAGE_SIZE")
-  size = os.sysconf("SC_PHYS_PAGES") // 2 * page
+  size = _memory_limit() // 2 // page * page
   block = libc.malloc(size)
   if block:
     start = -(-block // page) * page

@@ -13,14 +13,12 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from lrdit import builders, images, input_pipeline, parallel, sampler
-from lrdit.checkpoints import Checkpoints
+from lrdit import builders, input_pipeline, parallel, sampler
 from lrdit.errors import UserError
 from lrdit.held_out import held_out_losses
-from lrdit.metric_writer import MetricWriter
-from lrdit.progress import log_to_file, make_bar
+from lrdit.progress import make_bar
+from lrdit.run_files import FirstProcessFiles, OtherProcessFiles, RunFiles
 from lrdit.train_state import NEVER, TrainState, WindowMetrics, create_train_state
-from lrdit.workdir import check_data, open_workdir, store_config
 
 log = logging.getLogger("lrdit")
 
@@ -28,7 +26,7 @@ GRID_ROWS, GRID_COLUMNS = 8, 10
 
 
 class StopRequest:
-  """Turns the first SIGTERM or SIGINT into a flag; a second one kills."""
+  """Turns the first SIGTERM or SIGINT of a lone process into a flag; a second one kills."""
 
   def __init__(self):
     self.signal_name: str | None = None
@@ -46,6 +44,32 @@ class StopRequest:
   def __exit__(self, *_exception: Any) -> None:
     for number, handler in self._previous.items():
       signal.signal(number, handler)
+
+  def is_due(self, _step: int) -> bool:
+    """Whether to stop, after `step` updates."""
+    return self.signal_name is not None
+
+
+class SharedStopRequest:
+  """SIGTERM in any of several processes, which all learn of at the same step.
+
+  jax watches for the signal in all of them. SIGINT ends a process, and with it the others.
+  """
+
+  def __init__(self):
+    self.signal_name: str | None = None
+
+  def __enter__(self) -> "SharedStopRequest":
+    return self
+
+  def __exit__(self, *_exception: Any) -> None:
+    pass
+
+  def is_due(self, step: int) -> bool:
+    """Whether to stop, after `step` updates; to be asked at every step."""
+    if parallel.is_preempted(step):
+      self.signal_name = "SIGTERM"
+    return self.signal_name is not None
 
 
 class Stopwatch:
@@ -85,19 +109,21 @@ class Trainer:
     """
     self.config, self.devices = config, devices
     self.curriculum = builders.make_curriculum(config)
+    self._warn_of_too_few_steps()
     self.source = builders.make_source(config, "train")
     self.eval_source = builders.make_source(config, "eval")
     self.optimizer, _ = builders.make_optimizer(config)
-    grid_batch = -(-GRID_ROWS * GRID_COLUMNS // len(devices)) * len(devices)
-    self.grid_sampler = builders.make_sampler(config, devices, grid_batch)
+    own = parallel.own_devices(devices)  # the first process draws grids alone
+    grid_batch = -(-GRID_ROWS * GRID_COLUMNS // len(own)) * len(own)
+    self.grid_sampler = builders.make_sampler(config, own, grid_batch)
     self.to_pixels = self._make_to_pixels()
     self.slots = parallel.batch_slots(config.training.batch_size, devices)
     self.key = jax.random.key(config.seed)
     self.eval_step = builders.make_eval_step(config, devices)
-    self.workdir = open_workdir(workdir, config, create=True)
-    check_data(self.workdir, {"train": self.source.identity, "eval": self.eval_source.identity})
-    (self.workdir / "samples").mkdir(exist_ok=True)
-    self.checkpoints = Checkpoints(self.workdir, config.checkpoint.keep)
+    identity = {"train": self.source.identity, "eval": self.eval_source.identity}
+    self.files: RunFiles = (
+      FirstProcessFiles(config, workdir, identity) if parallel.is_first() else OtherProcessFiles()
+    )
 
   def _make_to_pixels(self) -> Any:
     """What turns samples into pixels: for grids, and to check a VAE that is named."""
@@ -107,23 +133,21 @@ class Trainer:
     return builders.make_to_pixels(self.config, self.devices, vae_digest)
 
   def initial_state(self) -> TrainState:
-    """The newest checkpoint's state, on the host, or a fresh one."""
+    """The newest checkpoint's state, on the host, or a fresh one; the first process's."""
 
     def fresh() -> TrainState:
       params = builders.init_params(self.config)
       return create_train_state(params, self.optimizer, self.curriculum.num_groups)
 
-    restored = self.checkpoints.restore_state(jax.eval_shape(fresh))
-    if restored is not None:
-      log.info("resuming from the checkpoint of step %d", restored.step)
-      return restored
-    state = fresh()
-    log.info("%d parameters", parameter_overview.count_parameters(state.params))
-    return state
+    state = self.files.restore_state(jax.eval_shape(fresh))
+    if state is None:
+      state = fresh()
+      log.info("%d parameters", parameter_overview.count_parameters(state.params))
+    return parallel.from_first(parallel.to_host(state))
 
   def enter_stage(self, state: TrainState) -> tuple[int, Callable]:
     """The stage of a replicated state and its pmapped step, which its first call compiles."""
-    progress = parallel.to_host(parallel.unreplicate(state.stage))
+    progress = parallel.read(state.stage)
     stage, count = int(progress.number), len(self.curriculum.stages)
     if count > 1:
       low, high = self.curriculum.timesteps_of(stage)
@@ -139,11 +163,24 @@ class Trainer:
     is_last = stage == len(self.curriculum.stages) - 1
     if is_last or step % self.curriculum.check_every_steps:
       return False
-    return int(parallel.unreplicate(state.stage.number)) != stage
+    return int(parallel.read(state.stage.number)) != stage
+
+  def _warn_of_too_few_steps(self) -> None:
+    """Tells of a curriculum that cannot come to all timesteps in the run's steps."""
+    c, num_steps = self.curriculum, self.config.training.num_steps
+    # A stage's first check is always better than none, so it takes one more.
+    least = (len(c.stages) - 1) * (c.patience + 1) * c.check_every_steps
+    if least >= num_steps:
+      log.warning(
+        "the curriculum takes at least %d steps to come to all timesteps, and config.training."
+        "num_steps is %d: lower config.curriculum.check_every_steps or patience",
+        least,
+        num_steps,
+      )
 
   def warn_of_stages_left(self, state: TrainState) -> None:
     """Tells of a finished run whose curriculum did not come to all timesteps."""
-    stage, count = int(parallel.unreplicate(state.stage.number)) + 1, len(self.curriculum.stages)
+    stage, count = int(parallel.read(state.stage.number)) + 1, len(self.curriculum.stages)
     if stage < count:
       log.warning(
         "training ended in stage %d/%d of the curriculum: go on with more "
@@ -154,16 +191,14 @@ class Trainer:
 
   def save(self, state: TrainState) -> None:
     """Starts a checkpoint of a replicated state, unless its numbers are bad."""
-    host_state = parallel.to_host(parallel.unreplicate(state))
-    self.refuse_non_finite(int(host_state.window.non_finite_step))
-    self.checkpoints.save(host_state, self.config.to_dict())
+    self.refuse_non_finite(int(parallel.read(state.window.non_finite_step)))
+    self.files.save(state)
 
   def refuse_non_finite(self, step: int) -> None:
     """Stops the run if the loss or gradient of a step was not finite."""
     if step == NEVER:
       return
-    self.checkpoints.wait()
-    good = self.checkpoints.steps()
+    good = self.files.finish_saves()
     raise UserError(
       f"the loss, its gradient or the update is not finite at step {step}; nothing was saved "
       "after it. "
@@ -188,6 +223,8 @@ class Trainer:
 
   def write_grid(self, state: TrainState, step: int) -> None:
     """A grid of samples of the averaged weights, one class a column."""
+    if not parallel.is_first():
+      return
     count, classes = GRID_ROWS * GRID_COLUMNS, self.config.data.num_classes
 
     def label_of_column(index: np.ndarray) -> np.ndarray:
@@ -196,8 +233,7 @@ class Trainer:
     params = parallel.unreplicate(state.ema_params)
     label_rule = label_of_column if classes else None
     batch = np.concatenate(list(self.grid_sampler.sample(params, label_rule, count)))
-    path = self.workdir / "samples" / f"step_{step:08d}.png"
-    images.write_grid(path, self.to_pixels(batch), GRID_COLUMNS)
+    self.files.write_grid(step, self.to_pixels(batch), GRID_COLUMNS)
 
   def window_scalars(self, window: WindowMetrics, stage: int, watch: Stopwatch) -> dict[str, float]:
     """Means since the last line, and the speed where a step was timed."""
@@ -231,7 +267,6 @@ def after_step(
   step: int,
   stage: int,
   watch: Stopwatch,
-  writer: MetricWriter,
   bar: Any,
 ) -> None:
   """Whatever is due after a step of a stage: metrics, held-out loss, grid, checkpoint."""
@@ -248,7 +283,7 @@ def after_step(
   watch.pause()
   scalars = {}
   if due["log"]:
-    window = parallel.to_host(parallel.unreplicate(state.window))
+    window = parallel.read(state.window)
     trainer.refuse_non_finite(int(window.non_finite_step))
     scalars |= trainer.window_scalars(window, stage, watch)
     watch.steps, watch.seconds = 0, 0.0
@@ -257,7 +292,7 @@ def after_step(
   if due["eval"]:
     scalars["eval/loss"] = trainer.eval_loss(state)
   if scalars:
-    writer.write(step, scalars)
+    trainer.files.write_metrics(step, scalars)
     numbers = "  ".join(f"{name} {value:.5g}" for name, value in scalars.items())
     log.debug("step %d/%d  %s", step, last, numbers)
   if due["grid"]:
@@ -268,7 +303,7 @@ def after_step(
 
 
 def run_steps(
-  trainer: Trainer, state: TrainState, first_step: int, stop: StopRequest, writer: MetricWriter
+  trainer: Trainer, state: TrainState, first_step: int, stop: StopRequest | SharedStopRequest
 ) -> tuple[TrainState, int]:
   """Trains until the last step or a request to stop; returns state and step.
 
@@ -280,14 +315,14 @@ def run_steps(
   watch, before = Stopwatch(), None
   stage, train_step = trainer.enter_stage(state)
   with contextlib.closing(batches), make_bar(last, step, "step") as bar:
-    while step < last and not stop.signal_name:
+    while step < last and not stop.is_due(step):
       state, non_finite_step = train_step(state, next(on_devices), trainer.key)
       step += 1
       if before is not None:
-        trainer.refuse_non_finite(int(parallel.unreplicate(before)))
+        trainer.refuse_non_finite(int(parallel.read(before)))
       before = non_finite_step
       watch.tick()
-      after_step(trainer, state, step, stage, watch, writer, bar)
+      after_step(trainer, state, step, stage, watch, bar)
       bar.update()
       if trainer.has_left_stage(stage, state, step):
         watch.pause()
@@ -306,26 +341,21 @@ def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = N
   Raises:
     UserError: whatever the user can mend.
   """
-  trainer = Trainer(config, workdir, devices or jax.local_devices())
-  handler = log_to_file(trainer.workdir / "train.log")
+  trainer = Trainer(config, workdir, devices or parallel.all_devices())
   try:
-    with StopRequest() as stop:
+    with StopRequest() if parallel.num_processes() == 1 else SharedStopRequest() as stop:
       state = trainer.initial_state()
-      store_config(trainer.workdir, config)
       first_step = int(state.step)
-      writer = MetricWriter(trainer.workdir, first_step, config.training.tensorboard)
+      trainer.files.begin(first_step)
       state = parallel.replicate(state, trainer.devices)
-      state, step = run_steps(trainer, state, first_step, stop, writer)
+      state, step = run_steps(trainer, state, first_step, stop)
       if step not in (first_step, config.training.num_steps):
         trainer.save(state)
-      trainer.checkpoints.wait()
-      writer.close()
+      trainer.files.finish_saves()
     if step < config.training.num_steps:
       log.info("stopped by %s at step %d; the same command resumes", stop.signal_name, step)
     else:
-      log.info("trained %d steps; checkpoints are under %s", step, trainer.checkpoints.directory)
+      log.info("trained %d steps; checkpoints are under %s", step, workdir)
       trainer.warn_of_stages_left(state)
   finally:
-    log.removeHandler(handler)
-    handler.close()
-    trainer.checkpoints.close()
+    trainer.files.close()

@@ -22,6 +22,7 @@ jaxtyping.install_import_hook(
   [
     f"lrdit.{name}"
     for name in (
+      "classifier",
       "curriculum",
       "diffusion",
       "dit",
@@ -30,11 +31,13 @@ jaxtyping.install_import_hook(
       "flops",
       "image_files",
       "images",
+      "inception",
       "input_pipeline",
       "latents",
       "low_rank",
       "matmul",
       "metrics",
+      "npz_stream",
       "parallel",
       "rank_schedule",
       "references",
@@ -55,3 +58,16 @@ jax.config.update("jax_num_cpu_devices", 4)
 def pytest_unconfigure(config):
   if not hasattr(config, "workerinput"):  # the main process of the run
     shutil.rmtree(os.environ["LRDIT_TEST_CACHE"], ignore_errors=True)
+
+
+def pytest_terminal_summary(terminalreporter):
+  """Says how many kill -9 the tests of faults came to."""
+  reports = [report for group in terminalreporter.stats.values() for report in group]
+  kills = [
+    number
+    for report in reports
+    for name, number in getattr(report, "user_properties", ())
+    if name == "kills" and report.when == "call"
+  ]
+  if kills:
+    terminalreporter.write_line(f"{sum(kills)} kill -9 at random moments")

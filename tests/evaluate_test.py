@@ -92,7 +92,9 @@ def test_two_evaluations_agree_to_the_last_digit(trained, tmp_path):
   for features in ("", "", str(tmp_path / "features")):
     config = config_of(evaluation__features_dir=features)
     evaluate.evaluate(config, str(trained), jax.devices()[:1])
-    texts.append((trained / "evaluation.json").read_text())
+    evaluation = read(trained)
+    assert evaluation.pop("settings")["features_dir"] == features
+    texts.append(json.dumps(evaluation))
   assert texts[0] == texts[1] == texts[2]
   assert (trained / "features" / "classifier.npz").exists()
   figures = json.loads(texts[0])["samples"]["default"]["figures"]
@@ -113,8 +115,20 @@ def test_figures_of_other_exports_are_kept_while_the_checkpoint_is_the_same(trai
   evaluation = read(workdir)
   assert sorted(evaluation["samples"]) == ["default", "other"]
   assert evaluation["samples"]["other"]["metadata"]["seed"] == 5
-  assert evaluate.kept_samples(workdir / "evaluation.json", 8).keys() == {"default", "other"}
-  assert evaluate.kept_samples(workdir / "evaluation.json", 9) == {}
+  for step, names in ((8, {"default", "other"}), (9, set())):
+    key = {"checkpoint_step": step, "checkpoint_digest": evaluation["checkpoint_digest"]}
+    assert evaluate.kept_samples(workdir / "evaluation.json", key).keys() == names
+  assert evaluate.kept_samples(workdir / "evaluation.json", key | {"checkpoint_digest": ""}) == {}
+
+
+def test_figures_over_another_extractor_join_those_that_still_hold():
+  kept = dict(metadata={"n": 1}, reference={"r": 1}, figures={"a": 1.0}, extractors={"a": {}})
+  new = kept | dict(figures={"b": 2.0}, extractors={"b": {}})
+  joined = evaluate.merged(kept, new)
+  assert (joined["figures"], list(joined["extractors"])) == ({"a": 1.0, "b": 2.0}, ["a", "b"])
+  for field in ("metadata", "reference"):
+    assert evaluate.merged(kept | {field: {"other": 1}}, new) == new
+  assert evaluate.merged(None, new) == new
 
 
 def test_statistics_of_something_else_are_refused(trained, tmp_path):
@@ -134,5 +148,21 @@ def test_samples_of_other_weights_are_refused(trained, tmp_path):
   shutil.copytree(trained, workdir)
   path = workdir / "samples" / "default" / "metadata.json"
   path.write_text(json.dumps(json.loads(path.read_text()) | {"checkpoint_digest": "0"}))
-  with pytest.raises(UserError, match="another run's step 8"):
+  with pytest.raises(UserError, match="of something else: checkpoint_digest"):
+    evaluate.evaluate(config_of(), str(workdir), jax.devices()[:1])
+
+
+def test_samples_drawn_otherwise_than_asked_for_are_refused(trained):
+  other = config_of(sampling__num_steps=5, sampling__seed=7)
+  with pytest.raises(UserError, match=r"of something else: num_steps .* seed"):
+    evaluate.evaluate(other, str(trained), jax.devices()[:1])
+
+
+def test_a_run_is_measured_on_its_own_data(trained, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(trained, workdir)
+  data = json.loads((workdir / "data.json").read_text())
+  data["eval"]["num_examples"] = 3
+  (workdir / "data.json").write_text(json.dumps(data))
+  with pytest.raises(UserError, match="on other data: num_examples"):
     evaluate.evaluate(config_of(), str(workdir), jax.devices()[:1])

@@ -88,12 +88,41 @@ def brute_force_mmd(x, y):
   return within / (n * (n - 1)) - 2 * between / n**2
 
 
-def test_kernel_distance_of_whole_sets_is_brute_force_s():
+def test_squared_mmd_is_brute_force_s():
   rng = np.random.default_rng(0)
   x, y = rng.normal(size=(12, 5)), rng.normal(size=(12, 5)) + 0.5
+  assert metrics.squared_mmd(x, y) == pytest.approx(brute_force_mmd(x, y), rel=1e-10)
+
+
+@pytest.mark.parametrize(("sizes", "subset_size"), [((80, 80), 40), ((61, 300), 30)])
+def test_kernel_distance_of_small_sets_spreads_as_samples_do(sizes, subset_size):
+  rng = np.random.default_rng(0)
+  x, y = rng.normal(size=(sizes[0], 5)), rng.normal(size=(sizes[1], 5)) + 0.5
   mean, std = metrics.kernel_distance(x, y)
-  assert mean == pytest.approx(brute_force_mmd(x, y), rel=1e-10)
-  assert std == pytest.approx(0, abs=1e-12)  # the only subset is the set
+  fresh = [
+    metrics.squared_mmd(*(rng.normal(size=(subset_size, 5)) + offset for offset in (0, 0.5)))
+    for _ in range(400)
+  ]
+  # Subsets of one set share features, so they spread less than samples of their own.
+  assert 0.4 * np.std(fresh) < std < 1.1 * np.std(fresh)
+  assert abs(mean - np.mean(fresh)) < 2 * np.std(fresh)
+
+
+@pytest.mark.parametrize(("count", "size"), [(2, 2), (3, 2), (4, 2), (7, 3), (1998, 999)])
+def test_kernel_distance_takes_half_of_a_small_set(monkeypatch, count, size):
+  seen = set()
+  monkeypatch.setattr(metrics, "squared_mmd", lambda x, y: seen.add((len(x), len(y))) or 0.0)
+  metrics.kernel_distance(np.zeros((count, 1)), np.zeros((3000, 1)))
+  assert seen == {(size, size)}
+
+
+def test_kernel_distance_takes_at_most_a_thousand_and_at_least_two(monkeypatch):
+  seen = set()
+  monkeypatch.setattr(metrics, "squared_mmd", lambda x, y: seen.add((len(x), len(y))) or 0.0)
+  metrics.kernel_distance(np.zeros((2500, 1)), np.zeros((3000, 1)))
+  assert seen == {(1000, 1000)}
+  with pytest.raises(ValueError, match="at least two"):
+    metrics.kernel_distance(np.zeros((1, 1)), np.zeros((3000, 1)))
 
 
 def test_kernel_distance_is_unbiased_and_fixed_by_its_seed(monkeypatch):

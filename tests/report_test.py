@@ -20,6 +20,8 @@ METADATA = {
   "checkpoint_step": 8,
   "weights": "ema",
   "num_samples": 20,
+  "has_labels": True,
+  "num_drawn": 30,
   "solver": "ddim",
   "num_steps": 10,
   "eta": 0.0,
@@ -29,11 +31,14 @@ METADATA = {
   "labels": "balanced",
   "dtype": "float32",
   "wall_clock_seconds": 4.0,
+  "compile_seconds": 2.5,
   "backend": "cpu",
   "num_devices": 1,
   "jax": "0.10.2",
 }
-HELD_OUT = {"draws": 4, "examples": 299, "seed": 0, "batch_size": 16}
+HELD_OUT = {"draws": 4, "examples": 299, "seed": 0, "batch_size": 16, "dtype": "float32"}
+HELD_OUT |= {"data": {"name": "digits", "split": "test"}}
+SOFTWARE = {"python": "3.12.3", "jax": "0.10.2", "flax": "0.12.1", "lrdit": "1.5", "backend": "cpu"}
 REFERENCE = {"split": "train", "num_images": 1498}
 
 
@@ -50,13 +55,18 @@ def losses(loss):
   return {"loss": loss, "groups": groups}
 
 
-def export(workdir, name="default", accuracy=0.9, digest="ab", **metadata):
+def export(workdir, name="default", accuracy=0.9, distance=20.0, digest="ab", **metadata):
   """Samples and what evaluation.json says of them."""
   metadata = METADATA | metadata
   images = np.random.default_rng(metadata["seed"]).integers(0, 256, (20, 8, 8, 3), np.uint8)
   write(workdir / "samples" / name / "metadata.json", metadata)
   np.savez(workdir / "samples" / name / "samples.npz", arr_0=images, arr_1=np.arange(20) % 10)
-  figures = {"classifier_recognition_accuracy": accuracy, "inception_frechet_distance": 20.0}
+  figures = {
+    "classifier_recognition_accuracy": accuracy,
+    "classifier_recognition_accuracy_of_held_out_images": 0.987,
+    "classifier_num_samples": 20,
+    "inception_frechet_distance": distance,
+  }
   extractors = {"classifier": {"digest": digest}, "inception": {"digest": "1"}}
   return {
     "metadata": metadata,
@@ -66,7 +76,7 @@ def export(workdir, name="default", accuracy=0.9, digest="ab", **metadata):
   }
 
 
-def make_run(workdir, method="full", seed=0, loss=0.2, rate=100.0, exports=None):
+def make_run(workdir, method="full", seed=0, loss=0.2, accuracy=0.9, rate=100.0, exports=None):
   """A workdir of a run of 8 steps with everything in it."""
   config = tiny.tiny_config(f"method={method}", seed=seed).to_dict()
   write(workdir / "config.json", config)
@@ -77,11 +87,14 @@ def make_run(workdir, method="full", seed=0, loss=0.2, rate=100.0, exports=None)
   ]
   lines[1] |= {"train/loss_t0000-0499": 3 * loss, "train/loss_t0500-0999": loss}
   (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-  drawn = {"default": export(workdir)} if exports is None else exports
+  if exports is None:
+    exports = {"default": export(workdir, accuracy=accuracy, distance=100 * loss)}
   evaluation = {
     "checkpoint_step": 8,
     "held_out": HELD_OUT | {"raw": losses(1.1 * loss), "ema": losses(loss)},
-    "samples": drawn,
+    "samples": exports,
+    "software": SOFTWARE,
+    "settings": config["evaluation"] | {"max_features": 77},
   }
   write(workdir / "evaluation.json", evaluation)
   return str(workdir)
@@ -104,11 +117,15 @@ def comparison_of(made, arm, baseline=0):
 def workdirs(tmp_path_factory):
   """Two seeds of full, three of adaptive, one static."""
   root = tmp_path_factory.mktemp("runs")
-  values = {"full": (0.200, 0.202), "adaptive": (0.206, 0.208, 0.210), "static": (0.3,)}
+  values = {
+    "full": ((0.200, 0.90), (0.202, 0.94)),
+    "adaptive": ((0.206, 0.95), (0.208, 0.91), (0.210, 0.93)),
+    "static": ((0.3, 0.8),),
+  }
   return [
-    make_run(root / f"{method}_{seed}", method, seed, loss, rate=100.0 + 10 * seed)
+    make_run(root / f"{method}_{seed}", method, seed, *figures, rate=100.0 + 10 * seed)
     for method, of_seed in values.items()
-    for seed, loss in enumerate(of_seed)
+    for seed, figures in enumerate(of_seed)
   ]
 
 
@@ -144,7 +161,8 @@ def test_comparison_with_the_full_arm(made):
   assert held_out["standard_error"] == pytest.approx(0.208 / 0.201 * relative, rel=1e-9)
   assert held_out["verdict"] == "larger than the seeds' spread"
   accuracy = comparison_of(made, 1)["classifier_recognition_accuracy"]
-  assert (accuracy["value"], accuracy["verdict"]) == (0.0, "within the seeds' spread")
+  assert accuracy["value"] == pytest.approx(1.0)
+  assert accuracy["verdict"] == "within the seeds' spread"
   macs = comparison_of(made, 1)["mean_forward_macs"]
   exact = [cell["exact"] for cell in rows_of(made)["mean_forward_macs"]["cells"]]
   assert macs["value"] == exact[1] / exact[0] < 1
@@ -233,8 +251,11 @@ def test_missing_pieces_are_missing(tmp_path):
   assert notes[whole] == ""
   for words in ("no metrics.jsonl", "no evaluation.json", "no finished export", "at step 0 of 8"):
     assert words in notes[bare]
-  for words in ("metrics.jsonl is damaged after 1", "evaluation.json is damaged", "at step 4 of 8"):
+  damaged = ("metrics.jsonl is damaged after 1", "evaluation.json is damaged", "at step 4 of 8")
+  for words in damaged:
     assert words in notes[torn]
+  (alone,) = report.make_report([torn], "out")["arms"][0]["runs"]
+  assert "the export 'default' cannot be shown: the samples under" in " ".join(alone["notes"])
 
 
 def test_a_config_of_another_version_is_a_note(tmp_path):
@@ -257,14 +278,72 @@ def test_grids_show_the_same_indices_and_say_what_differs(tmp_path, made):
   assert (grids[1]["export"], grids[1]["differs"]) == ("default", "seed 5, not 0")
 
 
-def test_first_rows_are_those_of_the_archive(tmp_path):
-  array = np.arange(60, dtype=np.int64).reshape(20, 3)
-  np.savez_compressed(tmp_path / "x.npz", arr_0=array)
-  np.testing.assert_array_equal(
-    report_runs.first_rows(tmp_path / "x.npz", "arr_0", 7), array[:7], strict=True
-  )
-  assert len(report_runs.first_rows(tmp_path / "x.npz", "arr_0", 70)) == 20
-  assert report_runs.first_rows(tmp_path / "x.npz", "arr_1", 7) is None
+def test_sampling_speed_is_of_all_images_that_were_drawn(tmp_path, made):
+  assert groups_of(made, "sampling_images_per_second", 0)[0]["mean"] == 7.5  # 30 in 4 s, 20 kept
+  run = tmp_path / "run"
+  drawn = export(run)
+  del drawn["metadata"]["num_drawn"]
+  write(run / "samples" / "default" / "metadata.json", drawn["metadata"])
+  older = report.make_report([make_run(run, exports={"default": drawn})], "out")
+  assert groups_of(older, "sampling_images_per_second", 0) == []
+  assert "no finished export" not in " ".join(older["arms"][0]["runs"][0]["notes"])
+
+
+def test_the_claim_is_judged_check_by_check(made, page):
+  (claim,) = made["claim"]
+  checks = {(check["against"], check["key"]): check for check in claim["checks"]}
+  loss = checks["full", "held_out_loss_ema"]
+  excess = 100 * (0.208 / 0.201 - 1)
+  assert loss["value"] == pytest.approx(excess, rel=1e-9)
+  assert loss["outcome"] == f"missed by {excess - 3:.3g} %"
+  assert loss["label"] == "held-out loss, EMA weights"
+  assert (loss["better"], loss["verdict"]) == ("full", "larger than the seeds' spread")
+  compared = comparison_of(made, 1)
+  assert loss["standard_error"] == 100 * compared["held_out_loss_ema"]["standard_error"]
+  assert loss["macs_ratio"] == compared["mean_forward_macs"]["value"] < 1
+  accuracy = checks["full", "classifier_recognition_accuracy"]
+  assert (accuracy["outcome"], accuracy["better"]) == ("kept", "adaptive")
+  for key in ("held_out_loss_ema", "inception_frechet_distance"):
+    control = checks["static", key]
+    assert (control["outcome"], control["better"]) == ("kept", "adaptive")
+    assert control["value"] == pytest.approx(100 * (0.208 / 0.3 - 1), rel=1e-9)
+    assert control["standard_error"] is None
+    assert control["macs_ratio"] == comparison_of(made, 1, 2)["mean_forward_macs"]["value"]
+  assert len(checks) == len(claim["checks"]) == 4
+  assert page.index("<h2>Claim</h2>") < page.index("<h2>Arms</h2>")
+  assert f"<strong>missed by {excess - 3:.3g} %</strong>" in page
+  assert "full is better; difference larger than the seeds&#x27; spread" in page
+
+
+def test_the_claim_tells_what_is_missed_or_not_measured(tmp_path):
+  paths = [
+    make_run(tmp_path / "full", "full", 0, 0.2, 0.95),
+    make_run(tmp_path / "adaptive", "adaptive", 0, 0.205, 0.925),
+    make_run(tmp_path / "static", "static", 0, 0.2),
+  ]
+  (claim,) = report.make_report(paths, "out")["claim"]
+  outcomes = [(check["outcome"], check["better"]) for check in claim["checks"]]
+  missed = ("missed by 2.5 %", "static")
+  assert outcomes == [("kept", "full"), ("missed by 0.5 points", "full"), missed, missed]
+  made = report.make_report(paths[:1], "out")
+  assert [check["outcome"] for check in made["claim"][0]["checks"]] == ["not measured"] * 4
+  assert report_page.render(made).count("<strong>not measured</strong>") == 4
+
+
+def test_what_is_no_arm_s_quality_is_told_once_below_the_table(made, page):
+  assert groups_of(made, "classifier_num_samples", 0)[0]["mean"] == 20
+  assert page.count("recognition accuracy of real held-out images (classifier) 98.70 %;") == 1
+  assert page.count("images compared (classifier) 20.") == 1
+  assert ">recognition accuracy of real" not in page
+
+
+def test_versions_of_evaluations_and_exports(page, workdirs):
+  rows = dict(re.findall(r'<tr><th scope="row">([^<]*, (?:e\w+)[^<]*)</th>(.*?)</tr>', page))
+  assert len(rows) == 2 * len(workdirs)
+  cells = "".join(f"<td>{SOFTWARE[f]}</td>" for f in ("lrdit", "jax", "flax", "python", "backend"))
+  assert rows[f"{workdirs[0]}, evaluation"] == cells
+  export_cells = "<td>—</td><td>0.10.2</td><td>—</td><td>—</td><td>cpu</td>"
+  assert rows[f"{workdirs[0]}, export default"] == export_cells
 
 
 def test_losses_by_timestep_are_means_over_the_seeds(made):
@@ -275,6 +354,41 @@ def test_losses_by_timestep_are_means_over_the_seeds(made):
   ]
   assert held_out[0]["mean"] == pytest.approx(1.5 * 0.201)
   assert held_out[0]["std"] == pytest.approx(1.5 * 0.002 / 2**0.5)
+
+
+def test_losses_of_another_protocol_are_not_drawn_but_told(tmp_path):
+  paths = [make_run(tmp_path / "full")]
+  for seed, held_out in enumerate(({}, {"dtype": "bfloat16"}, {"data": {"name": "other"}})):
+    path = tmp_path / f"adaptive_{seed}"
+    paths.append(make_run(path, "adaptive", seed, 0.1 + seed))
+    evaluation = json.loads((path / "evaluation.json").read_text())
+    evaluation["held_out"] |= held_out
+    write(path / "evaluation.json", evaluation)
+  made = report.make_report(paths, "out")
+  losses = made["arms"][1]["loss_by_timestep"]
+  assert [(group["n"], group["mean"]) for group in losses["held_out"]] == [
+    (1, pytest.approx(0.15)),
+    (1, pytest.approx(0.05)),
+  ]
+  told = "1 of 3 runs of adaptive (held_out.dtype bfloat16, not float32), 1 of 3 runs of adaptive ("
+  told += "held_out.data.name other, not digits; held_out.data.split nothing, not test)"
+  assert f"Left out, as measured otherwise: {told}" in report_page.render(made)
+
+
+def test_damaged_timestep_groups_are_a_note(tmp_path):
+  path = tmp_path / "run"
+  make_run(path)
+  evaluation = json.loads((path / "evaluation.json").read_text())
+  del evaluation["held_out"]["ema"]["groups"][0]["t_first"]
+  evaluation["held_out"]["raw"]["groups"] = 3
+  write(path / "evaluation.json", evaluation)
+  made = report.make_report([str(path)], "out")
+  drawn = made["arms"][0]["loss_by_timestep"]["held_out"]
+  assert [group["t_first"] for group in drawn] == [500]
+  notes = " ".join(made["arms"][0]["runs"][0]["notes"])
+  assert "1 of 2 timestep groups (ema weights) are damaged" in notes
+  assert "1 of 1 timestep groups (raw weights) are damaged" in notes
+  report_page.render(made)
 
 
 def test_the_plan_s_numbers_agree_with_the_arms(made):
@@ -300,6 +414,7 @@ def test_commands_make_the_same_config_again(made, monkeypatch):
   assert ("--mode=sample" in sample, "--mode=evaluate" in evaluate) == (True, True)
   sampling = main.parse_flags(sample[1:]).config.sampling
   assert (sampling.num_samples, sampling.name, sampling.seed) == (20, "default", 0)
+  assert main.parse_flags(evaluate[1:]).config.evaluation.max_features == 77
 
 
 class Checker(html.parser.HTMLParser):
@@ -373,6 +488,22 @@ def test_plots_are_the_same_every_time(made):
   assert "#ffffff" not in svg.lower()  # no ground of its own, which a dark page would show
 
 
+def test_curves_of_few_points_show_each():
+  def drawn(count):
+    curves = {"train/loss": [[*range(count)], [1.0 + i for i in range(count)]]}
+    return plots.training_curves([{"name": "a", "runs": [{"curves": curves}]}], "train/loss")
+
+  markers = [drawn(count).count(f"fill: {plots.colour_of(0).lower()}") for count in (1, 3, 40)]
+  assert markers[0] > 0 == markers[2]
+  assert markers[1] - markers[0] == 2
+
+
+def test_seeds_are_in_numerical_order(tmp_path):
+  paths = [make_run(tmp_path / str(seed), seed=seed) for seed in (10, 4294967295, 2)]
+  arms = report.make_report(paths, "out")["arms"]
+  assert [run["seed"] for run in arms[0]["runs"]] == [2, 10, 4294967295]
+
+
 def test_long_curves_are_shortened_to_means():
   steps, means = plots.shorten(range(1201), [*range(1200), None])
   assert len(steps) <= plots.MAX_POINTS
@@ -410,8 +541,9 @@ def test_the_command_line_writes_both_files(workdirs, made, tmp_path, capsys, mo
 def test_labels_that_differ_are_told(tmp_path):
   paths = [make_run(tmp_path / "full"), make_run(tmp_path / "static", "static")]
   images, labels = np.zeros((12, 8, 8, 3), np.uint8), np.zeros(12, np.int64)
-  file = tmp_path / "static" / "samples" / "default" / "samples.npz"
-  np.savez(file, arr_0=images, arr_1=labels)
+  directory = tmp_path / "static" / "samples" / "default"
+  np.savez(directory / "samples.npz", arr_0=images, arr_1=labels)
+  write(directory / "metadata.json", METADATA | {"num_samples": 12})
   grids = report.make_report(paths, "out")["grids"]
   assert [len(grid["images"]) for grid in grids] == [12, 12]
   assert grids[1]["differs"] == "other labels"

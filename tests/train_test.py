@@ -169,7 +169,10 @@ def test_a_checkpoint_of_four_devices_resumes_on_one(undisturbed, tmp_path):
   np.testing.assert_allclose(tiny.losses(tmp_path), tiny.losses(undisturbed), rtol=1e-3)
 
 
-@pytest.mark.parametrize("arm", ["full", "static", "adaptive"])
+@pytest.mark.parametrize(
+  "arm",
+  [*(pytest.param(arm, marks=pytest.mark.slow) for arm in ("full", "static")), "adaptive"],
+)
 def test_every_arm_trains_samples_and_is_evaluated(tmp_path, arm):
   flags = ("--config.training.sample_every_steps=4", "--config.sampling.png_files=True")
   for mode in ("train", "sample", "evaluate"):

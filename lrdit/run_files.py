@@ -1,0 +1,192 @@
+"""A run's files, which are the first process's: the others get from it what they need."""
+
+import json
+import logging
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from lrdit import images, parallel
+from lrdit.checkpoints import Checkpoints
+from lrdit.errors import UserError
+from lrdit.metric_writer import MetricWriter
+from lrdit.progress import log_to_file
+from lrdit.train_state import TrainState
+from lrdit.workdir import changes, check_data, open_workdir, read_data, store_config
+
+log = logging.getLogger("lrdit")
+
+
+class RunFiles(Protocol):
+  """What training reads and writes."""
+
+  def restore_state(self, template: TrainState) -> TrainState | None:
+    """The newest intact checkpoint's state on the host, or None; see `Checkpoints`."""
+
+  def begin(self, first_step: int) -> None:
+    """Stores the config and opens the metrics, which go on after `first_step`."""
+
+  def write_metrics(self, step: int, scalars: Mapping[str, float]) -> None:
+    """A line of metrics."""
+
+  def write_grid(self, step: int, samples: np.ndarray, columns: int) -> None:
+    """A grid of (N, H, W, C) uint8 samples."""
+
+  def save(self, state: TrainState) -> None:
+    """Starts a checkpoint of a replicated state."""
+
+  def finish_saves(self) -> list[int]:
+    """Waits for checkpoints under way; steps of those there are, newest first."""
+
+  def close(self) -> None:
+    """Waits for saves and closes everything, whatever happened before."""
+
+
+class FirstProcessFiles:
+  """A workdir that is read and written."""
+
+  def __init__(self, config: ConfigDict, workdir: str, identity: dict[str, Any]):
+    """Opens the workdir.
+
+    Args:
+      config: resolved.
+      workdir: the run's directory.
+      identity: of the data, by split.
+
+    Raises:
+      UserError: another run's workdir, other data, or a place that cannot be written.
+    """
+    self._config, self._writer = config, None
+    self._workdir = open_workdir(workdir, config, create=True)
+    check_data(self._workdir, identity)
+    (self._workdir / "samples").mkdir(exist_ok=True)
+    self._checkpoints = Checkpoints(self._workdir, config.checkpoint.keep)
+    self._log_handler = log_to_file(self._workdir / "train.log")
+
+  def restore_state(self, template: TrainState) -> TrainState | None:
+    """As `RunFiles` says."""
+    state = self._checkpoints.restore_state(template)
+    if state is not None:
+      log.info("resuming from the checkpoint of step %d", state.step)
+    return state
+
+  def begin(self, first_step: int) -> None:
+    """As `RunFiles` says."""
+    store_config(self._workdir, self._config)
+    tensorboard = self._config.training.tensorboard
+    self._writer = MetricWriter(self._workdir, first_step, tensorboard)
+
+  def write_metrics(self, step: int, scalars: Mapping[str, float]) -> None:
+    """As `RunFiles` says."""
+    self._writer.write(step, scalars)
+
+  def write_grid(self, step: int, samples: np.ndarray, columns: int) -> None:
+    """As `RunFiles` says."""
+    images.write_grid(self._workdir / "samples" / f"step_{step:08d}.png", samples, columns)
+
+  def save(self, state: TrainState) -> None:
+    """As `RunFiles` says."""
+    self._checkpoints.save(parallel.read(state), self._config.to_dict())
+
+  def finish_saves(self) -> list[int]:
+    """As `RunFiles` says."""
+    self._checkpoints.wait()
+    return self._checkpoints.steps()
+
+  def close(self) -> None:
+    """As `RunFiles` says."""
+    if self._writer:
+      self._writer.close()
+    log.removeHandler(self._log_handler)
+    self._log_handler.close()
+    self._checkpoints.close()
+
+
+class OtherProcessFiles:
+  """No files."""
+
+  def restore_state(self, template: TrainState) -> TrainState | None:
+    """None: the state comes from the first process."""
+
+  def begin(self, first_step: int) -> None:
+    """Nothing."""
+
+  def write_metrics(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Nothing."""
+
+  def write_grid(self, step: int, samples: np.ndarray, columns: int) -> None:
+    """Nothing."""
+
+  def save(self, state: TrainState) -> None:
+    """Nothing."""
+
+  def finish_saves(self) -> list[int]:
+    """None that this process knows of."""
+    return []
+
+  def close(self) -> None:
+    """Nothing."""
+
+
+def open_trained(workdir: str, config: ConfigDict) -> pathlib.Path:
+  """The path of a trained run's workdir, which the first process checks.
+
+  Raises:
+    UserError: no workdir, or another run's.
+  """
+  if parallel.is_first():
+    return open_workdir(workdir, config, create=False)
+  return pathlib.Path(workdir)
+
+
+def check_eval_data(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
+  """Refuses to measure a run on other held-out data than it was trained with.
+
+  Args:
+    workdir: of the run.
+    identity: of the held-out split.
+
+  Raises:
+    UserError: it is other data.
+  """
+  if not parallel.is_first():
+    return
+  stored, found = read_data(workdir)["eval"], json.loads(json.dumps(identity))
+  if stored != found:
+    raise UserError(
+      f"{workdir} holds a run on other data: {'; '.join(changes(found, stored))}. Name the data of "
+      "that run"
+    )
+
+
+def restore_params(workdir: pathlib.Path, template: Any, use_ema: bool) -> tuple[int, Any]:
+  """(step, parameters on the host) of the newest intact checkpoint, on every process.
+
+  Args:
+    workdir: of the run.
+    template: parameters of the model's shapes.
+    use_ema: the moving average instead of the raw weights.
+
+  Raises:
+    UserError: there is no checkpoint, or none is intact.
+  """
+  if parallel.is_first():
+    checkpoints = Checkpoints(workdir)
+    step, params = checkpoints.restore_params(template, use_ema)
+    checkpoints.close()
+  else:
+    step, params = 0, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
+  step, params = parallel.from_first((np.int32(step), params))
+  return int(step), params
+
+
+def read_vae_digest(workdir: pathlib.Path) -> str:
+  """Of the VAE that a run's latents were made with, on every process."""
+  digest = bytes(32)
+  if parallel.is_first():
+    digest = bytes.fromhex(read_data(workdir)["train"]["vae"])
+  return bytes(parallel.from_first(np.frombuffer(digest, np.uint8))).hex()
