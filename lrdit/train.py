@@ -1,6 +1,7 @@
 """Trains a model, or goes on training it from its newest checkpoint."""
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import signal
@@ -86,7 +87,7 @@ class Stopwatch:
       self.steps += 1
 
   def pause(self) -> None:
-    """All dispatched steps are done, and something else begins."""
+    """The steps counted are done, and something else begins."""
     if self._since is not None:
       self.seconds += time.perf_counter() - self._since
       self._since = None
@@ -256,48 +257,81 @@ class Trainer:
     return scalars
 
 
-def _is_due(step: int, every: int, last_step: int) -> bool:
-  """Every `every` steps (0: never) and at the end."""
-  return every > 0 and (step % every == 0 or step == last_step)
-
-
-def after_step(
-  trainer: Trainer,
-  state: TrainState,
-  step: int,
-  stage: int,
-  watch: Stopwatch,
-  bar: Any,
-) -> None:
-  """Whatever is due after a step of a stage: metrics, held-out loss, grid, checkpoint."""
-  training, last = trainer.config.training, trainer.config.training.num_steps
-  due = {
-    "log": _is_due(step, training.log_every_steps, last),
-    "eval": _is_due(step, training.eval_every_steps, last),
-    "grid": _is_due(step, training.sample_every_steps, last),
-    "save": _is_due(step, trainer.config.checkpoint.every_steps, last),
+def due_after(config: ConfigDict, step: int) -> set[str]:
+  """What of "log", "eval", "grid" and "save" is to be done after `step` updates."""
+  training = config.training
+  every = {
+    "log": training.log_every_steps,
+    "eval": training.eval_every_steps,
+    "grid": training.sample_every_steps,
+    "save": config.checkpoint.every_steps,
   }
-  if not any(due.values()):
-    return
-  jax.block_until_ready(state)
-  watch.pause()
+  is_last = step == training.num_steps
+  return {name for name, steps in every.items() if steps and (step % steps == 0 or is_last)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+  """What is reported of a step once it is done.
+
+  Attributes:
+    step: updates applied.
+    stage: of the curriculum, the step's.
+    window: the step's second output.
+    due: from `due_after`.
+  """
+
+  step: int
+  stage: int
+  window: WindowMetrics
+  due: set[str]
+
+  def needs_state(self) -> bool:
+    """Whether something is due that the next step would donate the state of."""
+    return bool(self.due - {"log"})
+
+
+def report(
+  trainer: Trainer, finished: Finished, watch: Stopwatch, bar: Any, figures: dict[str, float]
+) -> None:
+  """Waits for a step, stops if its numbers are bad, and writes its line of metrics.
+
+  Args:
+    trainer: the run's.
+    finished: the step.
+    watch: paused, or running while the next step is under way.
+    bar: of the progress.
+    figures: what else the line has.
+  """
+  window = parallel.read(finished.window)
+  trainer.refuse_non_finite(int(window.non_finite_step))
   scalars = {}
-  if due["log"]:
-    window = parallel.read(state.window)
-    trainer.refuse_non_finite(int(window.non_finite_step))
-    scalars |= trainer.window_scalars(window, stage, watch)
+  if "log" in finished.due:
+    watch.pause()
+    scalars = trainer.window_scalars(window, finished.stage, watch)
     watch.steps, watch.seconds = 0, 0.0
+    watch.resume()
     speed = scalars.get("train/images_per_second", 0.0)
     bar.set_postfix_str(f"{speed:.0f} images/s, loss {scalars['train/loss']:.4f}", refresh=False)
-  if due["eval"]:
-    scalars["eval/loss"] = trainer.eval_loss(state)
-  if scalars:
-    trainer.files.write_metrics(step, scalars)
+  if scalars := scalars | figures:
+    trainer.files.write_metrics(finished.step, scalars)
     numbers = "  ".join(f"{name} {value:.5g}" for name, value in scalars.items())
-    log.debug("step %d/%d  %s", step, last, numbers)
-  if due["grid"]:
-    trainer.write_grid(state, step)
-  if due["save"]:
+    last = trainer.config.training.num_steps
+    log.debug("step %d/%d  %s", finished.step, last, numbers)
+
+
+def report_with_state(
+  trainer: Trainer, finished: Finished, state: TrainState, watch: Stopwatch, bar: Any
+) -> None:
+  """As `report`, and the held-out loss, grid and checkpoint that are due."""
+  jax.block_until_ready(state)
+  watch.pause()
+  figures = {"eval/loss": trainer.eval_loss(state)} if "eval" in finished.due else {}
+  report(trainer, finished, watch, bar, figures)
+  watch.pause()
+  if "grid" in finished.due:
+    trainer.write_grid(state, finished.step)
+  if "save" in finished.due:
     trainer.save(state)
   watch.resume()
 
@@ -307,7 +341,7 @@ def run_steps(
 ) -> tuple[TrainState, int]:
   """Trains until the last step or a request to stop; returns state and step.
 
-  At most two steps are in flight: the one before is waited for.
+  A step is reported while the next one is under way, unless its state is needed.
   """
   step, last = first_step, trainer.config.training.num_steps
   batches = trainer.batches(range(step, last))
@@ -316,17 +350,21 @@ def run_steps(
   stage, train_step = trainer.enter_stage(state)
   with contextlib.closing(batches), make_bar(last, step, "step") as bar:
     while step < last and not stop.is_due(step):
-      state, non_finite_step = train_step(state, next(on_devices), trainer.key)
+      state, window = train_step(state, next(on_devices), trainer.key)
       step += 1
-      if before is not None:
-        trainer.refuse_non_finite(int(parallel.read(before)))
-      before = non_finite_step
+      if before:
+        report(trainer, before, watch, bar, {})
       watch.tick()
-      after_step(trainer, state, step, stage, watch, bar)
+      before = Finished(step, stage, window, due_after(trainer.config, step))
+      if before.needs_state():
+        report_with_state(trainer, before, state, watch, bar)
+        before = None
       bar.update()
       if trainer.has_left_stage(stage, state, step):
         watch.pause()
         stage, train_step = trainer.enter_stage(state)
+    if before:
+      report(trainer, before, watch, bar, {})
   return state, step
 
 

@@ -21,7 +21,7 @@ from lrdit.dit import DiT
 from lrdit.low_rank import RankSelection
 from lrdit.optimizer import Schedule, update_ema
 from lrdit.parallel import AXIS
-from lrdit.train_state import TrainState, where_tree
+from lrdit.train_state import TrainState, WindowMetrics, where_tree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -243,7 +243,7 @@ def train_step(
   stage: int,
   ema_decay: float,
   log_every_steps: int,
-) -> tuple[TrainState, Int[Array, ""]]:
+) -> tuple[TrainState, WindowMetrics]:
   """One update. Runs under pmap with the axis `AXIS`.
 
   Args:
@@ -259,9 +259,8 @@ def train_step(
     log_every_steps: steps whose metrics are averaged.
 
   Returns:
-    The state after the update, and `window.non_finite_step` once more, which
-    can be waited for after the state has been donated to the next step. Both
-    are equal on every device.
+    The state after the update, and its window once more, which can be read after the
+    state has been donated to the next step. Both are equal on every device.
   """
   step_key = jax.random.fold_in(key, state.step)
   objective = objective.with_strata(curriculum.stages[stage].strata)
@@ -299,7 +298,7 @@ def train_step(
     window=window,
     stage=progress,
   )
-  return new_state, window.non_finite_step
+  return new_state, window
 
 
 def eval_step(

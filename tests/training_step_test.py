@@ -396,8 +396,8 @@ def test_a_step_that_spoils_anything_is_marked(bad):
   batch = digits_batch()
   if bad == "image":
     batch["image"][0, 3] = np.nan
-  state, non_finite_step = step(state, batch, KEY)
-  assert int(parallel.unreplicate(non_finite_step)) == 1
+  state, window = step(state, batch, KEY)
+  assert int(parallel.unreplicate(window.non_finite_step)) == 1
 
 
 def test_golden_one_step_metrics():
