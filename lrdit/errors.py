@@ -10,7 +10,8 @@ from collections.abc import Iterator
 OTHERS_ARE_GONE = (
   "Connection closed by peer",
   "Connection reset by peer",
-  "Gloo all-reduce failed",
+  "Gloo ",
+  "NCCL",
   "coordination service",
   "Coordination service",
 )
@@ -52,8 +53,8 @@ def as_user_error(error: Exception) -> UserError | None:
     return UserError(f"{os.strerror(error.errno)} while writing: make space, or write elsewhere")
   if any(words in str(error) for words in OTHERS_ARE_GONE):
     return UserError(
-      f"another process has ended ({str(error).splitlines()[0][:200]}): start all again, which go "
-      "on from the last checkpoint",
+      f"another process has ended or does not answer ({str(error).splitlines()[0][:200]}): start "
+      "all again, which go on from the last checkpoint",
       RESTART_STATUS,
     )
   if "RESOURCE_EXHAUSTED" in str(error):

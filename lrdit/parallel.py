@@ -27,6 +27,8 @@ AXIS = "batch"
 
 # A process that has been silent for so long is taken for dead, and the others end.
 HEARTBEAT_SECONDS = 20
+# Processes of a job are started within so long of each other.
+START_SECONDS = 300
 # The others wait at the end for the first one, which may have much to write.
 SHUTDOWN_SECONDS = 24 * 3600
 
@@ -40,7 +42,7 @@ def is_cluster(environment: Mapping[str, str]) -> bool:
   Told by what SLURM's srun, Open MPI's mpirun and TPU pods (also on GKE) set;
   jax itself then finds the coordinator.
   """
-  if "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+  if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # srun's; not of the batch script
     return True
   if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
     return True
@@ -55,7 +57,7 @@ def _is_tpu_machine() -> bool:
   return has_chips and importlib.util.find_spec("libtpu") is not None
 
 
-def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> bool:
   """Joins the processes of a job; to be called before any device is used.
 
   Args:
@@ -64,12 +66,15 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
     process_id: this process, in [0, P).
     All None: found by jax where `is_cluster`, otherwise this process stays alone.
 
+  Returns:
+    whether there are other processes.
+
   Raises:
     UserError: some are missing or do not fit, or the others cannot be reached.
   """
   given = (coordinator, num_processes, process_id)
   if num_processes == 1 or (given == (None,) * 3 and not is_cluster(os.environ)):
-    return
+    return False
   if any(value is None for value in given) and given != (None,) * 3:
     raise UserError("--coordinator, --num_processes and --process_id go together: give all", 2)
   if num_processes is not None and not 0 <= process_id < num_processes:
@@ -77,7 +82,7 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
   try:
     jax.distributed.initialize(
       *given,
-      initialization_timeout=300,
+      initialization_timeout=START_SECONDS,
       heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
       shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
@@ -87,6 +92,7 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
       "started, and --coordinator, --num_processes and --process_id",
       RESTART_STATUS,
     ) from error
+  return True
 
 
 def num_processes() -> int:
@@ -95,8 +101,8 @@ def num_processes() -> int:
 
 
 def name_of_process() -> str:
-  """What this process' lines begin with; "" where it is alone."""
-  return f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+  """What this process' lines begin with, one of several."""
+  return f"process {jax.process_index()}: "
 
 
 def is_first() -> bool:
@@ -139,12 +145,17 @@ def own_rows(size: int) -> slice:
   return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
 
 
-def is_preempted(step: int) -> bool:
-  """Whether all processes stop after `step` updates, as one of them got SIGTERM.
+def is_preempted(steps_asked: int) -> bool:
+  """Whether all processes stop now, as one of them got SIGTERM.
 
-  To be asked at every step by all; they get the same answer.
+  To be asked before every step by all; they get the same answer.
+
+  Args:
+    steps_asked: how often this start has asked before. jax answers at the number
+      after the highest that any has asked with, so counting from a run's step would
+      never meet it where the signal came before the first question.
   """
-  return multihost_utils.reached_preemption_sync_point(step)
+  return multihost_utils.reached_preemption_sync_point(steps_asked)
 
 
 def check_divisible(field: str, size: int, devices: Devices) -> None:

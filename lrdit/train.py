@@ -59,6 +59,7 @@ class SharedStopRequest:
 
   def __init__(self):
     self.signal_name: str | None = None
+    self._steps_asked = 0  # jax counts a start's own steps, not the run's
 
   def __enter__(self) -> "SharedStopRequest":
     return self
@@ -66,10 +67,11 @@ class SharedStopRequest:
   def __exit__(self, *_exception: Any) -> None:
     pass
 
-  def is_due(self, step: int) -> bool:
-    """Whether to stop, after `step` updates; to be asked at every step."""
-    if parallel.is_preempted(step):
+  def is_due(self, _step: int) -> bool:
+    """Whether to stop; to be asked before every step."""
+    if parallel.is_preempted(self._steps_asked):
       self.signal_name = "SIGTERM"
+    self._steps_asked += 1
     return self.signal_name is not None
 
 

@@ -343,11 +343,10 @@ def test_exports_are_evaluated_only_whole_and_with_their_own_weights(trained, tm
   done = tiny.run_main(workdir, "--mode=evaluate", check=False)
   assert (done.returncode, "are damaged" in done.stderr) == (1, True)
   # A smaller export leaves nothing of the larger one.
-  tiny.run_main(
-    workdir, "--mode=sample", "--config.sampling.png_files=True", "--config.sampling.num_samples=1"
-  )
+  one = "--config.sampling.num_samples=1"
+  tiny.run_main(workdir, "--mode=sample", "--config.sampling.png_files=True", one)
   assert len(list((workdir / "samples" / "default" / "png").iterdir())) == 1
-  done = tiny.run_main(workdir, "--mode=evaluate", check=False)
+  done = tiny.run_main(workdir, "--mode=evaluate", one, check=False)
   assert (done.returncode, "need more than 3 generated images" in done.stderr) == (1, True)
 
 

@@ -175,7 +175,9 @@ def kill_again_and_again(start, is_finished, kills, seed):
       except subprocess.TimeoutExpired:
         job.processes[victim].kill()
         done += 1
-      job.wait(timeout=60)
+      statuses = job.wait(timeout=60)
+      expected = {0} if 0 in statuses else {-signal.SIGKILL, 75, -signal.SIGABRT}
+      assert set(statuses) <= expected, job.text()
   with start() as job:
     assert set(job.wait()) == {0}, job.text()
   return done
@@ -195,6 +197,7 @@ def test_killed_training_ends_as_an_undisturbed_one(
   done = kill_again_and_again(
     lambda: Job(workdir, num_processes, 1, *flags), last.exists, kills, seed=num_processes
   )
+  assert done == kills
   record_property("kills", done)
   a, b = (tiny.losses(path) for path in (workdir, undisturbed))
   assert a == b
@@ -219,7 +222,9 @@ def test_killed_exports_end_as_an_undisturbed_one(one_process, record_property):
 
   with job("undisturbed_export") as undisturbed:
     assert undisturbed.wait() == [0]
-  record_property("kills", kill_again_and_again(lambda: job("killed"), is_finished, 10, seed=3))
+  done = kill_again_and_again(lambda: job("killed"), is_finished, 10, seed=3)
+  assert done == 10
+  record_property("kills", done)
   exports = [one_process / "samples" / n / "samples.npz" for n in ("killed", "undisturbed_export")]
   assert exports[0].read_bytes() == exports[1].read_bytes()
 
@@ -229,8 +234,8 @@ def test_the_environments_of_clusters_are_known():
 
   alone = {"TPU_SKIP_MDS_QUERY": "1", "PATH": os.environ["PATH"]}
   assert not is_cluster(alone)
-  assert not is_cluster(alone | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"})
-  assert not is_cluster(alone | {"SLURM_NTASKS": "4"})  # a batch script outside srun
-  assert is_cluster(alone | {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"})
+  assert not is_cluster(alone | {"SLURM_STEP_NUM_TASKS": "1"})
+  assert not is_cluster(alone | {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"})  # outside srun
+  assert is_cluster(alone | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"})
   assert is_cluster(alone | {"OMPI_COMM_WORLD_SIZE": "2"})
   assert is_cluster(alone | {"TPU_WORKER_HOSTNAMES": "a,b"})
