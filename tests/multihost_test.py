@@ -160,47 +160,50 @@ def test_modes_of_one_process_refuse_several(tmp_path):
     assert "--mode=benchmark is for one process" in job.text()
 
 
-def kill_again_and_again(start, is_finished, kills, seed):
-  """Starts anew after every kill -9 at a random moment, then lets it finish.
+def changed(path):
+  return path.stat().st_mtime_ns if path.exists() else 0
 
-  Returns:
-    how many kills met a running process.
+
+def kill_again_and_again(start, progress, kills, seed):
+  """Starts anew after every kill -9 at a random moment of the work, then lets it finish.
+
+  Args:
+    start: makes a `Job`.
+    progress: a file that the work writes to.
+    kills: how many.
+    seed: of the moments and of the process that is killed.
   """
-  rng, done, longest = random.Random(seed), 0, 20.0
-  while done < kills and not is_finished():
+  rng = random.Random(seed)
+  for _ in range(kills):
+    before = changed(progress)
     with start() as job:
+      deadline = time.monotonic() + TIMEOUT
+      while changed(progress) == before:
+        assert time.monotonic() < deadline, job.text()
+        time.sleep(0.01)
+      time.sleep(rng.uniform(0.0, 1.5))
       victim = rng.randrange(len(job.processes))
-      try:
-        job.processes[victim].wait(rng.uniform(4.0, longest))
-      except subprocess.TimeoutExpired:
-        job.processes[victim].kill()
-        done += 1
+      job.processes[victim].kill()
       statuses = job.wait(timeout=60)
-      expected = {0} if 0 in statuses else {-signal.SIGKILL, 75, -signal.SIGABRT}
-      assert set(statuses) <= expected, job.text()
+      assert statuses.pop(victim) == -signal.SIGKILL, job.text()
+      assert set(statuses) <= {75, -signal.SIGABRT}, job.text()
   with start() as job:
     assert set(job.wait()) == {0}, job.text()
-  return done
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_processes", "kills"), [(1, 10), (2, 10)])
-def test_killed_training_ends_as_an_undisturbed_one(
-  tmp_path, record_property, num_processes, kills
-):
+def test_killed_training_ends_as_if_undisturbed(tmp_path, record_property, num_processes, kills):
   """A checkpoint every second step: many kills meet one being written."""
-  flags = ("--config.training.num_steps=2500", "--config.checkpoint.every_steps=2")
-  fields = FIELDS | dict(training__num_steps=2500, checkpoint__every_steps=2)
+  flags = ("--config.training.num_steps=400", "--config.checkpoint.every_steps=2")
+  fields = FIELDS | dict(training__num_steps=400, checkpoint__every_steps=2)
   undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "run"
   run(undisturbed, num_processes, 1, *flags)
-  last = workdir / "checkpoints" / "2500"
-  done = kill_again_and_again(
-    lambda: Job(workdir, num_processes, 1, *flags), last.exists, kills, seed=num_processes
+  kill_again_and_again(
+    lambda: Job(workdir, num_processes, 1, *flags), workdir / "metrics.jsonl", kills, num_processes
   )
-  assert done == kills
-  record_property("kills", done)
-  a, b = (tiny.losses(path) for path in (workdir, undisturbed))
-  assert a == b
+  record_property("kills", kills)
+  assert tiny.losses(workdir) == tiny.losses(undisturbed)
   states = [final_state(path, **fields) for path in (workdir, undisturbed)]
   for x, y in zip(*map(jax.tree.leaves, states), strict=True):
     np.testing.assert_array_equal(x, y)
@@ -208,24 +211,18 @@ def test_killed_training_ends_as_an_undisturbed_one(
 
 @pytest.mark.slow
 def test_killed_exports_end_as_an_undisturbed_one(one_process, record_property):
-  flags = (
-    "--mode=sample",
-    "--config.sampling.num_samples=60000",
-    "--config.sampling.batch_size=40",
-  )
+  fields = {"sampling.num_samples": 40_000, "sampling.batch_size": 40}
+  flags = ("--mode=sample", *(f"--config.{field}={value}" for field, value in fields.items()))
+  directories = [one_process / "samples" / name for name in ("killed", "undisturbed_export")]
 
-  def job(name):
-    return Job(one_process, 1, 1, *flags, f"--config.sampling.name={name}")
+  def job(directory):
+    return Job(one_process, 1, 1, *flags, f"--config.sampling.name={directory.name}")
 
-  def is_finished():
-    return (one_process / "samples" / "killed" / "metadata.json").exists()
-
-  with job("undisturbed_export") as undisturbed:
-    assert undisturbed.wait() == [0]
-  done = kill_again_and_again(lambda: job("killed"), is_finished, 10, seed=3)
-  assert done == 10
-  record_property("kills", done)
-  exports = [one_process / "samples" / n / "samples.npz" for n in ("killed", "undisturbed_export")]
+  with job(directories[1]) as undisturbed:
+    assert undisturbed.wait() == [0], undisturbed.text()
+  kill_again_and_again(lambda: job(directories[0]), directories[0] / "progress.json", 10, seed=3)
+  record_property("kills", 10)
+  exports = [directory / "samples.npz" for directory in directories]
   assert exports[0].read_bytes() == exports[1].read_bytes()
 
 
