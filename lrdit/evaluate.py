@@ -15,13 +15,14 @@ from lrdit import builders, checkpoints, export, held_out, parallel, references,
 from lrdit.errors import UserError
 from lrdit.extractors import Extractor
 from lrdit.sample import make_settings
+from lrdit.sources import Source
 from lrdit.workdir import write_json
 
 log = logging.getLogger("lrdit")
 
 
 def held_out_figures(
-  config: ConfigDict, weights: dict[str, Any], devices: parallel.Devices
+  config: ConfigDict, source: Source, weights: dict[str, Any], devices: parallel.Devices
 ) -> dict[str, Any]:
   """Losses on the held-out split, overall and by timestep group.
 
@@ -29,13 +30,14 @@ def held_out_figures(
 
   Args:
     config: resolved.
+    source: the held-out split.
     weights: parameters on the host by their name, "raw" or "ema".
     devices: devices to use.
 
   Returns:
     how they were measured, and the losses by the name of the weights.
   """
-  source, batch_size = builders.make_source(config, "eval"), config.training.batch_size
+  batch_size = config.training.batch_size
   step, slots = builders.make_eval_step(config, devices), parallel.batch_slots(batch_size, devices)
   draws = config.evaluation.draws
   figures: dict[str, Any] = {
@@ -150,11 +152,11 @@ def kept_samples(path: pathlib.Path, held_out_key: dict[str, Any]) -> dict[str, 
 
 
 def _software() -> dict[str, str | None]:
-  names = {"jax": "jax", "flax": "flax", "lrdit": "lrdit"}
-  versions = {"python": platform.python_version(), "backend": jax.default_backend()}
-  for name, package in names.items():
+  versions: dict[str, str | None] = {"python": platform.python_version()}
+  versions["backend"] = jax.default_backend()
+  for name in ("jax", "flax", "lrdit"):
     try:
-      versions[name] = importlib.metadata.version(package)
+      versions[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
       versions[name] = None
   return versions
@@ -181,7 +183,8 @@ def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None 
   template, weights = builders.params_template(config), {}
   for name in ("raw", "ema"):
     step, weights[name] = run_files.restore_params(path, template, use_ema=name == "ema")
-  run_files.check_eval_data(path, builders.make_source(config, "eval").identity)
+  source = builders.make_source(config, "eval")
+  run_files.check_eval_data(path, source.identity)
   vae_digest = run_files.read_vae_digest(path) if config.vae.downsample_factor else ""
   directory = path / "samples" / config.sampling.name
   features = pathlib.Path(e.features_dir).expanduser() if e.features_dir else path / "features"
@@ -190,7 +193,7 @@ def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None 
     params = weights["ema" if config.sampling.use_ema else "raw"]
     check_export(config, directory, step, params, vae_digest)
     extractors = builders.make_extractors(config, features)
-  losses = held_out_figures(config, weights, devices)
+  losses = held_out_figures(config, source, weights, devices)
   if not parallel.is_first():
     return
   key = {"checkpoint_step": step, "checkpoint_digest": checkpoints.digest(weights["ema"])}

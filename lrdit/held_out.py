@@ -73,7 +73,7 @@ def held_out_losses(
     batches = input_pipeline.eval_batches(source, slots, batch_size, draw / draws)
     for number, batch in enumerate(batches):
       sums = eval_step(params, batch, jax.random.fold_in(key, number))
-      group_loss, group_count = parallel.unreplicate(sums)
+      group_loss, group_count = parallel.read(sums)
       loss_sum = loss_sum + np.asarray(group_loss, np.float64)
       count = count + np.asarray(group_count, np.int64)
   return HeldOutLosses(loss_sum, count)

@@ -4,7 +4,7 @@ import json
 import logging
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,11 +21,12 @@ from lrdit.workdir import changes, check_data, open_workdir, read_data, store_co
 log = logging.getLogger("lrdit")
 
 
-class RunFiles(Protocol):
-  """What training reads and writes."""
+class RunFiles:
+  """What training reads and writes; as it stands, of a process that is not the first: nothing."""
 
   def restore_state(self, template: TrainState) -> TrainState | None:
     """The newest intact checkpoint's state on the host, or None; see `Checkpoints`."""
+    return None
 
   def begin(self, first_step: int) -> None:
     """Stores the config and opens the metrics, which go on after `first_step`."""
@@ -40,13 +41,14 @@ class RunFiles(Protocol):
     """Starts a checkpoint of a replicated state."""
 
   def finish_saves(self) -> list[int]:
-    """Waits for checkpoints under way; steps of those there are, newest first."""
+    """Waits for checkpoints under way; steps of those known of, newest first."""
+    return []
 
   def close(self) -> None:
     """Waits for saves and closes everything, whatever happened before."""
 
 
-class FirstProcessFiles:
+class FirstProcessFiles(RunFiles):
   """A workdir that is read and written."""
 
   def __init__(self, config: ConfigDict, workdir: str, identity: dict[str, Any]):
@@ -104,32 +106,6 @@ class FirstProcessFiles:
     log.removeHandler(self._log_handler)
     self._log_handler.close()
     self._checkpoints.close()
-
-
-class OtherProcessFiles:
-  """No files."""
-
-  def restore_state(self, template: TrainState) -> TrainState | None:
-    """None: the state comes from the first process."""
-
-  def begin(self, first_step: int) -> None:
-    """Nothing."""
-
-  def write_metrics(self, step: int, scalars: Mapping[str, float]) -> None:
-    """Nothing."""
-
-  def write_grid(self, step: int, samples: np.ndarray, columns: int) -> None:
-    """Nothing."""
-
-  def save(self, state: TrainState) -> None:
-    """Nothing."""
-
-  def finish_saves(self) -> list[int]:
-    """None that this process knows of."""
-    return []
-
-  def close(self) -> None:
-    """Nothing."""
 
 
 def open_trained(workdir: str, config: ConfigDict) -> pathlib.Path:

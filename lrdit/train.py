@@ -18,7 +18,7 @@ from lrdit import builders, input_pipeline, parallel, sampler
 from lrdit.errors import UserError
 from lrdit.held_out import held_out_losses
 from lrdit.progress import make_bar
-from lrdit.run_files import FirstProcessFiles, OtherProcessFiles, RunFiles
+from lrdit.run_files import FirstProcessFiles, RunFiles
 from lrdit.train_state import NEVER, TrainState, WindowMetrics, create_train_state
 
 log = logging.getLogger("lrdit")
@@ -46,8 +46,8 @@ class StopRequest:
     for number, handler in self._previous.items():
       signal.signal(number, handler)
 
-  def is_due(self, _step: int) -> bool:
-    """Whether to stop, after `step` updates."""
+  def is_due(self) -> bool:
+    """Whether to stop."""
     return self.signal_name is not None
 
 
@@ -67,7 +67,7 @@ class SharedStopRequest:
   def __exit__(self, *_exception: Any) -> None:
     pass
 
-  def is_due(self, _step: int) -> bool:
+  def is_due(self) -> bool:
     """Whether to stop; to be asked before every step."""
     if parallel.is_preempted(self._steps_asked):
       self.signal_name = "SIGTERM"
@@ -125,7 +125,7 @@ class Trainer:
     self.eval_step = builders.make_eval_step(config, devices)
     identity = {"train": self.source.identity, "eval": self.eval_source.identity}
     self.files: RunFiles = (
-      FirstProcessFiles(config, workdir, identity) if parallel.is_first() else OtherProcessFiles()
+      FirstProcessFiles(config, workdir, identity) if parallel.is_first() else RunFiles()
     )
 
   def _make_to_pixels(self) -> Any:
@@ -351,7 +351,7 @@ def run_steps(
   watch, before = Stopwatch(), None
   stage, train_step = trainer.enter_stage(state)
   with contextlib.closing(batches), make_bar(last, step, "step") as bar:
-    while step < last and not stop.is_due(step):
+    while step < last and not stop.is_due():
       state, window = train_step(state, next(on_devices), trainer.key)
       step += 1
       if before:

@@ -206,6 +206,7 @@ def test_imagenet128_refuses_classes_before_it_encodes(checkout, classes):
     ("imagenet128.sh", ["--config.seed=1"], "--config.vae.path=VAE is missing"),
     ("celeba.sh", ["--config.vae.latents_dir=x"], "name the directory by LATENTS=DIR"),
     ("cifar10.sh", ["--workdir=x"], "'--workdir=x' is not of the form --config.GROUP.FIELD=VALUE"),
+    ("digits.sh", ["--config.seed=1"], "--config.seed=1: name the seeds by SEEDS"),
     ("cifar10.sh", ["--config.method=full"], "--config.method=full: every method is run"),
   ],
 )
@@ -219,7 +220,7 @@ def test_a_wrong_argument_ends_with_the_usage(checkout, script, flags, words):
   assert f"bash launch/{script}" in usage
 
 
-@pytest.mark.parametrize("script", ["cifar10.sh", "celeba.sh", "imagenet128.sh"])
+@pytest.mark.parametrize("script", ["cifar10.sh", "celeba.sh", "imagenet128.sh", "digits.sh"])
 def test_help(checkout, script):
   status, stdout, stderr = run(checkout, script, "--config.seed=1", "--help")
   assert (status, stderr) == (0, "")
