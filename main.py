@@ -20,13 +20,14 @@ def run(argv: list[str]) -> int:
     startup.prepare()
     from lrdit import builders, parallel, progress  # now, as importing jax takes a while
 
-    if values.num_processes != 1 and values.process_id is not None:
-      who = f"process {values.process_id}: "
-    if parallel.connect(values.coordinator, values.num_processes, values.process_id):
+    cluster = parallel.find_cluster(values.coordinator, values.num_processes, values.process_id)
+    if cluster:
+      if values.mode not in SHARED_BY_PROCESSES:
+        raise UserError(f"--mode={values.mode} is for one process: start it once", 2)
+      who = cluster.name_of_process
+      parallel.connect(cluster, shares_sigterm=values.mode == "train")
       who = parallel.name_of_process()
     progress.start_logging(values.debug, who, parallel.is_first())
-    if who and values.mode not in SHARED_BY_PROCESSES:
-      raise UserError(f"--mode={values.mode} is for one process: start it once", 2)
     verb = getattr(importlib.import_module(f"lrdit.{values.mode}"), values.mode)
     read = {"config": builders.resolve, "workdirs": list}
     verb(*(read.get(f, os.path.expanduser)(values[f].value) for f in MODES[values.mode]))

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lrdit import parallel
 from lrdit.errors import UserError
 from lrdit.train_state import TrainState
 
@@ -103,9 +104,9 @@ class Checkpoints:
     self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
     # Whatever other processes there are, this one reads and writes alone.
     alone = ocp.options.MultiprocessingOptions(
-      primary_host=jax.process_index(),
-      active_processes={jax.process_index()},
-      barrier_sync_key_prefix=f"process_{jax.process_index()}",
+      primary_host=parallel.process_id(),
+      active_processes={parallel.process_id()},
+      barrier_sync_key_prefix=f"process_{parallel.process_id()}",
     )
     if keep is None:
       options = ocp.CheckpointManagerOptions(

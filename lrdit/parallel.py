@@ -8,6 +8,7 @@ Axes: n devices of this process, N devices in all, P processes, B global batch,
 b = B / N local batch.
 """
 
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,20 +37,32 @@ SHUTDOWN_SECONDS = 24 * 3600
 Devices = Sequence[jax.Device]
 
 
-def is_cluster(environment: Mapping[str, str]) -> bool:
-  """Whether the environment is that of one of several processes of one job.
+def cluster_method(environment: Mapping[str, str]) -> str | None:
+  """How one of several processes of a job learns of the others, by its environment.
 
-  Told by what SLURM's srun, Open MPI's mpirun and TPU pods (also on GKE) set;
-  jax itself then finds the coordinator.
+  Told by what MPI's mpirun, SLURM's srun and TPU pods (also on GKE) set.
+
+  Returns:
+    None for a process on its own; "jax" where jax finds the coordinator; "mpi4py"
+    where it needs that package to, as under all of MPI but Open MPI 4.
   """
-  if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # srun's; not of the batch script
-    return True
-  if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-    return True
+
+  def count(name: str) -> int:
+    return int(environment.get(name, 1))
+
+  # mpirun's processes may be a SLURM step's as well, but not the other way round;
+  # srun --mpi=pmi2 sets PMI_SIZE as MPICH and Intel MPI do, to the step's own size.
+  if count("OMPI_COMM_WORLD_SIZE") > 1:
+    return "jax" if "OMPI_MCA_orte_hnp_uri" in environment else "mpi4py"
+  if count("PMI_SIZE") > 1 and count("PMI_SIZE") != count("SLURM_STEP_NUM_TASKS"):
+    return "mpi4py"
+  if count("SLURM_STEP_NUM_TASKS") > 1:  # srun's; not of the batch script
+    return "jax"
   if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
-    return True
+    return "jax"
   # The machines of a pod are alike, and told apart by the metadata server alone.
-  return "TPU_SKIP_MDS_QUERY" not in environment and _is_tpu_machine()
+  is_pod = "TPU_SKIP_MDS_QUERY" not in environment and _is_tpu_machine()
+  return "jax" if is_pod else None
 
 
 def _is_tpu_machine() -> bool:
@@ -57,31 +70,76 @@ def _is_tpu_machine() -> bool:
   return has_chips and importlib.util.find_spec("libtpu") is not None
 
 
-def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> bool:
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+  """Where the processes of a job meet; all None where jax finds it.
+
+  Attributes:
+    coordinator: "HOST:PORT" that the first process listens at.
+    num_processes: P.
+    process_id: this process, in [0, P).
+    detection: jax's `cluster_detection_method`.
+  """
+
+  coordinator: str | None = None
+  num_processes: int | None = None
+  process_id: int | None = None
+  detection: str | None = None
+
+  @property
+  def name_of_process(self) -> str:
+    """What this process' lines begin with before it has met the others."""
+    return "a process: " if self.process_id is None else f"process {self.process_id}: "
+
+
+def find_cluster(
+  coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> Cluster | None:
+  """The cluster that the flags name, or else the environment; None to stay alone.
+
+  Args:
+    coordinator, num_processes, process_id: as in `Cluster`, all or none of them.
+      num_processes=1 stays alone, whatever the environment says.
+
+  Raises:
+    UserError: some are missing or do not fit, or the environment says too little.
+  """
+  given = (coordinator, num_processes, process_id)
+  if num_processes == 1:
+    return None
+  if given == (None, None, None):
+    method = cluster_method(os.environ)
+    if method == "mpi4py" and importlib.util.find_spec("mpi4py") is None:
+      raise UserError(
+        "this MPI leaves it to mpi4py to find the first process: install mpi4py, or give "
+        "--coordinator, --num_processes and --process_id",
+        2,
+      )
+    return method and Cluster(detection="mpi4py" if method == "mpi4py" else None)
+  if None in given:
+    raise UserError("--coordinator, --num_processes and --process_id go together: give all", 2)
+  if not 0 <= process_id < num_processes:
+    raise UserError(f"--process_id={process_id} is not in [0, {num_processes})", 2)
+  return Cluster(*given)
+
+
+def connect(cluster: Cluster, shares_sigterm: bool) -> None:
   """Joins the processes of a job; to be called before any device is used.
 
   Args:
-    coordinator: "HOST:PORT" that the first process listens at.
-    num_processes: P; 1 stays alone, whatever the environment says.
-    process_id: this process, in [0, P).
-    All None: found by jax where `is_cluster`, otherwise this process stays alone.
-
-  Returns:
-    whether there are other processes.
+    cluster: from `find_cluster`.
+    shares_sigterm: SIGTERM is for `is_preempted` to tell, and does not end the process.
 
   Raises:
-    UserError: some are missing or do not fit, or the others cannot be reached.
+    UserError: the others cannot be reached, or are not alike.
   """
-  given = (coordinator, num_processes, process_id)
-  if num_processes == 1 or (given == (None,) * 3 and not is_cluster(os.environ)):
-    return False
-  if any(value is None for value in given) and given != (None,) * 3:
-    raise UserError("--coordinator, --num_processes and --process_id go together: give all", 2)
-  if num_processes is not None and not 0 <= process_id < num_processes:
-    raise UserError(f"--process_id={process_id} is not in [0, {num_processes})", 2)
+  jax.config.update("jax_enable_preemption_service", shares_sigterm)
   try:
     jax.distributed.initialize(
-      *given,
+      cluster.coordinator,
+      cluster.num_processes,
+      cluster.process_id,
+      cluster_detection_method=cluster.detection,
       initialization_timeout=START_SECONDS,
       heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
       shutdown_timeout_seconds=SHUTDOWN_SECONDS,
@@ -92,7 +150,21 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
       "started, and --coordinator, --num_processes and --process_id",
       RESTART_STATUS,
     ) from error
-  return True
+  _open_connections()
+
+
+def _open_connections() -> None:
+  """Runs each kind of collective once.
+
+  On CPUs the first of a kind fails if a process is 30 s behind another, as one may
+  well be later on; those that follow wait as long as they must.
+  """
+  counts = multihost_utils.process_allgather(np.int32(jax.local_device_count()))
+  if len(set(counts.tolist())) > 1:
+    raise UserError(f"the processes have {counts.tolist()} devices: each must have as many")
+  multihost_utils.broadcast_one_to_all(np.int32(0))
+  ones = np.ones((jax.local_device_count(), 1), np.float32)
+  jax.block_until_ready(jax.pmap(lambda x: jax.lax.psum(x, AXIS), axis_name=AXIS)(ones))
 
 
 def num_processes() -> int:
@@ -103,6 +175,11 @@ def num_processes() -> int:
 def name_of_process() -> str:
   """What this process' lines begin with, one of several."""
   return f"process {jax.process_index()}: "
+
+
+def process_id() -> int:
+  """This process, in [0, P)."""
+  return jax.process_index()
 
 
 def is_first() -> bool:

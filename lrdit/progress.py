@@ -8,6 +8,8 @@ from typing import Any
 import absl.logging
 import tqdm
 
+from lrdit import parallel
+
 log = logging.getLogger("lrdit")
 
 
@@ -21,7 +23,7 @@ class _BarHandler(logging.Handler):
 def start_logging(debug: bool, who: str, is_first: bool) -> None:
   """Sends the package's log lines, and no library's, to standard error.
 
-  Of several processes the first one speaks for all, the others only to warn.
+  Of several processes the first one speaks for all, which do the same.
 
   A failed write makes orbax and tensorstore print tracebacks from their own
   threads; the error itself reaches the main thread and is told there.
@@ -41,7 +43,7 @@ def start_logging(debug: bool, who: str, is_first: bool) -> None:
     handler.setFormatter(logging.Formatter(who + "%(message)s"))
     # Lines of progress are DEBUG: a terminal shows the bar instead.
     level = logging.INFO if sys.stderr.isatty() else logging.DEBUG
-    handler.setLevel(level if is_first else logging.WARNING)
+    handler.setLevel(level if is_first else logging.ERROR)
     log.addHandler(handler)
   log.setLevel(logging.DEBUG)
   log.propagate = False
@@ -61,7 +63,7 @@ def log_to_file(path: pathlib.Path) -> logging.Handler:
 
 
 def make_bar(total: int, done: int, unit: str) -> tqdm.tqdm:
-  """A bar with rate and time left on a terminal, nothing elsewhere.
+  """A bar with rate and time left on the first process's terminal, nothing elsewhere.
 
   Args:
     total: steps or items in all.
@@ -73,5 +75,5 @@ def make_bar(total: int, done: int, unit: str) -> tqdm.tqdm:
     initial=done,
     unit=unit,
     dynamic_ncols=True,
-    disable=not sys.stderr.isatty(),
+    disable=not (parallel.is_first() and sys.stderr.isatty()),
   )

@@ -108,12 +108,36 @@ class FirstProcessFiles(RunFiles):
     self._checkpoints.close()
 
 
+def check_same(what: str, value: dict[str, Any]) -> None:
+  """Refuses processes that were started on different things.
+
+  Args:
+    what: the value's name.
+    value: this process's, as JSON.
+
+  Raises:
+    UserError: on every process, if any has another value than the first.
+  """
+  own = np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8)
+  size = int(parallel.from_first(np.int32(len(own))))
+  first = bytes(parallel.from_first(np.resize(own, size)))
+  differing = changes(json.loads(bytes(own)), json.loads(first))
+  others = np.flatnonzero(parallel.gather_rows(np.array([bool(differing)])))
+  if len(others):
+    says = "; ".join(differing) or "see its message"
+    raise UserError(
+      f"process {others[0]} has another {what} than process 0: {says}. Start all with the same "
+      "flags, on the same data"
+    )
+
+
 def open_trained(workdir: str, config: ConfigDict) -> pathlib.Path:
   """The path of a trained run's workdir, which the first process checks.
 
   Raises:
-    UserError: no workdir, or another run's.
+    UserError: no workdir, another run's, or processes with different configs.
   """
+  check_same("config", config.to_dict())
   if parallel.is_first():
     return open_workdir(workdir, config, create=False)
   return pathlib.Path(workdir)
@@ -129,6 +153,7 @@ def check_eval_data(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
   Raises:
     UserError: it is other data.
   """
+  check_same("data", identity)
   if not parallel.is_first():
     return
   stored, found = read_data(workdir)["eval"], json.loads(json.dumps(identity))

@@ -18,8 +18,13 @@ from lrdit import builders, input_pipeline, parallel, sampler
 from lrdit.errors import UserError
 from lrdit.held_out import held_out_losses
 from lrdit.progress import make_bar
-from lrdit.run_files import FirstProcessFiles, RunFiles
-from lrdit.train_state import NEVER, TrainState, WindowMetrics, create_train_state
+from lrdit.run_files import FirstProcessFiles, RunFiles, check_same
+from lrdit.train_state import (
+  NON_FINITE_QUANTITIES,
+  TrainState,
+  WindowMetrics,
+  create_train_state,
+)
 
 log = logging.getLogger("lrdit")
 
@@ -110,6 +115,7 @@ class Trainer:
       workdir: the run's directory.
       devices: devices to train on.
     """
+    check_same("config", config.to_dict())
     self.config, self.devices = config, devices
     self.curriculum = builders.make_curriculum(config)
     self._warn_of_too_few_steps()
@@ -124,6 +130,7 @@ class Trainer:
     self.key = jax.random.key(config.seed)
     self.eval_step = builders.make_eval_step(config, devices)
     identity = {"train": self.source.identity, "eval": self.eval_source.identity}
+    check_same("data", identity)
     self.files: RunFiles = (
       FirstProcessFiles(config, workdir, identity) if parallel.is_first() else RunFiles()
     )
@@ -192,21 +199,25 @@ class Trainer:
         count,
       )
 
-  def save(self, state: TrainState) -> None:
-    """Starts a checkpoint of a replicated state, unless its numbers are bad."""
-    self.refuse_non_finite(int(parallel.read(state.window.non_finite_step)))
-    self.files.save(state)
+  def refuse_non_finite(self, step: int, non_finite: int) -> None:
+    """Stops the run if the numbers of a step are bad.
 
-  def refuse_non_finite(self, step: int) -> None:
-    """Stops the run if the loss or gradient of a step was not finite."""
-    if step == NEVER:
+    Args:
+      step: updates applied.
+      non_finite: as in `WindowMetrics`.
+    """
+    if not non_finite:
       return
-    good = self.files.finish_saves()
+    good = int(parallel.from_first(np.int32(max(self.files.finish_saves(), default=0))))
+    quantity = NON_FINITE_QUANTITIES[non_finite - 1]
+    mend = (
+      "Encode the data again"
+      if quantity == "batch"
+      else "Lower config.optimizer.learning_rate or raise config.optimizer.warmup_steps"
+    )
     raise UserError(
-      f"the loss, its gradient or the update is not finite at step {step}; nothing was saved "
-      "after it. "
-      + (f"The last good checkpoint is step {good[0]}. " if good else "")
-      + "Lower config.optimizer.learning_rate or raise config.optimizer.warmup_steps"
+      f"the {quantity} of step {step} is not finite, the first quantity that is not; nothing was "
+      f"saved after it. {f'The last good checkpoint is step {good}. ' if good else ''}{mend}"
     )
 
   def batches(self, steps: range) -> Iterator[dict[str, np.ndarray]]:
@@ -306,7 +317,7 @@ def report(
     figures: what else the line has.
   """
   window = parallel.read(finished.window)
-  trainer.refuse_non_finite(int(window.non_finite_step))
+  trainer.refuse_non_finite(finished.step, int(window.non_finite))
   scalars = {}
   if "log" in finished.due:
     watch.pause()
@@ -334,7 +345,7 @@ def report_with_state(
   if "grid" in finished.due:
     trainer.write_grid(state, finished.step)
   if "save" in finished.due:
-    trainer.save(state)
+    trainer.files.save(state)
   watch.resume()
 
 
@@ -390,7 +401,7 @@ def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = N
       state = parallel.replicate(state, trainer.devices)
       state, step = run_steps(trainer, state, first_step, stop)
       if step not in (first_step, config.training.num_steps):
-        trainer.save(state)
+        trainer.files.save(state)
       trainer.files.finish_saves()
     if step < config.training.num_steps:
       log.info("stopped by %s at step %d; the same command resumes", stop.signal_name, step)

@@ -13,7 +13,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lrdit.curriculum import Curriculum
 
-NEVER = jnp.iinfo(jnp.int32).max
+# In the order in which a step computes them.
+NON_FINITE_QUANTITIES = ("batch", "loss", "gradient", "update")
+
+
+def first_non_finite(*is_finite: Bool[Array, ""]) -> Int[Array, ""]:
+  """int32: 0 if all are, or 1 + the index of the first that is not."""
+  flags = jnp.stack(is_finite)
+  return jnp.where(flags.all(), 0, 1 + flags.argmin()).astype(jnp.int32)
 
 
 def where_tree(condition: Bool[Array, ""], chosen: Any, other: Any) -> Any:
@@ -34,8 +41,8 @@ class WindowMetrics:
     learning_rate: float32, the one applied in the last step.
     group_loss: (G,) float32 sum over the examples of each timestep group.
     group_count: (G,) int32 number of examples of each.
-    non_finite_step: int32, the first step whose loss, gradient or update was
-      not finite; `NEVER` if none.
+    non_finite: int32, of the last step: 0, or 1 + the index of the first of
+      `NON_FINITE_QUANTITIES` that was not finite.
   """
 
   loss: Float[Array, ""]
@@ -44,7 +51,7 @@ class WindowMetrics:
   learning_rate: Float[Array, ""]
   group_loss: Float[Array, " G"]
   group_count: Int[Array, " G"]
-  non_finite_step: Int[Array, ""]
+  non_finite: Int[Array, ""]
 
   @classmethod
   def empty(cls, num_groups: int) -> "WindowMetrics":
@@ -57,7 +64,7 @@ class WindowMetrics:
       learning_rate=zero,
       group_loss=jnp.zeros(num_groups, jnp.float32),
       group_count=jnp.zeros(num_groups, jnp.int32),
-      non_finite_step=jnp.full((), NEVER, jnp.int32),
+      non_finite=jnp.zeros((), jnp.int32),
     )
 
   def add(
@@ -68,7 +75,7 @@ class WindowMetrics:
     learning_rate: Float[Array, ""],
     group_loss: Float[Array, " G"],
     group_count: Int[Array, " G"],
-    is_finite: Bool[Array, ""],
+    non_finite: Int[Array, ""],
     step: Int[Array, ""],
     log_every_steps: int,
   ) -> "WindowMetrics":
@@ -76,7 +83,6 @@ class WindowMetrics:
 
     The first step after a multiple of `log_every_steps` starts new sums.
     """
-    finite = is_finite & jnp.isfinite(grad_norm)
     going_on = (step - 1) % log_every_steps != 0
     return WindowMetrics(
       loss=jnp.where(going_on, self.loss, 0.0) + loss,
@@ -85,7 +91,7 @@ class WindowMetrics:
       learning_rate=learning_rate,
       group_loss=jnp.where(going_on, self.group_loss, 0.0) + group_loss,
       group_count=jnp.where(going_on, self.group_count, 0) + group_count,
-      non_finite_step=jnp.minimum(self.non_finite_step, jnp.where(finite, NEVER, step)),
+      non_finite=non_finite,
     )
 
 

@@ -21,7 +21,7 @@ from lrdit.dit import DiT
 from lrdit.low_rank import RankSelection
 from lrdit.optimizer import Schedule, update_ema
 from lrdit.parallel import AXIS
-from lrdit.train_state import TrainState, WindowMetrics, where_tree
+from lrdit.train_state import TrainState, WindowMetrics, first_non_finite, where_tree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -214,12 +214,15 @@ def mean_gradient(
   key: Key[Array, ""],
   batch: dict[str, Array],
   boundaries: tuple[int, ...],
-) -> tuple[Float[Array, ""], tuple[Float[Array, " G"], Int[Array, " G"]], Any]:
+) -> tuple[Float[Array, ""], tuple[Float[Array, " G"], Int[Array, " G"]], Any, Bool[Array, ""]]:
   """Mean loss over the global batch, `group_sums` over it, and the mean's gradient.
 
   Args:
     params, objective, key, batch: as in `batch_losses`.
     boundaries: as in `group_sums`.
+
+  Returns:
+    loss, group sums, gradient, and whether the global batch is finite.
   """
 
   def mean_loss(params):
@@ -228,7 +231,9 @@ def mean_gradient(
 
   (loss, groups), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
   loss, grads = jax.lax.pmean((loss, grads), AXIS)
-  return loss, jax.lax.psum(groups, AXIS), grads
+  is_bad = ~jnp.stack([jnp.isfinite(values).all() for values in batch.values()]).all()
+  groups, num_bad = jax.lax.psum((groups, is_bad.astype(jnp.int32)), AXIS)
+  return loss, groups, grads, num_bad == 0
 
 
 def train_step(
@@ -264,7 +269,7 @@ def train_step(
   """
   step_key = jax.random.fold_in(key, state.step)
   objective = objective.with_strata(curriculum.stages[stage].strata)
-  loss, (group_loss, group_count), grads = mean_gradient(
+  loss, (group_loss, group_count), grads, is_batch_finite = mean_gradient(
     state.params, objective, step_key, batch, curriculum.boundaries
   )
   warmup_start = state.stage.first_step if curriculum.restart_optimizer else 0
@@ -274,14 +279,15 @@ def train_step(
   params = optax.apply_updates(state.params, updates)
   # A sum of squares is finite only if every element is: the new parameters are
   # checked as well, so that no checkpoint can hold anything else.
-  is_finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
+  grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
+  finite = (jnp.isfinite(value) for value in (loss, grad_norm, update_norm))
   window = state.window.add(
     loss=loss,
-    grad_norm=optax.tree.norm(grads),
+    grad_norm=grad_norm,
     learning_rate=rate,
     group_loss=group_loss,
     group_count=group_count,
-    is_finite=is_finite,
+    non_finite=first_non_finite(is_batch_finite, *finite),
     step=state.step + 1,
     log_every_steps=log_every_steps,
   )

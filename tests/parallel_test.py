@@ -26,13 +26,16 @@ def reduced_values(text):
 
 @pytest.mark.parametrize("method", ["full", "adaptive"])
 def test_a_step_moves_the_gradient_between_devices_and_little_else(method):
-  """Once, in float32; beside it the loss and the sums of the groups of timesteps."""
+  """Once, in float32; beside it the loss, the sums of the groups and whether the batch is good."""
   config = tiny_config(f"method={method}")
   step, args, _ = training(config, jax.devices()[:4])
-  counts = reduced_values(step.lower(*args).compile().as_text())
+  text = step.lower(*args).compile().as_text()
+  counts = reduced_values(text)
   num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(builders.params_template(config)))
   groups = builders.make_curriculum(config).num_groups
-  assert counts == {"f32": num_params + 1 + groups, "s32": groups}
+  assert counts == {"f32": num_params + 1 + groups, "s32": groups + 1}
+  others = re.findall(r"(all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(", text)
+  assert not others
 
 
 def test_batches_are_spread_over_the_devices():

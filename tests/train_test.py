@@ -1,5 +1,6 @@
 """Whole runs through the real command line: stop anywhere, start again."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -245,16 +246,30 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_
   assert done.returncode == 1
   last = done.stderr.rstrip().splitlines()[-1]
   message = re.match(
-    r"error: the loss, its gradient or the update is not finite at step (\d+); nothing was saved "
-    r"after it. "
-    r"The last good checkpoint is step 4\.",
+    r"error: the (loss|gradient|update) of step (\d+) is not finite, the first quantity that is "
+    r"not; nothing was saved after it. The last good checkpoint is step 4. Lower config",
     last,
   )
   assert message, done.stderr
-  assert 5 <= int(message[1]) <= 8
+  assert 5 <= int(message[2]) <= 8
   assert all(np.isfinite(tiny.losses(tmp_path)))
   for a, b in zip(jax.tree.leaves(final_state(tmp_path)), jax.tree.leaves(good), strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+def test_a_nan_in_the_data_is_told_with_its_step(tmp_path, monkeypatch):
+  config = tiny.tiny_config(training__num_steps=200)
+  clean = builders.make_source(config, "train")
+  images = clean.images.copy()
+  images[7, 2, 5] = np.nan
+  spoilt = {"train": dataclasses.replace(clean, images=images), "eval": clean}
+  monkeypatch.setattr(builders, "make_source", lambda config, split: spoilt[split])
+  devices = jax.devices()[:2]
+  batches = train.Trainer(config, str(tmp_path), devices).batches(range(200))
+  step = next(i for i, b in enumerate(batches, start=1) if np.isnan(b["image"]).any())
+  words = f"the batch of step {step} is not finite.* step {(step - 1) // 4 * 4}. Encode the data"
+  with pytest.raises(UserError, match=words):
+    train.train(config, str(tmp_path), devices)
 
 
 # A stage ends at its second or a later check; constant, so that a run can be prolonged.

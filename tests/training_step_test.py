@@ -12,7 +12,12 @@ import pytest
 from lrdit import builders, dit, input_pipeline, parallel, training_step
 from lrdit.low_rank import RankSelection
 from lrdit.parallel import AXIS
-from lrdit.train_state import NEVER, StageProgress, WindowMetrics, create_train_state
+from lrdit.train_state import (
+  NON_FINITE_QUANTITIES,
+  StageProgress,
+  WindowMetrics,
+  create_train_state,
+)
 from tests.tiny import GOLDEN, tiny_config
 
 KEY = jax.random.key(7)
@@ -284,9 +289,9 @@ def losses_of(config, batch, num_devices=1):
   return np.asarray(run(params, batch, KEY)).reshape(-1)
 
 
-def digits_batch(size=16):
+def digits_batch(size=16, devices=1):
   batch = builders.make_source(tiny_config(), "train").gather(np.arange(size), np.zeros(size, bool))
-  return {name: rows[None] for name, rows in batch.items()}
+  return {name: rows.reshape(devices, -1, *rows.shape[1:]) for name, rows in batch.items()}
 
 
 def test_dropped_labels_do_not_matter_and_kept_ones_do():
@@ -358,46 +363,48 @@ def test_min_snr_reweights_each_example():
   np.testing.assert_allclose(weighted, uniform * np.minimum(snr, 5) / (snr + 1), rtol=1e-4)
 
 
-def test_window_sums_restart_and_remember_the_first_bad_step():
-  def add(window, loss, grad_norm, step, is_finite=True):
-    return window.add(
+def test_window_sums_restart():
+  window = WindowMetrics.empty(2)
+  assert window.non_finite == 0
+  for step, loss in enumerate([1.0, 2.0, 3.0, 4.0], start=1):
+    window = window.add(
       loss=jnp.float32(loss),
-      grad_norm=jnp.float32(grad_norm),
+      grad_norm=jnp.float32(10 * loss),
       learning_rate=jnp.float32(step / 10),
       group_loss=jnp.array([loss, 0.0]),
       group_count=jnp.array([2, 0]),
-      is_finite=jnp.asarray(is_finite),
+      non_finite=jnp.int32(step),
       step=jnp.int32(step),
       log_every_steps=3,
     )
-
-  window = WindowMetrics.empty(2)
-  for step, loss in enumerate([1.0, 2.0, 3.0, 4.0], start=1):
-    window = add(window, loss, 10 * loss, step)
+    assert window.non_finite == step  # the last step's own
     if step == 3:
       assert (float(window.loss), float(window.grad_norm), int(window.count)) == (6.0, 60.0, 3)
       assert (window.group_loss.tolist(), window.group_count.tolist()) == ([6, 0], [6, 0])
       assert window.learning_rate == pytest.approx(0.3)
   assert (float(window.loss), int(window.count)) == (4.0, 1)
   assert (window.group_loss.tolist(), window.group_count.tolist()) == ([4, 0], [2, 0])
-  assert window.non_finite_step == NEVER
-  assert add(window, 1, jnp.inf, 5).non_finite_step == 5
-  window = add(window, 1, 1, 5, is_finite=False)
-  assert add(window, 1, 1, 6, is_finite=False).non_finite_step == 5
 
 
-@pytest.mark.parametrize("bad", ["image", "learning_rate"])
-def test_a_step_that_spoils_anything_is_marked(bad):
+@pytest.mark.parametrize("quantity", [None, *NON_FINITE_QUANTITIES])
+def test_a_step_tells_the_first_quantity_that_is_not_finite(quantity):
   """The loss of a step says nothing of the parameters it leaves behind."""
-  config, devices = tiny_config(), jax.devices()[:1]
-  rate = jnp.float32(jnp.inf if bad == "learning_rate" else 1e-3)
+  config, devices = tiny_config(), jax.devices()[:2]
+  rate = jnp.float32(jnp.inf if quantity == "update" else 1e-3)
+  params = noisy_params(config)
+  if quantity in ("loss", "gradient"):
+    # Of a prediction of 1e30 the square is infinite; of one of 1e18 only the gradient's norm.
+    linear = dict(params["final_layer"]["linear"])
+    linear["kernel"] *= 1e30 if quantity == "loss" else 1e18
+    params = params | {"final_layer": params["final_layer"] | {"linear": linear}}
   step = make_step(config, devices, learning_rate=lambda step, start: rate)
-  state = make_state(config, devices, noisy_params(config))
-  batch = digits_batch()
-  if bad == "image":
-    batch["image"][0, 3] = np.nan
-  state, window = step(state, batch, KEY)
-  assert int(parallel.unreplicate(window.non_finite_step)) == 1
+  state = make_state(config, devices, params)
+  batch = digits_batch(devices=2)
+  if quantity == "batch":
+    batch["image"][1, 3] = np.nan  # the second device's
+  _, window = step(state, batch, KEY)
+  expected = 1 + NON_FINITE_QUANTITIES.index(quantity) if quantity else 0
+  assert parallel.read(window.non_finite) == expected
 
 
 def test_golden_one_step_metrics():
