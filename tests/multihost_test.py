@@ -1,7 +1,10 @@
 """Several processes through the real command line, on this machine."""
 
+import importlib.util
+import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -10,7 +13,10 @@ import time
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from lrdit import parallel
+from lrdit.errors import UserError
 from tests import tiny
 from tests.train_test import final_state
 
@@ -34,8 +40,18 @@ def free_port():
 class Job:
   """The processes of one start; ended by SIGKILL whatever happens."""
 
-  def __init__(self, workdir, num_processes, num_devices, *flags):
+  def __init__(self, workdir, num_processes, num_devices, *flags, apart=None):
+    """Starts the processes.
+
+    Args:
+      workdir: of the run.
+      num_processes, num_devices: of each process.
+      flags: of all.
+      apart: (number, command it is started by, its flags, its environment) of a
+        process that is started otherwise than the rest.
+    """
     port = free_port()
+    number, *otherwise = apart or (None, [], [], {})
     self.logs = [workdir.with_name(f"{workdir.name}.{i}.log") for i in range(num_processes)]
     self.processes = []
     for i, log in enumerate(self.logs):
@@ -44,12 +60,13 @@ class Job:
         f"--num_processes={num_processes}",
         f"--process_id={i}",
       )
+      wrapper, own_flags, environment = otherwise if i == number else ([], [], {})
       with log.open("w") as file:
         self.processes.append(
           subprocess.Popen(
-            tiny.command(workdir, *FLAGS, *flags, *shared),
+            [*wrapper, *tiny.command(workdir, *FLAGS, *flags, *own_flags, *shared)],
             cwd=tiny.ROOT,
-            env=tiny.environment(num_devices),
+            env=tiny.environment(num_devices, **environment),
             stdout=file,
             stderr=file,
           )
@@ -134,8 +151,11 @@ def test_sigterm_and_a_death_in_one_process_reach_all(one_process, tmp_path):
   with Job(workdir, 2, 2) as job:
     job.wait_for_line(workdir / "metrics.jsonl", steps[-1] + 2)
     job.processes[1].kill()
-    assert job.wait(timeout=60) == [75, -signal.SIGKILL], job.text()
-    assert "process 0: error: another process has ended" in job.text()
+    statuses = job.wait(timeout=60)
+    # What of it comes first: the connection's end, or the missing heartbeat that jax ends it by.
+    says = {75: "process 0: error: another process has ended", -signal.SIGABRT: "another task died"}
+    assert statuses[1] == -signal.SIGKILL, job.text()
+    assert says[statuses[0]] in job.text()
   assert "resuming from the checkpoint of step" in run(workdir, 1, 2)
   assert_same_run(workdir, one_process)
 
@@ -158,6 +178,125 @@ def test_modes_of_one_process_refuse_several(tmp_path):
   with Job(tmp_path / "run", 2, 1, "--mode=benchmark") as job:
     assert set(job.wait()) <= {2, 75, -signal.SIGABRT}, job.text()
     assert "--mode=benchmark is for one process" in job.text()
+
+
+def errors_of(job):
+  return [re.findall(r"(?m)^process \d: error: (.*)", log.read_text()) for log in job.logs]
+
+
+@pytest.mark.slow
+def test_processes_of_different_configs_say_what_differs(tmp_path):
+  with Job(tmp_path / "run", 3, 1, apart=(2, [], ["--config.seed=7"], {})) as job:
+    assert job.wait() == [1, 1, 1], job.text()
+  says = "process 2 has another config than process 0: {}. Start all with the same flags, on the "
+  words = ["see its message"] * 2 + ["seed (0 there, 7 asked for)"]
+  assert errors_of(job) == [[says.format(w) + "same data"] for w in words]
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_processes_on_different_data_say_so(tmp_path, monkeypatch):
+  """As hosts do whose disks hold other files under the same name."""
+  for host, count in (("a", 40), ("b", 41)):
+    (tmp_path / host).mkdir()
+    images = np.zeros((count, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / host / "images.npz", image=images, label=np.arange(count) % 10)
+  flags = ("--config.data.name=npz", "--config.data.data_dir=~/images.npz")
+  monkeypatch.setenv("HOME", str(tmp_path / "a"))
+  other = {"HOME": str(tmp_path / "b")}
+  with Job(tmp_path / "run", 2, 1, *flags, apart=(1, [], [], other)) as job:
+    statuses = job.wait()
+  assert statuses == [1, 1], job.text()
+  assert "process 1 has another data than process 0" in errors_of(job)[1][0]
+
+
+@pytest.mark.slow
+def test_a_lone_process_s_non_finite_loss_is_told_by_all(tmp_path):
+  """All wait for the first one to say what was saved."""
+  workdir = tmp_path / "run"
+  run(workdir, 2, 1, "--config.training.num_steps=5")
+  config = workdir / "config.json"
+  config.write_text(config.read_text().replace('"learning_rate": 0.002', '"learning_rate": 1e+29'))
+  with Job(workdir, 2, 1, "--config.optimizer.learning_rate=1e29") as job:
+    assert job.wait() == [1, 1], job.text()
+  (first,), (second,) = errors_of(job)
+  assert first == second
+  assert re.match(r"the \w+ of step \d+ is not finite.* The last good checkpoint is step 5", first)
+
+
+@pytest.mark.slow
+def test_a_terminated_export_of_several_processes_goes_on(one_process):
+  flags = (
+    "--mode=sample",
+    "--config.sampling.num_samples=20000",
+    "--config.sampling.batch_size=40",
+  )
+  directory = one_process / "samples" / "terminated"
+  name = f"--config.sampling.name={directory.name}"
+  with Job(one_process, 2, 1, *flags, name) as job:
+    job.wait_for_line(directory / "progress.json")
+    job.processes[1].send_signal(signal.SIGTERM)
+    statuses = job.wait(timeout=60)
+    assert statuses[0] in (75, -signal.SIGABRT), job.text()
+    assert statuses[1] == -signal.SIGTERM
+  assert not (directory / "samples.npz").exists()
+  run(one_process, 2, 1, *flags, name)
+  run(one_process, 2, 1, *flags, "--config.sampling.name=at_once")
+  exports = [one_process / "samples" / name / "samples.npz" for name in ("terminated", "at_once")]
+  assert exports[0].read_bytes() == exports[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_does(one_process):
+  found = []
+  for num_processes, num_devices in ((1, 4), (2, 2)):
+    run(one_process, num_processes, num_devices, "--mode=evaluate")
+    found.append(json.loads((one_process / "evaluation.json").read_text()))
+  alone, shared = found
+  for weights in ("raw", "ema"):
+    a, b = (found["held_out"].pop(weights) for found in (alone, shared))
+    assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
+    for x, y in zip(a["groups"], b["groups"], strict=True):
+      assert y.pop("loss") == pytest.approx(x.pop("loss"), rel=1e-6)
+      assert x == y
+  assert alone == shared
+
+
+@pytest.mark.slow
+def test_grids_and_a_curriculum_over_two_processes(tmp_path):
+  flags = (
+    "--config.training.sample_every_steps=20",
+    "--config.curriculum.enabled=True",
+    "--config.curriculum.boundaries=(0,400,700,1000)",
+    "--config.curriculum.check_every_steps=4",
+    "--config.curriculum.patience=1",
+    "--config.curriculum.restart_optimizer=True",
+  )
+  workdirs = tmp_path / "one", tmp_path / "two"
+  for num_processes, workdir in enumerate(workdirs, start=1):
+    run(workdir, num_processes, 2 // num_processes, *flags)
+  lines = [tiny.read_metrics(workdir) for workdir in workdirs]
+  stages = [[line["train/stage"] for line in run] for run in lines]
+  assert stages[0] == stages[1]
+  assert max(stages[0]) >= 3
+  losses = [tiny.losses(workdir) for workdir in workdirs]
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+  for name in ("step_00000020.png", "step_00000040.png"):
+    images = [np.asarray(Image.open(w / "samples" / name), np.int16) for w in workdirs]
+    assert np.abs(images[0] - images[1]).max() <= 1
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_the_first_process_ends_all(tmp_path):
+  workdir = tmp_path / "run"
+  run(workdir, 2, 1, "--config.training.num_steps=5")
+  no_cache = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+  with Job(workdir, 2, 1, apart=(0, ["prlimit", "--fsize=20000"], [], no_cache)) as job:
+    statuses = job.wait()
+  assert statuses[0] == 1, job.text()
+  assert statuses[1] in (75, -signal.SIGABRT), job.text()
+  assert errors_of(job)[0][0].startswith("cannot save a checkpoint under")
+  run(workdir, 2, 1)
 
 
 def changed(path):
@@ -210,16 +349,18 @@ def test_killed_training_ends_as_if_undisturbed(tmp_path, record_property, num_p
 
 
 @pytest.mark.slow
-def test_killed_exports_end_as_an_undisturbed_one(one_process, record_property):
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_killed_exports_end_as_an_undisturbed_one(one_process, record_property, num_processes):
   fields = {"sampling.num_samples": 40_000, "sampling.batch_size": 40}
   flags = ("--mode=sample", *(f"--config.{field}={value}" for field, value in fields.items()))
-  directories = [one_process / "samples" / name for name in ("killed", "undisturbed_export")]
+  names = (f"killed_{num_processes}", f"undisturbed_{num_processes}")
+  directories = [one_process / "samples" / name for name in names]
 
   def job(directory):
-    return Job(one_process, 1, 1, *flags, f"--config.sampling.name={directory.name}")
+    return Job(one_process, num_processes, 1, *flags, f"--config.sampling.name={directory.name}")
 
   with job(directories[1]) as undisturbed:
-    assert undisturbed.wait() == [0], undisturbed.text()
+    assert set(undisturbed.wait()) == {0}, undisturbed.text()
   kill_again_and_again(lambda: job(directories[0]), directories[0] / "progress.json", 10, seed=3)
   record_property("kills", 10)
   exports = [directory / "samples.npz" for directory in directories]
@@ -227,12 +368,24 @@ def test_killed_exports_end_as_an_undisturbed_one(one_process, record_property):
 
 
 def test_the_environments_of_clusters_are_known():
-  from lrdit.parallel import is_cluster
+  def is_cluster(environment):
+    return parallel.cluster_method(environment) == "jax"
 
   alone = {"TPU_SKIP_MDS_QUERY": "1", "PATH": os.environ["PATH"]}
   assert not is_cluster(alone)
   assert not is_cluster(alone | {"SLURM_STEP_NUM_TASKS": "1"})
   assert not is_cluster(alone | {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"})  # outside srun
   assert is_cluster(alone | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"})
-  assert is_cluster(alone | {"OMPI_COMM_WORLD_SIZE": "2"})
+  slurm = {"SLURM_STEP_NUM_TASKS": "4", "PMI_SIZE": "4"}
+  assert is_cluster(alone | slurm)  # srun --mpi=pmi2
+  assert is_cluster(alone | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://a:1"})
   assert is_cluster(alone | {"TPU_WORKER_HOSTNAMES": "a,b"})
+  mpi = [{"OMPI_COMM_WORLD_SIZE": "2"}, {"PMI_SIZE": "2"}, slurm | {"PMI_SIZE": "8"}]
+  assert [parallel.cluster_method(alone | e) for e in mpi] == ["mpi4py"] * 3
+
+
+def test_an_mpi_that_needs_mpi4py_says_so(monkeypatch):
+  monkeypatch.setenv("PMI_SIZE", "2")
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(UserError, match="install mpi4py, or give --coordinator"):
+    parallel.find_cluster(None, None, None)
