@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the scripts of the datasets share: the three arms, one after another.
+# What the other scripts share: help, main.py's errors, the three arms one after another.
 # Usage: source launch/arms.sh (from another launch script; does not change directory)
 #
 # An arm whose run is there is skipped without starting jax: config.json holds the config
@@ -11,6 +11,11 @@ set -euo pipefail
 trap 'exit 130' INT
 trap 'exit 143' TERM
 root="$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")"
+
+# How main.py begins the line of an error, in whichever of several processes. It is a mistake of
+# the user's, unless it only says that the others are gone: then starting all again mends it.
+readonly ERROR_LINE='((a process|process [0-9]+): )?error: '
+readonly OTHERS_GONE='error: (another process has ended|the other processes cannot be reached)'
 
 # The comment at the head of the script that was called.
 print_help() {

@@ -10,8 +10,9 @@
 # The processes share the cores, and each starts as many threads as there are cores: this
 # shows that a run works, not how fast it would be. (One process drives all GPUs of a machine.)
 # If one process fails, all are ended. If it died, all start again and resume; after a mistake
-# of the user's (an error: line) they do not.
-# SIGTERM and Ctrl-C are passed on as SIGTERM: all save and end, and the same command goes on.
+# of the user's (an error: line of any) they do not.
+# SIGTERM and Ctrl-C are passed on as SIGTERM: a training saves and ends with status 0, exports and
+# evaluations die of it (143), and the same command goes on.
 # A second Ctrl-C kills them. No process outlives this script, however it ends.
 set -euo pipefail
 # shellcheck source=launch/arms.sh
@@ -20,9 +21,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/arms.sh"
 readonly POLL_SECONDS=0.2
 readonly NEVER=999999999 # seconds after the start
 readonly SETTLE_SECONDS=2 # for the others to say why they end, before they are told to
-# By this status main.py says that it ends because another process has ended.
-readonly ANOTHER_ENDED=75
-readonly ERROR_LINE='^(process [0-9]+: )?error: '
+readonly OTHERS_GONE_STATUS=75 # by it main.py says that it ends because another process has
 
 # Starts main.py in a session of its own, so that Ctrl-C reaches this script alone, and has the
 # kernel kill it if this script (its parent) dies, even by SIGKILL.
@@ -108,7 +107,7 @@ trap 'on_signal TERM' TERM HUP
 # Arguments: number, file to read.
 relabel() {
   trap '' HUP INT TERM
-  exec sed -u -E -e "/$ERROR_LINE/w $scratch/$1.errors" -e "s/^/[$1] /" <"$2"
+  exec sed -u -E -e "/^$ERROR_LINE/w $scratch/$1.errors" -e "s/^/[$1] /" <"$2"
 }
 
 # Arguments: flags of main.py.
@@ -153,7 +152,7 @@ find_culprits() {
   local i followers=()
   culprits=()
   for i in "${!statuses[@]}"; do
-    if ((statuses[i] == ANOTHER_ENDED)); then
+    if ((statuses[i] == OTHERS_GONE_STATUS)); then
       followers+=("$i")
     elif ((statuses[i])); then
       culprits+=("$i")

@@ -4,8 +4,8 @@
 # Usage: TPU=NAME ZONE=ZONE [ACCELERATOR=TYPE] [PREPARE=COMMAND] bash launch/tpu_pod.sh --config=FILE --workdir=DIR [main.py flags ...]
 #
 # TPU, ZONE      the TPU VM; the project is gcloud's (CLOUDSDK_CORE_PROJECT)
-# ACCELERATOR    v4-32, say: makes the TPU VM, as a spot one, if it is not there, and DELETES and
-#                makes it again when it was preempted; without it, the TPU VM must be there
+# ACCELERATOR    v4-32, say: makes the TPU VM, as a spot one, if gcloud says that there is none, and
+#                DELETES and makes it again when it was preempted; without it, it must be there
 # VERSION        the image it is made of (default tpu-ubuntu2204-base)
 # PREPARE        command run on every host once, after the installation: mounts disks, for example
 # RESTARTS       how often main.py is started again on a TPU VM that is still there (default 3)
@@ -15,14 +15,12 @@
 # PREPARE mounts); the data must be readable on every host. Hosts need access to the internet to
 # install Python and the packages. main.py finds its cluster by itself.
 # Run this where it can go on, in tmux say: if it is killed, main.py may run on; the same command
-# stops that first. SIGTERM or Ctrl-C has main.py save and end; the same command goes on.
+# stops that first. SIGTERM or Ctrl-C ends main.py (a training saves first); the same command goes
+# on. While gcloud cannot tell of the TPU VM (no network, say), nothing is made or deleted: it is
+# asked again. After a mistake of the user's (an error: line of any process) all is over.
 set -euo pipefail
 # shellcheck source=launch/arms.sh
 source "$(dirname "${BASH_SOURCE[0]}")/arms.sh"
-
-# A user's mistake; that another process has ended is none.
-readonly ERROR_LINE='^(process 0: )?error: '
-readonly ANOTHER_ENDED='error: another process has ended'
 
 workdir="" mode=train
 for argument in "$@"; do
@@ -54,7 +52,8 @@ on_hosts() {
   tpu_vm ssh "$TPU" --worker="$1" --command="bash -euo pipefail -c $(printf '%q' "$2")"
 }
 
-# Ends what an earlier start left: asks it to save, then kills it.
+# Ends what runs, or what an earlier start left: asks it to, then kills it.
+# shellcheck disable=SC2016  # the hosts expand it
 readonly STOP='
 pid="$(cat lrdit/main.pid 2>/dev/null || true)"
 is_running() { [[ "$pid" ]] && grep -qsa main.py "/proc/$pid/cmdline"; }
@@ -67,6 +66,7 @@ kill -KILL "$pid"
 '
 
 # setup.sh needs a newer Python than the image's.
+# shellcheck disable=SC2016
 readonly INSTALL='
 mkdir -p lrdit
 tar -xzf lrdit.tar.gz -C lrdit
@@ -98,7 +98,7 @@ echo \$\$ > main.pid
 exec python main.py $(printf '%q ' "$@")" 2>&1 |
     (
       trap '' HUP INT TERM
-      exec sed -u -E -e "/$ANOTHER_ENDED/b" -e "/$ERROR_LINE/w $scratch/errors"
+      exec sed -u -E -e "/$OTHERS_GONE/b" -e "/^$ERROR_LINE/w $scratch/errors"
     )
 }
 
@@ -113,7 +113,7 @@ stop_signal=""
 trap 'stop_signal="${stop_signal:-130}"' INT
 trap 'stop_signal="${stop_signal:-143}"' TERM HUP
 
-# Runs main.py on all hosts; a signal to this script has them save and end.
+# Runs main.py on all hosts; a signal to this script ends it there.
 # Arguments: flags of main.py.
 supervise() {
   local running result told=""
@@ -128,7 +128,7 @@ supervise() {
     fi
     if [[ "$stop_signal" && -z "$told" ]]; then
       told=yes
-      echo "== $TPU: main.py is asked to save and end" >&2
+      echo "== $TPU: main.py is asked to end" >&2
       on_hosts all "$STOP" || true
     elif ! kill -0 "$running" 2>/dev/null; then
       break
@@ -136,13 +136,33 @@ supervise() {
   done
 }
 
+# Sets `state`, "not there" if gcloud says so: fails if it cannot tell.
+describe() {
+  if state="$(tpu_vm describe "$TPU" --format='value(state)' 2>"$scratch/describe")"; then
+    seen=yes
+  elif grep -q "NOT_FOUND: .*/nodes/$TPU\b" "$scratch/describe"; then
+    state="not there"
+  else
+    cat "$scratch/describe" >&2
+    return 1
+  fi
+}
+
 # Makes the TPU VM, unless it is there: fails until then.
 make_tpu() {
   local state
-  state="$(tpu_vm describe "$TPU" --format='value(state)' || true)"
+  if ! describe; then
+    if [[ "$seen" || "$stop_signal" ]]; then
+      echo "== $TPU cannot be looked up: it is left as it is" >&2
+      return 1
+    fi
+    echo "error: $TPU cannot be looked up: see gcloud's message above; check TPU, ZONE, the" \
+      "project and the login, then run the same command again" >&2
+    exit 1
+  fi
   case "$state" in
     READY) return 0 ;;
-    "" | PREEMPTED | TERMINATED) ;;
+    "not there" | PREEMPTED | TERMINATED) ;;
     STOPPED)
       echo "error: $TPU is stopped: start it, then run the same command again" >&2
       exit 1
@@ -150,13 +170,13 @@ make_tpu() {
     *) return 1 ;; # on its way to another state
   esac
   if [[ -z "${ACCELERATOR:-}" ]]; then
-    echo "error: $TPU is ${state:-not there}: make it, or have it made by ACCELERATOR=TYPE;" \
+    echo "error: $TPU is $state: make it, or have it made by ACCELERATOR=TYPE;" \
       "then run the same command again" >&2
     exit 1
   fi
-  echo "== $TPU is ${state:-not there}: it is made" >&2
-  started="" installed=""
-  if [[ "$state" ]]; then
+  echo "== $TPU is $state: it is made" >&2
+  started="" installed="" seen=yes
+  if [[ "$state" != "not there" ]]; then
     tpu_vm delete "$TPU" || return 1
   fi
   tpu_vm create "$TPU" --accelerator-type="$ACCELERATOR" \
@@ -168,7 +188,8 @@ pause() {
   wait "$!" || true # a signal ends it
 }
 
-restart=0 status=0 started="" installed=""
+# `seen`: gcloud has told of the TPU VM, so that a failure to is none of the command's.
+restart=0 status=0 started="" installed="" seen=""
 while true; do
   until make_tpu || [[ "$stop_signal" ]]; do
     pause
