@@ -2,31 +2,20 @@
 
 import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests import scripts, tiny
 
 ARMS = ("full", "static", "adaptive")
-TIMEOUT = 300
 NUM_STEPS = 100  # long enough to be interrupted in the middle
 
 
 @pytest.fixture
 def checkout(tmp_path):
-  """A checkout in which the environment of the tests is the one that is used."""
-  root = tmp_path / "checkout"
-  for name in ("configs", "launch", "lrdit"):
-    shutil.copytree(tiny.ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-  shutil.copy(tiny.ROOT / "main.py", root)
-  (root / "launch" / "setup.sh").write_text("")
-  return root
+  return scripts.copy_checkout(tmp_path / "checkout", "configs", "launch", "lrdit", "main.py")
 
 
 def write_images(path, with_labels):
@@ -43,45 +32,14 @@ def overrides(images, **fields):
   return [f"--config.{field}={value}" for field, value in values.items()]
 
 
-def start(checkout, script, flags, **environment):
-  """Starts a script from the checkout's parent, in a process group of its own."""
-  path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-  return subprocess.Popen(
-    ["bash", "checkout/launch/" + script, *flags],
-    cwd=checkout.parent,
-    env=tiny.environment(PATH=path, **environment),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-    start_new_session=True,
-  )
-
-
-def finish(process):
-  """(exit status, standard output, standard error); nothing of it is left running."""
-  try:
-    stdout, stderr = process.communicate(timeout=TIMEOUT)
-  except subprocess.TimeoutExpired:
-    os.killpg(process.pid, signal.SIGKILL)
-    raise
-  return process.returncode, stdout, stderr
+def start(checkout, script, *flags, **environment):
+  """Starts a script from the checkout's parent."""
+  command = ["bash", f"checkout/launch/{script}", *flags]
+  return scripts.start(command, checkout.parent, tiny.environment(**environment))
 
 
 def run(checkout, script, *flags, **environment):
-  return finish(start(checkout, script, flags, **environment))
-
-
-def wait_for(path, process):
-  deadline = time.monotonic() + TIMEOUT
-  while not path.exists() or not path.stat().st_size:
-    if process.poll() is not None or time.monotonic() > deadline:
-      os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
-      raise AssertionError(process.communicate())
-    time.sleep(0.01)
-
-
-def times(directory):
-  return {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+  return scripts.finish(start(checkout, script, *flags, **environment))
 
 
 def modes(stderr):
@@ -114,17 +72,17 @@ def test_cifar10_goes_on_where_it_was_stopped_and_repeats_nothing(checkout, tmp_
   )
   runs = [tmp_path / "out" / f"cifar10_{arm}" for arm in ARMS]
 
-  process = start(checkout, "cifar10.sh", flags, RUNS="out")
-  wait_for(runs[1] / "metrics.jsonl", process)
+  process = start(checkout, "cifar10.sh", *flags, RUNS="out")
+  scripts.wait_until(lambda: scripts.has_lines(runs[1] / "metrics.jsonl"), process)
   os.killpg(process.pid, signal.SIGTERM)
-  status, _, stderr = finish(process)
+  status, _, stderr = scripts.finish(process)
   assert status == 143, stderr
   assert modes(stderr) == [
     *(f"cifar10, full: {mode}" for mode in ("train", "sample", "evaluate")),
     "cifar10, static: train",
   ]
   assert not (runs[1] / "checkpoints" / str(NUM_STEPS)).exists()
-  first_arm = times(runs[0])
+  first_arm = scripts.times(runs[0])
 
   status, stdout, stderr = run(checkout, "cifar10.sh", *flags, RUNS="out")
   assert status == 0, stderr
@@ -132,17 +90,17 @@ def test_cifar10_goes_on_where_it_was_stopped_and_repeats_nothing(checkout, tmp_
     f"cifar10, {arm}: {mode}" for arm in ARMS[1:] for mode in ("train", "sample", "evaluate")
   ]
   assert "resuming from the checkpoint of step" in stderr
-  assert times(runs[0]) == first_arm
+  assert scripts.times(runs[0]) == first_arm
   for workdir in runs:
     assert_arm_is_whole(workdir, NUM_STEPS, (8, 8, 3))
     loss = json.loads((workdir / "evaluation.json").read_text())["held_out"]["ema"]["loss"]
     assert f"{loss:.5f}  {workdir}/samples/default\n" in stdout
 
-  all_arms = times(tmp_path / "out")
+  all_arms = scripts.times(tmp_path / "out")
   status, again, stderr = run(checkout, "cifar10.sh", *flags, RUNS="out")
   assert (status, again) == (0, stdout), stderr
   assert modes(stderr) == [f"cifar10, {arm}: finished" for arm in ARMS]
-  assert times(tmp_path / "out") == all_arms
+  assert scripts.times(tmp_path / "out") == all_arms
 
   # An export without its metadata was stopped half-way.
   (runs[2] / "samples" / "default" / "metadata.json").unlink()
@@ -172,11 +130,42 @@ def test_celeba_encodes_once_and_runs_the_arms_on_the_latents(checkout, tmp_path
   for arm in ARMS:
     assert_arm_is_whole(tmp_path / "runs" / f"celeba_{arm}", 2, (32, 32, 3))
 
-  written = times(tmp_path / "latents") | times(tmp_path / "runs")
+  written = scripts.times(tmp_path / "latents") | scripts.times(tmp_path / "runs")
   status, again, stderr = run(checkout, "celeba.sh", *flags, LATENTS="latents")
   assert (status, again) == (0, stdout), stderr
   assert modes(stderr)[1:] == [f"celeba, {arm}: finished" for arm in ARMS]
-  assert times(tmp_path / "latents") | times(tmp_path / "runs") == written
+  assert scripts.times(tmp_path / "latents") | scripts.times(tmp_path / "runs") == written
+
+
+@pytest.mark.slow
+def test_digits_are_reported_and_nothing_is_repeated(checkout, tmp_path):
+  overrides = tiny.OVERRIDES | {"training.num_steps": 2}
+  flags = [f"--config.{field}={value}" for field, value in overrides.items()]
+  status, _, stderr = run(checkout, "digits.sh", *flags, SEEDS="3")
+  assert status == 0, stderr
+  assert modes(stderr) == [
+    f"digits, {arm}, seed 3: {mode}" for arm in ARMS for mode in ("train", "sample", "evaluate")
+  ]
+  runs = tmp_path / "runs"
+  for arm in ARMS:
+    workdir = runs / f"digits_{arm}_3"
+    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    assert evaluation["samples"]["default"]["metadata"]["method"] == arm
+    assert evaluation["checkpoint_step"] == 2
+    assert json.loads((workdir / "config.json").read_text())["seed"] == 3
+    assert not (workdir / "features").exists()
+  assert [path.name for path in (runs / "digits_features").iterdir()] == [
+    "reference_pixel_train.npz"
+  ]
+  report = json.loads((runs / "digits_report" / "report.json").read_text())
+  assert [arm["method"] for arm in report["arms"]] == list(ARMS)
+  assert (runs / "digits_report" / "report.html").exists()
+
+  written = {path: when for path, when in scripts.times(runs).items() if "report" not in str(path)}
+  status, _, stderr = run(checkout, "digits.sh", *flags, SEEDS="3")
+  assert status == 0, stderr
+  assert modes(stderr) == [f"digits, {arm}, seed 3: finished" for arm in ARMS]
+  assert scripts.times(runs).items() >= written.items()
 
 
 def test_imagenet128_hands_the_classes_on(checkout):
@@ -211,18 +200,9 @@ def test_imagenet128_refuses_classes_before_it_encodes(checkout, classes):
   ],
 )
 def test_a_wrong_argument_ends_with_the_usage(checkout, script, flags, words):
-  status, stdout, stderr = run(checkout, script, *flags)
-  assert (status, stdout) == (2, "")
-  error, usage = stderr.splitlines()
-  assert error.startswith("error: ")
-  assert words in error
-  assert usage.startswith("Usage: ")
-  assert f"bash launch/{script}" in usage
+  scripts.assert_wrong_argument(run(checkout, script, *flags), script, words)
 
 
 @pytest.mark.parametrize("script", ["cifar10.sh", "celeba.sh", "imagenet128.sh", "digits.sh"])
 def test_help(checkout, script):
-  status, stdout, stderr = run(checkout, script, "--config.seed=1", "--help")
-  assert (status, stderr) == (0, "")
-  assert f"bash launch/{script}" in stdout
-  assert "set -euo" not in stdout
+  scripts.assert_help(run(checkout, script, "--config.seed=1", "--help"), script)
