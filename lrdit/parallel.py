@@ -9,6 +9,7 @@ b = B / N local batch.
 """
 
 import dataclasses
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,12 +110,16 @@ def find_cluster(
     return None
   if given == (None, None, None):
     method = cluster_method(os.environ)
-    if method == "mpi4py" and importlib.util.find_spec("mpi4py") is None:
-      raise UserError(
-        "this MPI leaves it to mpi4py to find the first process: install mpi4py, or give "
-        "--coordinator, --num_processes and --process_id",
-        2,
-      )
+    if method == "mpi4py":
+      try:
+        importlib.import_module("mpi4py.MPI")
+      except (ImportError, RuntimeError) as error:
+        raise UserError(
+          f"this MPI leaves it to mpi4py to find the first process, which does not work ({error}): "
+          "install mpi4py and the MPI it is for, or give --coordinator, --num_processes and "
+          "--process_id",
+          2,
+        ) from error
     return method and Cluster(detection="mpi4py" if method == "mpi4py" else None)
   if None in given:
     raise UserError("--coordinator, --num_processes and --process_id go together: give all", 2)
