@@ -1,0 +1,124 @@
+"""One process of one side of `processes_benchmark`: a training step as `train.run_steps` runs it.
+
+Joins the others of its side, prints what it is as one line of JSON, then for every
+line on standard input, a number of steps, what they took (`Worker.run`).
+"""
+
+# ruff: noqa: E402  As in `main.py`, the allocator is set up before numpy and jax are imported.
+from lrdit import startup
+
+startup.keep_freed_memory()
+
+import argparse
+import itertools
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import cifar10
+from lrdit import benchmark, builders, parallel
+from lrdit.train_state import create_train_state
+
+
+def make_config(args: argparse.Namespace) -> ConfigDict:
+  """Random pixels, so the name of the data does not matter; one line of metrics, never cut."""
+  config = cifar10.get_config(f"method={args.method},variant={args.variant}").unlock()
+  config.data.image_size, config.training.batch_size = args.image_size, args.batch_size
+  config.training.log_every_steps = 10**9
+  return builders.resolve(config)
+
+
+def own_batch(config: ConfigDict, devices: parallel.Devices) -> dict[str, np.ndarray]:
+  """This process's (n, b) slots of one global batch, the same for every topology."""
+  slots = parallel.batch_slots(config.training.batch_size, devices)
+  images = benchmark.random_images(config, config.training.batch_size)
+  return {"image": images[slots], "label": (slots % config.data.num_classes).astype(np.int32)}
+
+
+def cpu_seconds() -> np.ndarray:
+  """(2,) user and system seconds of all threads of this process so far."""
+  usage = resource.getrusage(resource.RUSAGE_SELF)
+  return np.array([usage.ru_utime, usage.ru_stime])
+
+
+class Worker:
+  """A training in this process's share, from step to step."""
+
+  def __init__(self, config: ConfigDict, devices: parallel.Devices):
+    """Makes the state and runs two steps: first calls compile and allocate."""
+    curriculum = builders.make_curriculum(config)
+    self._step = builders.make_train_step(config, devices, len(curriculum.stages) - 1)
+    optimizer, _ = builders.make_optimizer(config)
+    state = create_train_state(benchmark.random_params(config), optimizer, curriculum.num_groups)
+    self._state = parallel.replicate(parallel.to_host(state), devices)
+    self._batches: Iterator[Any] = parallel.prefetch(
+      itertools.repeat(own_batch(config, devices)), devices
+    )
+    self._key = jax.random.key(config.seed)
+    self._steps_asked = 0
+    self._train(2)
+    self._ended = time.perf_counter(), cpu_seconds()
+
+  def _train(self, num_steps: int) -> float:
+    """Mean loss of all steps so far, as it is read for a line of metrics."""
+    window = None
+    for _ in range(num_steps):
+      if parallel.num_processes() > 1:  # as training asks before every step
+        parallel.is_preempted(self._steps_asked)
+        self._steps_asked += 1
+      before = window
+      self._state, window = self._step(self._state, next(self._batches), self._key)
+      if before:
+        parallel.read(before)
+    window = parallel.read(window)
+    jax.block_until_ready(self._state)
+    return float(window.loss) / float(window.count)
+
+  def run(self, num_steps: int) -> dict[str, Any]:
+    """Trains, and says what it took.
+
+    Returns:
+      "wall", and "cpu" as [user, system], seconds of the steps; "idle_wall" and
+      "idle_cpu" seconds since the last steps; "memory", the most GiB ever held; "loss"
+      since the start.
+    """
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    idle_wall, idle_cpu = wall - self._ended[0], cpu - self._ended[1]
+    loss = self._train(num_steps)
+    self._ended = time.perf_counter(), cpu_seconds()
+    return {
+      "wall": self._ended[0] - wall,
+      "cpu": list(self._ended[1] - cpu),
+      "idle_wall": idle_wall,
+      "idle_cpu": float(idle_cpu.sum()),
+      "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+      "loss": loss,
+    }
+
+
+def main() -> None:
+  """Serves requests until standard input ends."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  for name in ("method", "variant", "coordinator"):
+    parser.add_argument(f"--{name}", required=True)
+  for name in ("image_size", "batch_size", "num_processes", "process_id"):
+    parser.add_argument(f"--{name}", type=int, required=True)
+  args = parser.parse_args()
+  startup.use_compilation_cache()
+  parallel.connect(args.coordinator, args.num_processes, args.process_id)
+  worker = Worker(make_config(args), parallel.all_devices())
+  about = {"num_processes": parallel.num_processes(), "num_devices": len(parallel.all_devices())}
+  print(json.dumps(about), flush=True)
+  for line in sys.stdin:
+    print(json.dumps(worker.run(int(line))), flush=True)
+
+
+if __name__ == "__main__":
+  main()
