@@ -6,9 +6,10 @@
 # DEVICES        virtual CPU devices of each process (jax's JAX_NUM_CPU_DEVICES)
 # RESTARTS       how often all are started again after one has died
 # GRACE          seconds the others have to end after SIGTERM, before they are killed
+# PJRT_NPROC     XLA's threads in each process; by default an even share of the cores
 #
-# The processes share the cores, and each starts as many threads as there are cores: this
-# shows that a run works, not how fast it would be. (One process drives all GPUs of a machine.)
+# The processes share the cores: this shows that a run works, not how fast it would be. (One
+# process drives all GPUs of a machine.)
 # If one process fails, all are ended. If it died, all start again and resume; after a mistake
 # of the user's (an error: line of any) they do not.
 # SIGTERM and Ctrl-C are passed on as SIGTERM: a training saves and ends with status 0, exports and
@@ -71,6 +72,10 @@ check_number DEVICES "${DEVICES:=${JAX_NUM_CPU_DEVICES:-1}}" 1
 check_number RESTARTS "${RESTARTS:=3}" 0
 check_number GRACE "${GRACE:=60}" 0
 export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES="$DEVICES"
+# With as many threads as cores in each process they would take the cores from each other.
+cores="$(getconf _NPROCESSORS_ONLN)"
+check_number PJRT_NPROC "${PJRT_NPROC:=$((cores > num_processes ? cores / num_processes : 1))}" 1
+export PJRT_NPROC
 enter_environment
 
 scratch="$(mktemp -d)"
