@@ -1,6 +1,7 @@
 """An analysis' files: finished units of work, kept until their section is whole."""
 
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -63,6 +64,8 @@ class Parts:
     text = np.frombuffer(json.dumps(record).encode(), np.uint8)
     with atomic_path(self._path(unit)) as temporary, temporary.open("wb") as file:
       np.savez(file, **{RECORD: text}, **(arrays or {}))
+      file.flush()
+      os.fsync(file.fileno())
 
   def remove(self) -> None:
     """Deletes all units, once the section's own file is written."""

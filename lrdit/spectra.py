@@ -21,13 +21,13 @@ def singular_values(matrix: Float[np.ndarray, "m n"]) -> Float[np.ndarray, " K"]
 
 def product_singular_values(
   left: Float[np.ndarray, "m r"], right: Float[np.ndarray, "r n"]
-) -> Float[np.ndarray, " r"]:
-  """Those of left @ right that can be above 0, (min(m, r, n),) float64, descending.
+) -> Float[np.ndarray, " K"]:
+  """Those of left @ right that can be above 0: (K,) float64, K = min(m, r, n) here, descending.
 
   By the triangular factors of both: the product itself is never formed.
   """
-  _, r_left = np.linalg.qr(np.asarray(left, np.float64))
-  _, r_right = np.linalg.qr(np.asarray(right, np.float64).T)
+  r_left = np.linalg.qr(np.asarray(left, np.float64), mode="r")
+  r_right = np.linalg.qr(np.asarray(right, np.float64).T, mode="r")
   return singular_values(r_left @ r_right.T)
 
 

@@ -43,10 +43,12 @@ jaxtyping.install_import_hook(
       "references",
       "sampler",
       "sources",
+      "spectra",
       "tfds_data",
       "timesteps",
       "training_step",
       "vae",
+      "weight_spectra",
     )
   ],
   "beartype.beartype",
