@@ -76,6 +76,15 @@ def test_ranks_are_exact_on_matrices_of_that_rank(shape, rank):
     assert found[f"energy_rank_{percent}"] == -(-percent * rank // 100)
 
 
+def test_a_share_that_is_met_but_for_rounding_is_met():
+  rng = np.random.default_rng(6)
+  for rank in (10, 20, 100, 300):
+    sigma = -np.sort(-rng.uniform(0.1, 9) * (1 + 1e-15 * rng.standard_normal((50, rank))))
+    for percent in (90, 95):  # at rank 10 the latter is not met exactly
+      found = {spectra.energy_rank(row, percent / 100) for row in sigma}
+      assert found == {-(-percent * rank // 100)}
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_ranks_do_not_depend_on_the_scale(scale):
   sigma = SPECTRA["power"](15)

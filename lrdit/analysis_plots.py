@@ -1,0 +1,511 @@
+"""Plots of an analysis as PNG files: spectra, ranks by depth and timestep, the causal test, losses.
+
+Each function makes a figure from a section's JSON, or None where it holds nothing to draw;
+`write_png` writes it, and `png` gives its bytes to a page.
+
+Axes: G timestep groups, K ranks of the causal test, m of a layer's D_in or D_out.
+"""
+
+import functools
+import io
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lrdit.plots import COLOURS, FONT_SIZE, LINE_STYLES
+from lrdit.spectra import ENERGIES, MEASURES
+from lrdit.weight_spectra import KINDS
+from lrdit.workdir import atomic_path
+
+DOTS_PER_INCH = 150
+KIND_TITLES = {"attention": "attention", "mlp": "MLP", "adaln": "adaLN", "other": "other layers"}
+MEASURE_TITLES = dict(
+  zip(
+    MEASURES,
+    ["stable rank", "entropy rank", *(f"{100 * e:.0f} % energy rank" for e in ENERGIES)],
+    strict=True,
+  )
+)
+CONDITIONS = {  # of gradients: title, line style
+  "data": ("data", "-"),
+  "shuffled": ("null: timesteps shuffled", (0, (4, 1.5))),
+  "noise": ("null: noise-only targets", (0, (1, 1.2))),
+}
+T_LABEL = "timestep t  (0: clean image)"
+NO_RISE = "#D9D9D9"
+LEAST_RISE = 1e-4  # of the largest one: what the colours still tell apart
+FLOOR = 1e-6  # of the largest singular value: the least that is drawn
+_SETTINGS = {
+  "font.family": "sans-serif",
+  "font.size": FONT_SIZE,
+  "axes.titlesize": FONT_SIZE + 0.5,
+  "figure.titlesize": FONT_SIZE + 2,
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "lines.linewidth": 1.4,
+  "legend.frameon": False,
+  "legend.fontsize": FONT_SIZE - 0.5,
+}
+
+
+def _styled(make: Callable[..., Any]) -> Callable[..., Any]:
+  """`make` under the settings of all these plots."""
+
+  @functools.wraps(make)
+  def styled(*args: Any, **kwargs: Any) -> Any:
+    import matplotlib  # slow, and of use here alone
+
+    with matplotlib.rc_context(_SETTINGS):
+      return make(*args, **kwargs)
+
+  return styled
+
+
+def _panels(
+  rows: int, columns: int, width: float, height: float, title: str, **settings: Any
+) -> tuple[Any, np.ndarray]:
+  """A figure and its (rows, columns) axes; width and height in inches of one of them."""
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
+  figure.suptitle(title)
+  return figure, figure.subplots(rows, columns, squeeze=False, **settings)
+
+
+def _grid(axes: Any) -> None:
+  axes.grid(color="#808080", alpha=0.25, linewidth=0.6)
+
+
+def png(figure: Any) -> bytes:
+  """A figure as a PNG file, the same for the same figure."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+  file = io.BytesIO()
+  FigureCanvasAgg(figure)
+  figure.savefig(file, format="png", dpi=DOTS_PER_INCH, facecolor="white")
+  return file.getvalue()
+
+
+def write_png(path: pathlib.Path, figure: Any) -> bool:
+  """Writes a figure, whole or not at all; returns whether there was one to write."""
+  if figure is not None:
+    with atomic_path(path) as temporary:
+      temporary.write_bytes(png(figure))
+  return figure is not None
+
+
+def _edges(groups: Sequence[Mapping[str, int]]) -> list[int]:
+  """(G + 1,) timesteps."""
+  return [group["t_first"] for group in groups] + [groups[-1]["t_last"] + 1]
+
+
+def _values(entries: Sequence[Mapping[str, float] | None], measure: str) -> np.ndarray:
+  """float64, NaN for what is missing."""
+  return np.array([np.nan if e is None else e[measure] for e in entries], np.float64)
+
+
+# Weights ------------------------------------------------------------------------------------------
+
+
+@_styled
+def weight_spectra(weights: Mapping[str, Any], title: str) -> Any:
+  """Singular values of every layer by kind, a colour for each rank bucket or, if dense, depth.
+
+  Args:
+    weights: of `weight_spectra.analyse_weights`.
+    title: names the model and its step.
+  """
+  kinds = [kind for kind in KINDS if kind in weights["kinds"]]
+  figure, axes = _panels(
+    1, len(kinds), 3.1, 3.6, f"Singular spectra of the weights: {title}", sharex=True, sharey=True
+  )
+  several = len(weights["kinds"][kinds[0]]["buckets"]) > 1
+  colours = _bucket_colours(weights) if several else _depth_colours(weights)
+  for kind, panel in zip(kinds, axes[0], strict=True):
+    for name, layer in weights["layers"].items():
+      if layer["kind"] == kind:
+        _layer_spectrum(panel, layer, colours[0](name))
+    panel.set(
+      title=KIND_TITLES[kind], xlabel="index / min(D_in, D_out)", yscale="log", ylim=(FLOOR, 1.6)
+    )
+    _grid(panel)
+  axes[0, 0].set(ylabel="singular value / largest", xlim=(0, 1))
+  figure.legend(handles=colours[1], loc="outside lower center", ncols=4)
+  return figure
+
+
+def _layer_spectrum(panel: Any, layer: Mapping[str, Any], colours: Sequence[Any]) -> None:
+  """Larger buckets first, so that the ends of smaller ones are seen on them."""
+  smallest_dim = min(layer["dim_in"], layer["dim_out"])
+  for entry, colour in reversed(list(zip(layer["buckets"], colours, strict=False))):
+    sigma = np.array(entry["singular_values"])
+    if len(sigma) and sigma[0] > 0:
+      index = np.arange(1, len(sigma) + 1) / smallest_dim
+      panel.plot(index, sigma / sigma[0], color=colour, alpha=0.6, linewidth=0.9)
+      if entry["active_rank"] is not None:
+        panel.plot(index[-1], sigma[-1] / sigma[0], "o", color=colour, alpha=0.8, markersize=2.2)
+
+
+def _sequential(count: int) -> np.ndarray:
+  """(count, 4) colours in an order that greyscale keeps; none so light that print loses it."""
+  import matplotlib
+
+  return matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, count))
+
+
+def _bucket_colours(weights: Mapping[str, Any]) -> tuple[Callable[[str], Any], list[Any]]:
+  """(colours of a layer's buckets by its name, what the legend shows)."""
+  from matplotlib.lines import Line2D
+
+  spans: dict[int, list[str]] = {}
+  for segment in weights["segments"]:
+    spans.setdefault(segment["bucket"], []).append(f"{segment['t_first']}-{segment['t_last']}")
+  colours = _sequential(max(spans) + 1)
+  handles = [
+    Line2D([], [], color=colours[b], label=f"bucket {b}: t {', '.join(spans[b])}")
+    for b in sorted(spans)
+  ]
+  dense = [name for name, layer in weights["layers"].items() if len(layer["buckets"]) == 1]
+  if dense:
+    handles.append(Line2D([], [], color="#808080", label="dense layers"))
+  return lambda name: ["#808080"] if name in dense else colours, handles
+
+
+def _depth_colours(weights: Mapping[str, Any]) -> tuple[Callable[[str], Any], list[Any]]:
+  from matplotlib.lines import Line2D
+
+  depth = 1 + max(_block_of(name) for name in weights["layers"])
+  colours = _sequential(depth)
+  shown = sorted({0, depth // 2, depth - 1})
+  handles = [Line2D([], [], color=colours[i], label=f"block {i}") for i in shown]
+  handles.append(Line2D([], [], color="#808080", label="outside the blocks"))
+
+  def of_layer(name: str) -> Any:
+    block = _block_of(name)
+    return [colours[block] if block >= 0 else "#808080"]
+
+  return of_layer, handles
+
+
+def _block_of(name: str) -> int:
+  """Number of a layer's block, -1 if it is in none."""
+  match = re.match(r"blocks_(\d+)/", name)
+  return int(match[1]) if match else -1
+
+
+ROLES = {  # of a block's layers: colour by kind, line style within it
+  "attn/qkv": (COLOURS[0], "-", "o"),
+  "attn/proj": (COLOURS[0], "--", "s"),
+  "mlp/fc1": (COLOURS[4], "-", "^"),
+  "mlp/fc2": (COLOURS[4], "--", "v"),
+  "adaln": (COLOURS[2], "-.", "D"),
+}
+
+
+@_styled
+def weight_ranks(weights: Mapping[str, Any], title: str) -> Any:
+  """Normalised ranks of every layer by depth: means over timesteps, bands over rank buckets.
+
+  Args:
+    weights: of `weight_spectra.analyse_weights`.
+    title: names the model and its step.
+  """
+  figure, axes = _panels(
+    len(MEASURES),
+    2,
+    4.0,
+    1.9,
+    f"Ranks of the weights by depth: {title}",
+    sharex="col",
+    sharey="row",
+    gridspec_kw={"width_ratios": [2.4, 1]},
+  )
+  outside = [name for name in weights["layers"] if _block_of(name) < 0]
+  for measure, (in_blocks, elsewhere) in zip(MEASURES, axes, strict=True):
+    for role, style in ROLES.items():
+      _role_by_depth(in_blocks, weights, role, measure, style)
+    _points(elsewhere, [_at_mean(weights, name, measure) for name in outside])
+    in_blocks.set(ylabel=f"{MEASURE_TITLES[measure]}\n/ min(D_in, D_out)", ylim=(0, None))
+    for panel in (in_blocks, elsewhere):
+      _grid(panel)
+  axes[-1, 0].set_xlabel("block")
+  axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
+  axes[-1, 1].set_xticks(range(len(outside)), outside, rotation=40, ha="right")
+  handles, labels = axes[0, 0].get_legend_handles_labels()
+  figure.legend(handles, labels, loc="outside upper center", ncols=len(ROLES))
+  return figure
+
+
+def _at_mean(weights: Mapping[str, Any], name: str, measure: str) -> tuple[float, float, float]:
+  """(mean over all timesteps, least, greatest over the buckets) of a normalised measure."""
+  layer = weights["layers"][name]
+  lengths = np.diff(_edges(weights["groups"]))
+  mean = float(np.average(_values(layer["groups"], measure), weights=lengths))
+  # The mean of equal numbers may differ from them by rounding.
+  values = [mean, *(entry["normalised"][measure] for entry in layer["buckets"])]
+  return mean, min(values), max(values)
+
+
+def _role_by_depth(
+  panel: Any, weights: Mapping[str, Any], role: str, measure: str, style: tuple[str, str, str]
+) -> None:
+  names = {_block_of(n): n for n in weights["layers"] if re.fullmatch(rf"blocks_\d+/{role}", n)}
+  blocks = sorted(names)
+  mean, low, high = np.array([_at_mean(weights, names[i], measure) for i in blocks]).T
+  colour, line, marker = style
+  common = dict(marker=marker, markersize=3.5, label=role)
+  panel.plot(blocks, mean, color=colour, linestyle=line, **common)
+  if (high > low).any():
+    panel.fill_between(blocks, low, high, color=colour, alpha=0.13, linewidth=0)
+
+
+def _points(panel: Any, values: Sequence[tuple[float, float, float]]) -> None:
+  mean, low, high = np.array(values).T
+  at = np.arange(len(mean))
+  panel.errorbar(at, mean, [mean - low, high - mean], fmt="o", color="#404040", markersize=4)
+  panel.set_xlim(-0.6, len(mean) - 0.4)
+
+
+# Gradients ----------------------------------------------------------------------------------------
+
+
+@_styled
+def gradient_ranks(gradients: Mapping[str, Any], title: str) -> Any:
+  """Normalised ranks of the gradients over timestep groups, beside those of both nulls.
+
+  Args:
+    gradients: "groups", "batch_sizes" and "conditions", each with "kinds".
+    title: names the model and its step.
+  """
+  conditions = [c for c in CONDITIONS if c in gradients["conditions"]]
+  of_kinds = {c: gradients["conditions"][c]["kinds"] for c in conditions}
+  kinds = [kind for kind in KINDS if any(kind in of_kinds[c] for c in conditions)]
+  if not kinds:
+    return None
+  figure, axes = _panels(
+    len(MEASURES),
+    len(kinds),
+    2.9,
+    1.9,
+    f"Ranks of the gradients by timestep group: {title}",
+    sharex=True,
+    sharey="row",
+  )
+  for row, measure in zip(axes, MEASURES, strict=True):
+    for kind, panel in zip(kinds, row, strict=True):
+      for condition in conditions:
+        if kind in of_kinds[condition]:
+          _gradient_lines(panel, gradients, of_kinds[condition][kind], measure, condition)
+      panel.set(ylim=(0, None))
+      _grid(panel)
+    row[0].set_ylabel(f"{MEASURE_TITLES[measure]}\n/ min(D_in, D_out)")
+  for kind, panel in zip(kinds, axes[0], strict=True):
+    panel.set_title(KIND_TITLES[kind])
+  for panel in axes[-1]:
+    panel.set_xlabel("timestep t")
+  _gradient_legend(figure, gradients["batch_sizes"], conditions)
+  return figure
+
+
+def _gradient_lines(
+  panel: Any,
+  gradients: Mapping[str, Any],
+  values: Sequence[Sequence[Mapping[str, float] | None] | None],
+  measure: str,
+  condition: str,
+) -> None:
+  edges, style = np.array(_edges(gradients["groups"])), CONDITIONS[condition][1]
+  width = 1.7 if condition == "data" else 1.1
+  for i, _ in enumerate(gradients["batch_sizes"]):
+    y = _values([None if group is None else group[i] for group in values], measure)
+    common = dict(color=COLOURS[i % len(COLOURS)], linestyle=style, linewidth=width)
+    panel.stairs(y, edges, baseline=None, **common)
+    if condition == "data":
+      panel.plot((edges[1:] + edges[:-1]) / 2, y, "o", color=common["color"], markersize=2.6)
+
+
+def _gradient_legend(figure: Any, batch_sizes: Sequence[int], conditions: Sequence[str]) -> None:
+  from matplotlib.lines import Line2D
+
+  handles = [
+    Line2D([], [], color=COLOURS[i % len(COLOURS)], label=f"batch size {size}")
+    for i, size in enumerate(batch_sizes)
+  ]
+  for condition in conditions:
+    label, style = CONDITIONS[condition]
+    handles.append(Line2D([], [], color="black", linestyle=style, label=label))
+  figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), handlelength=2.6)
+
+
+@_styled
+def gradient_overlap(gradients: Mapping[str, Any], side: str, title: str) -> Any:
+  """Mean cos^2 of the principal angles of two groups' gradient subspaces, beside the nulls'.
+
+  Args:
+    gradients: "groups", "subspace_rank", "overlap" and "conditions".
+    side: "left" (of D_in) or "right" (of D_out).
+    title: names the model and its step.
+  """
+  overlap = gradients["overlap"]
+  conditions = [c for c in CONDITIONS if c in overlap]
+  kinds = [kind for kind in KINDS if any(kind in overlap[c]["kinds"] for c in conditions)]
+  if not kinds:
+    return None
+  space = {"left": "left (D_in)", "right": "right (D_out)"}[side]
+  rank = gradients["subspace_rank"]
+  text = f"Overlap of the leading {rank} {space} gradient directions: {title}"
+  figure, axes = _panels(len(kinds), len(conditions), 2.9, 2.75, text, sharex=True, sharey=True)
+  for kind, row in zip(kinds, axes, strict=True):
+    expected = _random_overlap(gradients, kind, side)
+    for condition, panel in zip(conditions, row, strict=True):
+      values = overlap[condition]["kinds"].get(kind)
+      image = _overlap_map(panel, gradients["groups"], values[side] if values else None)
+      panel.set_title(f"{KIND_TITLES[kind]}, {CONDITIONS[condition][0]}", fontsize=FONT_SIZE)
+    row[-1].annotate(
+      f"random subspaces: r / m = {expected:.3f}",
+      xy=(1.06, 0.5),
+      xycoords="axes fraction",
+      rotation=90,
+      va="center",
+    )
+    row[0].set_ylabel("timestep group")
+  for panel in axes[-1]:
+    panel.set_xlabel("timestep group (its first t)")
+  figure.colorbar(image, ax=axes, label="mean cos² of the principal angles", shrink=0.6, aspect=40)
+  return figure
+
+
+def _random_overlap(gradients: Mapping[str, Any], kind: str, side: str) -> float:
+  """Expectation of the mean cos^2 for random subspaces: mean of r / m over a kind's layers."""
+  layers = next(iter(gradients["conditions"].values()))["layers"].values()
+  dims = [layer[{"left": "dim_in", "right": "dim_out"}[side]] for layer in layers_of(layers, kind)]
+  rank = gradients["subspace_rank"]
+  return float(np.mean([min(rank, dim) / dim for dim in dims]))
+
+
+def layers_of(layers: Any, kind: str) -> list[Mapping[str, Any]]:
+  """Those of a kind."""
+  return [layer for layer in layers if layer["kind"] == kind]
+
+
+def _overlap_map(panel: Any, groups: Sequence[Mapping[str, int]], values: Any) -> Any:
+  count = len(groups)
+  matrix = np.full((count, count), np.nan) if values is None else np.array(values, np.float64)
+  image = panel.imshow(matrix, vmin=0, vmax=1, cmap="cividis", origin="lower")
+  ticks = range(0, count, max(1, -(-count // 5)))
+  labels = [groups[i]["t_first"] for i in ticks]
+  panel.set_xticks(ticks, labels)
+  panel.set_yticks(ticks, labels)
+  return image
+
+
+# The causal test and losses -----------------------------------------------------------------------
+
+
+@_styled
+def truncation(
+  found: Mapping[str, Any], title: str, derived: tuple[str, Sequence[float]] | None = None
+) -> Any:
+  """Rise in held-out loss of a timestep group when every layer is cut to rank k.
+
+  Args:
+    found: "boundaries" (G + 1,), "ranks" (K,), "rise" (K, G) with None for what is missing.
+    title: names the model and its step.
+    derived: a name and (T,) r(t) to draw upon it.
+  """
+  from matplotlib.colors import LogNorm
+
+  order = np.argsort(found["ranks"])
+  ranks = np.array(found["ranks"], np.float64)[order]
+  rise = np.array(found["rise"], np.float64)[order]  # None becomes NaN
+  if not (rise > 0).any():
+    return None
+  figure, ((panel,),) = _panels(1, 1, 7.2, 4.4, f"Causal test: {title}")
+  largest = np.nanmax(rise)
+  norm = LogNorm(max(LEAST_RISE * largest, rise[rise > 0].min()), largest)
+  edges = _rank_edges(ranks)
+  shown = np.where(rise > 0, rise, np.where(np.isnan(rise), np.nan, norm.vmin / 10))
+  image = panel.pcolormesh(
+    found["boundaries"], edges, shown, norm=norm, cmap=_rise_colours(), rasterized=True
+  )
+  _iso_loss_lines(panel, found["boundaries"], ranks, shown, norm)
+  if derived is not None:
+    name, r = derived
+    panel.plot(np.arange(len(r)), r, color=COLOURS[4], linewidth=2.4, label=name)
+    figure.legend(loc="outside lower center")
+  panel.set(xlabel=T_LABEL, ylabel="rank k that every layer is cut to", yscale="log")
+  panel.set(ylim=(edges[0], edges[-1]))
+  _rank_ticks(panel, ranks)
+  label = "rise in held-out loss (grey: none, or below the scale)"
+  figure.colorbar(image, ax=panel, label=label, extend="min")
+  return figure
+
+
+def _rank_edges(ranks: np.ndarray) -> np.ndarray:
+  """(K + 1,) borders of rows, halfway between ranks on a logarithmic axis."""
+  if len(ranks) == 1:
+    return ranks[0] * np.array([0.8, 1.25])
+  inner = np.sqrt(ranks[1:] * ranks[:-1])
+  return np.array([ranks[0] ** 2 / inner[0], *inner, ranks[-1] ** 2 / inner[-1]])
+
+
+def _rank_ticks(panel: Any, ranks: np.ndarray) -> None:
+  from matplotlib import ticker
+
+  panel.yaxis.set_major_locator(ticker.FixedLocator(ranks))
+  panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+  panel.yaxis.set_minor_locator(ticker.NullLocator())
+
+
+def _rise_colours() -> Any:
+  import matplotlib
+
+  return matplotlib.colormaps["viridis"].with_extremes(under=NO_RISE, bad="white")
+
+
+def _iso_loss_lines(
+  panel: Any, boundaries: Sequence[int], ranks: np.ndarray, rise: np.ndarray, norm: Any
+) -> None:
+  """Contours through the cells' middles, of 1, 3, 10, ... of a power of ten."""
+  if min(rise.shape) < 2:
+    return
+  decades = np.arange(np.floor(np.log10(norm.vmin)), np.ceil(np.log10(norm.vmax)) + 1)
+  levels = np.sort(np.concatenate([10.0**decades, 3 * 10.0**decades]))
+  levels = levels[(levels > norm.vmin) & (levels < norm.vmax)]
+  t = (np.array(boundaries[1:]) + np.array(boundaries[:-1])) / 2
+  # Logarithms change evenly between cells, the rises do not.
+  lines = panel.contour(
+    t, ranks, np.log10(rise), levels=np.log10(levels), colors="white", linewidths=1.1
+  )
+  texts = panel.clabel(lines, fmt=lambda level: f"{10**level:.0e}".replace("e-0", "e-"))
+  for text in texts:
+    text.set(color="black", bbox=dict(facecolor="white", edgecolor="none", alpha=0.75, pad=0.8))
+
+
+@_styled
+def losses(
+  boundaries: Sequence[int], by_name: Mapping[str, Sequence[float | None]], title: str
+) -> Any:
+  """Held-out loss of each timestep group.
+
+  Args:
+    boundaries: (G + 1,).
+    by_name: (G,) losses for each name in the legend; None for what is missing.
+    title: names the model and its step.
+  """
+  drawn = {name: np.array(loss, np.float64) for name, loss in by_name.items()}
+  drawn = {name: loss for name, loss in drawn.items() if np.isfinite(loss).any()}
+  if not drawn:
+    return None
+  figure, ((panel,),) = _panels(1, 1, 6.0, 3.8, f"Loss by timestep group: {title}")
+  for i, (name, loss) in enumerate(drawn.items()):
+    style = dict(color=COLOURS[i % len(COLOURS)], linestyle=LINE_STYLES[i % len(LINE_STYLES)])
+    panel.stairs(loss, boundaries, baseline=None, label=name, linewidth=1.8, **style)
+  panel.set(xlabel=T_LABEL, ylabel="mean loss (per value)", yscale="log")
+  _grid(panel)
+  if len(drawn) > 1:
+    figure.legend(loc="outside lower center", ncols=3)
+  return figure
