@@ -10,12 +10,12 @@ import functools
 import io
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from lrdit.plots import COLOURS, FONT_SIZE, LINE_STYLES
+from lrdit.plots import COLOURS, FONT_SIZE, LINE_STYLES, plain_ticks
 from lrdit.spectra import ENERGIES, MEASURES
 from lrdit.weight_spectra import KINDS
 from lrdit.workdir import atomic_path
@@ -128,13 +128,20 @@ def weight_spectra(weights: Mapping[str, Any], title: str) -> Any:
     for name, layer in weights["layers"].items():
       if layer["kind"] == kind:
         _layer_spectrum(panel, layer, colours[0](name))
-    panel.set(
-      title=KIND_TITLES[kind], xlabel="index / min(D_in, D_out)", yscale="log", ylim=(FLOOR, 1.6)
-    )
+    panel.set(title=KIND_TITLES[kind], xlabel="index / min(D_in, D_out)", yscale="log")
     _grid(panel)
-  axes[0, 0].set(ylabel="singular value / largest", xlim=(0, 1))
+  least = _least(axes[0])
+  axes[0, 0].set(ylabel="singular value / largest", xlim=(0, 1), ylim=(least, 1.3))
+  if least > 0.01:
+    plain_ticks(axes[0, 0])
   figure.legend(handles=colours[1], loc="outside lower center", ncols=4)
   return figure
+
+
+def _least(panels: Sequence[Any]) -> float:
+  """Where the lines' axis ends: the last few values of a square layer would need many decades."""
+  drawn = [line.get_ydata() for panel in panels for line in panel.lines]
+  return max(FLOOR, 0.5 * float(np.percentile(np.concatenate(drawn), 1))) if drawn else FLOOR
 
 
 def _layer_spectrum(panel: Any, layer: Mapping[str, Any], colours: Sequence[Any]) -> None:
@@ -196,12 +203,10 @@ def _block_of(name: str) -> int:
   return int(match[1]) if match else -1
 
 
-ROLES = {  # of a block's layers: colour by kind, line style within it
-  "attn/qkv": (COLOURS[0], "-", "o"),
-  "attn/proj": (COLOURS[0], "--", "s"),
-  "mlp/fc1": (COLOURS[4], "-", "^"),
-  "mlp/fc2": (COLOURS[4], "--", "v"),
-  "adaln": (COLOURS[2], "-.", "D"),
+ROLES = {  # of a block's layers by kind: colour, line style and marker of each
+  "attention": {"attn/qkv": (COLOURS[0], "-", "o"), "attn/proj": (COLOURS[1], "--", "s")},
+  "mlp": {"mlp/fc1": (COLOURS[0], "-", "^"), "mlp/fc2": (COLOURS[1], "--", "v")},
+  "adaln": {"adaln": (COLOURS[2], "-.", "D")},
 }
 
 
@@ -213,30 +218,35 @@ def weight_ranks(weights: Mapping[str, Any], title: str) -> Any:
     weights: of `weight_spectra.analyse_weights`.
     title: names the model and its step.
   """
-  figure, axes = _panels(
-    len(MEASURES),
-    2,
-    4.0,
-    1.9,
-    f"Ranks of the weights by depth: {title}",
-    sharex="col",
-    sharey="row",
-    gridspec_kw={"width_ratios": [2.4, 1]},
-  )
+  text = f"Ranks of the weights by depth: {title}"
+  if len(next(iter(weights["kinds"].values()))["buckets"]) > 1:
+    text += "\n(mean over timesteps; bands and bars: least to largest rank bucket)"
+  count = len(ROLES) + 1
+  figure, axes = _panels(len(MEASURES), count, 2.9, 1.9, text, sharex="col", sharey="row")
   outside = [name for name in weights["layers"] if _block_of(name) < 0]
-  for measure, (in_blocks, elsewhere) in zip(MEASURES, axes, strict=True):
-    for role, style in ROLES.items():
-      _role_by_depth(in_blocks, weights, role, measure, style)
-    _points(elsewhere, [_at_mean(weights, name, measure) for name in outside])
-    in_blocks.set(ylabel=f"{MEASURE_TITLES[measure]}\n/ min(D_in, D_out)", ylim=(0, None))
-    for panel in (in_blocks, elsewhere):
-      _grid(panel)
-  axes[-1, 0].set_xlabel("block")
-  axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
-  axes[-1, 1].set_xticks(range(len(outside)), outside, rotation=40, ha="right")
-  handles, labels = axes[0, 0].get_legend_handles_labels()
-  figure.legend(handles, labels, loc="outside upper center", ncols=len(ROLES))
+  for measure, row in zip(MEASURES, axes, strict=True):
+    for roles, panel in zip(ROLES.values(), row[:-1], strict=True):
+      for role, style in roles.items():
+        _role_by_depth(panel, weights, role, measure, style)
+    _points(row[-1], [_at_mean(weights, name, measure) for name in outside])
+    _label_row(row, measure)
+  for kind, column in zip(ROLES, axes.T, strict=False):
+    column[0].set_title(KIND_TITLES[kind])
+    column[-1].set_xlabel("block")
+    column[-1].xaxis.get_major_locator().set_params(integer=True)
+  axes[0, -1].set_title("outside the blocks")
+  axes[-1, -1].set_xticks(range(len(outside)), outside, rotation=40, ha="right")
+  handles = [line for panel in axes[0, :-1] for line in panel.get_legend_handles_labels()[0]]
+  figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=3)
   return figure
+
+
+def _label_row(row: Sequence[Any], measure: str) -> None:
+  """After everything is drawn, as the row shares its limits."""
+  row[0].set_ylim(0, None)
+  row[0].set_ylabel(f"{MEASURE_TITLES[measure]}\n/ min(D_in, D_out)")
+  for panel in row:
+    _grid(panel)
 
 
 def _at_mean(weights: Mapping[str, Any], name: str, measure: str) -> tuple[float, float, float]:
@@ -299,9 +309,7 @@ def gradient_ranks(gradients: Mapping[str, Any], title: str) -> Any:
       for condition in conditions:
         if kind in of_kinds[condition]:
           _gradient_lines(panel, gradients, of_kinds[condition][kind], measure, condition)
-      panel.set(ylim=(0, None))
-      _grid(panel)
-    row[0].set_ylabel(f"{MEASURE_TITLES[measure]}\n/ min(D_in, D_out)")
+    _label_row(row, measure)
   for kind, panel in zip(kinds, axes[0], strict=True):
     panel.set_title(KIND_TITLES[kind])
   for panel in axes[-1]:
@@ -337,7 +345,7 @@ def _gradient_legend(figure: Any, batch_sizes: Sequence[int], conditions: Sequen
   for condition in conditions:
     label, style = CONDITIONS[condition]
     handles.append(Line2D([], [], color="black", linestyle=style, label=label))
-  figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), handlelength=2.6)
+  figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=2.6)
 
 
 @_styled
@@ -355,47 +363,52 @@ def gradient_overlap(gradients: Mapping[str, Any], side: str, title: str) -> Any
   if not kinds:
     return None
   space = {"left": "left (D_in)", "right": "right (D_out)"}[side]
-  rank = gradients["subspace_rank"]
-  text = f"Overlap of the leading {rank} {space} gradient directions: {title}"
-  figure, axes = _panels(len(kinds), len(conditions), 2.9, 2.75, text, sharex=True, sharey=True)
+  text = f"Overlap of the leading {gradients['subspace_rank']} {space} gradient directions: {title}"
+  figure, axes = _panels(len(kinds), len(conditions), 2.9, 2.7, text, sharex=True, sharey=True)
+  matrices = {
+    (kind, c): np.array(overlap[c]["kinds"][kind][side], np.float64)  # None becomes NaN
+    for kind in kinds
+    for c in conditions
+    if kind in overlap[c]["kinds"]
+  }
+  largest = _largest_overlap(matrices.values())
   for kind, row in zip(kinds, axes, strict=True):
-    expected = _random_overlap(gradients, kind, side)
     for condition, panel in zip(conditions, row, strict=True):
-      values = overlap[condition]["kinds"].get(kind)
-      image = _overlap_map(panel, gradients["groups"], values[side] if values else None)
-      panel.set_title(f"{KIND_TITLES[kind]}, {CONDITIONS[condition][0]}", fontsize=FONT_SIZE)
-    row[-1].annotate(
-      f"random subspaces: r / m = {expected:.3f}",
-      xy=(1.06, 0.5),
-      xycoords="axes fraction",
-      rotation=90,
-      va="center",
+      if (kind, condition) in matrices:
+        image = _overlap_map(panel, gradients["groups"], matrices[kind, condition], largest)
+    expected = _random_overlap(gradients, kind, side)
+    row[0].set_ylabel(
+      f"{KIND_TITLES[kind]}\nrandom subspaces: r / m = {expected:.3f}\nfirst t of a timestep group"
     )
-    row[0].set_ylabel("timestep group")
+  for condition, panel in zip(conditions, axes[0], strict=True):
+    panel.set_title(CONDITIONS[condition][0])
   for panel in axes[-1]:
-    panel.set_xlabel("timestep group (its first t)")
-  figure.colorbar(image, ax=axes, label="mean cos² of the principal angles", shrink=0.6, aspect=40)
+    panel.set_xlabel("first t of a timestep group")
+  label = "mean cos² of the principal angles"
+  figure.colorbar(image, ax=axes, label=label, shrink=0.6, aspect=40, extend="max")
   return figure
+
+
+def _largest_overlap(matrices: Iterable[np.ndarray]) -> float:
+  """Where the colours end: of two different groups, as a group has all of itself."""
+  others = [m[~np.eye(len(m), dtype=bool)] for m in matrices]
+  largest = np.nanmax(np.concatenate(others), initial=0.0)
+  return float(largest) if largest > 0 else 1.0
 
 
 def _random_overlap(gradients: Mapping[str, Any], kind: str, side: str) -> float:
   """Expectation of the mean cos^2 for random subspaces: mean of r / m over a kind's layers."""
   layers = next(iter(gradients["conditions"].values()))["layers"].values()
-  dims = [layer[{"left": "dim_in", "right": "dim_out"}[side]] for layer in layers_of(layers, kind)]
+  field = {"left": "dim_in", "right": "dim_out"}[side]
   rank = gradients["subspace_rank"]
-  return float(np.mean([min(rank, dim) / dim for dim in dims]))
+  return float(np.mean([min(1, rank / x[field]) for x in layers if x["kind"] == kind]))
 
 
-def layers_of(layers: Any, kind: str) -> list[Mapping[str, Any]]:
-  """Those of a kind."""
-  return [layer for layer in layers if layer["kind"] == kind]
-
-
-def _overlap_map(panel: Any, groups: Sequence[Mapping[str, int]], values: Any) -> Any:
-  count = len(groups)
-  matrix = np.full((count, count), np.nan) if values is None else np.array(values, np.float64)
-  image = panel.imshow(matrix, vmin=0, vmax=1, cmap="cividis", origin="lower")
-  ticks = range(0, count, max(1, -(-count // 5)))
+def _overlap_map(
+  panel: Any, groups: Sequence[Mapping[str, int]], matrix: np.ndarray, largest: float
+) -> Any:
+  image = panel.imshow(matrix, vmin=0, vmax=largest, cmap="cividis", origin="lower", aspect="auto")
+  ticks = range(0, len(groups), -(-len(groups) // 5))
   labels = [groups[i]["t_first"] for i in ticks]
   panel.set_xticks(ticks, labels)
   panel.set_yticks(ticks, labels)
@@ -434,7 +447,8 @@ def truncation(
   _iso_loss_lines(panel, found["boundaries"], ranks, shown, norm)
   if derived is not None:
     name, r = derived
-    panel.plot(np.arange(len(r)), r, color=COLOURS[4], linewidth=2.4, label=name)
+    effects = _outline(4.5, "white")
+    panel.step(np.arange(len(r)), r, color="black", linewidth=2, label=name, path_effects=effects)
     figure.legend(loc="outside lower center")
   panel.set(xlabel=T_LABEL, ylabel="rank k that every layer is cut to", yscale="log")
   panel.set(ylim=(edges[0], edges[-1]))
@@ -469,20 +483,30 @@ def _rise_colours() -> Any:
 def _iso_loss_lines(
   panel: Any, boundaries: Sequence[int], ranks: np.ndarray, rise: np.ndarray, norm: Any
 ) -> None:
-  """Contours through the cells' middles, of 1, 3, 10, ... of a power of ten."""
+  """Contours of powers of ten, and thrice these where there are few, through cells' middles."""
   if min(rise.shape) < 2:
     return
-  decades = np.arange(np.floor(np.log10(norm.vmin)), np.ceil(np.log10(norm.vmax)) + 1)
-  levels = np.sort(np.concatenate([10.0**decades, 3 * 10.0**decades]))
-  levels = levels[(levels > norm.vmin) & (levels < norm.vmax)]
+  decades = 10.0 ** np.arange(np.floor(np.log10(norm.vmin)), np.ceil(np.log10(norm.vmax)) + 1)
+  levels = decades[(decades > norm.vmin) & (decades < norm.vmax)]
+  if len(levels) < 3:
+    levels = np.sort(np.concatenate([decades, 3 * decades]))
+    levels = levels[(levels > norm.vmin) & (levels < norm.vmax)]
   t = (np.array(boundaries[1:]) + np.array(boundaries[:-1])) / 2
-  # Logarithms change evenly between cells, the rises do not.
-  lines = panel.contour(
-    t, ranks, np.log10(rise), levels=np.log10(levels), colors="white", linewidths=1.1
-  )
-  texts = panel.clabel(lines, fmt=lambda level: f"{10**level:.0e}".replace("e-0", "e-"))
-  for text in texts:
-    text.set(color="black", bbox=dict(facecolor="white", edgecolor="none", alpha=0.75, pad=0.8))
+  # Logarithms change evenly between cells, the rises do not; of no rise there is none.
+  heights = np.log10(np.where(rise >= norm.vmin, rise, np.nan))
+  style = dict(colors="white", linestyles="solid", linewidths=1.2)
+  lines = panel.contour(t, ranks, np.ma.masked_invalid(heights), levels=np.log10(levels), **style)
+  lines.set_path_effects(_outline(2.2, "black"))
+  for text in panel.clabel(lines, fmt=lambda level: f"{10**level:.0e}".replace("e-0", "e-")):
+    box = dict(facecolor="white", edgecolor="none", alpha=0.8, pad=0.8)
+    text.set(color="black", bbox=box, path_effects=[])
+
+
+def _outline(width: float, colour: str) -> list[Any]:
+  """A line's border of another colour, so that it is seen on any ground."""
+  from matplotlib import patheffects
+
+  return [patheffects.Stroke(linewidth=width, foreground=colour), patheffects.Normal()]
 
 
 @_styled
@@ -505,6 +529,7 @@ def losses(
     style = dict(color=COLOURS[i % len(COLOURS)], linestyle=LINE_STYLES[i % len(LINE_STYLES)])
     panel.stairs(loss, boundaries, baseline=None, label=name, linewidth=1.8, **style)
   panel.set(xlabel=T_LABEL, ylabel="mean loss (per value)", yscale="log")
+  plain_ticks(panel)
   _grid(panel)
   if len(drawn) > 1:
     figure.legend(loc="outside lower center", ncols=3)

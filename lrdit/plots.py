@@ -81,7 +81,7 @@ def draw(name: str, paint: Callable[[Any], bool], **axes_settings: Any) -> str |
       return None
     axes.set(**axes_settings)
     if axes.get_yscale() == "log":
-      _plain_ticks(axes)
+      plain_ticks(axes)
     axes.grid(color="#808080", alpha=0.25, linewidth=0.6)
     handles, labels = axes.get_legend_handles_labels()
     if handles:
@@ -91,7 +91,7 @@ def draw(name: str, paint: Callable[[Any], bool], **axes_settings: Any) -> str |
   return _embeddable(file.getvalue(), name)
 
 
-def _plain_ticks(axes: Any) -> None:
+def plain_ticks(axes: Any) -> None:
   """Numbers such as 0.5 on a logarithmic axis, and several of them within a decade."""
   from matplotlib import ticker
 
