@@ -267,16 +267,16 @@ class KernelGradients:
     )
     self._step = _make_step(dense)
 
-  def zeros(self) -> dict[str, Float[Array, "m n"]]:
+  def zeros(self) -> dict[str, Float[Array, "_ _"]]:
     """Sums of no example."""
     return {name: jnp.zeros(dims, jnp.float32) for name, dims in self.shapes.items()}
 
   def add(
     self,
-    sums: dict[str, Float[Array, "m n"]],
+    sums: dict[str, Float[Array, "_ _"]],
     batch: dict[str, np.ndarray],
     rows: Int[np.ndarray, " b"],
-  ) -> dict[str, Float[Array, "m n"]]:
+  ) -> dict[str, Float[Array, "_ _"]]:
     """Adds the gradient of the summed, not averaged, losses of some rows of a batch.
 
     Args:

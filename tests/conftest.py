@@ -29,6 +29,7 @@ jaxtyping.install_import_hook(
       "export",
       "extractors",
       "flops",
+      "gradient_spectra",
       "image_files",
       "images",
       "inception",

@@ -27,7 +27,8 @@ def make_objective(arm="adaptive", **overrides):
     f"method={arm}",
     diffusion__loss_weighting="min_snr",
     rank__compute="masked",
-    rank__dense_layers=("patch_embed",),
+    training__batch_size=8,
+    rank__dense_layers=("patch_embed", "final_layer/linear"),
     **overrides,
   )
   return builders.make_objective(config, jax.devices()[:1]).without_augmentation()
@@ -65,26 +66,31 @@ def add_rows(gradients, batch, rows):
   return {name: np.asarray(values) for name, values in sums.items()}
 
 
-def gradients_by_perturbation(objective, t, examples):
-  """Of training's summed loss, by dense kernels added to the model's own layers, at 0."""
+def trainings_losses(params, objective, t, examples):
+  """(N,) losses of training for the same noise and timesteps, every label kept."""
   draws = training_step.Draws(
     t=jnp.asarray(t, jnp.int32),
     eps=jnp.asarray(examples.eps),
     drop=jnp.zeros(len(t), bool),
     posterior_noise=jnp.zeros(examples.eps.shape),
   )
+  x_0, y = jnp.asarray(examples.x_0), jnp.asarray(examples.y)
+  return training_step.example_losses(params, objective, x_0, y, draws)
+
+
+def gradients_by_perturbation(objective, t, examples):
+  """Of training's summed loss, by dense kernels added to the model's own layers, at 0."""
 
   def loss(added):
     def intercept(call, args, kwargs, context):
       y = call(*args, **kwargs)
-      if isinstance(context.module, (low_rank.Dense, low_rank.LowRankDense)):
+      is_layer = isinstance(context.module, (low_rank.Dense, low_rank.LowRankDense))
+      if is_layer and context.method_name == "__call__":
         return y + args[0] @ added["/".join(context.module.path)]
       return y
 
     with nn.intercept_methods(intercept):
-      return training_step.example_losses(
-        make_params(objective), objective, examples.x_0, examples.y, draws
-      ).sum()
+      return trainings_losses(make_params(objective), objective, t, examples).sum()
 
   shapes = dit.layer_shapes(objective.model.shape)
   return jax.jit(jax.grad(loss))({name: jnp.zeros(dims) for name, dims in shapes.items()})
@@ -111,10 +117,9 @@ def test_gradients_are_of_added_dense_kernels_under_trainings_loss(prediction):
 
 def test_gradients_of_the_full_arm_are_its_kernels_own():
   objective, t, examples = make_objective("full"), of_mixed_timesteps(), make_examples()
-  draws = training_step.Draws(jnp.asarray(t, jnp.int32), examples.eps, None, None)
 
   def loss(params):
-    return training_step.example_losses(params, objective, examples.x_0, examples.y, draws).sum()
+    return trainings_losses(params, objective, t, examples).sum()
 
   grads = jax.jit(jax.grad(loss))(make_params(objective))
   expected = {
@@ -137,18 +142,18 @@ def test_padding_counts_for_nothing_and_rows_add_up():
   np.testing.assert_array_equal(batch["weight"], kept)
 
 
-def test_dense_parameters_compute_what_a_bucket_does():
+def test_dense_parameters_are_the_full_arms_with_a_buckets_products():
   objective = make_objective()
-  model, params = objective.model, make_params(objective)
-  plan = model.plan
-  x_t, t, y = make_examples(2).eps, jnp.array([100, 900]), jnp.array([1, 2])
+  params, plan = make_params(objective), objective.model.plan
+  full = jax.tree.structure(make_params(make_objective("full")))
   for bucket in (0, 2):
     dense = gradient_spectra.dense_params(params, plan, bucket)
-    selection = low_rank.uniform_selection(2)
-    full = model.clone(plan=make_objective("full").model.plan)
-    got = full.apply({"params": dense}, x_t, t, y, selection)
-    expected = model.apply({"params": params}, x_t, t, y, low_rank.uniform_selection(2, bucket))
-    np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert jax.tree.structure(dense) == full
+    rank = plan.by_name["blocks_1/mlp/fc2"].active[bucket]
+    factors = params["blocks_1"]["mlp"]["fc2"]
+    expected = np.asarray(factors["down"][:, :rank]) @ np.asarray(factors["up"][:rank])
+    kernel = dense["blocks_1"]["mlp"]["fc2"]["kernel"]
+    np.testing.assert_allclose(kernel, expected, atol=1e-6)
 
 
 def test_measures_are_of_nested_prefixes():
