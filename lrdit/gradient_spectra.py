@@ -255,7 +255,7 @@ class KernelGradients:
 
     Args:
       model: with its rank plan.
-      params: its parameters.
+      params: its parameters, put on the device unless they are there.
       microbatch: examples in flight.
     """
     self.shapes = layer_shapes(model.shape)
@@ -357,22 +357,20 @@ def measure_unit(
   """
   half = batch_sizes[-1] // 2
   record: dict[str, Any] = {name: [] for name in gradients.shapes}
-  first = {name: np.float32(0) for name in gradients.shapes}
+  first: Mapping[str, Any] = dict.fromkeys(gradients.shapes, 0)
   sums = gradients.zeros()
   for start, end in itertools.pairwise([0, *sorted({*batch_sizes, half})]):
     sums = gradients.add(sums, batch, np.arange(start, end))
     if end in batch_sizes:
       for name, measured in record.items():
-        whole = np.asarray(sums[name], np.float64) + first[name]
+        whole = np.asarray(sums[name], np.float64) + np.asarray(first[name])
         measured.append(spectra.measures(spectra.singular_values(whole)))
     if end == half:
-      # Copied, as the next step overwrites the sums.
-      first = {name: np.array(values) for name, values in sums.items()}
-      sums = jax.tree.map(jnp.zeros_like, sums)
+      first, sums = sums, gradients.zeros()
   arrays = {}
   for name, values in sums.items():
-    second = np.asarray(values, np.float64)
-    parts = {"all": first[name] + second, "first": first[name], "second": second}
+    halves = np.asarray(first[name], np.float64), np.asarray(values, np.float64)
+    parts = {"all": sum(halves), "first": halves[0], "second": halves[1]}
     for part, matrix in parts.items():
       for side, basis in zip(SIDES, leading_subspaces(matrix, subspace_rank), strict=True):
         arrays[f"{part}/{side}/{name}"] = basis.astype(np.float32)
@@ -519,7 +517,7 @@ def analyse_gradients(
 
   Args:
     objective: the model, its diffusion and the loss' weighting; nothing else of it is used.
-    params: of the model, on the host.
+    params: of the model; numpy arrays may be copied, jax's are not.
     source: the training split.
     boundaries: (G + 1,) rising timesteps; group i is [boundaries[i], boundaries[i + 1]).
     batch_sizes: rising, the last N at least 2: each b's gradient is of the first b examples.

@@ -343,6 +343,17 @@ def test_shuffled_and_noise_conditions_are_measured_as_defined(analysis):
     assert layer["measures"][2][1]["stable_rank"] == pytest.approx(expected, rel=1e-3)
 
 
+def test_halves_are_compared_with_the_other_half(analysis):
+  result, parts = analysis
+  table = result["overlap"]["data"]["layers"]["blocks_1/mlp/fc1"]["cross_half"]
+  (_, one), (_, two) = parts.load("data/0"), parts.load("data/2")
+  for side in ("left", "right"):
+    first, second = one[f"first/{side}/blocks_1/mlp/fc1"], two[f"second/{side}/blocks_1/mlp/fc1"]
+    share, _ = gradient_spectra.overlap(first, second)
+    assert 0 < share < 0.99
+    assert table[side][0][2] == share
+
+
 def test_the_microbatch_does_not_matter(analysis, tmp_path):
   result, _ = analysis
   other = analyse(Parts(tmp_path / "parts", {}), make_objective(), microbatch=3)
