@@ -147,6 +147,14 @@ def get_default_config(method: str, variant: str) -> ConfigDict:
   evaluation.classifier_steps = 0  # of training it; 0: about 20 epochs
   evaluation.inception_weights = ""  # a file; empty: torch-fidelity downloads them
 
+  config.analysis = analysis = ConfigDict()
+  analysis.sections = ("flops", "weights", "gradients", "truncation")
+  analysis.batch_sizes = (16, 64, 256)  # examples that gradients are of, rising
+  analysis.subspace_rank = 8  # leading singular vectors of gradients that are compared
+  analysis.microbatch = 16  # examples in flight; fewer need less memory
+  analysis.seed = 0  # of the gradients' examples, noise and timesteps
+  analysis.ranks = ()  # that all layers are cut to, rising; empty: ten shares of the largest
+
   config.benchmark = benchmark = ConfigDict()
   benchmark.rounds = 10  # medians are over rounds
   # Training steps, and solver steps per bucket, timed together in a round: more

@@ -70,3 +70,5 @@ class Parts:
   def remove(self) -> None:
     """Deletes all units, once the section's own file is written."""
     shutil.rmtree(self.directory)
+    if not any(self.directory.parent.iterdir()):
+      self.directory.parent.rmdir()

@@ -42,6 +42,7 @@ from lrdit.sources import DataOptions, Source
 log = logging.getLogger("lrdit")
 
 METHODS = ("full", "static", "adaptive")
+ANALYSES = ("flops", "weights", "gradients", "truncation")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -123,6 +124,9 @@ RANGES = {
   "evaluation.draws": (1, math.inf),
   "evaluation.max_features": (10, math.inf),
   "evaluation.classifier_steps": (0, math.inf),
+  "analysis.subspace_rank": (1, math.inf),
+  "analysis.microbatch": (1, math.inf),
+  "analysis.seed": (0, 2**32 - 1),
   "benchmark.rounds": (1, math.inf),
   "benchmark.steps": (1, math.inf),
   "benchmark.sampling_runs": (0, math.inf),
@@ -238,6 +242,19 @@ def _check_boundaries(config: ConfigDict) -> None:
   )
 
 
+def _check_analysis(config: ConfigDict) -> None:
+  """Sections that exist, and rising numbers."""
+  a = config.analysis
+  for name in a.sections:
+    rule = f"names an unknown section {name!r}: use some of {', '.join(ANALYSES)}"
+    _require(name in ANALYSES, "analysis.sections", a.sections, rule)
+  for field, least, value in (("batch_sizes", 1, a.batch_sizes), ("ranks", 0, a.ranks)):
+    whole = all(type(x) is int and x >= 1 for x in value)
+    rises = whole and all(x < y for x, y in itertools.pairwise(value))
+    _require(rises and len(value) >= least, f"analysis.{field}", value, "must be rising numbers")
+  _require(a.batch_sizes[-1] > 1, "analysis.batch_sizes", a.batch_sizes, "must end above 1")
+
+
 def resolve(config: ConfigDict) -> ConfigDict:
   """Fills in the variant's sizes, fits the groups of timesteps and refuses what cannot work.
 
@@ -255,6 +272,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
   _check_model(config)
   _check_sampling(config)
   _check_boundaries(config)
+  _check_analysis(config)
   config.curriculum.boundaries = curriculum.scale_boundaries(
     config.curriculum.boundaries, config.diffusion.num_train_timesteps
   )
@@ -459,22 +477,27 @@ def make_shape(config: ConfigDict) -> dit.DiTShape:
   )
 
 
-def make_plan(config: ConfigDict) -> rank_schedule.RankPlan:
-  """The rank plan of the config's arm.
-
-  The static arm ignores the schedule: it is `constant` at the static rank.
-  """
-  rank, steps = config.rank, config.diffusion.num_train_timesteps
+def factorised_layers(config: ConfigDict) -> list[str]:
+  """Names of the layers that a low-rank arm factorises, whatever the config's own arm."""
+  rank, shapes = config.rank, dit.layer_shapes(make_shape(config))
   _require(
     all(isinstance(pattern, str) for pattern in rank.dense_layers),
     "rank.dense_layers",
     rank.dense_layers,
     "must be names of layers",
   )
-  shapes = dit.layer_shapes(make_shape(config))
-  chosen = rank_schedule.select_layers(
+  return rank_schedule.select_layers(
     shapes, rank.dense_layers, rank.first_n_blocks, rank.last_n_blocks, config.model.depth
   )
+
+
+def make_plan(config: ConfigDict) -> rank_schedule.RankPlan:
+  """The rank plan of the config's arm.
+
+  The static arm ignores the schedule: it is `constant` at the static rank.
+  """
+  rank, steps = config.rank, config.diffusion.num_train_timesteps
+  shapes, chosen = dit.layer_shapes(make_shape(config)), factorised_layers(config)
   if config.method == "full":
     return rank_schedule.dense_plan(steps)
   shapes = {name: shapes[name] for name in chosen}

@@ -8,7 +8,9 @@ from ml_collections import config_flags
 from lrdit.errors import UserError, as_user_error
 
 # Each is a function in the module of its name, of the values of these flags.
-MODES = dict.fromkeys(("train", "sample", "evaluate", "benchmark"), ("config", "workdir"))
+MODES = dict.fromkeys(
+  ("train", "sample", "evaluate", "analyze", "benchmark"), ("config", "workdir")
+)
 MODES |= {"encode": ("config", "output"), "report": ("workdirs", "output")}
 SHARED_BY_PROCESSES = ("train", "sample", "evaluate")
 

@@ -37,20 +37,13 @@ from lrdit.low_rank import uniform_selection
 from lrdit.rank_schedule import RankPlan, dense_plan
 from lrdit.sources import Source
 from lrdit.training_step import Objective
+from lrdit.weight_spectra import layer_kind
 
 CONDITIONS = ("data", "shuffled", "noise")
 SIDES = ("left", "right")  # the subspaces of R^D_in and of R^D_out
 
 # Keep the draws apart from each other.
 _IMAGE_STREAM, _TIMESTEP_STREAM, _SHUFFLE_STREAM = range(3)
-
-
-# To be replaced by weight_spectra.layer_kind.
-def layer_kind(name: str) -> str:
-  """One of "attention", "mlp", "adaln" and "other", of a name of `layer_shapes`."""
-  parts = name.split("/")
-  kinds = {"attn": "attention", "mlp": "mlp", "adaln": "adaln"}
-  return next((kinds[part] for part in parts if part in kinds), "other")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from lrdit.errors import UserError
 FREE_FIELDS = (
   "sampling",
   "evaluation",
+  "analysis",
   "checkpoint",
   "benchmark",
   "data.data_dir",

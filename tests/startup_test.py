@@ -41,6 +41,25 @@ def test_freed_memory_is_used_again_without_faults():
   assert kept < pages_at_most // 4
 
 
+def test_several_cpu_devices_keep_the_allocator_as_it_is(monkeypatch):
+  kept = []
+  monkeypatch.setattr(startup, "keep_freed_memory", lambda: kept.append(True))
+  monkeypatch.setattr(startup, "use_compilation_cache", lambda: None)
+  flag = "--xla_force_host_platform_device_count=4"
+  for variables, count in (
+    ({}, 1),
+    ({"JAX_NUM_CPU_DEVICES": "2"}, 2),
+    ({"XLA_FLAGS": f"--a {flag}"}, 4),
+  ):
+    assert startup.num_cpu_devices(variables) == count
+    for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS"):
+      monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+      monkeypatch.setenv(name, value)
+    startup.prepare()
+  assert len(kept) == 1
+
+
 def test_other_allocators_are_left_alone(monkeypatch):
   monkeypatch.setattr(startup.sys, "platform", "darwin")
   opened = []

@@ -1,0 +1,270 @@
+"""Ranks of a trained model's weights and gradients by timestep, and what its rank is worth."""
+
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from lrdit import (
+  analysis_plots,
+  benchmark,
+  builders,
+  checkpoints,
+  flops,
+  gradient_spectra,
+  held_out,
+  parallel,
+  run_files,
+  truncation,
+  weight_spectra,
+)
+from lrdit.analysis_files import Parts
+from lrdit.errors import UserError
+from lrdit.progress import make_bar
+from lrdit.sources import Source
+from lrdit.workdir import write_json
+
+log = logging.getLogger("lrdit")
+
+ARMS = ("full", "static", "adaptive")
+
+
+def count_flops(config: ConfigDict) -> dict[str, Any]:
+  """Parameters and multiply-accumulates of every arm, by rank bucket and sampling run.
+
+  Args:
+    config: resolved, of any arm.
+
+  Returns:
+    As JSON by arm: parameters as allocated, and of a forward pass of one image the MACs
+    by bucket, their mean over timesteps, and those of a whole sampling run of one image.
+    An arm that cannot be made of these fields is left out, with a warning.
+  """
+  arms, passes = {}, 1 if config.sampling.guidance_scale == 1.0 else 2
+  for arm in ARMS:
+    try:
+      own = benchmark.arm_config(config, arm)
+    except UserError as error:
+      log.warning("%s is not counted: %s", arm, error)
+      continue
+    shape, plan = builders.make_shape(own), builders.make_plan(own)
+    t = builders.make_solver_table(own).t
+    shares = np.bincount(plan.bucket_of_timestep) / plan.num_train_timesteps
+    arms[arm] = {
+      "parameters": flops.num_parameters(shape, plan),
+      "buckets": [
+        {
+          "share_of_timesteps": float(share),
+          "parameters": flops.num_parameters(shape, plan.at_bucket(bucket)),
+          "forward_macs": flops.forward_macs(shape, plan, bucket),
+        }
+        for bucket, share in enumerate(shares)
+      ],
+      "mean_forward_macs": flops.mean_forward_macs(shape, plan),
+      "sampling_macs": flops.sampling_macs(shape, plan, t, 1, passes),
+    }
+  return arms
+
+
+def format_flops(arms: dict[str, Any]) -> str:
+  """The counts as a table."""
+  entries: dict[str, dict[str, Any]] = {}
+  for arm, counts in arms.items():
+    entries[arm] = {
+      "of t": 1.0,
+      "parameters": counts["parameters"],
+      "forward": counts["mean_forward_macs"],
+      "sampling": f"{counts['sampling_macs'] / 1e6:,.2f}",
+    }
+    for number, bucket in enumerate(counts["buckets"] if len(counts["buckets"]) > 1 else []):
+      entries[f"  {arm}, bucket {number}"] = {
+        "of t": bucket["share_of_timesteps"],
+        "parameters": bucket["parameters"],
+        "forward": bucket["forward_macs"],
+        "sampling": "",
+      }
+  columns = {
+    "timesteps": lambda e: f"{100 * e['of t']:.1f} %",
+    "parameters": lambda e: f"{e['parameters']:,}",
+    "million MACs forward": lambda e: f"{e['forward'] / 1e6:,.3f}",
+    "a sampling run": lambda e: e["sampling"],
+  }
+  return benchmark.format_table("of one image", columns, entries)
+
+
+class Analysis:
+  """What the sections share: the parameters, the files and how they are named."""
+
+  def __init__(self, config: ConfigDict, workdir: str, devices: parallel.Devices):
+    """Reads the checkpoint.
+
+    Args:
+      config: resolved.
+      workdir: of a trained run.
+      devices: to use.
+    """
+    path = run_files.open_trained(workdir, config)
+    template, use_ema = builders.params_template(config), config.sampling.use_ema
+    self.config, self.devices = config, devices
+    self.step, self.params = run_files.restore_params(path, template, use_ema)
+    self.directory = path / "analysis"
+    self.directory.mkdir(exist_ok=True)
+    self.plan, self.shape = builders.make_plan(config), builders.make_shape(config)
+    self.boundaries = builders.make_curriculum(config).boundaries
+    weights = "ema" if use_ema else "raw"
+    self.about = {
+      "checkpoint_step": self.step,
+      "checkpoint_digest": checkpoints.digest(self.params),
+      "weights": weights,
+      "boundaries": list(self.boundaries),
+    }
+    variant = f"DiT-{config.model.variant} on {config.data.name}"
+    self.title = f"{config.method} {variant}, step {self.step}, {weights} weights"
+    self._path = path
+
+  def source(self, split: str) -> Source:
+    """The split's images or latents; refused if they are not the run's."""
+    source = builders.make_source(self.config, split)
+    if split == "eval":
+      run_files.check_eval_data(self._path, source.identity)
+    return source
+
+  def run(self, name: str, settings: dict[str, Any], make: Callable[[Parts], dict]) -> dict:
+    """A section's result, computed where its file is not of the same checkpoint and settings.
+
+    Args:
+      name: of the section and its JSON file.
+      settings: all the section depends on beside the parameters.
+      make: computes it, from the parts that an earlier start has left.
+    """
+    path, key = self.directory / f"{name}.json", json.loads(json.dumps(self.about | settings))
+    try:
+      result = json.loads(path.read_text())
+      if all(result.get(field) == value for field, value in key.items()):
+        log.info("%s is there", path)
+        return result
+    except (FileNotFoundError, ValueError):
+      pass
+    parts = Parts(self.directory / "parts" / name, key)
+    result = key | make(parts)
+    write_json(path, result)
+    parts.remove()
+    log.info("%s", path)
+    return result
+
+  def plot(self, name: str, figure: Any) -> None:
+    """Writes a picture, if there is anything to show."""
+    analysis_plots.write_png(self.directory / f"{name}.png", figure)
+
+
+def analyse_weights(analysis: Analysis) -> None:
+  """Writes weights.json and its plots."""
+
+  def make(parts: Parts) -> dict[str, Any]:
+    a = analysis
+    return weight_spectra.analyse_weights(a.params, a.plan, a.shape, a.boundaries, parts, make_bar)
+
+  weights = analysis.run("weights", {}, make)
+  analysis.plot("weights_spectra", analysis_plots.weight_spectra(weights, analysis.title))
+  analysis.plot("weights_ranks", analysis_plots.weight_ranks(weights, analysis.title))
+
+
+def analyse_gradients(analysis: Analysis) -> None:
+  """Writes gradients.json and its plots."""
+  config, a = analysis.config, analysis.config.analysis
+  source = analysis.source("train")
+  settings = {
+    "batch_sizes": list(a.batch_sizes),
+    "subspace_rank": a.subspace_rank,
+    "seed": a.seed,
+    "data": source.identity,
+  }
+
+  def make(parts: Parts) -> dict[str, Any]:
+    objective = builders.make_objective(config, analysis.devices[:1])
+    return gradient_spectra.analyse_gradients(
+      objective,
+      jax.device_put(analysis.params, analysis.devices[0]),
+      source,
+      boundaries=analysis.boundaries,
+      batch_sizes=a.batch_sizes,
+      subspace_rank=a.subspace_rank,
+      microbatch=a.microbatch,
+      seed=a.seed,
+      parts=parts,
+    )
+
+  found = analysis.run("gradients", settings, make)
+  analysis.plot("gradients_ranks", analysis_plots.gradient_ranks(found, analysis.title))
+  for side in gradient_spectra.SIDES:
+    figure = analysis_plots.gradient_overlap(found, side, analysis.title)
+    analysis.plot(f"gradients_overlap_{side}", figure)
+
+
+def analyse_truncation(analysis: Analysis) -> None:
+  """Writes truncation.json and its plots, the loss by timestep group among them."""
+  config, devices = analysis.config, analysis.devices
+  source, draws = analysis.source("eval"), config.evaluation.draws
+  names = builders.factorised_layers(config)
+  truncator = truncation.Truncator(analysis.params, names)
+  ranks = config.analysis.ranks or truncation.default_ranks(truncator.largest_rank)
+  batch_size = config.training.batch_size
+  settings = {
+    "layers": names,
+    "ranks": list(ranks),
+    "draws": draws,
+    "batch_size": batch_size,
+    "data": source.identity,
+  }
+
+  def make(parts: Parts) -> dict[str, Any]:
+    step, slots = (
+      builders.make_eval_step(config, devices),
+      parallel.batch_slots(batch_size, devices),
+    )
+
+    def losses_of(params: Any) -> held_out.HeldOutLosses:
+      replicated = parallel.replicate(params, devices)
+      return held_out.held_out_losses(step, replicated, source, slots, batch_size, draws)
+
+    return truncation.analyse_truncation(
+      truncator, analysis.params, ranks, losses_of, parts, make_bar
+    )
+
+  found = analysis.run("truncation", settings, make)
+  analysis.plot("truncation", analysis_plots.truncation(found, analysis.title))
+  losses = {analysis.about["weights"]: found["baseline"]}
+  analysis.plot("losses", analysis_plots.losses(analysis.boundaries, losses, analysis.title))
+
+
+def analyze(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:
+  """Runs `--mode=analyze`: writes analysis/*.json and *.png.
+
+  What an earlier start has finished for the same checkpoint and settings is kept.
+
+  Args:
+    config: resolved.
+    workdir: of a trained run.
+    devices: devices to use; all by default.
+
+  Raises:
+    UserError: no checkpoint, other data, and the like.
+  """
+  sections = config.analysis.sections
+  analysis = Analysis(config, workdir, devices or parallel.all_devices())
+  if "flops" in sections:
+    arms = count_flops(config)
+    print(format_flops(arms))
+    write_json(analysis.directory / "flops.json", arms)
+  for name, analyse in (
+    ("weights", analyse_weights),
+    ("gradients", analyse_gradients),
+    ("truncation", analyse_truncation),
+  ):
+    if name in sections:
+      analyse(analysis)
+  log.info("%s", analysis.directory)

@@ -1,0 +1,118 @@
+"""The causal test: what the held-out loss of each timestep group loses with every layer's rank.
+
+All of the chosen layers are cut to rank k at once: dense kernels to their best
+approximation of that rank, low-rank layers to their first k components, of which a
+timestep uses no more than its active rank anyway.
+
+Axes: D_in, D_out width, K ranks, G timestep groups.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax
+import numpy as np
+from jaxtyping import Float
+
+from lrdit.analysis_files import Parts
+from lrdit.held_out import HeldOutLosses
+
+# Of the largest rank, for `default_ranks`.
+SHARES = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
+
+
+def default_ranks(largest: int) -> tuple[int, ...]:
+  """Rising ranks below `largest`, closer together where they are small."""
+  return tuple(sorted({max(1, round(share * largest)) for share in SHARES} - {largest}))
+
+
+def kernel_factors(
+  kernel: Float[np.ndarray, "D_in D_out"],
+) -> tuple[Float[np.ndarray, "D_in R"], Float[np.ndarray, "R D_out"]]:
+  """(U S, V^T) float32 of the kernel's singular value decomposition, R = min(D_in, D_out).
+
+  Their first k components are its best approximation of rank k (Eckart and Young 1936).
+  """
+  u, s, vt = np.linalg.svd(np.asarray(kernel, np.float32), full_matrices=False)
+  return u * s, vt
+
+
+class Truncator:
+  """Cuts some layers of a model to any rank."""
+
+  def __init__(self, params: Mapping[str, Any], names: Sequence[str]):
+    """Decomposes the dense kernels, once for all ranks.
+
+    Args:
+      params: on the host.
+      names: of the layers, dense or factorised.
+    """
+    self._flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
+    self._dense = {
+      name: kernel_factors(self._flat[f"{name}/kernel"])
+      for name in names
+      if f"{name}/kernel" in self._flat
+    }
+    self._factorised = [name for name in names if name not in self._dense]
+
+  @functools.cached_property
+  def largest_rank(self) -> int:
+    """That of the widest layer, beyond which nothing is cut."""
+    dense = [vt.shape[0] for _, vt in self._dense.values()]
+    return max(dense + [self._flat[f"{name}/up"].shape[0] for name in self._factorised])
+
+  def cut(self, rank: int) -> dict[str, Any]:
+    """The parameters with every layer cut to `rank`, in the shapes of the whole ones."""
+    flat = dict(self._flat)
+    for name, (us, vt) in self._dense.items():
+      flat[f"{name}/kernel"] = us[:, :rank] @ vt[:rank]
+    for name in self._factorised:
+      # Components without an output row contribute exactly nothing.
+      up = np.array(flat[f"{name}/up"])
+      up[rank:] = 0
+      flat[f"{name}/up"] = up
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def analyse_truncation(
+  truncator: Truncator,
+  params: Any,
+  ranks: Sequence[int],
+  losses_of: Callable[[Any], HeldOutLosses],
+  parts: Parts,
+  bar_factory: Callable[[int, int, str], Any],
+) -> dict[str, Any]:
+  """Held-out losses of the whole model and of every rank; those in `parts` are not repeated.
+
+  Args:
+    truncator: of the parameters.
+    params: whole, on the host.
+    ranks: (K,) to cut to.
+    losses_of: held-out losses of parameters, with the same draws every time.
+    parts: of this section.
+    bar_factory: as `progress.make_bar`.
+
+  Returns:
+    As JSON "ranks", "baseline" (G,), "loss" and "rise" (K, G), loss minus baseline; None
+    for groups of which no timestep was drawn.
+  """
+  found = {}
+  units = {"whole": None} | {f"rank_{rank}": rank for rank in ranks}
+  missing = [unit for unit in units if parts.load(unit) is None]
+  with bar_factory(len(units), len(units) - len(missing), "rank") as bar:
+    for unit in missing:
+      cut = params if units[unit] is None else truncator.cut(units[unit])
+      parts.save(unit, {"loss": losses_of(cut).group_means})
+      bar.update()
+  found = {unit: parts.load(unit)[0]["loss"] for unit in units}
+  baseline = found.pop("whole")
+  return {
+    "ranks": list(ranks),
+    "baseline": baseline,
+    "loss": list(found.values()),
+    "rise": [
+      [None if x is None else x - b for x, b in zip(loss, baseline, strict=True)]
+      for loss in found.values()
+    ],
+  }

@@ -1,0 +1,106 @@
+"""`--mode=analyze` of a tiny run."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from lrdit import analyze, builders, flops, gradient_spectra, held_out, train
+from lrdit.errors import UserError
+from tests import tiny
+
+FIELDS = {
+  "training__num_steps": 2,
+  "curriculum__boundaries": (0, 400, 1000),
+  "analysis__batch_sizes": (2, 4),
+  "analysis__ranks": (2, 32),
+  "analysis__subspace_rank": 2,
+}
+FILES = {"flops.json", "weights.json", "gradients.json", "truncation.json"}
+PICTURES = (
+  "weights_spectra weights_ranks gradients_ranks gradients_overlap_left gradients_overlap_right "
+  "truncation losses"
+)
+
+
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("analyze") / "run"
+  config = tiny.tiny_config("method=full", **FIELDS)
+  train.train(config, str(workdir), jax.devices()[:1])
+  analyze.analyze(config, str(workdir), jax.devices()[:1])
+  return config, workdir
+
+
+def read(workdir, name):
+  return json.loads((workdir / "analysis" / f"{name}.json").read_text())
+
+
+def test_every_section_leaves_json_and_pictures(analysed):
+  _, workdir = analysed
+  names = {path.name for path in (workdir / "analysis").iterdir()}
+  assert names == FILES | {f"{name}.png" for name in PICTURES.split()}
+
+
+def test_the_whole_model_s_loss_is_that_of_evaluation(analysed):
+  config, workdir = analysed
+  found = read(workdir, "truncation")
+  step = builders.make_eval_step(config, jax.devices()[:1])
+  run = analyze.Analysis(config, str(workdir), jax.devices()[:1])
+  losses = held_out.held_out_losses(
+    step,
+    jax.tree.map(lambda x: x[None], run.params),
+    run.source("eval"),
+    np.arange(config.training.batch_size)[None],
+    config.training.batch_size,
+    config.evaluation.draws,
+  )
+  np.testing.assert_allclose(found["baseline"], losses.group_means, rtol=1e-6)
+  np.testing.assert_allclose(found["rise"][1], 0, atol=1e-5)  # rank 32 is the whole width
+
+
+def test_finished_sections_are_kept_until_their_settings_change(analysed, monkeypatch):
+  config, workdir = analysed
+  made = []
+  monkeypatch.setattr(
+    gradient_spectra, "analyse_gradients", lambda *args, **kwargs: made.append(args) or {}
+  )
+  monkeypatch.setattr(analyze.Analysis, "plot", lambda *args: None)
+  monkeypatch.setattr(analyze.analysis_plots, "gradient_ranks", lambda *args: None)
+  monkeypatch.setattr(analyze.analysis_plots, "gradient_overlap", lambda *args: None)
+  before = read(workdir, "gradients")
+  analyze.analyze(config, str(workdir), jax.devices()[:1])
+  assert not made
+  fields = FIELDS | {"analysis__seed": 1, "analysis__sections": ("gradients",)}
+  analyze.analyze(tiny.tiny_config("method=full", **fields), str(workdir), jax.devices()[:1])
+  assert len(made) == 1
+  assert read(workdir, "gradients")["seed"] == 1
+  (workdir / "analysis" / "gradients.json").write_text(json.dumps(before))
+
+
+def test_counts_of_every_arm_by_bucket_and_sampling_run():
+  config = tiny.tiny_config("method=static")
+  arms = analyze.count_flops(config)
+  adaptive = tiny.tiny_config("method=adaptive")
+  shape, plan = builders.make_shape(adaptive), builders.make_plan(adaptive)
+  buckets = arms["adaptive"]["buckets"]
+  assert [b["forward_macs"] for b in buckets] == [
+    flops.forward_macs(shape, plan, bucket) for bucket in range(plan.num_buckets)
+  ]
+  mean = sum(b["share_of_timesteps"] * b["forward_macs"] for b in buckets)
+  assert mean == pytest.approx(arms["adaptive"]["mean_forward_macs"])
+  assert arms["full"]["sampling_macs"] == 10 * arms["full"]["buckets"][0]["forward_macs"]
+  assert arms["static"]["parameters"] < arms["full"]["parameters"]
+  table = analyze.format_flops(arms).splitlines()
+  assert len(table) == 4 + plan.num_buckets
+  assert f"{arms['full']['parameters']:,}" in table[1]
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [("sections", ("weight",)), ("batch_sizes", (16, 16)), ("batch_sizes", ()), ("ranks", (8, 4))],
+)
+def test_settings_that_cannot_work_are_refused(field, value):
+  with pytest.raises(UserError, match=f"analysis.{field}"):
+    tiny.tiny_config(**{f"analysis__{field}": value})
