@@ -243,7 +243,7 @@ def weight_ranks(weights: Mapping[str, Any], title: str) -> Any:
 
 def _label_row(row: Sequence[Any], measure: str) -> None:
   """After everything is drawn, as the row shares its limits."""
-  row[0].set_ylim(0, None)
+  row[0].set_ylim(0, 1.06 * row[0].get_ylim()[1])  # the margin of what lies far above 0 is small
   row[0].set_ylabel(f"{MEASURE_TITLES[measure]}\n/ min(D_in, D_out)")
   for panel in row:
     _grid(panel)
