@@ -71,8 +71,14 @@ def get_default_config(method: str, variant: str) -> ConfigDict:
 
   config.rank = rank = ConfigDict()
   rank.ratio = 0.5  # share of a dense layer's parameters that `static` keeps
-  rank.schedule = "logistic_decreasing"
-  rank.min_ratio = 0.4
+  rank.schedule = "logistic_decreasing"  # or measured: of rank.analysis
+  rank.min_ratio = 0.4  # measured: from the analysis
+  rank.analysis = ""  # measured: analysis/truncation.json of a run after --mode=analyze
+  rank.monotone = False  # measured: smooth r(t) so that it nowhere rises
+  # What was read from the analysis, which the run keeps: shares of the largest rank in groups
+  # of timesteps.
+  rank.measured_shares = ()
+  rank.measured_boundaries = ()
   rank.match = "activated"  # mean active rank = static rank; or total: max = static
   rank.num_buckets = 4
   rank.multiple_of = 8

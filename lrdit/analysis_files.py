@@ -9,9 +9,29 @@ from typing import Any
 
 import numpy as np
 
+from lrdit.errors import UserError
 from lrdit.workdir import atomic_path, write_json
 
 RECORD = "record.json"  # of a unit, beside its arrays
+
+
+def read_truncation(path: str) -> dict[str, Any]:
+  """What `--mode=analyze` found in the causal test.
+
+  Raises:
+    UserError: there is no such file, or it is something else or has gaps.
+  """
+  try:
+    found = json.loads(pathlib.Path(path).expanduser().read_text())
+    complete = all(None not in row for row in found["rise"])
+    if complete and found["ranks"] and found["largest_rank"] and found["boundaries"]:
+      return found
+    cause = "has timestep groups without a measurement: raise config.evaluation.draws there"
+  except (FileNotFoundError, IsADirectoryError):
+    cause = "is not there: it is analysis/truncation.json of a workdir after --mode=analyze"
+  except (ValueError, KeyError, TypeError):
+    cause = "is not an analysis: give analysis/truncation.json of a workdir"
+  raise UserError(f"config.rank.analysis={path!r} {cause}")
 
 
 class Parts:

@@ -17,6 +17,7 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
 from lrdit import (
+  analysis_files,
   classifier,
   curriculum,
   diffusion,
@@ -26,6 +27,7 @@ from lrdit import (
   inception,
   input_pipeline,
   latents,
+  measured_schedule,
   optimizer,
   parallel,
   rank_schedule,
@@ -42,6 +44,7 @@ from lrdit.sources import DataOptions, Source
 log = logging.getLogger("lrdit")
 
 METHODS = ("full", "static", "adaptive")
+MEASURED = "measured"  # the schedule that an analysis gives
 ANALYSES = ("flops", "weights", "gradients", "truncation")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -57,7 +60,7 @@ def _check_choices(config: ConfigDict) -> None:
     "method": METHODS,
     "data.name": tuple(input_pipeline.LOADERS),
     "model.dtype": tuple(DTYPES),
-    "rank.schedule": rank_schedule.SCHEDULES,
+    "rank.schedule": (*rank_schedule.SCHEDULES, MEASURED),
     "rank.match": rank_schedule.MATCHES,
     "rank.compute": timesteps.COMPUTES,
     "diffusion.noise_schedule": diffusion.NOISE_SCHEDULES,
@@ -255,6 +258,37 @@ def _check_analysis(config: ConfigDict) -> None:
   _require(a.batch_sizes[-1] > 1, "analysis.batch_sizes", a.batch_sizes, "must end above 1")
 
 
+def _fill_in_measured_schedule(config: ConfigDict) -> None:
+  """Reads r(t) from the analysis, unless the config holds it already."""
+  rank, total = config.rank, config.diffusion.num_train_timesteps
+  if rank.schedule != MEASURED:
+    _require(not rank.analysis, "rank.analysis", rank.analysis, "needs rank.schedule=measured")
+    return
+  if not rank.measured_shares:
+    rule = "is missing: name analysis/truncation.json of a run after --mode=analyze"
+    _require(rank.analysis != "", "rank.analysis", rank.analysis, rule)
+    found = analysis_files.read_truncation(rank.analysis)
+    shapes = dit.layer_shapes(make_shape(config))
+    targets = [
+      rank_schedule.static_rank(rank.ratio, *shapes[name]) for name in factorised_layers(config)
+    ]
+    boundaries = tuple(found["boundaries"])
+    ranks = measured_schedule.iso_loss_ranks(
+      found["ranks"], found["rise"], found["largest_rank"], boundaries, float(np.mean(targets))
+    )
+    if rank.monotone:
+      ranks = measured_schedule.monotone(ranks, boundaries)
+    rank.measured_shares = tuple(float(r / ranks.max()) for r in ranks)
+    rank.measured_boundaries = boundaries
+  shares, boundaries = rank.measured_shares, rank.measured_boundaries
+  fits = len(boundaries) == len(shares) + 1 and boundaries[0] == 0 and boundaries[-1] == total
+  rises = all(a < b for a, b in itertools.pairwise(boundaries))
+  rule = f"must rise from 0 to {total} and be one more than rank.measured_shares"
+  _require(fits and rises, "rank.measured_boundaries", boundaries, rule)
+  rule = "must lie in (0, 1]"
+  _require(all(0 < share <= 1 for share in shares), "rank.measured_shares", shares, rule)
+
+
 def resolve(config: ConfigDict) -> ConfigDict:
   """Fills in the variant's sizes, fits the groups of timesteps and refuses what cannot work.
 
@@ -276,6 +310,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
   config.curriculum.boundaries = curriculum.scale_boundaries(
     config.curriculum.boundaries, config.diffusion.num_train_timesteps
   )
+  _fill_in_measured_schedule(config)
   # Built for their own checks: both raise where values do not fit together.
   make_plan(config)
   make_solver_table(config)
@@ -501,21 +536,25 @@ def make_plan(config: ConfigDict) -> rank_schedule.RankPlan:
   if config.method == "full":
     return rank_schedule.dense_plan(steps)
   shapes = {name: shapes[name] for name in chosen}
-  common = dict(num_train_timesteps=steps, ratio=rank.ratio)
+  common = dict(ratio=rank.ratio)
   if config.method == "static":
     return rank_schedule.make_plan(
       shapes,
-      schedule="constant",
+      height=rank_schedule.schedule_height("constant", steps),
       min_ratio=1.0,
       match="total",
       num_buckets=1,
       multiple_of=1,
       **common,
     )
+  if rank.schedule == MEASURED:
+    height, min_ratio = measured_schedule.height(rank.measured_shares, rank.measured_boundaries)
+  else:
+    height, min_ratio = rank_schedule.schedule_height(rank.schedule, steps), rank.min_ratio
   return rank_schedule.make_plan(
     shapes,
-    schedule=rank.schedule,
-    min_ratio=rank.min_ratio,
+    height=height,
+    min_ratio=min_ratio,
     match=rank.match,
     num_buckets=rank.num_buckets,
     multiple_of=rank.multiple_of,

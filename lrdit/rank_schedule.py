@@ -202,14 +202,25 @@ def dense_plan(num_train_timesteps: int) -> RankPlan:
   return RankPlan(num_train_timesteps, ((0, 0),), ())
 
 
-def quantise(
-  schedule: str, num_train_timesteps: int, num_buckets: int
-) -> tuple[tuple[tuple[int, int], ...], Float[np.ndarray, " K"]]:
-  """Quantises the schedule to the nearest of `num_buckets` equidistant levels.
+def schedule_height(schedule: str, num_train_timesteps: int) -> Float[np.ndarray, " T"]:
+  """Where r(t) stands between its least rank (0) and the full one (1), (T,) float64.
 
   Args:
     schedule: one of `SCHEDULES`.
     num_train_timesteps: T.
+  """
+  progress, direction = _progress(schedule, np.arange(num_train_timesteps), num_train_timesteps)
+  height = np.where(direction > 0, progress, 1.0 - progress)
+  return np.where(direction == 0, 1.0, height)
+
+
+def quantise(
+  height: Float[np.ndarray, " T"], num_buckets: int
+) -> tuple[tuple[tuple[int, int], ...], Float[np.ndarray, " K"]]:
+  """Quantises a schedule to the nearest of `num_buckets` equidistant levels.
+
+  Args:
+    height: (T,) in [0, 1], as `schedule_height` gives.
     num_buckets: number of levels, at least 1; levels no timestep falls on are
       dropped.
 
@@ -217,12 +228,8 @@ def quantise(
     (segments as in `RankPlan`, (K,) float64 level of each bucket in [0, 1],
     where 0 stands for the least rank and 1 for the full one).
   """
-  t = np.arange(num_train_timesteps)
-  progress, direction = _progress(schedule, t, num_train_timesteps)
-  height = np.where(direction > 0, progress, 1.0 - progress)
-  height = np.where(direction == 0, 1.0, height)
   if num_buckets == 1:
-    levels = np.zeros(t.shape, np.int64)
+    levels = np.zeros(height.shape, np.int64)
     values = np.ones(1)
   else:
     levels = _floor_exact(height * (num_buckets - 1) + 0.5)
@@ -339,9 +346,8 @@ def select_layers(
 def make_plan(
   layer_shapes: Mapping[str, tuple[int, int]],
   *,
-  num_train_timesteps: int,
+  height: Float[np.ndarray, " T"],
   ratio: float,
-  schedule: str,
   min_ratio: float,
   match: str,
   num_buckets: int,
@@ -354,9 +360,8 @@ def make_plan(
 
   Args:
     layer_shapes: (D_in, D_out) of the layers to factorise, by name.
-    num_train_timesteps: T.
+    height: (T,) of the schedule, from `schedule_height` or `measured_schedule.height`.
     ratio: p, share of the dense layer's parameters the static arm keeps.
-    schedule: one of `SCHEDULES`.
     min_ratio: least active rank as a share of the max rank, in (0, 1].
     match: `activated` (the mean active rank is the static rank) or `total`
       (the max rank is the static rank).
@@ -368,7 +373,8 @@ def make_plan(
     UserError: `multiple_of` is above a layer's static rank, or no rank up to
       min(D_in, D_out) meets the mean to within the multiple.
   """
-  segments, levels = quantise(schedule, num_train_timesteps, num_buckets)
+  num_train_timesteps = len(height)
+  segments, levels = quantise(height, num_buckets)
   lengths = np.diff([*(start for start, _ in segments), num_train_timesteps])
   weights = np.bincount([b for _, b in segments], lengths) / num_train_timesteps
 

@@ -94,8 +94,8 @@ def analyse_truncation(
     bar_factory: as `progress.make_bar`.
 
   Returns:
-    As JSON "ranks", "baseline" (G,), "loss" and "rise" (K, G), loss minus baseline; None
-    for groups of which no timestep was drawn.
+    As JSON "ranks", "largest_rank" (of which the rise is 0), "baseline" (G,), "loss" and
+    "rise" (K, G), loss minus baseline; None for groups of which no timestep was drawn.
   """
   found = {}
   units = {"whole": None} | {f"rank_{rank}": rank for rank in ranks}
@@ -109,6 +109,7 @@ def analyse_truncation(
   baseline = found.pop("whole")
   return {
     "ranks": list(ranks),
+    "largest_rank": truncator.largest_rank,
     "baseline": baseline,
     "loss": list(found.values()),
     "rise": [

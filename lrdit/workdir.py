@@ -16,6 +16,7 @@ FREE_FIELDS = (
   "sampling",
   "evaluation",
   "analysis",
+  "rank.analysis",
   "checkpoint",
   "benchmark",
   "data.data_dir",

@@ -74,9 +74,8 @@ SHAPES = {
 def make_plan(schedule, match="activated", num_buckets=4, multiple_of=8, min_ratio=0.4):
   return rank_schedule.make_plan(
     SHAPES,
-    num_train_timesteps=1000,
+    height=rank_schedule.schedule_height(schedule, 1000),
     ratio=0.5,
-    schedule=schedule,
     min_ratio=min_ratio,
     match=match,
     num_buckets=num_buckets,
@@ -105,7 +104,7 @@ def test_total_allocates_the_static_rank(schedule):
 
 @pytest.mark.parametrize("schedule", ADAPTIVE)
 def test_buckets_follow_the_schedule_and_ascend(schedule):
-  segments, levels = rank_schedule.quantise(schedule, 1000, 5)
+  segments, levels = rank_schedule.quantise(rank_schedule.schedule_height(schedule, 1000), 5)
   plan = rank_schedule.RankPlan(1000, segments, ())
   got = levels[plan.bucket_of_timestep]
   exact = (rank_schedule.active_rank(schedule, np.arange(1000), 1000, 10**6, 1e-6) - 1) / (
@@ -118,7 +117,7 @@ def test_buckets_follow_the_schedule_and_ascend(schedule):
 
 
 def test_many_buckets_recover_the_unbucketed_schedule():
-  segments, levels = rank_schedule.quantise("decreasing", 1000, 1000)
+  segments, levels = rank_schedule.quantise(rank_schedule.schedule_height("decreasing", 1000), 1000)
   ranks = np.array(rank_schedule.bucket_ranks(levels, 192, 0.4, 1))
   plan = rank_schedule.RankPlan(1000, segments, ())
   exact = rank_schedule.active_rank("decreasing", np.arange(1000), 1000, 192, 0.4)
@@ -134,7 +133,7 @@ def test_plan_is_hashable_and_a_bucket_of_it_holds_one_rank():
 
 
 def test_midpeak_visits_a_bucket_twice():
-  segments, _ = rank_schedule.quantise("midpeak", 1000, 3)
+  segments, _ = rank_schedule.quantise(rank_schedule.schedule_height("midpeak", 1000), 3)
   assert [bucket for _, bucket in segments] == [0, 1, 2, 1, 0]
 
 
@@ -144,9 +143,8 @@ def test_any_ratio_is_matched_or_refused(ratio, schedule):
   try:
     plan = rank_schedule.make_plan(
       SHAPES,
-      num_train_timesteps=1000,
+      height=rank_schedule.schedule_height(schedule, 1000),
       ratio=ratio,
-      schedule=schedule,
       min_ratio=0.4,
       match="activated",
       num_buckets=4,

@@ -69,7 +69,7 @@ def test_devices_share_the_global_batch(num_devices):
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
 @pytest.mark.parametrize("batch_size", [4, 12, 16, 128])
 def test_no_draw_needs_more_than_its_group(schedule, num_devices, batch_size):
-  segments, _ = rank_schedule.quantise(schedule, 1000, 5)
+  segments, _ = rank_schedule.quantise(rank_schedule.schedule_height(schedule, 1000), 5)
   plan = RankPlan(1000, segments, ())
   strata = timesteps.uniform_strata(batch_size, 1000)
   groups = timesteps.rank_groups(plan, "grouped", strata, num_devices)
@@ -88,7 +88,9 @@ def test_no_draw_needs_more_than_its_group(schedule, num_devices, batch_size):
 
 
 def test_groups_cost_little_more_than_the_mean_rank():
-  segments, levels = rank_schedule.quantise("logistic_decreasing", 1000, 4)
+  segments, levels = rank_schedule.quantise(
+    rank_schedule.schedule_height("logistic_decreasing", 1000), 4
+  )
   plan = RankPlan(1000, segments, ())
   groups = timesteps.rank_groups(plan, "grouped", timesteps.uniform_strata(128, 1000), 1)
   mean = levels[plan.bucket_of_timestep].mean()

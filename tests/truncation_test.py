@@ -66,6 +66,7 @@ def test_rises_are_over_the_whole_model_and_are_kept(tmp_path):
     assert asked == [32, 4, 16]  # once
     assert found == {
       "ranks": [4, 16],
+      "largest_rank": 32,
       "baseline": [16.0, None],
       "loss": [[2.0, None], [8.0, None]],
       "rise": [[-14.0, None], [-8.0, None]],

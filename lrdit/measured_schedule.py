@@ -1,0 +1,104 @@
+"""r(t) from the causal test: the iso-loss contour that meets a mean rank.
+
+Axes: K ranks, G timestep groups, T timesteps.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from lrdit.errors import UserError
+
+BISECTIONS = 100
+
+
+def contour(
+  ranks: Float[np.ndarray, " K"], rise: Float[np.ndarray, "K G"], level: float
+) -> Float[np.ndarray, " G"]:
+  """The least rank of each group whose rise in loss is at most `level`.
+
+  Linear between the measured ranks. A rise counts at every smaller rank as well, so that
+  the noise of a single one cannot make a dip.
+
+  Args:
+    ranks: (K,) rising; beyond the last one, or below the first one, nothing is assumed.
+    rise: (K, G), loss of a group at a rank minus that of the whole model.
+    level: of the contour.
+  """
+  falling = np.maximum.accumulate(rise[::-1])  # from the largest rank down: rising
+  return np.array([np.interp(level, column, ranks[::-1]) for column in falling.T])
+
+
+def iso_loss_ranks(
+  ranks: Sequence[int],
+  rise: Sequence[Sequence[float]],
+  largest_rank: int,
+  boundaries: Sequence[int],
+  mean_rank: float,
+) -> Float[np.ndarray, " G"]:
+  """The contour whose mean over timesteps is `mean_rank`.
+
+  Args:
+    ranks: (K,) rising.
+    rise: (K, G) as in `contour`.
+    largest_rank: at which the rise is 0 by definition.
+    boundaries: (G + 1,) of the groups.
+    mean_rank: to meet.
+
+  Returns:
+    (G,) float64.
+
+  Raises:
+    UserError: no contour has that mean.
+  """
+  all_ranks = np.array([*ranks, largest_rank], np.float64)
+  rises = np.array([*rise, np.zeros(len(boundaries) - 1)], np.float64)
+  weights = np.diff(boundaries) / boundaries[-1]
+  low, high = 0.0, float(rises.max())
+  means = [contour(all_ranks, rises, level) @ weights for level in (low, high)]
+  if not means[1] <= mean_rank <= means[0]:
+    raise UserError(
+      f"rank.schedule=measured cannot meet a mean rank of {mean_rank:.1f}: the analysis is of "
+      f"mean ranks from {means[1]:.1f} to {means[0]:.1f}: change rank.ratio, or analyze with "
+      "other config.analysis.ranks"
+    )
+  for _ in range(BISECTIONS):  # the mean falls with the level
+    level = (low + high) / 2
+    if contour(all_ranks, rises, level) @ weights > mean_rank:
+      low = level
+    else:
+      high = level
+  return contour(all_ranks, rises, high)
+
+
+def monotone(ranks: Float[np.ndarray, " G"], boundaries: Sequence[int]) -> Float[np.ndarray, " G"]:
+  """The nearest ranks that nowhere rise with t, of the same mean (isotonic regression)."""
+  from sklearn.isotonic import IsotonicRegression  # slow to import, and only needed here
+
+  regression = IsotonicRegression(increasing=False)
+  return regression.fit_transform(np.arange(len(ranks)), ranks, sample_weight=np.diff(boundaries))
+
+
+def height(
+  shares: Sequence[float], boundaries: Sequence[int]
+) -> tuple[Float[np.ndarray, " T"], float]:
+  """r(t) at every timestep, for `rank_schedule.make_plan`.
+
+  Linear between the middles of the groups, constant beyond the first and the last.
+
+  Args:
+    shares: (G,) of the largest rank, in (0, 1].
+    boundaries: (G + 1,) of the groups, from 0 to T.
+
+  Returns:
+    ((T,) float64, 0 where the rank is least and 1 where it is largest; least share of the largest).
+  """
+  edges = np.asarray(boundaries)
+  middles = (edges[:-1] + edges[1:] - 1) / 2
+  share = np.interp(np.arange(edges[-1]), middles, shares)
+  share = share / share.max()
+  least = float(share.min())
+  if least == 1.0:
+    return np.ones(edges[-1]), 1.0
+  return (share - least) / (1 - least), least
