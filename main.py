@@ -23,7 +23,9 @@ def run(argv: list[str]) -> int:
     cluster = parallel.find_cluster(values.coordinator, values.num_processes, values.process_id)
     if cluster:
       if values.mode not in SHARED_BY_PROCESSES:
-        raise UserError(f"--mode={values.mode} is for one process: start it once", 2)
+        raise UserError(
+          f"--mode={values.mode} is for one process: start it once, or --num_processes=1", 2
+        )
       who = cluster.name_of_process
       parallel.connect(cluster, shares_sigterm=values.mode == "train")
       who = parallel.name_of_process()

@@ -110,12 +110,13 @@ class Analysis:
     path = run_files.open_trained(workdir, config)
     template, use_ema = builders.params_template(config), config.sampling.use_ema
     self.config, self.devices = config, devices
-    self.step, self.params = run_files.restore_params(path, template, use_ema)
+    weights = "ema" if use_ema else "raw"
+    self.step, restored = run_files.restore_params(path, template, [weights])
+    self.params = restored[weights]
     self.directory = path / "analysis"
     self.directory.mkdir(exist_ok=True)
     self.plan, self.shape = builders.make_plan(config), builders.make_shape(config)
     self.boundaries = builders.make_curriculum(config).boundaries
-    weights = "ema" if use_ema else "raw"
     self.about = {
       "checkpoint_step": self.step,
       "checkpoint_digest": checkpoints.digest(self.params),

@@ -12,6 +12,7 @@ import logging
 import os
 import pathlib
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import flax
@@ -23,6 +24,8 @@ from lrdit import parallel
 from lrdit.errors import UserError
 from lrdit.train_state import TrainState
 
+# The moving average and what it is of, by the names that figures bear.
+WEIGHTS = {"raw": "params", "ema": "ema_params"}
 ARRAY_ITEMS = ("params", "ema_params", "opt_state", "progress")
 
 log = logging.getLogger("lrdit")
@@ -193,24 +196,24 @@ class Checkpoints:
       },
     )
 
-  def restore_params(self, template: Any, use_ema: bool) -> tuple[int, Any]:
-    """(step, parameters) of the newest intact checkpoint.
+  def restore_params(self, template: Any, weights: Sequence[str]) -> tuple[int, dict[str, Any]]:
+    """(step, parameters by name) of the newest checkpoint that is intact in all of them.
 
     Args:
       template: parameters of the model's shapes.
-      use_ema: the moving average instead of the raw weights.
+      weights: some of `WEIGHTS`.
 
     Raises:
       UserError: there is no checkpoint, or none is intact.
     """
-    name = "ema_params" if use_ema else "params"
-    step, items = self._newest_intact({name: template}, move_damaged=False)
+    templates = {WEIGHTS[name]: template for name in weights}
+    step, items = self._newest_intact(templates, move_damaged=False)
     if step is None:
       raise UserError(
         f"no checkpoint under {self.directory}: train first, with the same --config and "
         "--workdir and --mode=train"
       )
-    return step, items[name]
+    return step, {name: items[WEIGHTS[name]] for name in weights}
 
   def _newest_intact(
     self, templates: dict[str, Any], move_damaged: bool

@@ -180,9 +180,8 @@ def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None 
   """
   devices, e = devices or parallel.all_devices(), config.evaluation
   path = run_files.open_trained(workdir, config)
-  template, weights = builders.params_template(config), {}
-  for name in ("raw", "ema"):
-    step, weights[name] = run_files.restore_params(path, template, use_ema=name == "ema")
+  template = builders.params_template(config)
+  step, weights = run_files.restore_params(path, template, ("raw", "ema"))
   source = builders.make_source(config, "eval")
   run_files.check_eval_data(path, source.identity)
   vae_digest = run_files.read_vae_digest(path) if config.vae.downsample_factor else ""

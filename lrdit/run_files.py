@@ -3,7 +3,7 @@
 import json
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -164,23 +164,26 @@ def check_eval_data(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
     )
 
 
-def restore_params(workdir: pathlib.Path, template: Any, use_ema: bool) -> tuple[int, Any]:
-  """(step, parameters on the host) of the newest intact checkpoint, on every process.
+def restore_params(
+  workdir: pathlib.Path, template: Any, weights: Sequence[str]
+) -> tuple[int, dict[str, Any]]:
+  """(step, parameters on the host by name) of the newest intact checkpoint, on every process.
 
   Args:
     workdir: of the run.
     template: parameters of the model's shapes.
-    use_ema: the moving average instead of the raw weights.
+    weights: some of `checkpoints.WEIGHTS`, all of one checkpoint.
 
   Raises:
     UserError: there is no checkpoint, or none is intact.
   """
   if parallel.is_first():
     checkpoints = Checkpoints(workdir)
-    step, params = checkpoints.restore_params(template, use_ema)
+    step, params = checkpoints.restore_params(template, weights)
     checkpoints.close()
   else:
-    step, params = 0, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
+    step, params = 0, dict.fromkeys(weights, zeros)
   step, params = parallel.from_first((np.int32(step), params))
   return int(step), params
 
