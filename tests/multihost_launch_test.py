@@ -345,9 +345,9 @@ def test_nothing_outlives_the_killed_script(checkout):
 
 
 @pytest.mark.slow
-def test_the_real_main_is_stopped_and_goes_on(tmp_path):
+def test_the_real_main_is_stopped_and_killed_and_goes_on(tmp_path):
   root = scripts.copy_checkout(tmp_path / "checkout", "configs", "launch", "lrdit", "main.py")
-  workdir, steps = tmp_path / "w", 60
+  workdir, steps = tmp_path / "w", 200
   flags = tiny.command(workdir, f"--config.training.num_steps={steps}")[2:]
   command = ["bash", "launch/multihost_local.sh", 2, *flags]
   process = scripts.start(command, root, tiny.environment())
@@ -360,11 +360,27 @@ def test_the_real_main_is_stopped_and_goes_on(tmp_path):
   stopped_at = max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
   assert 3 <= stopped_at < steps
 
-  status, _, stderr = scripts.finish(scripts.start(command, root, tiny.environment()))
+  process = scripts.start(command, root, tiny.environment())
+  scripts.wait_until(lambda: scripts.has_lines(workdir / "metrics.jsonl", stopped_at + 3), process)
+  os.kill(pid_of(f"--workdir={workdir}", "--process_id=1"), signal.SIGKILL)
+  status, _, stderr = scripts.finish(process)
   assert status == 0, stderr
   assert f"[0] process 0: resuming from the checkpoint of step {stopped_at}" in stderr
+  assert stderr.count("== all start again (restart 1 of 3)") == 1
   assert (workdir / "checkpoints" / str(steps)).is_dir()
   assert [line["step"] for line in tiny.read_metrics(workdir)] == list(range(1, steps + 1))
+
+
+def pid_of(*arguments):
+  """Of the process whose command line has all of these."""
+  for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+    try:
+      words = path.read_text().split("\0")
+    except OSError:  # it has ended
+      continue
+    if set(arguments) <= set(words):
+      return int(path.parent.name)
+  raise AssertionError(f"no process of {arguments}")
 
 
 # slurm.sbatch
