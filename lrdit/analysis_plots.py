@@ -524,7 +524,7 @@ def losses(
   drawn = {name: loss for name, loss in drawn.items() if np.isfinite(loss).any()}
   if not drawn:
     return None
-  figure, ((panel,),) = _panels(1, 1, 6.0, 3.8, f"Loss by timestep group: {title}")
+  figure, ((panel,),) = _panels(1, 1, 7.6, 4.0, f"Loss by timestep group: {title}")
   for i, (name, loss) in enumerate(drawn.items()):
     style = dict(color=COLOURS[i % len(COLOURS)], linestyle=LINE_STYLES[i % len(LINE_STYLES)])
     panel.stairs(loss, boundaries, baseline=None, label=name, linewidth=1.8, **style)
