@@ -386,18 +386,24 @@ def test_window_sums_restart():
   assert (window.group_loss.tolist(), window.group_count.tolist()) == ([4, 0], [2, 0])
 
 
+@functools.cache
+def step_of_rate(rate):
+  """A step on two devices, compiled once."""
+  constant = jnp.float32(rate)
+  return make_step(tiny_config(), jax.devices()[:2], learning_rate=lambda step, start: constant)
+
+
 @pytest.mark.parametrize("quantity", [None, *NON_FINITE_QUANTITIES])
 def test_a_step_tells_the_first_quantity_that_is_not_finite(quantity):
   """The loss of a step says nothing of the parameters it leaves behind."""
   config, devices = tiny_config(), jax.devices()[:2]
-  rate = jnp.float32(jnp.inf if quantity == "update" else 1e-3)
   params = noisy_params(config)
   if quantity in ("loss", "gradient"):
     # Of a prediction of 1e30 the square is infinite; of one of 1e18 only the gradient's norm.
     linear = dict(params["final_layer"]["linear"])
     linear["kernel"] *= 1e30 if quantity == "loss" else 1e18
     params = params | {"final_layer": params["final_layer"] | {"linear": linear}}
-  step = make_step(config, devices, learning_rate=lambda step, start: rate)
+  step = step_of_rate(jnp.inf if quantity == "update" else 1e-3)
   state = make_state(config, devices, params)
   batch = digits_batch(devices=2)
   if quantity == "batch":
