@@ -261,7 +261,7 @@ def test_a_file_is_written_whole_and_always_the_same(tmp_path, monkeypatch):
   )
   assert analysis_plots.write_png(path, figures[0])
   first = path.read_bytes()
-  assert size_of(first) == (900, 570) and first == analysis_plots.png(figures[1])
+  assert size_of(first) == (1140, 600) and first == analysis_plots.png(figures[1])
 
   def fail(figure):
     raise OSError(28, "No space left on device")
