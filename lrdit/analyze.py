@@ -130,8 +130,7 @@ class Analysis:
   def source(self, split: str) -> Source:
     """The split's images or latents; refused if they are not the run's."""
     source = builders.make_source(self.config, split)
-    if split == "eval":
-      run_files.check_eval_data(self._path, source.identity)
+    run_files.check_run_data(self._path, split, source.identity)
     return source
 
   def run(self, name: str, settings: dict[str, Any], make: Callable[[Parts], dict]) -> dict:
@@ -223,10 +222,8 @@ def analyse_truncation(analysis: Analysis) -> None:
   }
 
   def make(parts: Parts) -> dict[str, Any]:
-    step, slots = (
-      builders.make_eval_step(config, devices),
-      parallel.batch_slots(batch_size, devices),
-    )
+    step = builders.make_eval_step(config, devices)
+    slots = parallel.batch_slots(batch_size, devices)
 
     def losses_of(params: Any) -> held_out.HeldOutLosses:
       replicated = parallel.replicate(params, devices)

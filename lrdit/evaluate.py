@@ -183,7 +183,7 @@ def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None 
   template = builders.params_template(config)
   step, weights = run_files.restore_params(path, template, ("raw", "ema"))
   source = builders.make_source(config, "eval")
-  run_files.check_eval_data(path, source.identity)
+  run_files.check_run_data(path, "eval", source.identity)
   vae_digest = run_files.read_vae_digest(path) if config.vae.downsample_factor else ""
   directory = path / "samples" / config.sampling.name
   features = pathlib.Path(e.features_dir).expanduser() if e.features_dir else path / "features"

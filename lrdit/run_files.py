@@ -143,12 +143,13 @@ def open_trained(workdir: str, config: ConfigDict) -> pathlib.Path:
   return pathlib.Path(workdir)
 
 
-def check_eval_data(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
-  """Refuses to measure a run on other held-out data than it was trained with.
+def check_run_data(workdir: pathlib.Path, split: str, identity: dict[str, Any]) -> None:
+  """Refuses to measure a run on other data than its own.
 
   Args:
     workdir: of the run.
-    identity: of the held-out split.
+    split: "train" or "eval".
+    identity: of that split.
 
   Raises:
     UserError: it is other data.
@@ -156,7 +157,7 @@ def check_eval_data(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
   check_same("data", identity)
   if not parallel.is_first():
     return
-  stored, found = read_data(workdir)["eval"], json.loads(json.dumps(identity))
+  stored, found = read_data(workdir)[split], json.loads(json.dumps(identity))
   if stored != found:
     raise UserError(
       f"{workdir} holds a run on other data: {'; '.join(changes(found, stored))}. Name the data of "

@@ -42,30 +42,31 @@ class Truncator:
   """Cuts some layers of a model to any rank."""
 
   def __init__(self, params: Mapping[str, Any], names: Sequence[str]):
-    """Decomposes the dense kernels, once for all ranks.
+    """Computes nothing yet.
 
     Args:
       params: on the host.
       names: of the layers, dense or factorised.
     """
     self._flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
-    self._dense = {
-      name: kernel_factors(self._flat[f"{name}/kernel"])
-      for name in names
-      if f"{name}/kernel" in self._flat
-    }
-    self._factorised = [name for name in names if name not in self._dense]
+    self._dense = [name for name in names if f"{name}/kernel" in self._flat]
+    self._factorised = [name for name in names if f"{name}/kernel" not in self._flat]
 
   @functools.cached_property
+  def _factors(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Of the dense kernels, once for all ranks."""
+    return {name: kernel_factors(self._flat[f"{name}/kernel"]) for name in self._dense}
+
+  @property
   def largest_rank(self) -> int:
     """That of the widest layer, beyond which nothing is cut."""
-    dense = [vt.shape[0] for _, vt in self._dense.values()]
+    dense = [min(self._flat[f"{name}/kernel"].shape) for name in self._dense]
     return max(dense + [self._flat[f"{name}/up"].shape[0] for name in self._factorised])
 
   def cut(self, rank: int) -> dict[str, Any]:
     """The parameters with every layer cut to `rank`, in the shapes of the whole ones."""
     flat = dict(self._flat)
-    for name, (us, vt) in self._dense.items():
+    for name, (us, vt) in self._factors.items():
       flat[f"{name}/kernel"] = us[:, :rank] @ vt[:rank]
     for name in self._factorised:
       # Components without an output row contribute exactly nothing.

@@ -1,5 +1,6 @@
 """`--mode=analyze` of a tiny run."""
 
+import dataclasses
 import json
 
 import jax
@@ -77,6 +78,16 @@ def test_finished_sections_are_kept_until_their_settings_change(analysed, monkey
   assert len(made) == 1
   assert read(workdir, "gradients")["seed"] == 1
   (workdir / "analysis" / "gradients.json").write_text(json.dumps(before))
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_other_data_than_the_run_s_is_refused(analysed, monkeypatch, split):
+  config, workdir = analysed
+  other = dataclasses.replace(tiny.load_digits(split), identity={"name": "other"})
+  monkeypatch.setattr(builders, "make_source", lambda *args: other)
+  run = analyze.Analysis(config, str(workdir), jax.devices()[:1])
+  with pytest.raises(UserError, match="holds a run on other data"):
+    run.source(split)
 
 
 def test_counts_of_every_arm_by_bucket_and_sampling_run():
