@@ -45,6 +45,19 @@ check_arguments() {
   done
 }
 
+# As check_arguments, for scripts that name the seeds and share a classifier.
+# Arguments: those of the script.
+check_digits_arguments() {
+  local argument
+  check_arguments "$@"
+  for argument in "$@"; do
+    case "$argument" in
+      --config.seed=*) usage_error "$argument: name the seeds by SEEDS=\"0 1 2\"" ;;
+      --config.evaluation.features_dir=*) usage_error "$argument: one directory serves all arms" ;;
+    esac
+  done
+}
+
 # Arguments: those of the script.
 require_vae() {
   local argument
@@ -114,9 +127,15 @@ try:
 except UserError:  # main.py tells it when it is started to train
   wanted = {}
 wanted = json.loads(json.dumps(wanted))
-for field, value in wanted.get("model", {}).items():
-  if value == 0:  # the variant's value, filled in before it is stored
-    wanted["model"][field] = stored.get("model", {}).get(field)
+# Filled in before they are stored: the variant's sizes, and r(t) from an analysis.
+filled_in = {
+  "model": ("hidden_size", "depth", "num_heads", "patch_size"),
+  "rank": ("measured_shares", "measured_boundaries"),
+}
+for group, fields in filled_in.items():
+  for field in fields:
+    if not wanted.get(group, {}).get(field, True):
+      wanted[group][field] = stored.get(group, {}).get(field)
 
 steps = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
 step = max(steps, default=0)
@@ -193,6 +212,18 @@ run_arm() {
       modes="$(remaining_modes "$workdir" "$@")" # training stored the config asked for
     fi
   done
+}
+
+# One arm on the digits, under $runs; adds its workdir to the array workdirs.
+# Arguments: name, seed, method, overrides.
+run_digits() {
+  local name="$1" seed="$2" method="$3" workdir="$runs/digits_$1_$2"
+  shift 3
+  # One classifier for all, so that their figures can be compared.
+  run_arm "digits, $name, seed $seed" "$workdir" \
+    --config="$root/configs/digits.py:method=$method" "$@" --config.seed="$seed" \
+    --config.evaluation.features_dir="$runs/digits_features"
+  workdirs+=("$workdir")
 }
 
 # Arguments: workdirs.

@@ -168,6 +168,35 @@ def test_digits_are_reported_and_nothing_is_repeated(checkout, tmp_path):
   assert scripts.times(runs).items() >= written.items()
 
 
+@pytest.mark.slow
+def test_schedules_are_reported_and_nothing_is_repeated(checkout, tmp_path):
+  overrides = tiny.OVERRIDES | {"training.num_steps": 20}
+  flags = [f"--config.{field}={value}" for field, value in overrides.items()]
+  status, _, stderr = run(checkout, "schedules.sh", *flags, SEEDS="3 4")
+  assert status == 0, stderr
+  runs, names = tmp_path / "runs", ("measured", "adaptive", "increasing", "constant")
+  report = json.loads((runs / "digits_schedules" / "report.json").read_text())
+  assert [arm["name"] for arm in report["arms"]] == [
+    "full",
+    *(f"adaptive (schedule {s})" for s in ("measured", "logistic_decreasing", *names[2:])),
+  ]
+  assert [[run["seed"] for run in arm["runs"]] for arm in report["arms"]] == 5 * [[3, 4]]
+  ranks = json.loads((runs / "digits_measured_4" / "config.json").read_text())["rank"]
+  analysis = runs / "digits_full_3" / "analysis" / "truncation.json"
+  assert ranks["analysis"] == str(analysis)
+  assert ranks["measured_boundaries"] == json.loads(analysis.read_text())["boundaries"]
+
+  written = {path: when for path, when in scripts.times(runs).items() if "run" in path.name}
+  status, _, stderr = run(checkout, "schedules.sh", *flags, SEEDS="3 4")
+  assert status == 0, stderr
+  assert modes(stderr) == [
+    *(f"digits, full, seed {seed}: finished" for seed in (3, 4)),
+    "digits, full, seed 3: analyze",
+    *(f"digits, {name}, seed {seed}: finished" for seed in (3, 4) for name in names),
+  ]
+  assert scripts.times(runs).items() >= written.items()
+
+
 def test_imagenet128_hands_the_classes_on(checkout):
   """Latents that look finished are not encoded again; the arms get the classes."""
   latents = checkout / "latents"
@@ -196,6 +225,8 @@ def test_imagenet128_refuses_classes_before_it_encodes(checkout, classes):
     ("celeba.sh", ["--config.vae.latents_dir=x"], "name the directory by LATENTS=DIR"),
     ("cifar10.sh", ["--workdir=x"], "'--workdir=x' is not of the form --config.GROUP.FIELD=VALUE"),
     ("digits.sh", ["--config.seed=1"], "--config.seed=1: name the seeds by SEEDS"),
+    ("schedules.sh", ["--config.seed=1"], "--config.seed=1: name the seeds by SEEDS"),
+    ("schedules.sh", ["--config.rank.schedule=constant"], "every schedule is run, one after"),
     ("cifar10.sh", ["--config.method=full"], "--config.method=full: every method is run"),
   ],
 )
@@ -203,6 +234,8 @@ def test_a_wrong_argument_ends_with_the_usage(checkout, script, flags, words):
   scripts.assert_wrong_argument(run(checkout, script, *flags), script, words)
 
 
-@pytest.mark.parametrize("script", ["cifar10.sh", "celeba.sh", "imagenet128.sh", "digits.sh"])
+@pytest.mark.parametrize(
+  "script", ["cifar10.sh", "celeba.sh", "imagenet128.sh", "digits.sh", "schedules.sh"]
+)
 def test_help(checkout, script):
   scripts.assert_help(run(checkout, script, "--config.seed=1", "--help"), script)
