@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from lrdit import (
@@ -40,11 +39,11 @@ def count_flops(config: ConfigDict) -> dict[str, Any]:
     config: resolved, of any arm.
 
   Returns:
-    As JSON by arm: parameters as allocated, and of a forward pass of one image the MACs
-    by bucket, their mean over timesteps, and those of a whole sampling run of one image.
+    As JSON by arm: "parameters" as allocated, "buckets" of `flops.describe_buckets`, and of
+    one image "mean_forward_macs" over timesteps and "sampling_macs" of a whole sampling run.
     An arm that cannot be made of these fields is left out, with a warning.
   """
-  arms, passes = {}, 1 if config.sampling.guidance_scale == 1.0 else 2
+  arms = {}
   for arm in ARMS:
     try:
       own = benchmark.arm_config(config, arm)
@@ -52,20 +51,12 @@ def count_flops(config: ConfigDict) -> dict[str, Any]:
       log.warning("%s is not counted: %s", arm, error)
       continue
     shape, plan = builders.make_shape(own), builders.make_plan(own)
-    t = builders.make_solver_table(own).t
-    shares = np.bincount(plan.bucket_of_timestep) / plan.num_train_timesteps
+    t, guidance_scale = builders.make_solver_table(own).t, own.sampling.guidance_scale
     arms[arm] = {
       "parameters": flops.num_parameters(shape, plan),
-      "buckets": [
-        {
-          "share_of_timesteps": float(share),
-          "parameters": flops.num_parameters(shape, plan.at_bucket(bucket)),
-          "forward_macs": flops.forward_macs(shape, plan, bucket),
-        }
-        for bucket, share in enumerate(shares)
-      ],
+      "buckets": flops.describe_buckets(shape, plan),
       "mean_forward_macs": flops.mean_forward_macs(shape, plan),
-      "sampling_macs": flops.sampling_macs(shape, plan, t, 1, passes),
+      "sampling_macs": flops.sampling_macs(shape, plan, t, 1, guidance_scale),
     }
   return arms
 
@@ -74,23 +65,19 @@ def format_flops(arms: dict[str, Any]) -> str:
   """The counts as a table."""
   entries: dict[str, dict[str, Any]] = {}
   for arm, counts in arms.items():
+    buckets = counts["buckets"]
     entries[arm] = {
-      "of t": 1.0,
+      "timesteps": sum(bucket["timesteps"] for bucket in buckets),
       "parameters": counts["parameters"],
-      "forward": counts["mean_forward_macs"],
+      "forward_macs": counts["mean_forward_macs"],
       "sampling": f"{counts['sampling_macs'] / 1e6:,.2f}",
     }
-    for number, bucket in enumerate(counts["buckets"] if len(counts["buckets"]) > 1 else []):
-      entries[f"  {arm}, bucket {number}"] = {
-        "of t": bucket["share_of_timesteps"],
-        "parameters": bucket["parameters"],
-        "forward": bucket["forward_macs"],
-        "sampling": "",
-      }
+    for number, bucket in enumerate(buckets if len(buckets) > 1 else []):
+      entries[f"  {arm}, bucket {number}"] = bucket | {"sampling": ""}
   columns = {
-    "timesteps": lambda e: f"{100 * e['of t']:.1f} %",
+    "timesteps": lambda e: f"{e['timesteps']:,}",
     "parameters": lambda e: f"{e['parameters']:,}",
-    "million MACs forward": lambda e: f"{e['forward'] / 1e6:,.3f}",
+    "million MACs forward": lambda e: f"{e['forward_macs'] / 1e6:,.3f}",
     "a sampling run": lambda e: e["sampling"],
   }
   return benchmark.format_table("of one image", columns, entries)

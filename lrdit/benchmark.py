@@ -237,8 +237,8 @@ class SamplingArm:
 
   def _run_flops(self, plan: Any, t: np.ndarray) -> int:
     settings, shape = self.sampler.settings, self.sampler.model.shape
-    passes = 2 if settings.guidance_scale != 1 and shape.num_classes else 1
-    return flops.FLOPS_PER_MAC * flops.sampling_macs(shape, plan, t, settings.batch_size, passes)
+    macs = flops.sampling_macs(shape, plan, t, settings.batch_size, settings.guidance_scale)
+    return flops.FLOPS_PER_MAC * macs
 
   def _arguments(self, bucket: int, carry: Any, first: int, end: int) -> tuple[Any, ...]:
     steps = np.int32(first), np.int32(end)

@@ -116,7 +116,7 @@ def sampling_macs(
   plan: RankPlan,
   timesteps: Int[np.ndarray, " S"],
   batch_size: int,
-  passes_per_step: int,
+  guidance_scale: float,
 ) -> int:
   """MACs of drawing one batch of samples.
 
@@ -125,13 +125,14 @@ def sampling_macs(
     plan: its rank plan.
     timesteps: (S,) the solver's timesteps.
     batch_size: images drawn, B.
-    passes_per_step: model outputs per image and step: 2 under guidance, else 1.
+    guidance_scale: at any but 1 a model with classes gives two outputs per image and step.
   """
+  passes = 2 if guidance_scale != 1 and shape.num_classes else 1
   steps = np.bincount(plan.bucket_of_timestep[timesteps], minlength=plan.num_buckets)
   per_example = sum(
     int(count) * forward_macs(shape, plan, bucket) for bucket, count in enumerate(steps)
   )
-  return batch_size * passes_per_step * per_example
+  return batch_size * passes * per_example
 
 
 def parameter_counts(shape: DiTShape, plan: RankPlan) -> Mapping[str, int]:
@@ -157,3 +158,21 @@ def parameter_counts(shape: DiTShape, plan: RankPlan) -> Mapping[str, int]:
 def num_parameters(shape: DiTShape, plan: RankPlan) -> int:
   """All parameters, at the allocated ranks."""
   return sum(parameter_counts(shape, plan).values())
+
+
+def describe_buckets(shape: DiTShape, plan: RankPlan) -> list[dict[str, int]]:
+  """What each rank bucket takes, as JSON.
+
+  Returns:
+    of each bucket: the number of "timesteps" at it, the "parameters" it uses and the
+    "forward_macs" of one example.
+  """
+  timesteps = np.bincount(plan.bucket_of_timestep, minlength=plan.num_buckets)
+  return [
+    {
+      "timesteps": int(count),
+      "parameters": num_parameters(shape, plan.at_bucket(bucket)),
+      "forward_macs": forward_macs(shape, plan, bucket),
+    }
+    for bucket, count in enumerate(timesteps)
+  ]

@@ -31,6 +31,7 @@ from lrdit.workdir import atomic_path, flatten, write_json
 log = logging.getLogger("lrdit")
 
 PACKAGES = ("lrdit", "jax", "flax", "numpy", "matplotlib")
+MAX_IN_NAME = 24  # characters of a field's value in an arm's name, where others tell it apart
 MAX_SAMPLES = 40  # of each arm's grid,
 MAX_PIXELS = 1 << 19  # in at most so many pixels,
 MIN_SAMPLES = GRID_COLUMNS  # but in no fewer samples
@@ -65,10 +66,24 @@ def group_arms(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
   for arm in arms:
     arm["runs"].sort(key=_seed_order)
     alike = [other["key"] for other in arms if other["method"] == arm["method"]]
-    fields = report_compare.differing_fields(*alike)
-    own = ", ".join(f"{f.rpartition('.')[2]} {arm['key'].get(f)}" for f in fields)
+    own = ", ".join(f"{f.rpartition('.')[2]} {arm['key'].get(f)}" for f in _naming_fields(alike))
     arm["name"] = f"{arm['method']} ({own})" if own else arm["method"]
   return arms
+
+
+def _naming_fields(keys: Sequence[dict[str, Any]]) -> list[str]:
+  """Fields that tell arms apart; long ones (paths, measured ranks) only where no other does."""
+  fields = report_compare.differing_fields(*keys)
+
+  def longest(field: str) -> int:
+    return max(len(str(key.get(field))) for key in keys)
+
+  for field in sorted(fields, key=longest, reverse=True):
+    rest = [other for other in fields if other != field]
+    told = [[key.get(other) for other in rest] for key in keys]
+    if longest(field) > MAX_IN_NAME and len(report_compare.unique(told)) == len(keys):
+      fields = rest
+  return fields
 
 
 def _seed_order(run: dict[str, Any]) -> float:
@@ -132,7 +147,7 @@ MODEL_ROWS = (
   ("Model", "parameters", "parameters", "count", None),
   ("Model", "mean_ratio", "active / dense parameters of factorised layers, mean", "ratio", None),
   ("Model", "mean_forward_macs", "MACs of a forward pass, mean over t", "macs", "ratio"),
-  ("Model", "buckets", "MACs at each rank bucket", "buckets", None),
+  ("Model", "buckets", "each rank bucket: MACs of a forward pass, parameters", "buckets", None),
 )
 # What each run measured once, and how it is read.
 RUN_ROWS = (
@@ -212,8 +227,16 @@ def _sample_rows(arms: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     _settings(run, drawn) for of_arm in exports for run, _, drawn in of_arm
   ):
     alike = [[e for e in of_arm if _settings(e[0], e[2]) == settings] for of_arm in exports]
-    rows += [row | {"settings": settings} for row in _rows_of_settings(alike)]
+    macs = [_macs_cell(of_arm, settings) for of_arm in alike]
+    own = [_row(("Samples", "sampling_macs", "MACs of an image", "macs", "ratio"), macs)]
+    rows += [row | {"settings": settings} for row in own + _rows_of_settings(alike)]
   return rows
+
+
+def _macs_cell(exports: Sequence[tuple], settings: dict[str, Any]) -> dict[str, Any]:
+  """What drawing an image so takes; missing in an arm that has no such export."""
+  macs = report_runs.sampling_macs(exports[0][0]["config"], settings) if exports else None
+  return {"groups": []} if macs is None else {"exact": macs}
 
 
 def _rows_of_settings(exports: list[list[tuple]]) -> list[dict[str, Any]]:

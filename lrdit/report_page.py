@@ -173,7 +173,9 @@ def _cell(cell: dict[str, Any], form: str) -> Html:
 
 def _bucket_line(number: int, bucket: dict[str, Any]) -> Html:
   macs = format_value(bucket["forward_macs"], "macs")
-  return tag("div", f"{number}: {macs}, ", tag("small", f"{bucket['timesteps']:,} timesteps"))
+  parameters = format_value(bucket["parameters"], "macs")
+  told = f"{parameters} parameters, {bucket['timesteps']:,} timesteps"
+  return tag("div", f"{number}: {macs}, ", tag("small", told))
 
 
 def _settings_text(settings: dict[str, Any]) -> str:
@@ -490,10 +492,11 @@ def _versions_table(report: dict[str, Any]) -> Html:
 HOW_TO_READ = """Figures are means over the runs of an arm that differ in nothing but their seed,
 ± one standard deviation (n - 1); one run shows no spread. In the comparison ± is the standard
 error of the ratio or difference, and the seeds' spread is the larger of both arms' standard
-deviations. MACs are per image and forward pass. Training time counts the steps alone, without
-compilation, evaluation and checkpoints, on whatever machine each run had. Images/s of samples are
-of all that were drawn, also of those that an interruption or a cut left out. A figure that was
-measured otherwise than the first of its row is marked ⚠ and compared with nothing."""
+deviations. MACs (2 FLOPs each) are per image, of a forward pass or of all solver steps. Training
+time counts the steps alone, without compilation, evaluation and checkpoints, on whatever machine
+each run had. Images/s of samples are of all that were drawn, also of those that an interruption or
+a cut left out. A figure that was measured otherwise than the first of its row is marked ⚠ and
+compared with nothing."""
 
 
 def render(report: dict[str, Any]) -> str:

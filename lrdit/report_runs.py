@@ -180,18 +180,37 @@ def describe_model(config: dict[str, Any], notes: list[str]) -> dict[str, Any] |
   except (UserError, *DAMAGED) as error:
     notes.append(f"config.json does not fit this version of lrdit ({error})")
     return None
-  timesteps = np.bincount(plan.bucket_of_timestep, minlength=plan.num_buckets)
   ranks = _describe_ranks(shape, plan)
   return {
     "parameters": flops.num_parameters(shape, plan),
     "mean_forward_macs": flops.mean_forward_macs(shape, plan),
     "mean_ratio": ranks["mean_ratio"],
-    "buckets": [
-      {"forward_macs": flops.forward_macs(shape, plan, k), "timesteps": int(n)}
-      for k, n in enumerate(timesteps)
-    ],
+    "buckets": flops.describe_buckets(shape, plan),
     "rank": ranks,
   }
+
+
+def sampling_macs(config: dict[str, Any], settings: dict[str, Any]) -> int | None:
+  """MACs of drawing one image of a stored config's model; None where they cannot be known.
+
+  Args:
+    config: as in config.json.
+    settings: of an export: "solver", "num_steps", "eta" and "guidance_scale" count.
+  """
+  drawn = ConfigDict(_tuples(config))
+  try:
+    for field in ("solver", "num_steps", "eta", "guidance_scale"):
+      drawn.sampling[field] = settings[field]
+    resolved = builders.resolve(drawn)
+    return flops.sampling_macs(
+      builders.make_shape(resolved),
+      builders.make_plan(resolved),
+      builders.make_solver_table(resolved).t,
+      batch_size=1,
+      guidance_scale=resolved.sampling.guidance_scale,
+    )
+  except (UserError, *DAMAGED):
+    return None  # describe_model's notes tell of a config that does not fit
 
 
 def _describe_ranks(shape: dit.DiTShape, plan: rank_schedule.RankPlan) -> dict[str, Any]:

@@ -27,15 +27,36 @@ def default_ranks(largest: int) -> tuple[int, ...]:
   return tuple(sorted({max(1, round(share * largest)) for share in SHARES} - {largest}))
 
 
-def kernel_factors(
-  kernel: Float[np.ndarray, "D_in D_out"],
-) -> tuple[Float[np.ndarray, "D_in R"], Float[np.ndarray, "R D_out"]]:
-  """(U S, V^T) float32 of the kernel's singular value decomposition, R = min(D_in, D_out).
+def leading_directions(kernel: Float[np.ndarray, "D_in D_out"]) -> Float[np.ndarray, "R R"]:
+  """Singular vectors of the kernel's shorter side as columns, leading ones first.
 
-  Their first k components are its best approximation of rank k (Eckart and Young 1936).
+  Args:
+    kernel: float32.
+
+  Returns:
+    float32, R = min(D_in, D_out): the left ones where D_in is no longer than D_out, else the
+    right ones. They are at most as large as the kernel, for most layers far smaller.
   """
-  u, s, vt = np.linalg.svd(np.asarray(kernel, np.float32), full_matrices=False)
-  return u * s, vt
+  u, _, vt = np.linalg.svd(np.asarray(kernel, np.float32), full_matrices=False)
+  return u if kernel.shape[0] <= kernel.shape[1] else vt.T
+
+
+def cut_kernel(
+  kernel: Float[np.ndarray, "D_in D_out"], directions: Float[np.ndarray, "R R"], rank: int
+) -> Float[np.ndarray, "D_in D_out"]:
+  """The kernel's best approximation of a rank (Eckart and Young 1936), float32.
+
+  It is the kernel projected on its leading singular vectors, of whichever side.
+
+  Args:
+    kernel: float32.
+    directions: of `leading_directions`.
+    rank: at most R.
+  """
+  kept = directions[:, :rank]
+  if kernel.shape[0] <= kernel.shape[1]:
+    return kept @ (kept.T @ kernel)
+  return (kernel @ kept) @ kept.T
 
 
 class Truncator:
@@ -53,9 +74,9 @@ class Truncator:
     self._factorised = [name for name in names if f"{name}/kernel" not in self._flat]
 
   @functools.cached_property
-  def _factors(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  def _directions(self) -> dict[str, np.ndarray]:
     """Of the dense kernels, once for all ranks."""
-    return {name: kernel_factors(self._flat[f"{name}/kernel"]) for name in self._dense}
+    return {name: leading_directions(self._flat[f"{name}/kernel"]) for name in self._dense}
 
   @property
   def largest_rank(self) -> int:
@@ -66,8 +87,8 @@ class Truncator:
   def cut(self, rank: int) -> dict[str, Any]:
     """The parameters with every layer cut to `rank`, in the shapes of the whole ones."""
     flat = dict(self._flat)
-    for name, (us, vt) in self._factors.items():
-      flat[f"{name}/kernel"] = us[:, :rank] @ vt[:rank]
+    for name, directions in self._directions.items():
+      flat[f"{name}/kernel"] = cut_kernel(flat[f"{name}/kernel"], directions, rank)
     for name in self._factorised:
       # Components without an output row contribute exactly nothing.
       up = np.array(flat[f"{name}/up"])

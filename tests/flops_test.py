@@ -193,9 +193,8 @@ def test_a_solver_step_of_each_bucket_is_xla_s_count(guidance):
   assert set(sampler.run_bucket) == {0, 1, 2}
   for bucket, run in sampler.run_bucket.items():
     sliced = jax.eval_shape(lambda p, b=bucket: low_rank.slice_params(p, plan, b), template)
-    counted = flops.sampling_macs(
-      shape, plan.at_bucket(bucket), np.zeros(1, np.int32), batch, 2 if guidance != 1 else 1
-    )
+    step = np.zeros(1, np.int32)
+    counted = flops.sampling_macs(shape, plan.at_bucket(bucket), step, batch, guidance)
     found = xla_flops(run, (sliced, (x, x), y, index, np.int32(0), np.int32(1)))
     assert flops.FLOPS_PER_MAC * counted == pytest.approx(found, rel=0.02)
 
@@ -206,7 +205,7 @@ def test_a_sampling_run_adds_up_its_steps():
   shape, plan = sampler.model.shape, sampler.model.plan
   per_step = [flops.forward_macs(shape, plan, b) for b in range(3)]
   expected = sum(per_step[bucket] * (end - first) for bucket, first, end in sampler.segments)
-  assert flops.sampling_macs(shape, plan, sampler.table.t, 5, 2) == 10 * expected
+  assert flops.sampling_macs(shape, plan, sampler.table.t, 5, 4.0) == 10 * expected
 
 
 def test_matched_arms_take_equal_mean_macs():

@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 
 import main
-from lrdit import plots, report, report_commands, report_compare, report_page, report_runs
+from lrdit import (
+  analyze,
+  builders,
+  flops,
+  plots,
+  report,
+  report_commands,
+  report_compare,
+  report_page,
+  report_runs,
+)
 from lrdit.errors import UserError
 from tests import tiny
 
@@ -142,6 +152,47 @@ def page(made):
 def test_runs_that_differ_only_in_their_seed_are_one_arm(made):
   assert [arm["name"] for arm in made["arms"]] == ["full", "adaptive", "static"]
   assert [[run["seed"] for run in arm["runs"]] for arm in made["arms"]] == [[0, 1], [0, 1, 2], [0]]
+
+
+def test_long_fields_name_an_arm_only_where_no_other_does(tmp_path):
+  def name_arms(**schedules):
+    runs = []
+    for name, (schedule, shares) in schedules.items():
+      runs.append(make_run(tmp_path / name, "adaptive"))
+      config = json.loads((tmp_path / name / "config.json").read_text())
+      config["rank"] |= {"schedule": schedule, "measured_shares": shares}
+      write(tmp_path / name / "config.json", config)
+    return [arm["name"] for arm in report.group_arms(list(map(report_runs.read_run, runs)))]
+
+  a, b = [1.0, 0.87654321, 0.54321012], [1.0, 0.87654321, 0.54321013]
+  assert name_arms(a=("measured", a), c=("constant", [])) == [
+    "adaptive (schedule measured)",
+    "adaptive (schedule constant)",
+  ]
+  assert name_arms(a=("measured", a), b=("measured", b)) == [
+    f"adaptive (measured_shares {a})",
+    f"adaptive (measured_shares {b})",
+  ]
+
+
+def test_macs_of_a_bucket_and_of_an_image(tmp_path):
+  run = tmp_path / "run"
+  drawn = {"a": export(run, "a"), "b": export(run, "b", num_steps=20, guidance_scale=2.0)}
+  drawn["c"] = export(run, "c", solver="unheard-of")
+  path = make_run(run, "adaptive", exports=drawn)
+  made = report.make_report([path], "out")
+  config = tiny.tiny_config("method=adaptive")
+  shape, plan = builders.make_shape(config), builders.make_plan(config)
+  (cell,) = rows_of(made)["buckets"]["cells"]
+  assert [bucket["parameters"] for bucket in cell["exact"]] == [
+    flops.num_parameters(shape, plan.at_bucket(bucket)) for bucket in range(plan.num_buckets)
+  ]
+  macs = [row["cells"][0] for row in made["rows"] if row["key"] == "sampling_macs"]
+  assert macs[0]["exact"] == analyze.count_flops(config)["adaptive"]["sampling_macs"]
+  t = builders.make_solver_table(tiny.tiny_config(sampling__num_steps=20)).t
+  both_passes = [2 * flops.forward_macs(shape, plan, int(plan.bucket_of_timestep[i])) for i in t]
+  assert macs[1]["exact"] == sum(both_passes)
+  assert macs[2] == {"groups": []}
 
 
 def test_mean_and_spread_over_seeds(made):

@@ -20,12 +20,13 @@ def layer(params, name=NAME):
   return params
 
 
+@pytest.mark.parametrize("name", [NAME, "blocks_1/attn/proj", "blocks_1/mlp/fc2"])  # wide to tall
 @pytest.mark.parametrize("rank", [1, 5, 31])
-def test_a_dense_kernel_becomes_its_best_approximation(rank):
+def test_a_dense_kernel_becomes_its_best_approximation(rank, name):
   config = tiny_config("method=full")
   params = jax.device_get(noisy_params(config))
   cut = truncation.Truncator(params, builders.factorised_layers(config)).cut(rank)
-  got, kernel = layer(cut)["kernel"], np.asarray(layer(params)["kernel"], np.float64)
+  got, kernel = layer(cut, name)["kernel"], np.asarray(layer(params, name)["kernel"], np.float64)
   sigma = np.linalg.svd(kernel, compute_uv=False)
   assert np.linalg.matrix_rank(got.astype(np.float64), tol=1e-4) == rank
   # Eckart and Young: no matrix of the rank is nearer.
