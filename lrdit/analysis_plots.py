@@ -21,6 +21,7 @@ from lrdit.weight_spectra import KINDS
 from lrdit.workdir import atomic_path
 
 DOTS_PER_INCH = 150
+LAYER_INCHES = 0.14  # of a layer's row in a heat map
 KIND_TITLES = {"attention": "attention", "mlp": "MLP", "adaln": "adaLN", "other": "other layers"}
 MEASURE_TITLES = dict(
   zip(
@@ -279,6 +280,36 @@ def _points(panel: Any, values: Sequence[tuple[float, float, float]]) -> None:
   panel.set_xlim(-0.6, len(mean) - 0.4)
 
 
+@_styled
+def weight_groups(weights: Mapping[str, Any], title: str) -> Any:
+  """Normalised ranks of the active weights over timestep groups, a line for each kind of layer.
+
+  Args:
+    weights: of `weight_spectra.analyse_weights`.
+    title: names the model and its step.
+
+  Returns:
+    a figure, or None of a model that has the same rank at every timestep.
+  """
+  if len(next(iter(weights["kinds"].values()))["buckets"]) == 1:
+    return None
+  kinds = [kind for kind in KINDS if kind in weights["kinds"]]
+  text = f"Ranks of the active weights by timestep group: {title}"
+  figure, axes = _panels(1, len(MEASURES), 2.9, 3.0, text, sharex=True)
+  edges = _edges(weights["groups"])
+  for measure, panel in zip(MEASURES, axes[0], strict=True):
+    for i, kind in enumerate(kinds):
+      style = dict(color=COLOURS[i], linestyle=LINE_STYLES[i], label=KIND_TITLES[kind])
+      values = _values(weights["kinds"][kind]["groups"], measure)
+      panel.stairs(values, edges, baseline=None, linewidth=1.6, **style)
+    panel.set(title=MEASURE_TITLES[measure], xlabel="timestep t", ylim=(0, None))
+    _grid(panel)
+  axes[0, 0].set_ylabel("rank / min(D_in, D_out)")
+  handles = axes[0, 0].get_legend_handles_labels()[0]
+  figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=3)
+  return figure
+
+
 # Gradients ----------------------------------------------------------------------------------------
 
 
@@ -349,6 +380,44 @@ def _gradient_legend(figure: Any, batch_sizes: Sequence[int], conditions: Sequen
 
 
 @_styled
+def gradient_layers(gradients: Mapping[str, Any], title: str) -> Any:
+  """Normalised entropy rank of every layer's gradient, a heat map beside those of both nulls.
+
+  Args:
+    gradients: "groups", "batch_sizes", of which the largest is drawn, and "conditions".
+    title: names the model and its step.
+  """
+  of_layers = {c: gradients["conditions"].get(c, {}).get("layers", {}) for c in CONDITIONS}
+  conditions = [c for c in CONDITIONS if of_layers[c]]
+  if not conditions:
+    return None
+  names = list(of_layers[conditions[0]])
+  text = f"Entropy rank of the gradients, batch size {gradients['batch_sizes'][-1]}: {title}"
+  height = 1.2 + LAYER_INCHES * len(names)
+  figure, axes = _panels(1, len(conditions), 3.2, height, text, sharex=True, sharey=True)
+  maps = [_layer_map(of_layers[c], names) for c in conditions]
+  largest = max(np.nanmax(values, initial=0.0) for values in maps) or 1.0
+  for condition, values, panel in zip(conditions, maps, axes[0], strict=True):
+    image = _group_map(panel, gradients["groups"], values, largest)
+    panel.set(title=CONDITIONS[condition][0], xlabel="first t of a timestep group")
+  axes[0, 0].set_yticks(range(len(names)), names, fontsize=FONT_SIZE - 3)
+  axes[0, 0].invert_yaxis()
+  figure.colorbar(image, ax=axes, label="entropy rank / min(D_in, D_out)", aspect=40)
+  return figure
+
+
+def _layer_map(layers: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
+  """(layers, G) normalised entropy ranks at the largest batch size, NaN for what is missing."""
+  return np.array(
+    [
+      [np.nan if g is None else g[-1]["normalised"]["entropy_rank"] for g in layers[n]["measures"]]
+      for n in names
+    ],
+    np.float64,
+  )
+
+
+@_styled
 def gradient_overlap(gradients: Mapping[str, Any], side: str, title: str) -> Any:
   """Mean cos^2 of the principal angles of two groups' gradient subspaces, beside the nulls'.
 
@@ -375,7 +444,8 @@ def gradient_overlap(gradients: Mapping[str, Any], side: str, title: str) -> Any
   for kind, row in zip(kinds, axes, strict=True):
     for condition, panel in zip(conditions, row, strict=True):
       if (kind, condition) in matrices:
-        image = _overlap_map(panel, gradients["groups"], matrices[kind, condition], largest)
+        image = _group_map(panel, gradients["groups"], matrices[kind, condition], largest)
+        panel.set_yticks(panel.get_xticks(), panel.get_xticklabels())
     expected = _random_overlap(gradients, kind, side)
     row[0].set_ylabel(
       f"{KIND_TITLES[kind]}\nrandom subspaces: r / m = {expected:.3f}\nfirst t of a timestep group"
@@ -404,14 +474,13 @@ def _random_overlap(gradients: Mapping[str, Any], kind: str, side: str) -> float
   return float(np.mean([min(1, rank / x[field]) for x in layers if x["kind"] == kind]))
 
 
-def _overlap_map(
+def _group_map(
   panel: Any, groups: Sequence[Mapping[str, int]], matrix: np.ndarray, largest: float
 ) -> Any:
+  """A heat map from 0 to `largest` whose columns are the timestep groups."""
   image = panel.imshow(matrix, vmin=0, vmax=largest, cmap="cividis", origin="lower", aspect="auto")
   ticks = range(0, len(groups), -(-len(groups) // 5))
-  labels = [groups[i]["t_first"] for i in ticks]
-  panel.set_xticks(ticks, labels)
-  panel.set_yticks(ticks, labels)
+  panel.set_xticks(ticks, [groups[i]["t_first"] for i in ticks])
   return image
 
 
@@ -497,7 +566,7 @@ def _iso_loss_lines(
   style = dict(colors="white", linestyles="solid", linewidths=1.2)
   lines = panel.contour(t, ranks, np.ma.masked_invalid(heights), levels=np.log10(levels), **style)
   lines.set_path_effects(_outline(2.2, "black"))
-  for text in panel.clabel(lines, fmt=lambda level: f"{10**level:.0e}".replace("e-0", "e-")):
+  for text in panel.clabel(lines, fmt=lambda level: f"{10**level:g}"):
     box = dict(facecolor="white", edgecolor="none", alpha=0.8, pad=0.8)
     text.set(color="black", bbox=box, path_effects=[])
 

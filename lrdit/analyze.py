@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from lrdit import (
@@ -16,6 +17,7 @@ from lrdit import (
   flops,
   gradient_spectra,
   held_out,
+  measured_schedule,
   parallel,
   run_files,
   truncation,
@@ -158,6 +160,7 @@ def analyse_weights(analysis: Analysis) -> None:
   weights = analysis.run("weights", {}, make)
   analysis.plot("weights_spectra", analysis_plots.weight_spectra(weights, analysis.title))
   analysis.plot("weights_ranks", analysis_plots.weight_ranks(weights, analysis.title))
+  analysis.plot("weights_groups", analysis_plots.weight_groups(weights, analysis.title))
 
 
 def analyse_gradients(analysis: Analysis) -> None:
@@ -187,6 +190,7 @@ def analyse_gradients(analysis: Analysis) -> None:
 
   found = analysis.run("gradients", settings, make)
   analysis.plot("gradients_ranks", analysis_plots.gradient_ranks(found, analysis.title))
+  analysis.plot("gradients_layers", analysis_plots.gradient_layers(found, analysis.title))
   for side in gradient_spectra.SIDES:
     figure = analysis_plots.gradient_overlap(found, side, analysis.title)
     analysis.plot(f"gradients_overlap_{side}", figure)
@@ -221,9 +225,28 @@ def analyse_truncation(analysis: Analysis) -> None:
     )
 
   found = analysis.run("truncation", settings, make)
-  analysis.plot("truncation", analysis_plots.truncation(found, analysis.title))
+  derived = measured_schedule_of(config, found)
+  analysis.plot("truncation", analysis_plots.truncation(found, analysis.title, derived))
   losses = {analysis.about["weights"]: found["baseline"]}
   analysis.plot("losses", analysis_plots.losses(analysis.boundaries, losses, analysis.title))
+
+
+def measured_schedule_of(config: ConfigDict, found: dict[str, Any]) -> tuple[str, Any] | None:
+  """(name, (T,) r(t)) that `rank.schedule=measured` would take, or None where there is none."""
+  if any(None in row for row in found["rise"]):
+    return None
+  try:
+    ranks = builders.measured_ranks(config, found)
+  except UserError as error:
+    log.warning("%s", error)
+    return None
+  name = f"rank.schedule=measured at rank.ratio={config.rank.ratio:g}, before rounding"
+  r, widths = (
+    measured_schedule.interpolate(ranks, found["boundaries"]),
+    np.diff(found["boundaries"]),
+  )
+  # A plan keeps the mean, which interpolation between groups of unequal widths does not.
+  return name, r * np.average(ranks, weights=widths) / r.mean()
 
 
 def analyze(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:

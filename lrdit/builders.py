@@ -268,18 +268,9 @@ def _fill_in_measured_schedule(config: ConfigDict) -> None:
     rule = "is missing: name analysis/truncation.json of a run after --mode=analyze"
     _require(rank.analysis != "", "rank.analysis", rank.analysis, rule)
     found = analysis_files.read_truncation(rank.analysis)
-    shapes = dit.layer_shapes(make_shape(config))
-    targets = [
-      rank_schedule.static_rank(rank.ratio, *shapes[name]) for name in factorised_layers(config)
-    ]
-    boundaries = tuple(found["boundaries"])
-    ranks = measured_schedule.iso_loss_ranks(
-      found["ranks"], found["rise"], found["largest_rank"], boundaries, float(np.mean(targets))
-    )
-    if rank.monotone:
-      ranks = measured_schedule.monotone(ranks, boundaries)
+    ranks = measured_ranks(config, found)
     rank.measured_shares = tuple(float(r / ranks.max()) for r in ranks)
-    rank.measured_boundaries = boundaries
+    rank.measured_boundaries = tuple(found["boundaries"])
   shares, boundaries = rank.measured_shares, rank.measured_boundaries
   fits = len(boundaries) == len(shares) + 1 and boundaries[0] == 0 and boundaries[-1] == total
   rises = all(a < b for a, b in itertools.pairwise(boundaries))
@@ -287,6 +278,25 @@ def _fill_in_measured_schedule(config: ConfigDict) -> None:
   _require(fits and rises, "rank.measured_boundaries", boundaries, rule)
   rule = "must lie in (0, 1]"
   _require(all(0 < share <= 1 for share in shares), "rank.measured_shares", shares, rule)
+
+
+def measured_ranks(config: ConfigDict, found: dict[str, Any]) -> np.ndarray:
+  """(G,) iso-loss ranks whose mean over t is that of the static ranks of `rank.ratio`.
+
+  Args:
+    config: whose layers, `rank.ratio` and `rank.monotone` count.
+    found: of `analysis_files.read_truncation`.
+
+  Raises:
+    UserError: the analysis is of no such mean.
+  """
+  shapes, boundaries = dit.layer_shapes(make_shape(config)), found["boundaries"]
+  names = factorised_layers(config)
+  mean = np.mean([rank_schedule.static_rank(config.rank.ratio, *shapes[name]) for name in names])
+  ranks = measured_schedule.iso_loss_ranks(
+    found["ranks"], found["rise"], found["largest_rank"], boundaries, float(mean)
+  )
+  return measured_schedule.monotone(ranks, boundaries) if config.rank.monotone else ranks
 
 
 def resolve(config: ConfigDict) -> ConfigDict:

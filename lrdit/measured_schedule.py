@@ -80,25 +80,32 @@ def monotone(ranks: Float[np.ndarray, " G"], boundaries: Sequence[int]) -> Float
   return regression.fit_transform(np.arange(len(ranks)), ranks, sample_weight=np.diff(boundaries))
 
 
+def interpolate(values: Sequence[float], boundaries: Sequence[int]) -> Float[np.ndarray, " T"]:
+  """Of every timestep: linear between the groups' middles, constant beyond the outermost.
+
+  Args:
+    values: (G,) of the groups.
+    boundaries: (G + 1,) of the groups, from 0 to T.
+  """
+  edges = np.asarray(boundaries)
+  return np.interp(np.arange(edges[-1]), (edges[:-1] + edges[1:] - 1) / 2, values)
+
+
 def height(
   shares: Sequence[float], boundaries: Sequence[int]
 ) -> tuple[Float[np.ndarray, " T"], float]:
   """r(t) at every timestep, for `rank_schedule.make_plan`.
 
-  Linear between the middles of the groups, constant beyond the first and the last.
-
   Args:
     shares: (G,) of the largest rank, in (0, 1].
-    boundaries: (G + 1,) of the groups, from 0 to T.
+    boundaries: as in `interpolate`.
 
   Returns:
     ((T,) float64, 0 where the rank is least and 1 where it is largest; least share of the largest).
   """
-  edges = np.asarray(boundaries)
-  middles = (edges[:-1] + edges[1:] - 1) / 2
-  share = np.interp(np.arange(edges[-1]), middles, shares)
+  share = interpolate(shares, boundaries)
   share = share / share.max()
   least = float(share.min())
   if least == 1.0:
-    return np.ones(edges[-1]), 1.0
+    return np.ones_like(share), 1.0
   return (share - least) / (1 - least), least

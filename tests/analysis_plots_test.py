@@ -68,9 +68,19 @@ def gradients():
   def condition(base):
     return {
       "layers": {
-        "blocks_0/attn/qkv": {"kind": "attention", "dim_in": 8, "dim_out": 24},
-        "blocks_0/attn/proj": {"kind": "attention", "dim_in": 8, "dim_out": 8},
-        "blocks_0/mlp/fc1": {"kind": "mlp", "dim_in": 8, "dim_out": 32},
+        f"blocks_0/{name}": {
+          "kind": kind,
+          "dim_in": 8,
+          "dim_out": dim_out,
+          "measures": [
+            [{"normalised": entry(base + 0.1 * g + 0.02 * b)} for b in range(2)] for g in range(3)
+          ],
+        }
+        for name, kind, dim_out in (
+          ("attn/qkv", "attention", 24),
+          ("attn/proj", "attention", 8),
+          ("mlp/fc1", "mlp", 32),
+        )
       },
       "kinds": {
         kind: [[entry(base + 0.1 * g + 0.02 * b) for b in range(2)] for g in range(3)]
@@ -146,6 +156,28 @@ def test_ranks_of_weights_by_depth(weights):
   assert len(attention.collections) == 1  # qkv's band; the others are dense
   (dense,) = weights["low_rank"]["layers"]["blocks_0/attn/proj"]["buckets"]
   assert proj.get_ydata()[0] == pytest.approx(dense["normalised"]["stable_rank"])
+
+
+def test_ranks_of_active_weights_by_timestep_group(weights):
+  assert analysis_plots.weight_groups(weights["dense"], TITLE) is None
+  figure = analysis_plots.weight_groups(weights["low_rank"], TITLE)
+  assert legend(figure) == ["attention", "MLP", "adaLN", "other layers"]
+  first = panel(figure, "entropy rank").patches[0].get_data()
+  np.testing.assert_array_equal(first.edges, BOUNDARIES)
+  groups = weights["low_rank"]["kinds"]["attention"]["groups"]
+  np.testing.assert_array_equal(first.values, [group["entropy_rank"] for group in groups])
+  assert first.values[0] > first.values[2]
+
+
+def test_ranks_of_every_layer_s_gradient(gradients):
+  figure = analysis_plots.gradient_layers(gradients, TITLE)
+  assert f"Entropy rank of the gradients, batch size 64: {TITLE}" in texts(figure)
+  maps = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+  for values, base in zip(maps, (0.1, 0.3, 0.2), strict=True):
+    np.testing.assert_allclose(values, 3 * [base + 0.03 + 0.1 * np.arange(3)])
+  labels = [t.get_text() for t in figure.axes[0].get_yticklabels()]
+  assert labels == ["blocks_0/attn/qkv", "blocks_0/attn/proj", "blocks_0/mlp/fc1"]
+  assert figure.axes[0].yaxis_inverted()
 
 
 def test_ranks_of_gradients_by_timestep_beside_the_nulls(gradients):
@@ -226,6 +258,7 @@ def test_what_is_missing_is_left_out(gradients):
     condition["kinds"]["mlp"][0][1] = None
   for overlap in gradients["overlap"].values():
     overlap["kinds"]["mlp"]["left"][0] = [None] * 3
+  gradients["conditions"]["data"]["layers"]["blocks_0/mlp/fc1"]["measures"][2] = None
   del gradients["conditions"]["noise"], gradients["overlap"]["noise"]
   ranks = analysis_plots.gradient_ranks(gradients, TITLE)
   assert "null: noise-only targets" not in texts(ranks)
@@ -235,6 +268,7 @@ def test_what_is_missing_is_left_out(gradients):
   figures = [
     ranks,
     analysis_plots.gradient_overlap(gradients, "left", TITLE),
+    analysis_plots.gradient_layers(gradients, TITLE),
     analysis_plots.truncation(missing, TITLE),
     analysis_plots.truncation(TRUNCATION | {"ranks": [2], "rise": [[0.5, 0.1, None]]}, TITLE),
   ]
@@ -245,11 +279,12 @@ def test_nothing_to_draw_is_no_figure(gradients, tmp_path):
   nothing = gradients | {"conditions": {}, "overlap": {}}
   figures = [
     analysis_plots.gradient_ranks(nothing, TITLE),
+    analysis_plots.gradient_layers(nothing, TITLE),
     analysis_plots.gradient_overlap(nothing, "left", TITLE),
     analysis_plots.truncation(TRUNCATION | {"rise": [[None] * 3] * 3}, TITLE),
     analysis_plots.losses(BOUNDARIES, {"held-out": [None] * 3}, TITLE),
   ]
-  assert figures == [None] * 4
+  assert figures == [None] * 5
   assert not analysis_plots.write_png(tmp_path / "none.png", figures[0])
   assert list(tmp_path.iterdir()) == []
 

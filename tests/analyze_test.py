@@ -10,6 +10,7 @@ import pytest
 from lrdit import analyze, builders, flops, gradient_spectra, held_out, train
 from lrdit.errors import UserError
 from tests import tiny
+from tests.measured_schedule_test import BOUNDARIES, RANKS, RISE
 
 FIELDS = {
   "training__num_steps": 2,
@@ -20,8 +21,8 @@ FIELDS = {
 }
 FILES = {"flops.json", "weights.json", "gradients.json", "truncation.json"}
 PICTURES = (
-  "weights_spectra weights_ranks gradients_ranks gradients_overlap_left gradients_overlap_right "
-  "truncation losses"
+  "weights_spectra weights_ranks gradients_ranks gradients_layers gradients_overlap_left "
+  "gradients_overlap_right truncation losses"
 )
 
 
@@ -68,8 +69,8 @@ def test_finished_sections_are_kept_until_their_settings_change(analysed, monkey
     gradient_spectra, "analyse_gradients", lambda *args, **kwargs: made.append(args) or {}
   )
   monkeypatch.setattr(analyze.Analysis, "plot", lambda *args: None)
-  monkeypatch.setattr(analyze.analysis_plots, "gradient_ranks", lambda *args: None)
-  monkeypatch.setattr(analyze.analysis_plots, "gradient_overlap", lambda *args: None)
+  for plot in ("gradient_ranks", "gradient_layers", "gradient_overlap"):
+    monkeypatch.setattr(analyze.analysis_plots, plot, lambda *args: None)
   before = read(workdir, "gradients")
   analyze.analyze(config, str(workdir), jax.devices()[:1])
   assert not made
@@ -88,6 +89,19 @@ def test_other_data_than_the_run_s_is_refused(analysed, monkeypatch, split):
   run = analyze.Analysis(config, str(workdir), jax.devices()[:1])
   with pytest.raises(UserError, match="holds a run on other data"):
     run.source(split)
+
+
+def test_r_of_t_on_the_heat_map_is_what_a_run_would_take():
+  found = {"ranks": RANKS, "rise": RISE, "largest_rank": 32, "boundaries": BOUNDARIES}
+  config = tiny.tiny_config("method=full")
+  name, r = analyze.measured_schedule_of(config, found)
+  assert name.startswith("rank.schedule=measured at rank.ratio=0.5")
+  plan = builders.make_plan(tiny.tiny_config("method=static"))
+  assert r.mean() == pytest.approx(np.mean([ranks.static_rank for _, ranks in plan.layers]))
+  assert r.shape == (1000,)
+  assert r[0] > r[999]
+  assert analyze.measured_schedule_of(config, found | {"rise": [[None, 1.0]] * 3}) is None
+  assert analyze.measured_schedule_of(config, found | {"ranks": (30, 31, 31)}) is None
 
 
 def test_counts_of_every_arm_by_bucket_and_sampling_run():
