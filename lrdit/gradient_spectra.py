@@ -300,10 +300,7 @@ class KernelGradients:
 def leading_subspaces(
   matrix: Float[np.ndarray, "m n"], rank: int
 ) -> tuple[Float[np.ndarray, "m q"], Float[np.ndarray, "n q"]]:
-  """Leading left and right singular vectors.
-
-  From the eigenvectors of the smaller Gram matrix in float64, which loses the directions
-  below 1e-8 of the largest: below what the float32 that gradients are made in resolves.
+  """Leading left and right singular vectors, as far as float32 resolves them.
 
   Args:
     matrix: (m, n).
@@ -317,10 +314,9 @@ def leading_subspaces(
   if matrix.shape[0] > matrix.shape[1]:
     right, left = leading_subspaces(matrix.T, rank)
     return left, right
-  squares, vectors = np.linalg.eigh(matrix @ matrix.T)
-  sigma = np.sqrt(np.maximum(squares[::-1], 0))
+  sigma, vectors = spectra.left_singular_vectors(matrix)
   is_resolved = sigma > sigma[0] * max(matrix.shape) * np.finfo(np.float32).eps
-  left = vectors[:, ::-1][:, : min(rank, int(is_resolved.sum()))]
+  left = vectors[:, : min(rank, int(is_resolved.sum()))]
   # Triangular in the order of the columns: a small direction loses what it has of larger ones.
   right, _ = np.linalg.qr(matrix.T @ left)
   return left, right

@@ -31,6 +31,25 @@ def product_singular_values(
   return singular_values(r_left @ r_right.T)
 
 
+def left_singular_vectors(
+  matrix: Float[np.ndarray, "m n"],
+) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, "m m"]]:
+  """Singular values and left vectors of a matrix in whatever float32 resolves of it, fast.
+
+  From the eigenvectors of the Gram matrix in float64, which loses the directions below 1e-8
+  of the largest singular value.
+
+  Args:
+    matrix: (m, n), m <= n.
+
+  Returns:
+    ((m,) float64 descending, (m, m) float64 orthonormal columns in the same order).
+  """
+  matrix = np.asarray(matrix, np.float64)
+  squares, vectors = np.linalg.eigh(matrix @ matrix.T)
+  return np.sqrt(np.maximum(squares[::-1], 0)), vectors[:, ::-1]
+
+
 def stable_rank(sigma: Float[np.ndarray, " K"]) -> float:
   """||A||_F^2 / ||A||_2^2 (Rudelson and Vershynin 2007, section 1), at least 1."""
   largest = sigma.max(initial=0.0)

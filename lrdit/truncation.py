@@ -15,6 +15,7 @@ import flax
 import numpy as np
 from jaxtyping import Float
 
+from lrdit import spectra
 from lrdit.analysis_files import Parts
 from lrdit.held_out import HeldOutLosses
 
@@ -37,8 +38,8 @@ def leading_directions(kernel: Float[np.ndarray, "D_in D_out"]) -> Float[np.ndar
     float32, R = min(D_in, D_out): the left ones where D_in is no longer than D_out, else the
     right ones. They are at most as large as the kernel, for most layers far smaller.
   """
-  u, _, vt = np.linalg.svd(np.asarray(kernel, np.float32), full_matrices=False)
-  return u if kernel.shape[0] <= kernel.shape[1] else vt.T
+  wide = kernel if kernel.shape[0] <= kernel.shape[1] else kernel.T
+  return spectra.left_singular_vectors(wide)[1].astype(np.float32)
 
 
 def cut_kernel(

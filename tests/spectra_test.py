@@ -158,3 +158,14 @@ def test_a_random_subspace_holds_r_of_m():
     for _ in range(400)
   ]
   assert np.mean(shares) == pytest.approx(4 / 20, abs=0.01)
+
+
+def test_left_singular_vectors_are_those_of_the_decomposition():
+  matrix = np.random.default_rng(0).standard_normal((5, 9)).astype(np.float32)
+  sigma, vectors = spectra.left_singular_vectors(matrix)
+  u, expected, _ = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
+  np.testing.assert_allclose(sigma, expected, rtol=1e-12)
+  np.testing.assert_allclose(np.abs(vectors.T @ u), np.eye(5), atol=1e-12)
+  sigma, vectors = spectra.left_singular_vectors(np.zeros((2, 3)))
+  assert not sigma.any()
+  np.testing.assert_allclose(vectors.T @ vectors, np.eye(2), atol=1e-15)
