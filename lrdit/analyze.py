@@ -1,5 +1,6 @@
 """Ranks of a trained model's weights and gradients by timestep, and what its rank is worth."""
 
+import functools
 import json
 import logging
 from collections.abc import Callable
@@ -217,12 +218,10 @@ def analyse_truncation(analysis: Analysis) -> None:
     slots = parallel.batch_slots(batch_size, devices)
 
     def losses_of(params: Any) -> held_out.HeldOutLosses:
-      replicated = parallel.replicate(params, devices)
-      return held_out.held_out_losses(step, replicated, source, slots, batch_size, draws)
+      return held_out.held_out_losses(step, params, source, slots, batch_size, draws)
 
-    return truncation.analyse_truncation(
-      truncator, analysis.params, ranks, losses_of, parts, make_bar
-    )
+    place = functools.partial(parallel.replicate, devices=devices)
+    return truncation.analyse_truncation(truncator, ranks, place, losses_of, parts, make_bar)
 
   found = analysis.run("truncation", settings, make)
   derived = measured_schedule_of(config, found)
@@ -238,7 +237,7 @@ def measured_schedule_of(config: ConfigDict, found: dict[str, Any]) -> tuple[str
   try:
     ranks = builders.measured_ranks(config, found)
   except UserError as error:
-    log.warning("%s", error)
+    log.warning("the heat map is without r(t): %s", error)
     return None
   name = f"rank.schedule=measured at rank.ratio={config.rank.ratio:g}, before rounding"
   r, widths = (

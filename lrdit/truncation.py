@@ -85,23 +85,29 @@ class Truncator:
     dense = [min(self._flat[f"{name}/kernel"].shape) for name in self._dense]
     return max(dense + [self._flat[f"{name}/up"].shape[0] for name in self._factorised])
 
-  def cut(self, rank: int) -> dict[str, Any]:
-    """The parameters with every layer cut to `rank`, in the shapes of the whole ones."""
-    flat = dict(self._flat)
-    for name, directions in self._directions.items():
-      flat[f"{name}/kernel"] = cut_kernel(flat[f"{name}/kernel"], directions, rank)
-    for name in self._factorised:
-      # Components without an output row contribute exactly nothing.
-      up = np.array(flat[f"{name}/up"])
-      up[rank:] = 0
-      flat[f"{name}/up"] = up
+  def cut(self, rank: int, place: Callable[[np.ndarray], Any] = np.asarray) -> dict[str, Any]:
+    """The parameters with every layer cut to `rank`, in the shapes of the whole ones.
+
+    Args:
+      rank: components that are kept; from `largest_rank` on, all of them.
+      place: puts an array where it is wanted; one cut layer at a time is on the host.
+    """
+    flat = {}
+    for path, values in self._flat.items():
+      name, _, part = path.rpartition("/")
+      if name in self._dense and part == "kernel" and rank < min(values.shape):
+        values = cut_kernel(values, self._directions[name], rank)
+      elif name in self._factorised and part == "up":
+        # Components without an output row contribute exactly nothing.
+        values = np.concatenate([values[:rank], np.zeros_like(values[rank:])])
+      flat[path] = place(values)
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 def analyse_truncation(
   truncator: Truncator,
-  params: Any,
   ranks: Sequence[int],
+  place: Callable[[np.ndarray], Any],
   losses_of: Callable[[Any], HeldOutLosses],
   parts: Parts,
   bar_factory: Callable[[int, int, str], Any],
@@ -110,9 +116,9 @@ def analyse_truncation(
 
   Args:
     truncator: of the parameters.
-    params: whole, on the host.
     ranks: (K,) to cut to.
-    losses_of: held-out losses of parameters, with the same draws every time.
+    place: as in `Truncator.cut`.
+    losses_of: held-out losses of placed parameters, with the same draws every time.
     parts: of this section.
     bar_factory: as `progress.make_bar`.
 
@@ -120,13 +126,13 @@ def analyse_truncation(
     As JSON "ranks", "largest_rank" (of which the rise is 0), "baseline" (G,), "loss" and
     "rise" (K, G), loss minus baseline; None for groups of which no timestep was drawn.
   """
-  found = {}
-  units = {"whole": None} | {f"rank_{rank}": rank for rank in ranks}
+  units = {"whole": truncator.largest_rank} | {f"rank_{rank}": rank for rank in ranks}
   missing = [unit for unit in units if parts.load(unit) is None]
   with bar_factory(len(units), len(units) - len(missing), "rank") as bar:
     for unit in missing:
-      cut = params if units[unit] is None else truncator.cut(units[unit])
-      parts.save(unit, {"loss": losses_of(cut).group_means})
+      # Never bound to a name, so that one model is gone when the next is made.
+      losses = losses_of(truncator.cut(units[unit], place))
+      parts.save(unit, {"loss": losses.group_means})
       bar.update()
   found = {unit: parts.load(unit)[0]["loss"] for unit in units}
   baseline = found.pop("whole")

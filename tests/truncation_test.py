@@ -50,6 +50,17 @@ def test_a_low_rank_layer_keeps_its_first_components():
   assert layer(params)["up"][rank:].any()  # the given parameters are left alone
 
 
+@pytest.mark.parametrize("method", ["full", "adaptive"])
+def test_nothing_is_cut_at_the_largest_rank(method):
+  config = tiny_config(f"method={method}")
+  params = jax.device_get(noisy_params(config))
+  truncator = truncation.Truncator(params, builders.factorised_layers(config))
+  placed = []
+  cut = truncator.cut(truncator.largest_rank, lambda values: placed.append(values) or values)
+  jax.tree.map(np.testing.assert_array_equal, cut, params)
+  assert len(placed) == len(jax.tree.leaves(params))
+
+
 def test_rises_are_over_the_whole_model_and_are_kept(tmp_path):
   config = tiny_config("method=full")
   params = jax.device_get(noisy_params(config))
@@ -63,7 +74,9 @@ def test_rises_are_over_the_whole_model_and_are_kept(tmp_path):
 
   for _ in range(2):
     parts = Parts(tmp_path / "parts", {"of": "these"})
-    found = truncation.analyse_truncation(truncator, params, (4, 16), losses_of, parts, make_bar)
+    found = truncation.analyse_truncation(
+      truncator, (4, 16), np.asarray, losses_of, parts, make_bar
+    )
     assert asked == [32, 4, 16]  # once
     assert found == {
       "ranks": [4, 16],
