@@ -10,7 +10,7 @@ import functools
 import io
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ CONDITIONS = {  # of gradients: title, line style
   "data": ("data", "-"),
   "shuffled": ("null: timesteps shuffled", (0, (4, 1.5))),
   "noise": ("null: noise-only targets", (0, (1, 1.2))),
+  "residual": ("null: noise for residuals", (0, (4, 1.2, 1, 1.2))),
 }
 T_LABEL = "timestep t  (0: clean image)"
 NO_RISE = "#D9D9D9"
@@ -245,6 +246,8 @@ def weight_ranks(weights: Mapping[str, Any], title: str) -> Any:
 def _label_row(row: Sequence[Any], measure: str) -> None:
   """After everything is drawn, as the row shares its limits."""
   row[0].set_ylim(0, 1.06 * row[0].get_ylim()[1])  # the margin of what lies far above 0 is small
+  if not row[0].get_shared_y_axes().joined(row[0], row[-1]):
+    row[-1].set_ylim(0, 1.06 * row[-1].get_ylim()[1])
   row[0].set_ylabel(f"{MEASURE_TITLES[measure]}\n/ min(D_in, D_out)")
   for panel in row:
     _grid(panel)
@@ -333,10 +336,12 @@ def gradient_ranks(gradients: Mapping[str, Any], title: str) -> Any:
     1.9,
     f"Ranks of the gradients by timestep group: {title}",
     sharex=True,
-    sharey="row",
   )
   for row, measure in zip(axes, MEASURES, strict=True):
     for kind, panel in zip(kinds, row, strict=True):
+      # Other layers, some of them a few values wide, would press all else to the ground.
+      if kind != "other" and panel is not row[0]:
+        panel.sharey(row[0])
       for condition in conditions:
         if kind in of_kinds[condition]:
           _gradient_lines(panel, gradients, of_kinds[condition][kind], measure, condition)
@@ -421,6 +426,9 @@ def _layer_map(layers: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
 def gradient_overlap(gradients: Mapping[str, Any], side: str, title: str) -> Any:
   """Mean cos^2 of the principal angles of two groups' gradient subspaces, beside the nulls'.
 
+  Of one half of the examples in a row's group and of the other half in a column's, so that
+  the diagonal shows how well the subspaces are known, and no pair shares an example.
+
   Args:
     gradients: "groups", "subspace_rank", "overlap" and "conditions".
     side: "left" (of D_in) or "right" (of D_out).
@@ -432,46 +440,33 @@ def gradient_overlap(gradients: Mapping[str, Any], side: str, title: str) -> Any
   if not kinds:
     return None
   space = {"left": "left (D_in)", "right": "right (D_out)"}[side]
-  text = f"Overlap of the leading {gradients['subspace_rank']} {space} gradient directions: {title}"
+  count = gradients["subspace_rank"]
+  text = f"Overlap of the leading {count} {space} gradient directions, of other examples: {title}"
   figure, axes = _panels(len(kinds), len(conditions), 2.9, 2.7, text, sharex=True, sharey=True)
   matrices = {
-    (kind, c): np.array(overlap[c]["kinds"][kind][side], np.float64)  # None becomes NaN
+    # None becomes NaN.
+    (kind, c): np.array(overlap[c]["kinds"][kind]["cross_half"][side], np.float64)
     for kind in kinds
     for c in conditions
     if kind in overlap[c]["kinds"]
   }
-  largest = _largest_overlap(matrices.values())
+  largest = max(np.nanmax(m, initial=0.0) for m in matrices.values()) or 1.0
   for kind, row in zip(kinds, axes, strict=True):
     for condition, panel in zip(conditions, row, strict=True):
       if (kind, condition) in matrices:
         image = _group_map(panel, gradients["groups"], matrices[kind, condition], largest)
         panel.set_yticks(panel.get_xticks(), panel.get_xticklabels())
-    expected = _random_overlap(gradients, kind, side)
+    expected = next(overlap[c]["kinds"][kind][f"random_{side}"] for c in conditions)
     row[0].set_ylabel(
-      f"{KIND_TITLES[kind]}\nrandom subspaces: r / m = {expected:.3f}\nfirst t of a timestep group"
+      f"{KIND_TITLES[kind]}\n(random subspaces: {expected:.3f})\nfirst t of a timestep group"
     )
   for condition, panel in zip(conditions, axes[0], strict=True):
     panel.set_title(CONDITIONS[condition][0])
   for panel in axes[-1]:
     panel.set_xlabel("first t of a timestep group")
   label = "mean cos² of the principal angles"
-  figure.colorbar(image, ax=axes, label=label, shrink=0.6, aspect=40, extend="max")
+  figure.colorbar(image, ax=axes, label=label, shrink=0.6, aspect=40)
   return figure
-
-
-def _largest_overlap(matrices: Iterable[np.ndarray]) -> float:
-  """Where the colours end: of two different groups, as a group has all of itself."""
-  others = [m[~np.eye(len(m), dtype=bool)] for m in matrices]
-  largest = np.nanmax(np.concatenate(others), initial=0.0)
-  return float(largest) if largest > 0 else 1.0
-
-
-def _random_overlap(gradients: Mapping[str, Any], kind: str, side: str) -> float:
-  """Expectation of the mean cos^2 for random subspaces: mean of r / m over a kind's layers."""
-  layers = next(iter(gradients["conditions"].values()))["layers"].values()
-  field = {"left": "dim_in", "right": "dim_out"}[side]
-  rank = gradients["subspace_rank"]
-  return float(np.mean([min(1, rank / x[field]) for x in layers if x["kind"] == kind]))
 
 
 def _group_map(
@@ -593,7 +588,7 @@ def losses(
   drawn = {name: loss for name, loss in drawn.items() if np.isfinite(loss).any()}
   if not drawn:
     return None
-  figure, ((panel,),) = _panels(1, 1, 7.6, 4.0, f"Loss by timestep group: {title}")
+  figure, ((panel,),) = _panels(1, 1, 7.6, 4.0, f"Held-out loss by timestep group: {title}")
   for i, (name, loss) in enumerate(drawn.items()):
     style = dict(color=COLOURS[i % len(COLOURS)], linestyle=LINE_STYLES[i % len(LINE_STYLES)])
     panel.stairs(loss, boundaries, baseline=None, label=name, linewidth=1.8, **style)

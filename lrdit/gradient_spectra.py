@@ -1,4 +1,4 @@
-"""Ranks of the gradient of each timestep group, beside two nulls, and how groups overlap.
+"""Ranks of the gradient of each timestep group, beside three nulls, and how groups overlap.
 
 The gradient is of the training objective's weighted squared error with respect to a
 layer's effective kernel: of a low-rank layer the product down[:, :r] @ up[:r] at each
@@ -6,13 +6,17 @@ example's own bucket, so that dense and low-rank models are measured by the same
 thing. Left out are label dropout, flips and, with learn_sigma, the variance's bound.
 
 All groups and conditions share N examples, their order and their noise eps; they
-differ in the timesteps, and in the condition "noise" in the target:
+differ in the timesteps, and in the last two conditions in the target:
 
 data: example j's timestep is drawn from one of N equal parts of the group.
 shuffled: each example's G timesteps are dealt out to the groups anew, so a group's
   are spread over [0, T). What still differs between groups is sampling noise.
-noise: as data, but the target is noise that is independent of the input. What rank
-  is left comes of the batch size, the activations and the architecture.
+noise: as data, but the target is noise that is independent of the input. In a trained
+  model the noise averages out over the batch, and what is left is mostly the gradient
+  towards an output of zero: it still knows what the model has learned.
+residual: as data, but each example's error, output minus target, is replaced by noise of its
+  root mean square. What rank is left comes of the batch size, the activations and the
+  architecture alone.
 
 Axes: N examples, b batch, H W image, C channels, G timestep groups, m = D_in rows and
 n = D_out columns of a kernel, q dimensions of a subspace.
@@ -39,7 +43,7 @@ from lrdit.sources import Source
 from lrdit.training_step import Objective
 from lrdit.weight_spectra import layer_kind
 
-CONDITIONS = ("data", "shuffled", "noise")
+CONDITIONS = ("data", "shuffled", "noise", "residual")
 SIDES = ("left", "right")  # the subspaces of R^D_in and of R^D_out
 
 # Keep the draws apart from each other.
@@ -54,7 +58,7 @@ class Examples:
     x_0: (N, H, W, C) float32; of latents, drawn from their distribution once.
     y: (N,) int32 labels, or None for an unconditional model.
     eps: (N, H, W, C) float32 standard normal.
-    target_noise: (N, H, W, C) float32 standard normal, for the condition "noise".
+    target_noise: (N, H, W, C) float32 standard normal, for "noise" and "residual".
   """
 
   x_0: Float[np.ndarray, "N H W C"]
@@ -181,7 +185,7 @@ def noise_target(
 def condition_batch(
   condition: str, objective: Objective, examples: Examples, t: Int[np.ndarray, "G N"], group: int
 ) -> dict[str, np.ndarray]:
-  """`regression` of a group under a condition.
+  """`regression` of a group under a condition; with "residual_noise" for the last one.
 
   Args:
     condition: one of `CONDITIONS`.
@@ -192,6 +196,8 @@ def condition_batch(
   batch = regression(objective, examples, t[group])
   if condition == "noise":
     batch["target"] = noise_target(objective, examples, t[group])
+  if condition == "residual":
+    batch["residual_noise"] = examples.target_noise
   return batch
 
 
@@ -214,6 +220,17 @@ def dense_params(params: Mapping[str, Any], plan: RankPlan, bucket: int) -> dict
   return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
+def _with_noise_for_residual(
+  prediction: Float[Array, "b H W C"],
+  target: Float[Array, "b H W C"],
+  noise: Float[Array, "b H W C"],
+) -> Float[Array, "b H W C"]:
+  """The target that leaves noise of the same root mean square in place of each residual."""
+  prediction = jax.lax.stop_gradient(prediction)
+  mean_square = jnp.square(prediction - target).mean(axis=(1, 2, 3), keepdims=True)
+  return prediction - jnp.sqrt(mean_square) * noise
+
+
 def _make_step(model: DiT) -> Callable:
   """The compiled (sums, kernels, other parameters, batch) -> sums plus the batch's gradient.
 
@@ -225,8 +242,10 @@ def _make_step(model: DiT) -> Callable:
     params = flax.traverse_util.unflatten_dict(flat, sep="/")
     selection = uniform_selection(len(batch["t"]))
     output = model.apply({"params": params}, batch["x_t"], batch["t"], batch.get("y"), selection)
-    errors = jnp.square(output[..., : model.shape.channels] - batch["target"])
-    return jnp.dot(batch["weight"], errors.mean(axis=(1, 2, 3)))
+    prediction, target = output[..., : model.shape.channels], batch["target"]
+    if "residual_noise" in batch:
+      target = _with_noise_for_residual(prediction, target, batch["residual_noise"])
+    return jnp.dot(batch["weight"], jnp.square(prediction - target).mean(axis=(1, 2, 3)))
 
   def step(sums, kernels, others, batch):
     # Products of lower precision, an accelerator's default, would fill up the spectra's tails.

@@ -89,8 +89,11 @@ def gradients():
     }
 
   def overlap(base):
-    values = (np.eye(3) * (1 - base) + base).tolist()
-    return {"kinds": {kind: {"left": values, "right": values} for kind in ("attention", "mlp")}}
+    values = (np.eye(3) * (0.9 - base) + base).tolist()
+    tables = {"cross_half": {"left": values, "right": values}}
+    return {
+      "kinds": {kind: tables | RANDOM | {"left": [[1.0]]} for kind in ("attention", "mlp")},
+    }
 
   return {
     "groups": GROUPS,
@@ -101,6 +104,7 @@ def gradients():
   }
 
 
+RANDOM = {"random_left": 0.25, "random_right": 0.167}
 TRUNCATION = {
   "boundaries": BOUNDARIES,
   "ranks": [2, 4, 8],
@@ -158,6 +162,18 @@ def test_ranks_of_weights_by_depth(weights):
   assert proj.get_ydata()[0] == pytest.approx(dense["normalised"]["stable_rank"])
 
 
+def test_other_layers_have_their_own_axis(gradients):
+  """Their ranks are far larger, as some of them are a few values wide."""
+  for condition in gradients["conditions"].values():
+    measured = condition["kinds"]["mlp"]
+    condition["kinds"]["other"] = [[{k: 9 * v for k, v in b.items()} for b in g] for g in measured]
+  figure = analysis_plots.gradient_ranks(gradients, TITLE)
+  first, other = panel(figure, "attention"), panel(figure, "other layers")
+  assert not first.get_shared_y_axes().joined(first, other)
+  assert first.get_ylim()[1] < 1 < other.get_ylim()[1]
+  assert other.get_ylim()[0] == 0
+
+
 def test_ranks_of_active_weights_by_timestep_group(weights):
   assert analysis_plots.weight_groups(weights["dense"], TITLE) is None
   figure = analysis_plots.weight_groups(weights["low_rank"], TITLE)
@@ -201,19 +217,20 @@ def test_ranks_of_gradients_by_timestep_beside_the_nulls(gradients):
   styles = [patch.get_linestyle() for patch in first.patches]
   assert styles[0] == styles[1] == "-" and len({str(style) for style in styles}) == 3
   assert first.get_ylim()[0] == 0 and first.get_ylim()[1] > 0.52  # nothing is cut off
+  assert first.get_shared_y_axes().joined(first, panel(figure, "MLP"))
   assert figure.axes[-1].get_xlabel() == "timestep t"
 
 
 @pytest.mark.parametrize(("side", "expected"), [("left", "0.250"), ("right", "0.167")])
 def test_overlap_of_gradients_beside_the_nulls(gradients, side, expected):
   figure = analysis_plots.gradient_overlap(gradients, side, TITLE)
-  assert any(f"r / m = {expected}" in text for text in texts(figure))  # mean of 2 / m
+  assert any(f"(random subspaces: {expected})" in text for text in texts(figure))
   assert f"({'D_in' if side == 'left' else 'D_out'})" in figure.get_suptitle()
   maps = [axes.images[0] for axes in figure.axes if axes.images]
   assert len(maps) == 6
   for image, base in zip(maps, [0.2, 0.7, 0.4] * 2, strict=True):
-    np.testing.assert_allclose(image.get_array()[0], [1, base, base])
-    assert image.get_clim() == (0, 0.7)  # of two different groups
+    np.testing.assert_allclose(image.get_array()[0], [0.9, base, base])
+    assert image.get_clim() == (0, 0.9)
   assert "mean cos² of the principal angles" in texts(figure)
   assert [t.get_text() for t in figure.axes[-2].get_xticklabels()] == ["0", "44", "371"]
 
@@ -257,7 +274,7 @@ def test_what_is_missing_is_left_out(gradients):
     condition["kinds"]["attention"][1] = None
     condition["kinds"]["mlp"][0][1] = None
   for overlap in gradients["overlap"].values():
-    overlap["kinds"]["mlp"]["left"][0] = [None] * 3
+    overlap["kinds"]["mlp"]["cross_half"]["left"][0] = [None] * 3
   gradients["conditions"]["data"]["layers"]["blocks_0/mlp/fc1"]["measures"][2] = None
   del gradients["conditions"]["noise"], gradients["overlap"]["noise"]
   ranks = analysis_plots.gradient_ranks(gradients, TITLE)

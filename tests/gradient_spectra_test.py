@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrdit import builders, dit, gradient_spectra, low_rank, spectra, training_step
+from lrdit import (
+  builders,
+  dit,
+  gradient_spectra,
+  low_rank,
+  rank_schedule,
+  spectra,
+  training_step,
+)
 from lrdit.analysis_files import Parts
 from lrdit.errors import UserError
 from tests.tiny import load_digits, tiny_config
@@ -251,6 +259,34 @@ def test_the_noise_null_changes_the_target_alone(prediction):
       assert abs(np.corrcoef(got.ravel(), other.ravel())[0, 1]) < 0.02
 
 
+@pytest.mark.parametrize("arm", ["full", "adaptive"])
+def test_the_residual_null_passes_noise_back_in_place_of_each_error(arm):
+  """By one vector-Jacobian product of the model, at the size that the error really has."""
+  objective, examples = make_objective(arm), make_examples()
+  plan, t = objective.model.plan, np.full(8, 400)
+  batch = gradient_spectra.condition_batch("residual", objective, examples, t[None], 0)
+  np.testing.assert_array_equal(batch["target"], make_batch(objective, t)["target"])
+  got = add_rows(make_gradients(objective), batch, np.arange(8))
+  bucket = int(plan.bucket_of_timestep[400])
+  dense = gradient_spectra.dense_params(make_params(objective), plan, bucket)
+  model = dataclasses.replace(objective.model, plan=rank_schedule.dense_plan(1000))
+
+  def predict(params):
+    selection = low_rank.uniform_selection(8)
+    inputs = (jnp.asarray(batch[name]) for name in ("x_t", "t", "y"))
+    return model.apply({"params": params}, *inputs, selection)
+
+  output, pull_back = jax.vjp(predict, dense)
+  size = np.sqrt(np.square(output - batch["target"]).mean(axis=(1, 2, 3), keepdims=True))
+  weight = batch["weight"][:, None, None, None] * 2 / output[0].size
+  (gradient,) = pull_back(weight * size * examples.target_noise)
+  for name in ("blocks_1/attn/qkv", "blocks_0/mlp/fc2", "final_layer/linear"):
+    expected = functools.reduce(
+      lambda tree, part: tree[part], [*name.split("/"), "kernel"], gradient
+    )
+    assert_trees_close({name: got[name]}, {name: np.asarray(expected)})
+
+
 def test_conditions_share_examples_of_which_prefixes_do_not_depend_on_their_number():
   few, many = make_examples(5), make_examples(9)
   for field in ("x_0", "y", "eps", "target_noise"):
@@ -324,7 +360,7 @@ def test_analysis_has_every_layer_group_and_condition(analysis):
     for condition in gradient_spectra.CONDITIONS
     for group in range(3)
   ]
-  assert len(set(cells)) == 9
+  assert len(set(cells)) == 12
 
 
 def test_shuffled_and_noise_conditions_are_measured_as_defined(analysis):
