@@ -1,5 +1,6 @@
 """The command line: python main.py --config=FILE[:ARGS] --workdir=DIR [--mode=MODE]."""
 
+import functools
 import importlib
 import os
 import sys
@@ -32,6 +33,9 @@ def run(argv: list[str]) -> int:
     progress.start_logging(values.debug, who, parallel.is_first())
     verb = getattr(importlib.import_module(f"lrdit.{values.mode}"), values.mode)
     read = {"config": builders.resolve, "workdirs": list}
+    if values.workdir:
+      run = os.path.expanduser(values.workdir)
+      read["config"] = functools.partial(builders.resolve_for_run, run=run)
     verb(*(read.get(f, os.path.expanduser)(values[f].value) for f in MODES[values.mode]))
     return 0
   except (Exception, KeyboardInterrupt) as error:

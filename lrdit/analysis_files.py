@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,8 +24,7 @@ def read_truncation(path: str) -> dict[str, Any]:
   """
   try:
     found = json.loads(pathlib.Path(path).expanduser().read_text())
-    complete = all(None not in row for row in found["rise"])
-    if complete and found["ranks"] and found["largest_rank"] and found["boundaries"]:
+    if _is_truncation(found):
       return found
     cause = "has timestep groups without a measurement: raise config.evaluation.draws there"
   except (FileNotFoundError, IsADirectoryError):
@@ -32,6 +32,40 @@ def read_truncation(path: str) -> dict[str, Any]:
   except (ValueError, KeyError, TypeError):
     cause = "is not an analysis: give analysis/truncation.json of a workdir"
   raise UserError(f"config.rank.analysis={path!r} {cause}")
+
+
+def _is_truncation(found: dict[str, Any]) -> bool:
+  """Whether every group was measured at every rank.
+
+  Raises:
+    ValueError, KeyError, TypeError: it is no causal test's result.
+  """
+  ranks = np.array([*found["ranks"], found["largest_rank"]], np.int64)
+  boundaries = np.array(found["boundaries"], np.int64)
+  rise = np.array(found["rise"], np.float64)  # None becomes NaN
+  rising = (np.diff(ranks) > 0).all() and (np.diff(boundaries) > 0).all() and ranks[0] > 0
+  if len(ranks) < 2 or not rising or rise.shape != (len(ranks) - 1, len(boundaries) - 1):
+    raise ValueError
+  if not isinstance(found["layers"], list):
+    raise TypeError
+  return not np.isnan(rise).any()
+
+
+def read_kept_schedule(workdir: str, analysis: str) -> tuple[tuple, tuple] | None:
+  """(shares, boundaries) of the r(t) that a run which has begun took from an analysis, or None.
+
+  Args:
+    workdir: of the run.
+    analysis: the path it was named by; another one asks for another run.
+  """
+  path = pathlib.Path(workdir)
+  try:
+    rank = json.loads((path / "config.json").read_text())["rank"]
+    if any((path / "checkpoints").glob("[0-9]*")) and rank["analysis"] == analysis:
+      return tuple(rank["measured_shares"]), tuple(rank["measured_boundaries"])
+  except (OSError, ValueError, KeyError, TypeError):
+    pass  # no run, or one that cannot be read, which its mode will say
+  return None
 
 
 class Parts:
@@ -64,12 +98,12 @@ class Parts:
     Args:
       unit: its name.
     """
-    path = self._path(unit)
-    if not path.exists():
-      return None
-    with np.load(path) as arrays:
-      loaded = {name: arrays[name] for name in arrays.files}
-    return json.loads(bytes(loaded.pop(RECORD))), loaded
+    try:
+      with np.load(self._path(unit)) as arrays:
+        loaded = {name: arrays[name] for name in arrays.files}
+      return json.loads(bytes(loaded.pop(RECORD))), loaded
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+      return None  # missing, or damaged: it is made again
 
   def save(
     self, unit: str, record: dict[str, Any], arrays: Mapping[str, np.ndarray] | None = None
@@ -89,6 +123,6 @@ class Parts:
 
   def remove(self) -> None:
     """Deletes all units, once the section's own file is written."""
-    shutil.rmtree(self.directory)
-    if not any(self.directory.parent.iterdir()):
+    shutil.rmtree(self.directory, ignore_errors=True)
+    if self.directory.parent.exists() and not any(self.directory.parent.iterdir()):
       self.directory.parent.rmdir()

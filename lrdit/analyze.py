@@ -33,6 +33,7 @@ from lrdit.workdir import write_json
 log = logging.getLogger("lrdit")
 
 ARMS = ("full", "static", "adaptive")
+LAYOUT = 1  # of the sections' JSON; files of another one are made again
 
 
 def count_flops(config: ConfigDict) -> dict[str, Any]:
@@ -80,8 +81,8 @@ def format_flops(arms: dict[str, Any]) -> str:
   columns = {
     "timesteps": lambda e: f"{e['timesteps']:,}",
     "parameters": lambda e: f"{e['parameters']:,}",
-    "million MACs forward": lambda e: f"{e['forward_macs'] / 1e6:,.3f}",
-    "a sampling run": lambda e: e["sampling"],
+    "million MACs: forward": lambda e: f"{e['forward_macs'] / 1e6:,.3f}",
+    "sampling run": lambda e: e["sampling"],
   }
   return benchmark.format_table("of one image", columns, entries)
 
@@ -108,6 +109,7 @@ class Analysis:
     self.plan, self.shape = builders.make_plan(config), builders.make_shape(config)
     self.boundaries = builders.make_curriculum(config).boundaries
     self.about = {
+      "layout": LAYOUT,
       "checkpoint_step": self.step,
       "checkpoint_digest": checkpoints.digest(self.params),
       "weights": weights,
@@ -134,11 +136,11 @@ class Analysis:
     path, key = self.directory / f"{name}.json", json.loads(json.dumps(self.about | settings))
     try:
       result = json.loads(path.read_text())
-      if all(result.get(field) == value for field, value in key.items()):
+      if all(result[field] == value for field, value in key.items()):
         log.info("%s is there", path)
         return result
-    except (FileNotFoundError, ValueError):
-      pass
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+      pass  # missing, damaged, or of an older layout: it is made again
     parts = Parts(self.directory / "parts" / name, key)
     result = key | make(parts)
     write_json(path, result)
@@ -204,9 +206,15 @@ def analyse_truncation(analysis: Analysis) -> None:
   names = builders.factorised_layers(config)
   truncator = truncation.Truncator(analysis.params, names)
   ranks = config.analysis.ranks or truncation.default_ranks(truncator.largest_rank)
+  if ranks[-1] >= truncator.largest_rank:
+    raise UserError(
+      f"config.analysis.ranks={tuple(ranks)} must end below {truncator.largest_rank}, the largest "
+      "rank that these layers have"
+    )
   batch_size = config.training.batch_size
   settings = {
     "layers": names,
+    **builders.describe_analysed(config),
     "ranks": list(ranks),
     "draws": draws,
     "batch_size": batch_size,

@@ -1,5 +1,6 @@
 """From a ConfigDict to objects: configs are checked here and go no further."""
 
+import dataclasses
 import functools
 import itertools
 import logging
@@ -36,6 +37,7 @@ from lrdit import (
   training_step,
   vae,
   vae_files,
+  workdir,
 )
 from lrdit.errors import UserError
 from lrdit.sampler import Sampler, SamplerSettings
@@ -272,12 +274,23 @@ def _fill_in_measured_schedule(config: ConfigDict) -> None:
     rank.measured_shares = tuple(float(r / ranks.max()) for r in ranks)
     rank.measured_boundaries = tuple(found["boundaries"])
   shares, boundaries = rank.measured_shares, rank.measured_boundaries
+  are_shares = all(isinstance(share, int | float) and 0 < share <= 1 for share in shares)
+  _require(are_shares, "rank.measured_shares", shares, "must be numbers in (0, 1]")
+  are_whole = all(type(boundary) is int for boundary in boundaries)
+  rule = "must be whole numbers"
+  _require(are_whole, "rank.measured_boundaries", boundaries, rule)
   fits = len(boundaries) == len(shares) + 1 and boundaries[0] == 0 and boundaries[-1] == total
   rises = all(a < b for a, b in itertools.pairwise(boundaries))
   rule = f"must rise from 0 to {total} and be one more than rank.measured_shares"
   _require(fits and rises, "rank.measured_boundaries", boundaries, rule)
-  rule = "must lie in (0, 1]"
-  _require(all(0 < share <= 1 for share in shares), "rank.measured_shares", shares, rule)
+
+
+def describe_analysed(config: ConfigDict) -> dict[str, Any]:
+  """What the rises of a causal test depend on, beside its layers and data; as JSON."""
+  return {
+    "model": dataclasses.asdict(make_shape(config)),
+    "diffusion": config.diffusion.to_dict(),
+  }
 
 
 def measured_ranks(config: ConfigDict, found: dict[str, Any]) -> np.ndarray:
@@ -288,10 +301,18 @@ def measured_ranks(config: ConfigDict, found: dict[str, Any]) -> np.ndarray:
     found: of `analysis_files.read_truncation`.
 
   Raises:
-    UserError: the analysis is of no such mean.
+    UserError: the analysis is of another model, or of no such mean.
   """
   shapes, boundaries = dit.layer_shapes(make_shape(config)), found["boundaries"]
   names = factorised_layers(config)
+  ours = describe_analysed(config)
+  other = workdir.changes(ours, {field: found.get(field, {}) for field in ours})
+  other += ["other layers are factorised"] if names != found["layers"] else []
+  if other:
+    raise UserError(
+      f"config.rank.analysis={config.rank.analysis!r} is of another model: {'; '.join(other)}: "
+      "analyze a run of this one, or give config.rank.measured_shares and measured_boundaries"
+    )
   mean = np.mean([rank_schedule.static_rank(config.rank.ratio, *shapes[name]) for name in names])
   ranks = measured_schedule.iso_loss_ranks(
     found["ranks"], found["rise"], found["largest_rank"], boundaries, float(mean)
@@ -325,6 +346,31 @@ def resolve(config: ConfigDict) -> ConfigDict:
   make_plan(config)
   make_solver_table(config)
   return config.lock()
+
+
+def resolve_for_run(config: ConfigDict, run: str) -> ConfigDict:
+  """`resolve`, where a run that has begun keeps the r(t) that it took from an analysis.
+
+  Args:
+    config: as given.
+    run: its workdir, which need not be there.
+
+  Raises:
+    UserError: as `resolve`.
+  """
+  rank, kept = config.rank, None
+  if rank.schedule == MEASURED and not rank.measured_shares:
+    kept = analysis_files.read_kept_schedule(run, rank.analysis)
+  if kept is None:
+    return resolve(config)
+  own = ConfigDict(config.to_dict())
+  own.rank.measured_shares, own.rank.measured_boundaries = kept
+  try:
+    if resolve(config).rank.measured_shares != kept[0]:
+      log.warning("%s has changed: the run keeps the r(t) it began with", rank.analysis)
+  except UserError:
+    log.warning("%s cannot be used: the run keeps the r(t) it began with", rank.analysis)
+  return resolve(own)
 
 
 def _has_vae(config: ConfigDict) -> bool:

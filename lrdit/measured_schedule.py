@@ -47,7 +47,8 @@ def iso_loss_ranks(
     mean_rank: to meet.
 
   Returns:
-    (G,) float64.
+    (G,) float64. Where noise has made the contour jump at the level that is sought, a point
+    between its two sides.
 
   Raises:
     UserError: no contour has that mean.
@@ -69,7 +70,9 @@ def iso_loss_ranks(
       low = level
     else:
       high = level
-  return contour(all_ranks, rises, high)
+  below, above = (contour(all_ranks, rises, level) for level in (low, high))
+  jump = (below - above) @ weights
+  return above + (below - above) * ((mean_rank - above @ weights) / jump if jump > 0 else 0.0)
 
 
 def monotone(ranks: Float[np.ndarray, " G"], boundaries: Sequence[int]) -> Float[np.ndarray, " G"]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import flax
 import jax
 import numpy as np
 import pytest
@@ -10,13 +11,16 @@ import pytest
 from lrdit import analyze, builders, flops, gradient_spectra, held_out, train
 from lrdit.errors import UserError
 from tests import tiny
-from tests.measured_schedule_test import BOUNDARIES, RANKS, RISE
+from tests.measured_schedule_test import analysis_of
 
 FIELDS = {
-  "training__num_steps": 2,
+  "training__num_steps": 6,
+  "optimizer__learning_rate": 0.02,
+  "optimizer__warmup_steps": 0,
+  "optimizer__ema_decay": 0.5,
   "curriculum__boundaries": (0, 400, 1000),
   "analysis__batch_sizes": (2, 4),
-  "analysis__ranks": (2, 32),
+  "analysis__ranks": (2, 31),
   "analysis__subspace_rank": 2,
 }
 FILES = {"flops.json", "weights.json", "gradients.json", "truncation.json"}
@@ -45,21 +49,30 @@ def test_every_section_leaves_json_and_pictures(analysed):
   assert names == FILES | {f"{name}.png" for name in PICTURES.split()}
 
 
-def test_the_whole_model_s_loss_is_that_of_evaluation(analysed):
+def test_losses_are_evaluation_s_of_the_whole_model_and_of_the_cut_one(analysed):
   config, workdir = analysed
   found = read(workdir, "truncation")
   step = builders.make_eval_step(config, jax.devices()[:1])
   run = analyze.Analysis(config, str(workdir), jax.devices()[:1])
-  losses = held_out.held_out_losses(
-    step,
-    jax.tree.map(lambda x: x[None], run.params),
-    run.source("eval"),
-    np.arange(config.training.batch_size)[None],
-    config.training.batch_size,
-    config.evaluation.draws,
-  )
-  np.testing.assert_allclose(found["baseline"], losses.group_means, rtol=1e-6)
-  np.testing.assert_allclose(found["rise"][1], 0, atol=1e-5)  # rank 32 is the whole width
+
+  def losses_of(params):
+    return held_out.held_out_losses(
+      step,
+      jax.tree.map(lambda x: x[None], params),
+      run.source("eval"),
+      np.arange(config.training.batch_size)[None],
+      config.training.batch_size,
+      config.evaluation.draws,
+    ).group_means
+
+  np.testing.assert_allclose(found["baseline"], losses_of(run.params), rtol=1e-6)
+  flat = flax.traverse_util.flatten_dict(run.params, sep="/")
+  for name in builders.factorised_layers(config):
+    u, sigma, vt = np.linalg.svd(flat[f"{name}/kernel"], full_matrices=False)
+    flat[f"{name}/kernel"] = (u[:, :2] * sigma[:2]) @ vt[:2]
+  expected = losses_of(flax.traverse_util.unflatten_dict(flat, sep="/"))
+  np.testing.assert_allclose(found["loss"][0], expected, rtol=1e-5)
+  assert np.abs(found["rise"][0]).min() > 1e-4  # so that cutting nothing would be seen
 
 
 def test_finished_sections_are_kept_until_their_settings_change(analysed, monkeypatch):
@@ -81,6 +94,24 @@ def test_finished_sections_are_kept_until_their_settings_change(analysed, monkey
   (workdir / "analysis" / "gradients.json").write_text(json.dumps(before))
 
 
+@pytest.mark.parametrize("damage", ["[]", "{", '{"layout": 0}'])
+def test_damaged_files_are_made_again(analysed, damage):
+  _, workdir = analysed
+  before, path = read(workdir, "weights"), workdir / "analysis" / "weights.json"
+  path.write_text(damage)
+  fields = FIELDS | {"analysis__sections": ("weights",)}
+  analyze.analyze(tiny.tiny_config("method=full", **fields), str(workdir), jax.devices()[:1])
+  assert read(workdir, "weights") == before
+
+
+def test_ranks_that_cut_nothing_are_refused(analysed):
+  _, workdir = analysed
+  fields = FIELDS | {"analysis__sections": ("truncation",), "analysis__ranks": (2, 32)}
+  config = tiny.tiny_config("method=full", **fields)
+  with pytest.raises(UserError, match="must end below 32"):
+    analyze.analyze(config, str(workdir), jax.devices()[:1])
+
+
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_other_data_than_the_run_s_is_refused(analysed, monkeypatch, split):
   config, workdir = analysed
@@ -92,8 +123,8 @@ def test_other_data_than_the_run_s_is_refused(analysed, monkeypatch, split):
 
 
 def test_r_of_t_on_the_heat_map_is_what_a_run_would_take():
-  found = {"ranks": RANKS, "rise": RISE, "largest_rank": 32, "boundaries": BOUNDARIES}
   config = tiny.tiny_config("method=full")
+  found = analysis_of(config)
   name, r = analyze.measured_schedule_of(config, found)
   assert name.startswith("rank.schedule=measured at rank.ratio=0.5")
   plan = builders.make_plan(tiny.tiny_config("method=static"))

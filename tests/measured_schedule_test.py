@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from lrdit import builders, measured_schedule
+from lrdit import builders, measured_schedule, workdir
 from lrdit.errors import UserError
 from tests.tiny import tiny_config
 
@@ -41,6 +41,20 @@ def test_a_mean_beyond_the_analysis_is_refused(mean):
     measured_schedule.iso_loss_ranks(RANKS, RISE, 32, BOUNDARIES, mean)
 
 
+@pytest.mark.parametrize("mean", [9.0, 12.0, 15.9])
+def test_the_mean_is_met_where_the_contour_jumps(mean):
+  """A dip at rank 8 lets the contour jump from 8 to 16 and beyond at one level."""
+  found = measured_schedule.iso_loss_ranks(
+    (4, 8, 16, 32), [[1.0], [0.2], [0.5], [0.1]], 64, (0, 1000), mean
+  )
+  np.testing.assert_allclose(found, [mean])
+  rng = np.random.default_rng(0)
+  rise = np.linspace(1, 0.1, 8)[:, None] * np.linspace(2, 1, 10) + rng.normal(0, 0.1, (8, 10))
+  ranks, boundaries = tuple(range(8, 72, 8)), tuple(range(0, 1001, 100))
+  found = measured_schedule.iso_loss_ranks(ranks, rise, 128, boundaries, 4 * mean)
+  assert found.mean() == pytest.approx(4 * mean, rel=1e-6)
+
+
 def test_smoothing_keeps_the_mean_and_never_rises():
   boundaries, ranks = (0, 100, 400, 1000), np.array([20.0, 8.0, 12.0])
   smooth = measured_schedule.monotone(ranks, boundaries)
@@ -61,9 +75,15 @@ def test_heights_are_linear_between_the_groups_middles():
   assert least == 1
 
 
-def write_analysis(path, **changes):
+def analysis_of(config):
+  """As `--mode=analyze` writes it of a model."""
   found = {"ranks": RANKS, "rise": RISE, "largest_rank": 32, "boundaries": BOUNDARIES}
-  path.write_text(json.dumps(found | changes))
+  layers = {"layers": builders.factorised_layers(config)}
+  return found | layers | builders.describe_analysed(config)
+
+
+def write_analysis(path, **changes):
+  path.write_text(json.dumps(analysis_of(tiny_config()) | changes))
   return dict(rank__schedule="measured", rank__analysis=str(path))
 
 
@@ -85,7 +105,15 @@ def test_a_config_takes_r_of_t_from_the_analysis_and_keeps_it(tmp_path):
   ("changes", "words"),
   [
     ({"rise": [[None, 1.0]] * 3}, "without a measurement"),
-    ({"ranks": []}, "without|not an analysis"),
+    ({"ranks": []}, "not an analysis"),
+    ({"ranks": (4, 8, 500)}, "not an analysis"),
+    ({"rise": [[1.0, 1.0]] * 2}, "not an analysis"),
+    ({"rise": [[1.0, 2.0, 3.0]] * 3}, "not an analysis"),
+    ({"boundaries": "abc"}, "not an analysis"),
+    ({"layers": None}, "not an analysis"),
+    ({"layers": ["foo"]}, "is of another model: other layers are factorised"),
+    ({"model": {"depth": 28}}, "is of another model: .*model.depth"),
+    ({"diffusion": {"prediction": "epsilon"}}, "another model: diffusion.loss_weighting"),
     ({"boundaries": (0, 500, 900)}, "must rise from 0 to 1000"),
   ],
 )
@@ -93,6 +121,64 @@ def test_an_analysis_that_does_not_fit_is_refused(tmp_path, changes, words):
   fields = write_analysis(tmp_path / "truncation.json", **changes)
   with pytest.raises(UserError, match=words):
     tiny_config("method=adaptive", **fields)
+
+
+def test_smoothing_is_asked_for_by_the_config(tmp_path):
+  rise = [[x / 4, x] for x, _ in RISE]  # more rank at high timesteps
+  fields = write_analysis(tmp_path / "truncation.json", rise=rise)
+  rough = tiny_config("method=adaptive", **fields).rank.measured_shares
+  smooth = tiny_config("method=adaptive", rank__monotone=True, **fields).rank.measured_shares
+  assert rough[0] < rough[1]
+  assert smooth == (1, 1)
+
+
+@pytest.mark.parametrize(
+  ("shares", "boundaries", "words"),
+  [
+    (("a",), (0, 1000), r"measured_shares=.* must be numbers in \(0, 1\]"),
+    ((1.5,), (0, 1000), r"measured_shares=.* must be numbers in \(0, 1\]"),
+    ((1.0,), (0, 999.5), "measured_boundaries=.* must be whole numbers"),
+    ((1.0,), (0, 500, 1000), "measured_boundaries=.* must rise from 0 to 1000"),
+  ],
+)
+def test_shares_that_cannot_work_are_refused(shares, boundaries, words):
+  fields = {"rank__measured_shares": shares, "rank__measured_boundaries": boundaries}
+  with pytest.raises(UserError, match=words):
+    tiny_config("method=adaptive", rank__schedule="measured", **fields)
+
+
+def test_a_run_that_has_begun_keeps_its_r_of_t(tmp_path, caplog):
+  path, run = tmp_path / "truncation.json", tmp_path / "run"
+  fields = write_analysis(path)
+  asked = tiny_config("method=adaptive", **fields).unlock()
+  kept = asked.rank.measured_shares
+  asked.rank.measured_shares = asked.rank.measured_boundaries = ()
+
+  def shares():
+    return builders.resolve_for_run(asked, str(run)).rank.measured_shares
+
+  assert shares() == kept
+  (run / "checkpoints" / "4").mkdir(parents=True)
+  workdir.store_config(run, builders.resolve_for_run(asked, str(run)))
+  assert shares() == kept
+  assert not caplog.records
+  write_analysis(path, rise=[[x, 0.3 * x] for x, _ in RISE])
+  assert shares() == kept
+  path.unlink()
+  assert shares() == kept
+  assert ["has changed" in r.message or "cannot be used" in r.message for r in caplog.records] == [
+    True,
+    True,
+  ]
+  # Another analysis asks for another run, and so does one that has not come to a checkpoint.
+  write_analysis(tmp_path / "other.json", rise=[[x, 0.3 * x] for x, _ in RISE])
+  asked.rank.analysis = str(tmp_path / "other.json")
+  other = shares()
+  assert other != kept
+  asked.rank.analysis = str(path)
+  (run / "checkpoints" / "4").rmdir()
+  with pytest.raises(UserError, match="is not there"):
+    shares()
 
 
 def test_a_missing_analysis_is_refused(tmp_path):
