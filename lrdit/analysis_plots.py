@@ -361,27 +361,30 @@ def _gradient_lines(
   measure: str,
   condition: str,
 ) -> None:
+  """The data at every batch size, a null at the largest alone: more lines could not be read."""
   edges, style = np.array(_edges(gradients["groups"])), CONDITIONS[condition][1]
-  width = 1.7 if condition == "data" else 1.1
-  for i, _ in enumerate(gradients["batch_sizes"]):
+  sizes = range(len(gradients["batch_sizes"]))
+  for i in sizes if condition == "data" else sizes[-1:]:
     y = _values([None if group is None else group[i] for group in values], measure)
-    common = dict(color=COLOURS[i % len(COLOURS)], linestyle=style, linewidth=width)
-    panel.stairs(y, edges, baseline=None, **common)
+    colour, width = COLOURS[i % len(COLOURS)], 1.7 if condition == "data" else 1.2
+    panel.stairs(y, edges, baseline=None, color=colour, linestyle=style, linewidth=width)
     if condition == "data":
-      panel.plot((edges[1:] + edges[:-1]) / 2, y, "o", color=common["color"], markersize=2.6)
+      panel.plot((edges[1:] + edges[:-1]) / 2, y, "o", color=colour, markersize=2.6)
 
 
 def _gradient_legend(figure: Any, batch_sizes: Sequence[int], conditions: Sequence[str]) -> None:
   from matplotlib.lines import Line2D
 
+  colours = [COLOURS[i % len(COLOURS)] for i, _ in enumerate(batch_sizes)]
   handles = [
-    Line2D([], [], color=COLOURS[i % len(COLOURS)], label=f"batch size {size}")
-    for i, size in enumerate(batch_sizes)
+    Line2D([], [], color=colour, marker="o", markersize=2.6, label=f"data, batch size {size}")
+    for colour, size in zip(colours, batch_sizes, strict=True)
   ]
-  for condition in conditions:
+  for condition in [c for c in conditions if c != "data"]:
     label, style = CONDITIONS[condition]
-    handles.append(Line2D([], [], color="black", linestyle=style, label=label))
-  figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=2.6)
+    label = f"{label}, batch size {batch_sizes[-1]}"
+    handles.append(Line2D([], [], color=colours[-1], linestyle=style, label=label))
+  figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=3)
 
 
 @_styled
