@@ -487,14 +487,14 @@ def _group_map(
 
 @_styled
 def truncation(
-  found: Mapping[str, Any], title: str, derived: tuple[str, Sequence[float]] | None = None
+  found: Mapping[str, Any], title: str, drawn: tuple[str, Sequence[float]] | None = None
 ) -> Any:
   """Rise in held-out loss of a timestep group when every layer is cut to rank k.
 
   Args:
     found: "boundaries" (G + 1,), "ranks" (K,), "rise" (K, G) with None for what is missing.
     title: names the model and its step.
-    derived: a name and (T,) r(t) to draw upon it.
+    drawn: a name and (T,) r(t) to draw upon it.
   """
   from matplotlib.colors import LogNorm
 
@@ -512,8 +512,8 @@ def truncation(
     found["boundaries"], edges, shown, norm=norm, cmap=_rise_colours(), rasterized=True
   )
   _iso_loss_lines(panel, found["boundaries"], ranks, shown, norm)
-  if derived is not None:
-    name, r = derived
+  if drawn is not None:
+    name, r = drawn
     effects = _outline(4.5, "white")
     panel.step(np.arange(len(r)), r, color="black", linewidth=2, label=name, path_effects=effects)
     figure.legend(loc="outside lower center")

@@ -27,6 +27,7 @@ from lrdit import (
 from lrdit.analysis_files import Parts
 from lrdit.errors import UserError
 from lrdit.progress import make_bar
+from lrdit.rank_schedule import RankPlan
 from lrdit.sources import Source
 from lrdit.workdir import write_json
 
@@ -232,14 +233,23 @@ def analyse_truncation(analysis: Analysis) -> None:
     return truncation.analyse_truncation(truncator, ranks, place, losses_of, parts, make_bar)
 
   found = analysis.run("truncation", settings, make)
-  derived = measured_schedule_of(config, found)
-  analysis.plot("truncation", analysis_plots.truncation(found, analysis.title, derived))
+  drawn = schedule_on_map(config, analysis.plan, found)
+  analysis.plot("truncation", analysis_plots.truncation(found, analysis.title, drawn))
   losses = {analysis.about["weights"]: found["baseline"]}
   analysis.plot("losses", analysis_plots.losses(analysis.boundaries, losses, analysis.title))
 
 
-def measured_schedule_of(config: ConfigDict, found: dict[str, Any]) -> tuple[str, Any] | None:
-  """(name, (T,) r(t)) that `rank.schedule=measured` would take, or None where there is none."""
+def schedule_on_map(
+  config: ConfigDict, plan: RankPlan, found: dict[str, Any]
+) -> tuple[str, np.ndarray] | None:
+  """(name, (T,) r(t)): of a run without one, what `rank.schedule=measured` would take.
+
+  Above the r(t) that a run has, cutting changes nothing, and nothing else follows from it.
+  None where no r(t) follows.
+  """
+  if plan.num_buckets > 1:
+    active = np.mean([ranks.active for _, ranks in plan.layers], axis=0)
+    return "the run's own r(t), mean over layers", active[plan.bucket_of_timestep]
   if any(None in row for row in found["rise"]):
     return None
   try:

@@ -124,15 +124,25 @@ def test_other_data_than_the_run_s_is_refused(analysed, monkeypatch, split):
 
 def test_r_of_t_on_the_heat_map_is_what_a_run_would_take():
   config = tiny.tiny_config("method=full")
-  found = analysis_of(config)
-  name, r = analyze.measured_schedule_of(config, found)
+  found, dense = analysis_of(config), builders.make_plan(config)
+  name, r = analyze.schedule_on_map(config, dense, found)
   assert name.startswith("rank.schedule=measured at rank.ratio=0.5")
   plan = builders.make_plan(tiny.tiny_config("method=static"))
   assert r.mean() == pytest.approx(np.mean([ranks.static_rank for _, ranks in plan.layers]))
   assert r.shape == (1000,)
   assert r[0] > r[999]
-  assert analyze.measured_schedule_of(config, found | {"rise": [[None, 1.0]] * 3}) is None
-  assert analyze.measured_schedule_of(config, found | {"ranks": (30, 31, 31)}) is None
+  assert analyze.schedule_on_map(config, dense, found | {"rise": [[None, 1.0]] * 3}) is None
+  assert analyze.schedule_on_map(config, dense, found | {"ranks": (30, 31, 31)}) is None
+
+
+def test_r_of_t_on_the_heat_map_of_an_adaptive_run_is_its_own():
+  config = tiny.tiny_config("method=adaptive")
+  plan = builders.make_plan(config)
+  name, r = analyze.schedule_on_map(config, plan, analysis_of(config))
+  assert "own" in name
+  for t in (0, 600, 999):
+    bucket = plan.bucket_of_timestep[t]
+    assert r[t] == np.mean([ranks.active[bucket] for _, ranks in plan.layers])
 
 
 def test_counts_of_every_arm_by_bucket_and_sampling_run():
