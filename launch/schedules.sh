@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Rank schedules on the digits at equal mean rank: r(t) measured on the full arm of the first seed,
-# logistic_decreasing, increasing and constant, beside the full arm; all trained, sampled, evaluated
-# and reported. What launch/digits.sh has run of it is used. Run again, it goes on where it was
-# and repeats nothing. About 75 minutes on 2 cores.
+# logistic_decreasing, increasing and constant, beside the full and static arms; all trained,
+# sampled, evaluated and reported. What launch/digits.sh has run of it is used. Run again, it goes
+# on where it was and repeats nothing. About 70 minutes on 2 cores.
 # Usage: bash launch/schedules.sh [--config.GROUP.FIELD=VALUE ...]
 # Environment: RUNS=DIR (default runs) for digits_ARM_SEED and digits_schedules;
 #   SEEDS="0 1 2".
@@ -24,6 +24,7 @@ read -ra seeds <<<"${SEEDS:-0 1 2}"
 workdirs=()
 for seed in "${seeds[@]}"; do
   run_digits full "$seed" full "$@"
+  run_digits static "$seed" static "$@"
 done
 
 # One r(t) for all seeds, or they would be different arms.

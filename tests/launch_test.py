@@ -178,9 +178,10 @@ def test_schedules_are_reported_and_nothing_is_repeated(checkout, tmp_path):
   report = json.loads((runs / "digits_schedules" / "report.json").read_text())
   assert [arm["name"] for arm in report["arms"]] == [
     "full",
+    "static",
     *(f"adaptive (schedule {s})" for s in ("measured", "logistic_decreasing", *names[2:])),
   ]
-  assert [[run["seed"] for run in arm["runs"]] for arm in report["arms"]] == 5 * [[3, 4]]
+  assert [[run["seed"] for run in arm["runs"]] for arm in report["arms"]] == 6 * [[3, 4]]
   ranks = json.loads((runs / "digits_measured_4" / "config.json").read_text())["rank"]
   analysis = runs / "digits_full_3" / "analysis" / "truncation.json"
   assert ranks["analysis"] == str(analysis)
@@ -195,7 +196,7 @@ def test_schedules_are_reported_and_nothing_is_repeated(checkout, tmp_path):
   status, _, stderr = run(checkout, "schedules.sh", *flags, SEEDS="3 4")
   assert status == 0, stderr
   assert modes(stderr) == [
-    *(f"digits, full, seed {seed}: finished" for seed in (3, 4)),
+    *(f"digits, {name}, seed {seed}: finished" for seed in (3, 4) for name in ("full", "static")),
     "digits, full, seed 3: analyze",
     *(f"digits, {name}, seed {seed}: finished" for seed in (3, 4) for name in names),
   ]
