@@ -18,7 +18,7 @@ def run(argv: list[str]) -> int:
     if values.help:
       print(__doc__, values.get_help(), sep="\n")
       return 0
-    startup.prepare()
+    startup.prepare(values.mode)
     from lrdit import builders, parallel, progress  # now, as importing jax takes a while
 
     cluster = parallel.find_cluster(values.coordinator, values.num_processes, values.process_id)

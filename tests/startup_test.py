@@ -56,8 +56,35 @@ def test_several_cpu_devices_keep_the_allocator_as_it_is(monkeypatch):
       monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
       monkeypatch.setenv(name, value)
-    startup.prepare()
+    startup.prepare("train")
   assert len(kept) == 1
+
+
+# Memory that is held after a large block was freed.
+HELD = """
+import resource
+from lrdit import startup
+startup.{setup}()
+import numpy as np
+np.ones(256 << 20, np.uint8)
+with open("/proc/self/statm") as file:
+  print(int(file.read().split()[1]) * resource.getpagesize())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_an_analysis_gives_freed_memory_back(monkeypatch):
+  def held(setup):
+    command = [sys.executable, "-c", HELD.format(setup=setup)]
+    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+  assert held("keep_freed_memory") > held("give_back_freed_memory") + (200 << 20)
+  called = []
+  for name in ("keep_freed_memory", "give_back_freed_memory", "use_compilation_cache"):
+    monkeypatch.setattr(startup, name, lambda name=name: called.append(name))
+  startup.prepare("analyze")
+  assert called == ["give_back_freed_memory", "use_compilation_cache"]
 
 
 def test_other_allocators_are_left_alone(monkeypatch):
@@ -70,7 +97,7 @@ def test_other_allocators_are_left_alone(monkeypatch):
 
 COMPILE = """
 from lrdit import startup
-startup.prepare()
+startup.prepare("train")
 import jax
 def slow_to_compile(x):
   for _ in range(8):
