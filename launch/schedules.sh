@@ -12,7 +12,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/arms.sh"
 check_digits_arguments "$@"
 for argument in "$@"; do
   case "$argument" in
-    --config.rank.schedule=* | --config.rank.analysis=*)
+    --config.rank.schedule=* | --config.rank.analysis=* | --config.rank.measured_*)
       usage_error "$argument: every schedule is run, one after another"
       ;;
   esac

@@ -24,9 +24,12 @@ def read_truncation(path: str) -> dict[str, Any]:
   """
   try:
     found = json.loads(pathlib.Path(path).expanduser().read_text())
-    if _is_truncation(found):
+    rise = _check_truncation(found)
+    if np.isfinite(rise).all():
       return found
     cause = "has timestep groups without a measurement: raise config.evaluation.draws there"
+    if any(None not in row for row in found["rise"]):
+      cause = "has losses that are not finite: analyze an intact run"
   except (FileNotFoundError, IsADirectoryError):
     cause = "is not there: it is analysis/truncation.json of a workdir after --mode=analyze"
   except (ValueError, KeyError, TypeError):
@@ -34,8 +37,8 @@ def read_truncation(path: str) -> dict[str, Any]:
   raise UserError(f"config.rank.analysis={path!r} {cause}")
 
 
-def _is_truncation(found: dict[str, Any]) -> bool:
-  """Whether every group was measured at every rank.
+def _check_truncation(found: dict[str, Any]) -> np.ndarray:
+  """(K, G) rises, NaN for what was not measured.
 
   Raises:
     ValueError, KeyError, TypeError: it is no causal test's result.
@@ -48,7 +51,7 @@ def _is_truncation(found: dict[str, Any]) -> bool:
     raise ValueError
   if not isinstance(found["layers"], list):
     raise TypeError
-  return not np.isnan(rise).any()
+  return rise
 
 
 def read_kept_schedule(workdir: str, analysis: str) -> tuple[tuple, tuple] | None:
@@ -102,7 +105,7 @@ class Parts:
       with np.load(self._path(unit)) as arrays:
         loaded = {name: arrays[name] for name in arrays.files}
       return json.loads(bytes(loaded.pop(RECORD))), loaded
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
       return None  # missing, or damaged: it is made again
 
   def save(

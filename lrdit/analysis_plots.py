@@ -21,6 +21,7 @@ from lrdit.weight_spectra import KINDS
 from lrdit.workdir import atomic_path
 
 DOTS_PER_INCH = 150
+FEW_BLOCKS = 6  # that a legend names one by one
 LAYER_INCHES = 0.14  # of a layer's row in a heat map
 KIND_TITLES = {"attention": "attention", "mlp": "MLP", "adaln": "adaLN", "other": "other layers"}
 MEASURE_TITLES = dict(
@@ -188,7 +189,7 @@ def _depth_colours(weights: Mapping[str, Any]) -> tuple[Callable[[str], Any], li
 
   depth = 1 + max(_block_of(name) for name in weights["layers"])
   colours = _sequential(depth)
-  shown = sorted({0, depth // 2, depth - 1})
+  shown = range(depth) if depth <= FEW_BLOCKS else sorted({0, depth // 2, depth - 1})
   handles = [Line2D([], [], color=colours[i], label=f"block {i}") for i in shown]
   handles.append(Line2D([], [], color="#808080", label="outside the blocks"))
 
@@ -318,7 +319,7 @@ def weight_groups(weights: Mapping[str, Any], title: str) -> Any:
 
 @_styled
 def gradient_ranks(gradients: Mapping[str, Any], title: str) -> Any:
-  """Normalised ranks of the gradients over timestep groups, beside those of both nulls.
+  """Normalised ranks of the gradients over timestep groups, beside those of the nulls.
 
   Args:
     gradients: "groups", "batch_sizes" and "conditions", each with "kinds".
@@ -389,7 +390,7 @@ def _gradient_legend(figure: Any, batch_sizes: Sequence[int], conditions: Sequen
 
 @_styled
 def gradient_layers(gradients: Mapping[str, Any], title: str) -> Any:
-  """Normalised entropy rank of every layer's gradient, a heat map beside those of both nulls.
+  """Normalised entropy rank of every layer's gradient, a heat map beside those of the nulls.
 
   Args:
     gradients: "groups", "batch_sizes", of which the largest is drawn, and "conditions".
@@ -444,7 +445,8 @@ def gradient_overlap(gradients: Mapping[str, Any], side: str, title: str) -> Any
     return None
   space = {"left": "left (D_in)", "right": "right (D_out)"}[side]
   count = gradients["subspace_rank"]
-  text = f"Overlap of the leading {count} {space} gradient directions, of other examples: {title}"
+  text = f"Overlap of the leading {count} {space} gradient directions, between different examples"
+  text = f"{text}:\n{title}"
   figure, axes = _panels(len(kinds), len(conditions), 2.9, 2.7, text, sharex=True, sharey=True)
   matrices = {
     # None becomes NaN.
@@ -489,7 +491,7 @@ def _group_map(
 def truncation(
   found: Mapping[str, Any], title: str, drawn: tuple[str, Sequence[float]] | None = None
 ) -> Any:
-  """Rise in held-out loss of a timestep group when every layer is cut to rank k.
+  """Rise in held-out loss of a timestep group when the factorised layers are cut to rank k.
 
   Args:
     found: "boundaries" (G + 1,), "ranks" (K,), "rise" (K, G) with None for what is missing.
@@ -517,7 +519,7 @@ def truncation(
     effects = _outline(4.5, "white")
     panel.step(np.arange(len(r)), r, color="black", linewidth=2, label=name, path_effects=effects)
     figure.legend(loc="outside lower center")
-  panel.set(xlabel=T_LABEL, ylabel="rank k that every layer is cut to", yscale="log")
+  panel.set(xlabel=T_LABEL, ylabel="rank k that the factorised layers are cut to", yscale="log")
   panel.set(ylim=(edges[0], edges[-1]))
   _rank_ticks(panel, ranks)
   label = "rise in held-out loss (grey: none, or below the scale)"

@@ -172,6 +172,7 @@ def analyse_gradients(analysis: Analysis) -> None:
   config, a = analysis.config, analysis.config.analysis
   source = analysis.source("train")
   settings = {
+    "conditions": list(gradient_spectra.CONDITIONS),
     "batch_sizes": list(a.batch_sizes),
     "subspace_rank": a.subspace_rank,
     "seed": a.seed,
@@ -207,7 +208,7 @@ def analyse_truncation(analysis: Analysis) -> None:
   names = builders.factorised_layers(config)
   truncator = truncation.Truncator(analysis.params, names)
   ranks = config.analysis.ranks or truncation.default_ranks(truncator.largest_rank)
-  if ranks[-1] >= truncator.largest_rank:
+  if not ranks or ranks[-1] >= truncator.largest_rank:
     raise UserError(
       f"config.analysis.ranks={tuple(ranks)} must end below {truncator.largest_rank}, the largest "
       "rank that these layers have"
@@ -215,6 +216,7 @@ def analyse_truncation(analysis: Analysis) -> None:
   batch_size = config.training.batch_size
   settings = {
     "layers": names,
+    "num_buckets": analysis.plan.num_buckets,
     **builders.describe_analysed(config),
     "ranks": list(ranks),
     "draws": draws,

@@ -266,6 +266,8 @@ def _fill_in_measured_schedule(config: ConfigDict) -> None:
   if rank.schedule != MEASURED:
     _require(not rank.analysis, "rank.analysis", rank.analysis, "needs rank.schedule=measured")
     return
+  rule = "must be activated where rank.schedule=measured: its mean is what is met"
+  _require(rank.match == "activated", "rank.match", rank.match, rule)
   if not rank.measured_shares:
     rule = "is missing: name analysis/truncation.json of a run after --mode=analyze"
     _require(rank.analysis != "", "rank.analysis", rank.analysis, rule)
@@ -301,7 +303,8 @@ def measured_ranks(config: ConfigDict, found: dict[str, Any]) -> np.ndarray:
     found: of `analysis_files.read_truncation`.
 
   Raises:
-    UserError: the analysis is of another model, or of no such mean.
+    UserError: the analysis is of another model, of one with an r(t) of its own, or of no such
+      mean.
   """
   shapes, boundaries = dit.layer_shapes(make_shape(config)), found["boundaries"]
   names = factorised_layers(config)
@@ -314,6 +317,11 @@ def measured_ranks(config: ConfigDict, found: dict[str, Any]) -> np.ndarray:
       "analyze a run of this one, or give config.rank.measured_shares and measured_boundaries"
     )
   mean = np.mean([rank_schedule.static_rank(config.rank.ratio, *shapes[name]) for name in names])
+  if found.get("num_buckets", 1) > 1:
+    raise UserError(
+      f"config.rank.analysis={config.rank.analysis!r} is of a run with an r(t) of its own, above "
+      "which no loss rises: analyze a run of the full arm"
+    )
   ranks = measured_schedule.iso_loss_ranks(
     found["ranks"], found["rise"], found["largest_rank"], boundaries, float(mean)
   )

@@ -14,9 +14,9 @@ shuffled: each example's G timesteps are dealt out to the groups anew, so a grou
 noise: as data, but the target is noise that is independent of the input. In a trained
   model the noise averages out over the batch, and what is left is mostly the gradient
   towards an output of zero: it still knows what the model has learned.
-residual: as data, but each example's error, output minus target, is replaced by noise of its
-  root mean square. What rank is left comes of the batch size, the activations and the
-  architecture alone.
+residual: as data, but each example's error, output minus target, is replaced by normal noise
+  of its root mean square as standard deviation. What rank is left comes of the batch size,
+  the activations and the architecture alone.
 
 Axes: N examples, b batch, H W image, C channels, G timestep groups, m = D_in rows and
 n = D_out columns of a kernel, q dimensions of a subspace.
@@ -225,7 +225,7 @@ def _with_noise_for_residual(
   target: Float[Array, "b H W C"],
   noise: Float[Array, "b H W C"],
 ) -> Float[Array, "b H W C"]:
-  """The target that leaves noise of the same root mean square in place of each residual."""
+  """The target that leaves noise, as large as expected, in place of each residual."""
   prediction = jax.lax.stop_gradient(prediction)
   mean_square = jnp.square(prediction - target).mean(axis=(1, 2, 3), keepdims=True)
   return prediction - jnp.sqrt(mean_square) * noise

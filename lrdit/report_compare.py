@@ -128,10 +128,10 @@ def mark_protocols(row: dict[str, Any]) -> None:
 
 
 def compare(arms: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Each arm against the full one, and the adaptive ones against the static one.
+  """Each arm against the full one, the adaptive ones against the static and the first adaptive one.
 
-  Of several arms of a baseline's method, each arm is compared with the one that
-  shares most of its config.
+  Of several full or static arms, each arm is compared with the one that shares most of its
+  config.
 
   Returns:
     of each arm and baseline: "arm" and "baseline" (numbers of arms), "also"
@@ -147,15 +147,24 @@ def compare(arms: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> l
         continue
       apart = {i: differing_fields(arms[i]["key"], arm["key"]) for i in candidates}
       nearest = min(candidates, key=lambda i: len(apart[i]))
-      also = [f for f in apart[nearest] if f != "method" and not f.startswith("rank.")]
-      compared = [
-        {k: row.get(k) for k in ("key", "label", "section", "settings", "compare")}
-        | compare_cells(row["cells"][number], row["cells"][nearest], row["compare"])
-        for row in rows
-        if row["compare"]
-      ]
-      found.append({"arm": number, "baseline": nearest, "also": also, "rows": compared})
-  return found
+      found.append(_compare_arms(arms, rows, number, nearest))
+  rest = [i for i, arm in enumerate(arms) if arm["method"] not in BASELINES]
+  return found + [_compare_arms(arms, rows, number, rest[0]) for number in rest[1:]]
+
+
+def _compare_arms(
+  arms: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], number: int, baseline: int
+) -> dict[str, Any]:
+  """One entry of `compare`."""
+  apart = differing_fields(arms[baseline]["key"], arms[number]["key"])
+  compared = [
+    {k: row.get(k) for k in ("key", "label", "section", "settings", "compare")}
+    | compare_cells(row["cells"][number], row["cells"][baseline], row["compare"])
+    for row in rows
+    if row["compare"]
+  ]
+  also = [f for f in apart if f != "method" and not f.startswith("rank.")]
+  return {"arm": number, "baseline": baseline, "also": also, "rows": compared}
 
 
 def compare_cells(cell: dict[str, Any], baseline: dict[str, Any], how: str) -> dict[str, Any]:

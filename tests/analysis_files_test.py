@@ -73,3 +73,14 @@ def test_removal_takes_all(tmp_path):
   parts.save("patch_embed", {})
   parts.remove()
   assert not (tmp_path / "weights").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 200])
+def test_a_damaged_unit_is_missing(tmp_path, keep):
+  parts = Parts(tmp_path / "weights", KEY)
+  parts.save("layer", {"loss": 0.5}, {"left": np.arange(1000.0)})
+  path = tmp_path / "weights" / "layer.npz"
+  path.write_bytes(path.read_bytes()[:keep])
+  assert parts.load("layer") is None
+  parts.save("layer", {"loss": 0.25})
+  assert parts.load("layer") == ({"loss": 0.25}, {})

@@ -239,7 +239,7 @@ def test_heat_map_of_the_causal_test():
   figure = analysis_plots.truncation(TRUNCATION, TITLE, ("r(t)", [8] * 500 + [3] * 500))
   heat = figure.axes[0]
   assert f"Causal test: {TITLE}" in texts(figure) and legend(figure) == ["r(t)"]
-  assert heat.get_ylabel() == "rank k that every layer is cut to"
+  assert heat.get_ylabel() == "rank k that the factorised layers are cut to"
   assert [t.get_text() for t in heat.get_yticklabels()] == ["2", "4", "8"]
   mesh, contours = heat.collections[:2]
   corners = mesh.get_coordinates()

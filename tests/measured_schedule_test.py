@@ -105,6 +105,8 @@ def test_a_config_takes_r_of_t_from_the_analysis_and_keeps_it(tmp_path):
   ("changes", "words"),
   [
     ({"rise": [[None, 1.0]] * 3}, "without a measurement"),
+    ({"rise": [[float("inf"), 1.0], [2.0, 0.5], [1.0, 0.2]]}, "losses that are not finite"),
+    ({"num_buckets": 4}, "a run with an r\\(t\\) of its own"),
     ({"ranks": []}, "not an analysis"),
     ({"ranks": (4, 8, 500)}, "not an analysis"),
     ({"rise": [[1.0, 1.0]] * 2}, "not an analysis"),
@@ -179,6 +181,12 @@ def test_a_run_that_has_begun_keeps_its_r_of_t(tmp_path, caplog):
   (run / "checkpoints" / "4").rmdir()
   with pytest.raises(UserError, match="is not there"):
     shares()
+
+
+def test_a_mean_that_is_not_met_is_refused(tmp_path):
+  fields = write_analysis(tmp_path / "truncation.json")
+  with pytest.raises(UserError, match=r"rank\.match='total' must be activated"):
+    tiny_config("method=adaptive", rank__match="total", **fields)
 
 
 def test_a_missing_analysis_is_refused(tmp_path):

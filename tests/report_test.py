@@ -221,6 +221,19 @@ def test_comparison_with_the_full_arm(made):
   assert comparison_of(made, 1, baseline=2)["held_out_loss_ema"]["value"] < 1
 
 
+def test_adaptive_arms_are_compared_with_the_first_of_them(tmp_path):
+  runs = [make_run(tmp_path / f"{i}", "adaptive", loss=0.2 + 0.01 * i) for i in range(3)]
+  for i, schedule in enumerate(("measured", "increasing", "constant")):
+    config = json.loads((tmp_path / f"{i}" / "config.json").read_text())
+    config["rank"]["schedule"] = schedule
+    write(tmp_path / f"{i}" / "config.json", config)
+  made = report.make_report(runs, "out")
+  assert [(c["arm"], c["baseline"]) for c in made["comparisons"]] == [(1, 0), (2, 0)]
+  assert comparison_of(made, 2)["held_out_loss_ema"]["value"] == pytest.approx(0.22 / 0.2)
+  assert made["comparisons"][0]["also"] == []
+  assert "adaptive (schedule measured)" in report_page.render(made)
+
+
 def test_accuracy_is_compared_in_points():
   def cell(*values):
     return report_compare.summarise(
@@ -578,7 +591,7 @@ def run_main(capsys, *flags):
 
 
 def test_the_command_line_writes_both_files(workdirs, made, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(main.startup, "prepare", lambda: None)
+  monkeypatch.setattr(main.startup, "prepare", lambda mode: None)
   output = tmp_path / "a" / "b"
   flags = ["--mode=report", f"--workdirs={','.join(workdirs)}", f"--output={output}"]
   assert run_main(capsys, *flags)[0] == 0
@@ -621,7 +634,7 @@ def test_labels_that_differ_are_told(tmp_path):
 )
 def test_wrong_flags_end_in_one_line(flags, status, words, capsys, monkeypatch):
   monkeypatch.chdir(tiny.ROOT)
-  monkeypatch.setattr(main.startup, "prepare", lambda: None)
+  monkeypatch.setattr(main.startup, "prepare", lambda mode: None)
   got, stderr = run_main(capsys, *flags)
   assert (got, len(stderr.splitlines())) == (status, 1), stderr
   assert stderr.startswith("error: ")
