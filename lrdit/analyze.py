@@ -172,7 +172,7 @@ def analyse_gradients(analysis: Analysis) -> None:
   config, a = analysis.config, analysis.config.analysis
   source = analysis.source("train")
   settings = {
-    "conditions": list(gradient_spectra.CONDITIONS),
+    "condition_names": list(gradient_spectra.CONDITIONS),
     "batch_sizes": list(a.batch_sizes),
     "subspace_rank": a.subspace_rank,
     "seed": a.seed,

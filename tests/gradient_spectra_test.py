@@ -259,10 +259,9 @@ def test_the_noise_null_changes_the_target_alone(prediction):
       assert abs(np.corrcoef(got.ravel(), other.ravel())[0, 1]) < 0.02
 
 
-@pytest.mark.parametrize("arm", ["full", "adaptive"])
-def test_the_residual_null_passes_noise_back_in_place_of_each_error(arm):
+def test_the_residual_null_passes_noise_back_in_place_of_each_error():
   """By one vector-Jacobian product of the model, at the size that the error really has."""
-  objective, examples = make_objective(arm), make_examples()
+  objective, examples = make_objective(), make_examples()
   plan, t = objective.model.plan, np.full(8, 400)
   batch = gradient_spectra.condition_batch("residual", objective, examples, t[None], 0)
   np.testing.assert_array_equal(batch["target"], make_batch(objective, t)["target"])
