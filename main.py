@@ -34,8 +34,8 @@ def run(argv: list[str]) -> int:
     verb = getattr(importlib.import_module(f"lrdit.{values.mode}"), values.mode)
     read = {"config": builders.resolve, "workdirs": list}
     if values.workdir:
-      run = os.path.expanduser(values.workdir)
-      read["config"] = functools.partial(builders.resolve_for_run, run=run)
+      workdir = os.path.expanduser(values.workdir)
+      read["config"] = functools.partial(builders.resolve_for_run, run=workdir)
     verb(*(read.get(f, os.path.expanduser)(values[f].value) for f in MODES[values.mode]))
     return 0
   except (Exception, KeyboardInterrupt) as error:

@@ -5,7 +5,7 @@ gigabytes for a training step, and glibc gives such blocks back to the system as
 soon as they are freed. Every step then starts by faulting them in again, page by
 page, which took a third of a DiT-S/2 step. An analysis, though, asks for blocks of
 ever other sizes, between which a heap that keeps everything grows in pieces: to 20 GiB
-where DiT-XL/2 needs 12.
+where DiT-XL/2 needs 14.
 """
 
 import ctypes
@@ -33,10 +33,10 @@ def prepare(mode: str) -> None:
   Args:
     mode: that the process is for.
   """
-  # Several devices allocate at once and leave the one heap in pieces: it grew by a
-  # gigabyte every few steps of DiT-S/2, without end.
   if mode in VARIED_MODES:
     give_back_freed_memory()
+  # Several devices allocate at once and leave the one heap in pieces: it grew by a
+  # gigabyte every few steps of DiT-S/2, without end.
   elif num_cpu_devices(os.environ) == 1:
     keep_freed_memory()
   use_compilation_cache()
