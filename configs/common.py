@@ -167,5 +167,6 @@ def get_default_config(method: str, variant: str) -> ConfigDict:
   # than 1 hides the time between steps, as training on an accelerator does.
   benchmark.steps = 1
   benchmark.sampling_runs = 1  # whole sampling runs of each arm; 0: add up bucket times
+  benchmark.fit_memory = False  # halve training.batch_size until all arms fit an accelerator
   benchmark.matmul_size = 0  # of the peak's matrices; 0: 2048 on a CPU, 8192 elsewhere
   return config

@@ -46,6 +46,11 @@ MEMORY_MEANING = (
   "arguments + outputs + temporaries - donated arguments of the compiled training step, per device"
 )
 
+# A state holds the parameters, their average and two moments.
+STATE_ARRAYS, BYTES_PER_FLOAT = 4, 4
+# The rest is for what XLA does not count: fragments, libraries' work space.
+USABLE_SHARE = 0.9
+
 # A task times its work in round number i and returns seconds.
 Task = Callable[[int], float]
 
@@ -62,16 +67,17 @@ def arm_config(config: ConfigDict, arm: str) -> ConfigDict:
 
 
 def random_params(config: ConfigDict) -> Any:
-  """Parameters of the model's shapes, N(0, 0.02**2) float32, on the host.
+  """Return parameters of the model's shapes, N(0, 0.02**2) float32, drawn on the device.
 
   Not those of initialisation: their zeros make most gradients zero, and zeros
   can be multiplied faster than numbers.
   """
-  rng = np.random.default_rng(0)
-  template = builders.params_template(config)
-  return jax.tree.map(
-    lambda p: np.float32(0.02) * rng.standard_normal(p.shape, np.float32), template
-  )
+  leaves, tree = jax.tree.flatten(builders.params_template(config))
+  ends = np.cumsum([leaf.size for leaf in leaves])
+  # One draw, which compiles in a moment, and a barrier, or every slice would draw for itself.
+  flat = 0.02 * jax.random.normal(jax.random.key(0), (int(ends[-1]),))
+  parts = jnp.split(jax.lax.optimization_barrier(flat), ends[:-1])
+  return tree.unflatten(part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True))
 
 
 def random_images(config: ConfigDict, *batch_axes: int) -> np.ndarray:
@@ -142,12 +148,9 @@ class TrainingArm:
     self._count = config.benchmark.steps
     self._key = jax.random.key(config.seed)
     self._batch = self._make_batch(config, devices)
-    # In one compiled call and from the host: array by array takes far longer.
-    make_state = functools.partial(
-      create_train_state, optimizer=optimizer, num_groups=curriculum.num_groups
+    self._state = parallel.make_replicated(
+      lambda: create_train_state(random_params(config), optimizer, curriculum.num_groups), devices
     )
-    state = parallel.to_host(jax.jit(make_state)(random_params(config)))
-    self._state = parallel.replicate(state, devices)
     local = config.training.batch_size // len(devices)
     self.groups = training_step.select_ranks(objective, jnp.zeros(local, jnp.int32)).groups
     shape, plan = objective.model.shape, objective.model.plan
@@ -200,7 +203,8 @@ class SamplingArm:
   def __init__(self, config: ConfigDict, devices: parallel.Devices):
     """Slices the parameters and compiles every bucket."""
     self.sampler = builders.make_sampler(config, devices)
-    self.sliced_params = self.sampler.slice_params(random_params(config))
+    params = jax.jit(functools.partial(random_params, config))()
+    self.sliced_params = self.sampler.slice_params(params)
     size, classes = self.sampler.settings.batch_size, config.data.num_classes
     split = parallel.shardings(devices)[0]
     index = np.arange(size)
@@ -442,13 +446,52 @@ def device_peak_bytes(devices: parallel.Devices) -> int | None:
   return max((peak for peak in peaks if peak is not None), default=None)
 
 
+def bytes_of_other_arms(config: ConfigDict) -> int:
+  """Return what lies on a device beside the full arm's training: states, sliced parameters."""
+  arrays = 0
+  for arm in ARMS:
+    fields = arm_config(config, arm)
+    shape, plan = builders.make_shape(fields), builders.make_plan(fields)
+    if arm != "full":
+      arrays += STATE_ARRAYS * flops.num_parameters(shape, plan)
+    if arm in SAMPLING_ARMS:
+      buckets = range(plan.num_buckets)
+      arrays += sum(flops.num_parameters(shape, plan.at_bucket(bucket)) for bucket in buckets)
+  return BYTES_PER_FLOAT * arrays
+
+
+def full_arm_that_fits(config: ConfigDict, devices: parallel.Devices) -> TrainingArm:
+  """Return the full arm at the largest batch that fits; sets the batch in the config.
+
+  The batch is halved until XLA's estimate of the full arm, whose activations are the largest,
+  fits beside what the other arms hold. It is kept where a device does not tell its memory.
+  """
+  limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+  others = bytes_of_other_arms(config)
+  while True:
+    arm = TrainingArm(arm_config(config, "full"), devices)
+    half = config.training.batch_size // 2
+    too_much = limit and (arm.memory_bytes or 0) + others > USABLE_SHARE * limit
+    if not too_much or half % len(devices) or not half:
+      return arm
+    log.info("a batch of %d does not fit: trying %d", config.training.batch_size, half)
+    config.training.batch_size = half
+    del arm  # and its state, before the next one is made
+
+
 def measure(config: ConfigDict, devices: parallel.Devices) -> dict[str, Any]:
   """Times everything and returns what `benchmark.json` holds."""
-  configs = {arm: arm_config(config, arm) for arm in ARMS}
   peak = MatmulPeak(config, devices)
   training, sampling = {}, {}
   with make_bar(len(ARMS) + len(SAMPLING_ARMS), 0, "program") as bar:
+    if config.benchmark.fit_memory:
+      config = ConfigDict(config.to_dict())
+      training["full"] = full_arm_that_fits(config, devices)
+      bar.update()
+    configs = {arm: arm_config(config, arm) for arm in ARMS}
     for name, fields in configs.items():
+      if name in training:
+        continue
       log.debug("compiling %s", name)
       training[name] = TrainingArm(fields, devices)
       bar.update()

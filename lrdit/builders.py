@@ -626,15 +626,16 @@ def make_plan(config: ConfigDict) -> rank_schedule.RankPlan:
   )
 
 
-def make_model(config: ConfigDict) -> dit.DiT:
-  """The DiT of the config's arm."""
-  model = config.model
+def make_model(config: ConfigDict, devices: parallel.Devices = ()) -> dit.DiT:
+  """The DiT of the config's arm, as the devices compute it fastest."""
+  model, dtype = config.model, DTYPES[config.model.dtype]
   return dit.DiT(
     make_shape(config),
     make_plan(config),
-    DTYPES[model.dtype],
+    dtype,
     remat=model.remat,
     scan_blocks=model.scan_blocks,
+    attention=dit.choose_attention(devices, dtype, model.hidden_size // model.num_heads),
   )
 
 
@@ -665,7 +666,7 @@ def make_objective(config: ConfigDict, devices: parallel.Devices) -> training_st
   """What training minimises, with its batch spread over `devices`."""
   parallel.check_divisible("config.training.batch_size", config.training.batch_size, devices)
   return training_step.Objective(
-    model=make_model(config),
+    model=make_model(config, devices),
     alphas_cumprod=make_alphas_cumprod(config),
     prediction=config.diffusion.prediction,
     loss_weighting=config.diffusion.loss_weighting,
@@ -775,4 +776,5 @@ def make_sampler(
     seed=s.seed,
     batch_size=batch_size,
   )
-  return Sampler(make_model(config), make_solver_table(config), settings, devices)
+  model = make_model(config, devices)
+  return Sampler(model, make_solver_table(config), settings, devices)

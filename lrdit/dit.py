@@ -11,6 +11,7 @@ Axes: B batch, H W image, C channels, N tokens, P patch, D width, h heads.
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -166,30 +167,51 @@ def modulate(
   return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def attention(qkv: Float[Array, "B N three_D"], num_heads: int) -> Float[Array, "B N D"]:
-  """Multi-head self-attention of (B, N, 3 D) to (B, N, D).
+# Maps (qkv, num_heads), (B, N, 3 D), to (B, N, D).
+AttentionFunction = Callable[[Float[Array, "B N three_D"], int], Float[Array, "B N D"]]
 
-  By cuDNN's fused kernel where that is there, and by `plain_attention` elsewhere.
+
+def choose_attention(
+  devices: Sequence[jax.Device], dtype: Any, head_width: int
+) -> AttentionFunction:
+  """Return the fastest attention that the devices and cuDNN's kernel allow.
+
+  Args:
+    devices: those the model will run on.
+    dtype: compute dtype.
+    head_width: D / h.
+
+  Returns:
+    `fused_attention` in bfloat16 on NVIDIA GPUs of compute capability 8.0 or more, for head
+    widths that are a multiple of 8 up to 128, which is what the kernel takes on all of them
+    in both directions; `plain_attention` otherwise.
   """
-  # Not `jax.lax.platform_dependent`: tracing the kernel fails without cuDNN.
-  has_cudnn = "cuda" in jax.devices()[0].client.platform_version.lower()
-  if has_cudnn and qkv.dtype == jnp.bfloat16:
-    return fused_attention(qkv, num_heads)
-  return plain_attention(qkv, num_heads)
+  fits = dtype == jnp.bfloat16 and head_width % 8 == 0 and head_width <= 128
+  if fits and devices and all(map(_has_fused_kernel, devices)):
+    return fused_attention
+  return plain_attention
+
+
+def _has_fused_kernel(device: jax.Device) -> bool:
+  if "cuda" not in device.client.platform_version.lower():
+    return False
+  return int(device.compute_capability.split(".")[0]) >= 8
 
 
 def fused_attention(qkv: Float[Array, "B N three_D"], num_heads: int) -> Float[Array, "B N D"]:
-  """Attention by cuDNN's kernel, which keeps no (N, N) array; not in float32."""
+  """Return attention by cuDNN's kernel, which keeps no (N, N) array; see `choose_attention`."""
   b, n, _ = qkv.shape
   q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, num_heads, -1), 2, 0)
   return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").reshape(b, n, -1)
 
 
 def plain_attention(qkv: Float[Array, "B N three_D"], num_heads: int) -> Float[Array, "B N D"]:
-  """Attention by two products.
+  """Return attention by two products.
 
   Heads are merged into the batch and the softmax's division is applied after
-  the values: fewer passes over (N, N) arrays, and plain batched products.
+  the values: fewer passes over (N, N) arrays, and plain batched products. Scores and sums
+  are float32 whatever the dtype: rounding a score s to bfloat16 would change its weight by
+  a factor of up to exp(2**-9 |s|).
   """
   b, n, _ = qkv.shape
 
@@ -197,10 +219,11 @@ def plain_attention(qkv: Float[Array, "B N three_D"], num_heads: int) -> Float[A
     return x.reshape(b, n, num_heads, -1).transpose(0, 2, 1, 3).reshape(b * num_heads, n, -1)
 
   q, k, v = map(merge_heads, jnp.split(qkv, 3, axis=-1))
-  scores = matmul(q * q.shape[-1] ** -0.5, k.mT).astype(jnp.float32)
-  weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-  values = matmul(weights.astype(qkv.dtype), v)
-  out = values / weights.sum(-1, keepdims=True).astype(qkv.dtype)
+  scores = matmul(q, k.mT, jnp.float32)
+  highest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+  weights = jnp.exp((scores - highest) * q.shape[-1] ** -0.5)
+  values = matmul(weights.astype(qkv.dtype), v, jnp.float32)
+  out = (values / weights.sum(-1, keepdims=True)).astype(qkv.dtype)
   return out.reshape(b, num_heads, n, -1).transpose(0, 2, 1, 3).reshape(b, n, -1)
 
 
@@ -240,13 +263,14 @@ class Attention(nn.Module):
   num_heads: int
   plan: RankPlan
   dtype: Any
+  attention: AttentionFunction
 
   @nn.compact
   def __call__(self, x: Float[Array, "B N D"], selection: RankSelection) -> Float[Array, "B N D"]:
     """(B, N, D) to (B, N, D)."""
     d = x.shape[-1]
     qkv = make_dense(self, "qkv", 3 * d, self.plan, self.dtype)(x, selection)
-    y = attention(qkv, self.num_heads)
+    y = self.attention(qkv, self.num_heads)
     return make_dense(self, "proj", d, self.plan, self.dtype)(y, selection)
 
 
@@ -271,6 +295,7 @@ class Block(nn.Module):
   num_heads: int
   plan: RankPlan
   dtype: Any
+  attention: AttentionFunction
 
   @nn.compact
   def __call__(
@@ -281,7 +306,7 @@ class Block(nn.Module):
       self, "adaln", 6 * x.shape[-1], self.plan, self.dtype, nn.initializers.zeros
     )(c, selection)
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
-    attn = Attention(self.num_heads, self.plan, self.dtype, name="attn")
+    attn = Attention(self.num_heads, self.plan, self.dtype, self.attention, name="attn")
     x = x + gate_a[:, None] * attn(modulate(layer_norm(x), shift_a, scale_a), selection)
     mlp = Mlp(self.plan, self.dtype, name="mlp")
     return x + gate_m[:, None] * mlp(modulate(layer_norm(x), shift_m, scale_m), selection)
@@ -318,6 +343,7 @@ class DiT(nn.Module):
       is inside it.
     scan_blocks: compile equal blocks once and loop over them. The parameters
       are the same either way.
+    attention: how attention is computed, from `choose_attention`.
   """
 
   shape: DiTShape
@@ -325,6 +351,7 @@ class DiT(nn.Module):
   dtype: Any = jnp.float32
   remat: bool = False
   scan_blocks: bool = False
+  attention: AttentionFunction = plain_attention
 
   def setup(self):
     """Names every part; the parameters' paths are these names."""
@@ -339,7 +366,7 @@ class DiT(nn.Module):
         embedding_init=nn.initializers.normal(0.02),
       )
     block = nn.remat(Block) if self.remat else Block
-    self.blocks = [block(s.num_heads, *common) for _ in range(s.depth)]
+    self.blocks = [block(s.num_heads, *common, self.attention) for _ in range(s.depth)]
     self.final_layer = FinalLayer(s.patch_size**2 * s.out_channels, *common)
 
   def __call__(

@@ -17,6 +17,7 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -273,6 +274,16 @@ def replicate(tree: Any, devices: Devices) -> Any:
   count as differently sharded, and the second step would compile again.
   """
   return flax.jax_utils.replicate(tree, own_devices(devices), axis_name=AXIS)
+
+
+def make_replicated(make: Callable[[], Any], devices: Devices) -> Any:
+  """Return `replicate(make(), devices)`, made on the devices by one compiled call."""
+  own = own_devices(devices)
+
+  def make_copies() -> Any:
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (len(own), *x.shape)), make())
+
+  return jax.jit(make_copies, out_shardings=shardings(devices)[0])()
 
 
 def prefetch(batches: Iterator[Any], devices: Devices) -> Iterator[Any]:

@@ -176,6 +176,39 @@ def test_prints_a_line_per_arm_and_bucket(finished):
     assert len({len(line) for line in table.rstrip("\n").split("\n")}) == 1
 
 
+@pytest.mark.parametrize(("limit", "expected"), [(1e12, 16), (None, 16), (2.5e6, 8), (1, 1)])
+def test_halves_the_batch_until_all_arms_fit(limit, expected, monkeypatch):
+  """A stand-in of an arm that takes its state and 100 kB an image."""
+  tried = []
+
+  def make_arm(config, devices):
+    tried.append(config.training.batch_size)
+    return mock.Mock(memory_bytes=1_000_000 + 100_000 * tried[-1])
+
+  monkeypatch.setattr(benchmark, "TrainingArm", make_arm)
+  monkeypatch.setattr(benchmark, "bytes_of_other_arms", lambda config: 400_000)
+  stats = None if limit is None else {"bytes_limit": limit}
+  device = mock.Mock(spec=jax.Device, memory_stats=lambda: stats)
+  config = tiny_config()
+  benchmark.full_arm_that_fits(config, [device])
+  assert config.training.batch_size == expected == tried[-1]
+  assert tried == [16, 8, 4, 2, 1][: len(tried)]
+
+
+def test_bytes_of_other_arms_are_those_of_their_states_and_sampling_parameters():
+  config, devices = tiny_config(model__depth=1), jax.devices()[:1]
+  expected = 0
+  for arm in benchmark.ARMS:
+    fields = benchmark.arm_config(config, arm)
+    params = jax.tree.leaves(builders.params_template(fields))
+    expected += 16 * sum(p.size for p in params) if arm != "full" else 0
+    if arm in benchmark.SAMPLING_ARMS:
+      made = builders.make_sampler(fields, devices)
+      sliced = made.slice_params(jax.tree.map(np.zeros_like, builders.init_params(fields)))
+      expected += sum(p.nbytes for p in jax.tree.leaves(sliced))
+  assert benchmark.bytes_of_other_arms(config) == expected
+
+
 def test_arms_differ_in_method_and_compute_alone():
   config = tiny_config("method=static", rank__ratio=0.4)
   for arm, (method, compute) in benchmark.ARMS.items():

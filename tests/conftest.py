@@ -1,12 +1,19 @@
-"""Every test runs on four virtual CPU devices and needs no network."""
+"""Every test runs on four virtual CPU devices and needs no network.
+
+`LRDIT_TEST_PLATFORM=cuda` runs those marked `gpu` on a GPU instead.
+"""
 
 import os
 import shutil
 import tempfile
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-# Small shapes gain nothing from optimised code, and it takes longer to compile.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+os.environ["JAX_PLATFORMS"] = os.environ.get("LRDIT_TEST_PLATFORM", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+  # Small shapes gain nothing from optimised code, and it takes longer to compile.
+  os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+else:
+  # Products of float32 are those of float32, as the tolerances expect, and not TF32's.
+  os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 # Many tests compile the same small programs: one cache, shared by the workers
 # and by the command lines they start, and gone with the test run.
 if "LRDIT_TEST_CACHE" not in os.environ:

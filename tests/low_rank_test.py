@@ -32,6 +32,7 @@ COMPUTES = {
 }
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("groups", COMPUTES.values(), ids=COMPUTES.keys())
 @pytest.mark.parametrize("with_tokens", [True, False])
 def test_every_compute_gives_each_example_its_rank(groups, with_tokens):
@@ -42,6 +43,7 @@ def test_every_compute_gives_each_example_its_rank(groups, with_tokens):
   np.testing.assert_allclose(y, reference(x, down, up, np.asarray(ranks)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("bucket", range(3))
 def test_sliced_equals_masked(bucket):
   down, up, x = factors()
@@ -51,6 +53,7 @@ def test_sliced_equals_masked(bucket):
   np.testing.assert_allclose(sliced, masked, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("groups", COMPUTES.values(), ids=COMPUTES.keys())
 def test_inactive_components_get_exactly_zero_gradient(groups):
   down, up, x = factors()
@@ -67,6 +70,7 @@ def test_inactive_components_get_exactly_zero_gradient(groups):
   assert (jnp.abs(d_up[:5]) > 0).all()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("groups", list(COMPUTES.values())[1:], ids=list(COMPUTES)[1:])
 def test_gradients_do_not_depend_on_the_groups(groups):
   down, up, x = factors()

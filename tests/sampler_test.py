@@ -49,6 +49,7 @@ def masked_trajectory(config, num_samples):
   return np.asarray(x)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("solver", ["ddim", "dpm++"])
 @pytest.mark.parametrize("schedule", ["logistic_decreasing", "midpeak"])
 def test_sliced_trajectory_is_the_masked_one(solver, schedule):

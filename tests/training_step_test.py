@@ -114,7 +114,7 @@ def gradients(config, num_devices=1, seed_key=KEY, strata=None):
   return parallel.unreplicate(parallel.pmap(gradient, devices)(params, batch, seed_key))
 
 
-@pytest.mark.parametrize("num_devices", [1, 4])
+@pytest.mark.parametrize("num_devices", [pytest.param(1, marks=pytest.mark.gpu), 4])
 @pytest.mark.parametrize("schedule", ["logistic_decreasing", "midpeak"])
 def test_grouped_gradients_are_masked_gradients(schedule, num_devices):
   got, expected = (
@@ -222,6 +222,7 @@ def test_evaluation_stays_on_all_timesteps():
   assert objective.without_augmentation().strata == objective.strata
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("compute", ["masked", "grouped"])
 def test_components_no_example_uses_get_exactly_zero_gradient(compute):
   """All timesteps at the lowest bucket: nothing above it may learn."""
