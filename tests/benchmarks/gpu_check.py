@@ -1,0 +1,329 @@
+"""What `launch/gpu_check.sh` runs: parts in processes of their own, then one table.
+
+Each part is this module again with --part: it writes OUTPUT/PART.json when it is done, or
+bit by bit, and is ended at its time limit. Standard output and error go to OUTPUT/PART.log.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import xml.etree.ElementTree
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parents[2]
+METHODS = ("full", "static", "adaptive")
+
+# Shares of the time limit, as they were needed on an H100.
+SHARES = {"tests": 0.2, "b2": 0.22, "xl2": 0.22, "cifar10": 0.34}
+BENCHMARKS = {"b2": "B/2", "xl2": "XL/2"}
+# Seconds of training of each arm, from its first line of metrics on.
+TRAINING_SECONDS = 25.0
+
+BENCHMARK_FLAGS = (
+  "--mode=benchmark",
+  "--config.data.image_size=256",  # 32x32x4 latents
+  "--config.model.dtype=bfloat16",
+  "--config.rank.multiple_of=64",
+  "--config.training.batch_size=256",
+  "--config.sampling.batch_size=64",
+  "--config.sampling.guidance_scale=1",
+  "--config.benchmark.fit_memory=True",
+  "--config.benchmark.steps=4",
+  "--config.benchmark.rounds=5",
+  "--config.benchmark.sampling_runs=0",
+)
+CIFAR10_FLAGS = (
+  "--config.model.dtype=bfloat16",
+  "--config.rank.multiple_of=64",
+  "--config.optimizer.learning_rate=1e-3",
+  "--config.optimizer.warmup_steps=200",
+  "--config.optimizer.ema_decay=0.995",
+  "--config.training.num_steps=1000000",
+  "--config.training.log_every_steps=20",
+  "--config.training.eval_every_steps=0",
+  "--config.training.sample_every_steps=0",
+  "--config.training.tensorboard=False",
+  "--config.checkpoint.every_steps=1000000",
+  "--config.sampling.num_samples=2000",
+  "--config.sampling.batch_size=500",
+  "--config.sampling.guidance_scale=1",
+  "--config.evaluation.classifier_steps=1000",
+  "--config.evaluation.draws=1",
+)
+TINY_FLAGS = (
+  "--config.model.hidden_size=32",
+  "--config.model.depth=1",
+  "--config.model.num_heads=2",
+  "--config.model.patch_size=8",
+  "--config.model.dtype=float32",
+  "--config.rank.multiple_of=2",
+  "--config.rank.num_buckets=2",
+  '--config.rank.dense_layers=("patch_embed","final_layer/linear")',
+  "--config.training.batch_size=16",
+  "--config.sampling.batch_size=8",
+  "--config.sampling.num_steps=4",
+)
+TINY_BENCHMARK_FLAGS = (
+  "--config.benchmark.matmul_size=64",
+  "--config.benchmark.steps=1",
+  "--config.benchmark.rounds=1",
+)
+TINY_CIFAR10_FLAGS = (
+  "--config.training.log_every_steps=1",
+  "--config.sampling.num_samples=8",
+  "--config.evaluation.extractors=()",
+)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Write indented JSON."""
+  path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def run_main(*flags: str) -> None:
+  """Run a command line of main.py in this process.
+
+  Raises:
+    SystemExit: it failed.
+  """
+  import main
+
+  if status := main.run(["main.py", *flags]):
+    raise SystemExit(status)
+
+
+def run_tests(args: argparse.Namespace) -> None:
+  """Run the tests marked `gpu`, and count their outcomes."""
+  platform = "cpu" if args.dry_run else "cuda"
+  files = ["tests/low_rank_test.py"] if args.dry_run else []
+  report = args.output / "tests.xml"
+  command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", f"--junitxml={report}", *files]
+  environment = os.environ | {
+    "LRDIT_TEST_PLATFORM": platform,
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+  }
+  done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
+  suite = xml.etree.ElementTree.parse(report).getroot().find("testsuite")
+  counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
+  write_json(args.output / "tests.json", counts | {"seconds": float(suite.get("time"))})
+  if done.returncode:
+    raise SystemExit(done.returncode)
+
+
+def run_benchmark(args: argparse.Namespace) -> None:
+  """Run `--mode=benchmark` of a variant."""
+  workdir = args.output / "benchmarks" / args.part
+  tiny = (*TINY_FLAGS, *TINY_BENCHMARK_FLAGS) if args.dry_run else ()
+  run_main(
+    f"--config=configs/imagenet128.py:variant={BENCHMARKS[args.part]}",
+    f"--workdir={workdir}",
+    *BENCHMARK_FLAGS,
+    *tiny,
+  )
+  write_json(
+    args.output / f"{args.part}.json", json.loads((workdir / "benchmark.json").read_text())
+  )
+
+
+@contextlib.contextmanager
+def stop_after(seconds: float, workdir: pathlib.Path) -> Iterator[None]:
+  """Send this process SIGTERM some seconds after a run's first line of metrics.
+
+  That line comes when the step is compiled, which takes the arms different times.
+  """
+  over, metrics = threading.Event(), workdir / "metrics.jsonl"
+
+  def watch() -> None:
+    while not (metrics.exists() and metrics.stat().st_size) and not over.wait(0.02):
+      pass
+    if not over.wait(seconds):
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  thread = threading.Thread(target=watch)
+  thread.start()
+  try:
+    yield
+  finally:
+    over.set()
+    thread.join()
+
+
+def run_cifar10(args: argparse.Namespace) -> None:
+  """Train every arm for the same time, sample and evaluate it; a line of JSON for each."""
+  flags, seconds = [*CIFAR10_FLAGS], TRAINING_SECONDS * args.minutes / 9
+  if args.dry_run:
+    rng, path = np.random.default_rng(0), args.output / "noise.npz"
+    image = rng.integers(0, 256, (40, 32, 32, 3), np.uint8)
+    np.savez(path, image=image, label=np.arange(40) % 10)
+    flags += [*TINY_FLAGS, *TINY_CIFAR10_FLAGS]
+    flags += ["--config.data.name=npz", f"--config.data.data_dir={path}"]
+    seconds = 0.1
+  arms = {}
+  for method in METHODS:
+    workdir = args.output / "cifar10" / method
+    common = [
+      f"--config=configs/cifar10.py:method={method}",
+      f"--workdir={workdir}",
+      f"--config.evaluation.features_dir={args.output / 'cifar10' / 'features'}",
+      *flags,
+      *args.overrides,
+    ]
+    start = time.perf_counter()
+    with stop_after(seconds, workdir):
+      run_main(*common, "--mode=train")
+    trained = time.perf_counter()
+    run_main(*common, "--mode=sample")
+    sampled = time.perf_counter()
+    run_main(*common, "--mode=evaluate")
+    metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    speeds = [line.get("train/images_per_second") for line in metrics]
+    arms[method] = {
+      "training_seconds": seconds,
+      "images_per_second": statistics.median(filter(None, speeds)) if any(speeds) else None,
+      "whole_seconds": {
+        "train": trained - start,
+        "sample": sampled - trained,
+        "evaluate": time.perf_counter() - sampled,
+      },
+      "evaluation": json.loads((workdir / "evaluation.json").read_text()),
+    }
+    write_json(args.output / "cifar10.json", arms)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
+  "tests": run_tests,
+  "b2": run_benchmark,
+  "xl2": run_benchmark,
+  "cifar10": run_cifar10,
+}
+
+
+def run_part(name: str, arguments: Sequence[str], output: pathlib.Path, limit: float) -> str:
+  """Run a part in a process group of its own; return how it ended, in words."""
+  command = [sys.executable, "-m", "tests.benchmarks.gpu_check", f"--part={name}", *arguments]
+  environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "PYTHONUNBUFFERED": "1"} | os.environ
+  start = time.monotonic()
+  with (output / f"{name}.log").open("w") as log:
+    process = subprocess.Popen(
+      command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+    )
+    try:
+      status = process.wait(limit)
+      end = "done" if status == 0 else f"failed with status {status}, see {name}.log"
+    except subprocess.TimeoutExpired:
+      end = f"ended at its limit of {limit:.0f} s"
+    finally:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+      process.wait()
+  return f"{end} ({time.monotonic() - start:.0f} s)"
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+  """Return what a part has written; nothing where it has not."""
+  return json.loads(path.read_text()) if path.exists() else {}
+
+
+def benchmark_rows(title: str, result: dict[str, Any]) -> Iterator[list[str]]:
+  """Yield a row for each arm's training and sampling."""
+  size = result["batch_size"]
+  for work, images_per_second in (
+    ("training", lambda e: e["images_per_second"]),
+    ("sampling", lambda e: 1 / e["seconds_per_image"]),
+  ):
+    batch = size if work == "training" else result["sampling_batch_size"]
+    for arm, entry in result[work].items():
+      yield [
+        f"{title}, `{arm}`, {work}, batch {batch}",
+        f"{images_per_second(entry):,.1f}",
+        f"{100 * entry['peak_fraction']:.0f} %",
+        f"{entry['speedup_over_full']:.2f}",
+        f"{entry['full_flops_over_these']:.2f}",
+        "",
+      ]
+
+
+def cifar10_rows(arms: dict[str, Any]) -> Iterator[list[str]]:
+  """Yield a row for each arm's short run."""
+  for method, arm in arms.items():
+    evaluation = arm["evaluation"]
+    figures = evaluation.get("samples", {}).get("default", {}).get("figures", {})
+    parts = [f"{evaluation['checkpoint_step']} steps"]
+    parts += [f"held-out loss {evaluation['held_out']['ema']['loss']:.4f}"]
+    parts += [f"{n} {figures[n]:.4g}" for n in figures if n.endswith("frechet_distance")]
+    speed = f"{arm['images_per_second']:,.0f}" if arm["images_per_second"] else "-"
+    title = f"S/2 on CIFAR-10, `{method}`, {arm['training_seconds']:.0f} s of training"
+    yield [title, speed, "", "", "", ", ".join(parts)]
+
+
+def table(output: pathlib.Path, ends: dict[str, str]) -> str:
+  """Return all that the parts have written, as one Markdown table."""
+  header = ["what", "images/s", "of matmul peak", "speed-up over full", "by FLOPs", "result"]
+  rows = [header, ["---"] * len(header)]
+  if tests := read(output / "tests.json"):
+    counts = ", ".join(f"{tests[name]} {name}" for name in tests if name != "seconds")
+    rows.append(["tests marked `gpu`", "", "", "", "", counts])
+  for name, variant in BENCHMARKS.items():
+    if result := read(output / f"{name}.json"):
+      rows += benchmark_rows(f"{variant}, {result['dtype']}", result)
+  rows += cifar10_rows(read(output / "cifar10.json"))
+  rows += [[f"part {name}", "", "", "", "", end] for name, end in ends.items()]
+  return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  """Return the arguments; what main.py is to be given stands in `overrides`."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--output", type=pathlib.Path, required=True)
+  parser.add_argument("--minutes", type=float, default=9.0)
+  parser.add_argument("--dry_run", action="store_true")
+  parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS))
+  parser.add_argument("--part", choices=PARTS)
+  args, args.overrides = parser.parse_known_args(argv)
+  if unknown := set(args.parts) - set(PARTS):
+    parser.error(f"--parts={','.join(unknown)} is unknown: use some of {','.join(PARTS)}")
+  if unknown := [flag for flag in args.overrides if not flag.startswith("--config.")]:
+    parser.error(f"{unknown[0]!r} is not of the form --config.GROUP.FIELD=VALUE")
+  return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Run all parts, or the one that is named; return the exit status."""
+  args = parse(argv)
+  if args.part:
+    PARTS[args.part](args)
+    return 0
+  args.output.mkdir(parents=True, exist_ok=True)
+  if args.dry_run:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+  arguments = list(sys.argv[1:] if argv is None else argv)
+  has_data = args.dry_run or any(f.startswith("--config.data.data_dir=") for f in args.overrides)
+  end_of_all, ends = time.monotonic() + 60 * args.minutes, {}
+  for name in args.parts:
+    if name == "cifar10" and not has_data:
+      ends[name] = "left out: give --config.data.data_dir"
+      continue
+    left = end_of_all - time.monotonic()
+    # What earlier parts did not need is there for the later ones.
+    later = sum(SHARES[n] for n in args.parts[args.parts.index(name) :])
+    ends[name] = run_part(name, arguments, args.output, left * SHARES[name] / later)
+    print(f"{name}: {ends[name]}", flush=True)
+  text = table(args.output, ends)
+  (args.output / "table.md").write_text(text + "\n")
+  print(text)
+  return int(any("failed" in end or "ended" in end for end in ends.values()))
+
+
+if __name__ == "__main__":
+  sys.exit(main())
