@@ -6,6 +6,7 @@ whole sampling run of every arm, and the machine's matrix products. Medians over
 rounds are compared, so whatever else the machine does slows all of them alike.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import logging
@@ -425,6 +426,7 @@ def describe(config: ConfigDict, devices: parallel.Devices) -> dict[str, Any]:
     "rounds": config.benchmark.rounds,
     "steps": config.benchmark.steps,
     "sampling_runs": config.benchmark.sampling_runs,
+    "compile_threads": config.benchmark.compile_threads,
     "memory_bytes_are": MEMORY_MEANING,
   }
 
@@ -479,25 +481,43 @@ def full_arm_that_fits(config: ConfigDict, devices: parallel.Devices) -> Trainin
     del arm  # and its state, before the next one is made
 
 
-def measure(config: ConfigDict, devices: parallel.Devices) -> dict[str, Any]:
-  """Times everything and returns what `benchmark.json` holds."""
-  peak = MatmulPeak(config, devices)
-  training, sampling = {}, {}
+def make_arms(
+  config: ConfigDict, devices: parallel.Devices
+) -> tuple[ConfigDict, dict[str, TrainingArm], dict[str, SamplingArm]]:
+  """Return the config, with a batch that fits where asked to, and the compiled arms.
+
+  On several threads the times of compiling are those of sharing the cores, and not kept.
+  """
+  threads = config.benchmark.compile_threads
+  training: dict[str, TrainingArm] = {}
   with make_bar(len(ARMS) + len(SAMPLING_ARMS), 0, "program") as bar:
     if config.benchmark.fit_memory:
       config = ConfigDict(config.to_dict())
       training["full"] = full_arm_that_fits(config, devices)
       bar.update()
-    configs = {arm: arm_config(config, arm) for arm in ARMS}
-    for name, fields in configs.items():
-      if name in training:
-        continue
-      log.debug("compiling %s", name)
-      training[name] = TrainingArm(fields, devices)
+    configs = {name: arm_config(config, name) for name in ARMS}
+
+    def make(kind: type, name: str) -> TrainingArm | SamplingArm:
+      log.debug("compiling %s, %s", kind.__name__, name)
+      arm = kind(configs[name], devices)
       bar.update()
-    for name in SAMPLING_ARMS:
-      sampling[name] = SamplingArm(configs[name], devices)
-      bar.update()
+      return arm
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+      jobs = {n: pool.submit(make, TrainingArm, n) for n in ARMS if n not in training}
+      samplers = {n: pool.submit(make, SamplingArm, n) for n in SAMPLING_ARMS}
+      training |= {name: job.result() for name, job in jobs.items()}
+      sampling = {name: job.result() for name, job in samplers.items()}
+  if threads > 1:
+    for arm in (*training.values(), *sampling.values()):
+      arm.compile_seconds = None
+  return config, training, sampling
+
+
+def measure(config: ConfigDict, devices: parallel.Devices) -> dict[str, Any]:
+  """Times everything and returns what `benchmark.json` holds."""
+  peak = MatmulPeak(config, devices)
+  config, training, sampling = make_arms(config, devices)
   tasks: dict[Any, Task] = {("peak",): peak.time}
   tasks |= {("training", name): arm.time for name, arm in training.items()}
   for name, arm in sampling.items():
@@ -548,7 +568,7 @@ _STEP_SECONDS = {
   "min s": lambda e: f"{e['step_seconds']['min']:.4g}",
 }
 _AGAINST_FULL = {
-  "compile s": lambda e: f"{e['compile_seconds']:.1f}",
+  "compile s": lambda e: "-" if (s := e["compile_seconds"]) is None else f"{s:.1f}",
   "speed-up": lambda e: f"{e['speedup_over_full']:.2f}",
   "by FLOPs": lambda e: f"{e['full_flops_over_these']:.2f}",
 }

@@ -135,6 +135,7 @@ RANGES = {
   "benchmark.rounds": (1, math.inf),
   "benchmark.steps": (1, math.inf),
   "benchmark.sampling_runs": (0, math.inf),
+  "benchmark.compile_threads": (1, math.inf),
   "benchmark.matmul_size": (0, math.inf),
 }
 

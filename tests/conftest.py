@@ -7,6 +7,8 @@ import os
 import shutil
 import tempfile
 
+from lrdit import startup
+
 os.environ["JAX_PLATFORMS"] = os.environ.get("LRDIT_TEST_PLATFORM", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
   # Small shapes gain nothing from optimised code, and it takes longer to compile.
@@ -14,6 +16,7 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 else:
   # Products of float32 are those of float32, as the tolerances expect, and not TF32's.
   os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+  startup.use_library_products()
 # Many tests compile the same small programs: one cache, shared by the workers
 # and by the command lines they start, and gone with the test run.
 if "LRDIT_TEST_CACHE" not in os.environ:
