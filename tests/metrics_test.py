@@ -175,6 +175,17 @@ def test_precision_and_recall_know_collapse_copies_and_distance():
     metrics.precision_recall(real[:3], real)
 
 
+@pytest.mark.parametrize("blocks", [(1024, 8192), (3, 2)])
+def test_a_distance_that_is_the_radius_is_within_it_whatever_the_rounding(monkeypatch, blocks):
+  """Every point is as far from its neighbour as the real ones are from theirs."""
+  monkeypatch.setattr(metrics, "BLOCK_ROWS", blocks[0])
+  monkeypatch.setattr(metrics, "BLOCK_COLUMNS", blocks[1])
+  turn = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0]
+  line = np.eye(8)[:1] * np.arange(12)[:, None] / 3
+  real, generated = line @ turn + 0.1, (line + np.eye(8)[1] / 3) @ turn + 0.1
+  assert metrics.precision_recall(generated, real, k=1) == (1.0, 1.0)
+
+
 def test_precision_and_recall_hold_no_more_than_blocks_of_distances(monkeypatch):
   monkeypatch.setattr(metrics, "BLOCK_ROWS", 64)
   monkeypatch.setattr(metrics, "BLOCK_COLUMNS", 128)

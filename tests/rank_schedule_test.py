@@ -93,6 +93,16 @@ def test_activated_matches_the_mean_to_within_the_multiple(schedule, num_buckets
       assert all(r % multiple_of == 0 for r in ranks.active)
 
 
+@pytest.mark.parametrize(
+  ("counts", "target", "smallest"),
+  [((1, 2), 6, (3, 7)), ((3, 7), 48, (23, 58)), ((1, 2, 4), 17, (8, 14, 20))],
+)
+def test_of_equally_near_means_the_smallest_ranks_are_taken(counts, target, smallest):
+  levels = np.linspace(0, 1, len(counts))
+  ranks = rank_schedule.match_activated(target, 96, levels, np.array(counts), 0.4, 1)
+  assert ranks == smallest
+
+
 @pytest.mark.parametrize("schedule", ADAPTIVE)
 def test_total_allocates_the_static_rank(schedule):
   plan = make_plan(schedule, "total", 4, 8, 0.4)
