@@ -13,6 +13,8 @@ from lrdit.analysis_files import Parts
 from lrdit.progress import make_bar
 from lrdit.rank_schedule import LayerRanks, RankPlan, dense_plan
 
+pytestmark = pytest.mark.floats
+
 TITLE = "digits adaptive DiT-T/2, step 8"
 BOUNDARIES = [0, 44, 371, 1000]
 GROUPS = [{"t_first": a, "t_last": b - 1} for a, b in itertools.pairwise(BOUNDARIES)]

@@ -9,6 +9,8 @@ from lrdit import builders, measured_schedule, workdir
 from lrdit.errors import UserError
 from tests.tiny import tiny_config
 
+pytestmark = pytest.mark.floats
+
 BOUNDARIES = (0, 250, 1000)
 RANKS = (4, 8, 16)
 # Group 0 needs twice the ranks of group 1: rise = c / k, less what k = 32 leaves.

@@ -10,6 +10,8 @@ import scipy.linalg
 from lrdit import metrics
 from tests import tiny
 
+pytestmark = pytest.mark.floats
+
 
 def reference_distance(a, b):
   root = scipy.linalg.sqrtm(a[1] @ b[1])

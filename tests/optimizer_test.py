@@ -5,6 +5,8 @@ import pytest
 
 from lrdit import optimizer
 
+pytestmark = pytest.mark.floats
+
 
 def test_warm_up_reaches_the_peak_and_cosine_ends_at_zero():
   schedule = optimizer.learning_rate_schedule(1.0, 10, 110, "cosine")

@@ -7,6 +7,8 @@ from lrdit import dit, rank_schedule
 from lrdit.errors import UserError
 from tests.tiny import GOLDEN
 
+pytestmark = pytest.mark.floats
+
 REFERENCE = json.loads((GOLDEN / "rank_schedules.json").read_text())
 ADAPTIVE = [s for s in rank_schedule.SCHEDULES if s != "constant"]
 

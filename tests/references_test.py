@@ -6,6 +6,8 @@ import pytest
 from lrdit import extractors, images, metrics, references, sources
 from lrdit.errors import UserError
 
+pytestmark = pytest.mark.floats
+
 NUM, SIZE = 60, 4
 
 

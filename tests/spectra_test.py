@@ -6,6 +6,8 @@ import scipy.linalg
 
 from lrdit import spectra
 
+pytestmark = pytest.mark.floats
+
 SPECTRA = {
   "geometric": lambda k: 0.7 ** np.arange(k),
   "power": lambda k: 3.0 / (1 + np.arange(k)) ** 1.5,

@@ -6,6 +6,8 @@ import pytest
 from lrdit import rank_schedule, timesteps
 from lrdit.rank_schedule import RankPlan
 
+pytestmark = pytest.mark.floats
+
 
 @pytest.mark.parametrize(("batch_size", "total"), [(16, 1000), (128, 1000), (7, 100), (300, 100)])
 def test_draws_stay_in_their_stratum(batch_size, total):
