@@ -286,7 +286,8 @@ def match_activated(
   candidates = [*range(multiple_of, largest_rank, multiple_of), largest_rank]
   tables = [bucket_ranks(levels, r, min_ratio, multiple_of) for r in candidates]
   # In whole numbers: means that are equally near would differ by rounding.
-  return min(tables, key=lambda ranks: abs(int(np.dot(ranks, counts)) - target * int(counts.sum())))
+  totals = np.asarray(tables) @ counts
+  return tables[int(np.argmin(np.abs(totals - target * counts.sum())))]
 
 
 def select_layers(

@@ -68,13 +68,9 @@ def run_suite(name, *arguments):
 
 
 def test_comparisons_of_floats_hold_on_another_cpu():
-  files = sorted(str(f) for f in (tiny.ROOT / "tests").glob("*_test.py") if is_marked(f))
-  assert files
+  tests = (tiny.ROOT / "tests").glob("*_test.py")
+  files = sorted(str(f) for f in tests if "pytest.mark.floats" in f.read_text())
   run_suite("SSE4.2, Zen, one thread", "-m", "floats", *files)
-
-
-def is_marked(file):
-  return "pytestmark = pytest.mark.floats" in file.read_text()
 
 
 @pytest.mark.other_cpus

@@ -11,8 +11,6 @@ from lrdit.progress import make_bar
 from tests.tiny import tiny_config
 from tests.training_step_test import noisy_params
 
-pytestmark = pytest.mark.floats
-
 NAME = "blocks_1/attn/qkv"
 
 
