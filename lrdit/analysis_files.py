@@ -102,7 +102,8 @@ class Parts:
       unit: its name.
     """
     try:
-      with np.load(self._path(unit)) as arrays:
+      # Opened here, as numpy leaves the file of a damaged archive open.
+      with self._path(unit).open("rb") as file, np.load(file) as arrays:
         loaded = {name: arrays[name] for name in arrays.files}
       return json.loads(bytes(loaded.pop(RECORD))), loaded
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):

@@ -39,6 +39,7 @@ CONDITIONS = {  # of gradients: title, line style
 }
 T_LABEL = "timestep t  (0: clean image)"
 NO_RISE = "#D9D9D9"
+ROUNDING = 1e-6  # of a loss: less is the rounding of float32
 LEAST_RISE = 1e-4  # of the largest one: what the colours still tell apart
 FLOOR = 1e-6  # of the largest singular value: the least that is drawn
 _SETTINGS = {
@@ -259,9 +260,9 @@ def _at_mean(weights: Mapping[str, Any], name: str, measure: str) -> tuple[float
   layer = weights["layers"][name]
   lengths = np.diff(_edges(weights["groups"]))
   mean = float(np.average(_values(layer["groups"], measure), weights=lengths))
-  # The mean of equal numbers may differ from them by rounding.
-  values = [mean, *(entry["normalised"][measure] for entry in layer["buckets"])]
-  return mean, min(values), max(values)
+  values = [entry["normalised"][measure] for entry in layer["buckets"]]
+  low, high = min(values), max(values)
+  return min(max(mean, low), high), low, high  # the mean of equal numbers differs by rounding
 
 
 def _role_by_depth(
@@ -273,7 +274,7 @@ def _role_by_depth(
   colour, line, marker = style
   common = dict(marker=marker, markersize=3.5, label=role)
   panel.plot(blocks, mean, color=colour, linestyle=line, **common)
-  if (high > low).any():
+  if any(len(weights["layers"][name]["buckets"]) > 1 for name in names.values()):
     panel.fill_between(blocks, low, high, color=colour, alpha=0.13, linewidth=0)
 
 
@@ -494,7 +495,8 @@ def truncation(
   """Rise in held-out loss of a timestep group when the factorised layers are cut to rank k.
 
   Args:
-    found: "boundaries" (G + 1,), "ranks" (K,), "rise" (K, G) with None for what is missing.
+    found: "boundaries" (G + 1,), "baseline" (G,), "ranks" (K,), "rise" (K, G) with None for
+      what is missing.
     title: names the model and its step.
     drawn: a name and (T,) r(t) to draw upon it.
   """
@@ -503,13 +505,14 @@ def truncation(
   order = np.argsort(found["ranks"])
   ranks = np.array(found["ranks"], np.float64)[order]
   rise = np.array(found["rise"], np.float64)[order]  # None becomes NaN
-  if not (rise > 0).any():
+  largest = np.nanmax(rise, initial=0)
+  if largest <= ROUNDING * np.nanmax(np.array(found["baseline"], float), initial=0):
     return None
   figure, ((panel,),) = _panels(1, 1, 7.2, 4.4, f"Causal test: {title}")
-  largest = np.nanmax(rise)
-  norm = LogNorm(max(LEAST_RISE * largest, rise[rise > 0].min()), largest)
+  least = LEAST_RISE * largest
+  norm = LogNorm(rise[rise >= least].min(), largest)
   edges = _rank_edges(ranks)
-  shown = np.where(rise > 0, rise, np.where(np.isnan(rise), np.nan, norm.vmin / 10))
+  shown = np.where(rise < least, least / 10, rise)
   image = panel.pcolormesh(
     found["boundaries"], edges, shown, norm=norm, cmap=_rise_colours(), rasterized=True
   )
@@ -555,11 +558,13 @@ def _iso_loss_lines(
   """Contours of powers of ten, and thrice these where there are few, through cells' middles."""
   if min(rise.shape) < 2:
     return
+  # Within the scale by more than rounding: at its ends there is nothing to divide.
+  low, high = norm.vmin * (1 + ROUNDING), norm.vmax * (1 - ROUNDING)
   decades = 10.0 ** np.arange(np.floor(np.log10(norm.vmin)), np.ceil(np.log10(norm.vmax)) + 1)
-  levels = decades[(decades > norm.vmin) & (decades < norm.vmax)]
+  levels = decades[(decades > low) & (decades < high)]
   if len(levels) < 3:
     levels = np.sort(np.concatenate([decades, 3 * decades]))
-    levels = levels[(levels > norm.vmin) & (levels < norm.vmax)]
+    levels = levels[(levels > low) & (levels < high)]
   t = (np.array(boundaries[1:]) + np.array(boundaries[:-1])) / 2
   # Logarithms change evenly between cells, the rises do not; of no rise there is none.
   heights = np.log10(np.where(rise >= norm.vmin, rise, np.nan))

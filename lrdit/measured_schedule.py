@@ -11,6 +11,7 @@ from jaxtyping import Float
 from lrdit.errors import UserError
 
 BISECTIONS = 100
+ROUNDING = 1e-9  # relative: numbers that are no further apart are taken as equal
 
 
 def contour(
@@ -58,7 +59,8 @@ def iso_loss_ranks(
   weights = np.diff(boundaries) / boundaries[-1]
   low, high = 0.0, float(rises.max())
   means = [contour(all_ranks, rises, level) @ weights for level in (low, high)]
-  if not means[1] <= mean_rank <= means[0]:
+  slack = ROUNDING * largest_rank
+  if not means[1] - slack <= mean_rank <= means[0] + slack:
     raise UserError(
       f"rank.schedule=measured cannot meet a mean rank of {mean_rank:.1f}: the analysis is of "
       f"mean ranks from {means[1]:.1f} to {means[0]:.1f}: change rank.ratio, or analyze with "
@@ -72,7 +74,8 @@ def iso_loss_ranks(
       high = level
   below, above = (contour(all_ranks, rises, level) for level in (low, high))
   jump = (below - above) @ weights
-  return above + (below - above) * ((mean_rank - above @ weights) / jump if jump > 0 else 0.0)
+  share = (mean_rank - above @ weights) / jump if jump > ROUNDING * largest_rank else 0.0
+  return above + (below - above) * share
 
 
 def monotone(ranks: Float[np.ndarray, " G"], boundaries: Sequence[int]) -> Float[np.ndarray, " G"]:
@@ -109,6 +112,6 @@ def height(
   share = interpolate(shares, boundaries)
   share = share / share.max()
   least = float(share.min())
-  if least == 1.0:
+  if least > 1 - ROUNDING:
     return np.ones_like(share), 1.0
   return (share - least) / (1 - least), least

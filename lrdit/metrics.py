@@ -22,6 +22,7 @@ BLOCK_ROWS, BLOCK_COLUMNS = 1024, 8192
 # Squared distances below this share of the squared norms are rounding errors of
 # |x|^2 + |y|^2 - 2 x.y, and stand for equal features.
 DISTANCE_EPSILON = 1e-12
+RADIUS_EPSILON = 1e-9  # a distance that is the radius but for rounding counts as within
 
 
 class Moments(NamedTuple):
@@ -179,7 +180,7 @@ def _squared_radii(features: Real[np.ndarray, "N D"], k: int) -> Float64[np.ndar
       # One more than k: the nearest of all is the feature itself.
       nearest = np.partition(nearest, min(k, nearest.shape[1] - 1), axis=1)[:, : k + 1]
     radii.append(nearest.max(axis=1))
-  return np.concatenate(radii)
+  return np.concatenate(radii) * (1 + RADIUS_EPSILON)
 
 
 def _share_covered(

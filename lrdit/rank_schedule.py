@@ -258,7 +258,7 @@ def bucket_ranks(
   rank = min_rank + (max_rank - min_rank) * levels
   rank = multiple_of * _floor_exact(rank / multiple_of + 0.5)
   rank = np.clip(rank, min(multiple_of, max_rank), max_rank)
-  rank = np.where(levels == 1.0, max_rank, rank)
+  rank = np.where(levels == 1.0, max_rank, rank)  # n / n, which no rounding touches
   return tuple(int(r) for r in rank)
 
 
@@ -266,7 +266,7 @@ def match_activated(
   target: int,
   largest_rank: int,
   levels: Float[np.ndarray, " K"],
-  weights: Float[np.ndarray, " K"],
+  counts: Int[np.ndarray, " K"],
   min_ratio: float,
   multiple_of: int,
 ) -> tuple[int, ...]:
@@ -276,7 +276,7 @@ def match_activated(
     target: the static arm's rank.
     largest_rank: min(D_in, D_out).
     levels: (K,) from `quantise`.
-    weights: (K,) share of the timesteps that fall in each bucket.
+    counts: (K,) number of timesteps that fall in each bucket.
     min_ratio: see `bucket_ranks`.
     multiple_of: the allocated rank is a multiple of this (or `largest_rank`).
 
@@ -285,8 +285,9 @@ def match_activated(
   """
   candidates = [*range(multiple_of, largest_rank, multiple_of), largest_rank]
   tables = [bucket_ranks(levels, r, min_ratio, multiple_of) for r in candidates]
-  means = np.asarray(tables) @ weights
-  return tables[int(np.argmin(np.round(np.abs(means - target), 9)))]
+  # In whole numbers: means that are equally near would differ by rounding.
+  totals = np.asarray(tables) @ counts
+  return tables[int(np.argmin(np.abs(totals - target * counts.sum())))]
 
 
 def select_layers(
@@ -376,7 +377,7 @@ def make_plan(
   num_train_timesteps = len(height)
   segments, levels = quantise(height, num_buckets)
   lengths = np.diff([*(start for start, _ in segments), num_train_timesteps])
-  weights = np.bincount([b for _, b in segments], lengths) / num_train_timesteps
+  counts = np.bincount([b for _, b in segments], lengths).astype(np.int64)
 
   @functools.cache  # blocks repeat the same few shapes
   def ranks_of(dim_in: int, dim_out: int) -> LayerRanks:
@@ -389,9 +390,10 @@ def make_plan(
     if match == "total":
       return LayerRanks(target, bucket_ranks(levels, target, min_ratio, multiple_of))
     largest = min(dim_in, dim_out)
-    active = match_activated(target, largest, levels, weights, min_ratio, multiple_of)
-    mean = float(np.dot(active, weights))
-    if abs(mean - target) > multiple_of:
+    active = match_activated(target, largest, levels, counts, min_ratio, multiple_of)
+    total = int(np.dot(active, counts))
+    if abs(total - target * num_train_timesteps) > multiple_of * num_train_timesteps:
+      mean = total / num_train_timesteps
       raise UserError(
         f"rank.match=activated cannot be met by a {dim_in} x {dim_out} layer: with the largest "
         f"possible rank {largest} its mean active rank is {mean:.1f}, not the static {target}: "

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from lrdit.report_compare import ROUNDING
+
 # (baseline, key of the row or its end behind an extractor's name, label, worst that keeps it:
 # how much worse than the baseline, in % of a ratio or in points; the target in words).
 CHECKS = (
@@ -68,13 +70,14 @@ def _outcome(row: dict[str, Any], against: str, worst: float) -> dict[str, Any]:
   if is_ratio:
     value, error = 100 * (value - 1), None if error is None else 100 * error
   worse, unit = (value, "%") if is_ratio else (-value, "points")  # losses and distances are ratios
-  kept = worse <= worst if worst else worse < 0
-  side = "adaptive" if worse < 0 else against
+  is_better, is_worse = worse < -100 * ROUNDING, worse > 100 * ROUNDING
+  kept = worse < worst + 100 * ROUNDING if worst else is_better
+  side = "adaptive" if is_better else against
   return {
     "value": value,
     "standard_error": error,
     "unit": unit,
-    "outcome": "kept" if kept else f"missed by {worse - worst:.3g} {unit}",
-    "better": side if worse else "neither",
+    "outcome": "kept" if kept else f"missed by {max(0, round(worse - worst, 9)):.3g} {unit}",
+    "better": side if is_better or is_worse else "neither",
     "verdict": row["verdict"],
   }

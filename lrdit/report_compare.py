@@ -8,6 +8,7 @@ from typing import Any
 from lrdit.workdir import flatten
 
 BASELINES = ("full", "static")
+ROUNDING = 1e-9  # relative: means that are no further apart are equal but for rounding
 # The last part of a figure's name: (label, format, how it is compared).
 FIGURES = {
   "frechet_distance": ("Frechet distance", "loss", "ratio"),
@@ -207,6 +208,7 @@ def _compare_groups(a: dict[str, Any], b: dict[str, Any], how: str) -> dict[str,
     *(s * g["run_std"] / math.sqrt(g["num_runs"]) for s, g in zip(scales, (a, b), strict=True))
   )
   spread = max(a["run_std"], b["run_std"])
-  larger = abs(a["run_mean"] - b["run_mean"]) > spread
+  difference = abs(a["run_mean"] - b["run_mean"])
+  larger = difference > spread + ROUNDING * abs(b["run_mean"])
   verdict = f"{'larger than' if larger else 'within'} the seeds' spread"
   return {"value": value, "standard_error": error, "spread": spread, "verdict": verdict}

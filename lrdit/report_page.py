@@ -6,7 +6,6 @@ Axes: n samples, H W image.
 import base64
 import html
 import io
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -136,11 +135,12 @@ def _format_pair(mean: float, std: float, form: str) -> str:
     return f"{_duration(mean)} ± {_duration(std)}"
   factor, unit = (100.0, " %") if form == "share" else (1.0, "")
   mean, std = factor * mean, factor * std
-  if not std:
+  if std <= report_compare.ROUNDING * abs(mean):
     return f"{format_value(mean / factor, form)} ± 0"
   if min(abs(mean) or 1, std) < 1e-4:
     return f"{mean:.4g} ± {std:.2g}{unit}"
-  decimals = max(0, 1 - math.floor(math.log10(std)))
+  exponent = int(f"{std:.1e}".partition("e")[2])  # of the std as it is shown
+  decimals = max(0, 1 - exponent)
   return f"{mean:,.{decimals}f} ± {std:,.{decimals}f}{unit}"
 
 

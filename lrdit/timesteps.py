@@ -69,25 +69,27 @@ def stratum_bounds(
 def stratified_timesteps(
   uniform: Float[Array, " b"], index: Int[Array, " b"], strata: Strata
 ) -> Int[Array, " b"]:
-  """t = low + floor((j + uniform) W / n), without rounding across strata.
+  """t = low + floor((j + uniform) W / n), in whole numbers: the same on every machine.
 
   Args:
-    uniform: (b,) float32 in [0, 1).
+    uniform: (b,) float32 in [0, 1), a multiple of 2^-24 as `jax.random` draws it.
     index: (b,) int32 global example index in [0, B).
     strata: of the global batch B.
 
   Returns:
     (b,) int32, within the strata of the slots.
   """
-  first, last = stratum_bounds(strata)
+  first, _ = stratum_bounds(strata)
   _, width, count, j = _slot_table(strata)
 
-  def of_slot(values: np.ndarray, dtype: type) -> Array:
-    return jnp.asarray(values, dtype)[index]
+  def of_slot(values: np.ndarray) -> Array:
+    return jnp.asarray(values, jnp.int32)[index]
 
-  offset = of_slot((j * width % count) / count, jnp.float32)
-  t = jnp.floor(offset + uniform * of_slot(width / count, jnp.float32)).astype(jnp.int32)
-  return jnp.minimum(of_slot(first, jnp.int32) + t, of_slot(last, jnp.int32))
+  # floor(uniform W), eight bits of `uniform` at a time so that int32 holds the products.
+  bits, moved = (uniform * 2**24).astype(jnp.int32), 0
+  for shift in (0, 8, 16):
+    moved = ((bits >> shift & 255) * of_slot(width) + moved) >> 8
+  return of_slot(first) + (of_slot(j * width % count) + moved) // of_slot(count)
 
 
 def global_index(

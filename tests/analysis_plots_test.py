@@ -13,6 +13,8 @@ from lrdit.analysis_files import Parts
 from lrdit.progress import make_bar
 from lrdit.rank_schedule import LayerRanks, RankPlan, dense_plan
 
+pytestmark = pytest.mark.floats
+
 TITLE = "digits adaptive DiT-T/2, step 8"
 BOUNDARIES = [0, 44, 371, 1000]
 GROUPS = [{"t_first": a, "t_last": b - 1} for a, b in itertools.pairwise(BOUNDARIES)]
@@ -162,6 +164,20 @@ def test_ranks_of_weights_by_depth(weights):
   assert proj.get_ydata()[0] == pytest.approx(dense["normalised"]["stable_rank"])
 
 
+def test_a_mean_that_differs_by_rounding_draws_no_band(weights):
+  """A dense layer has one rank: its mean over the groups is that rank, on every machine."""
+  nudged = copy.deepcopy(weights["dense"])
+  for layer in nudged["layers"].values():
+    for measure in spectra.MEASURES:
+      value = layer["buckets"][0]["normalised"][measure]
+      layer["groups"][-1][measure] = np.nextafter(value, 0)
+      layer["groups"][0][measure] = np.nextafter(value, 0)
+  figure = analysis_plots.weight_ranks(nudged, TITLE)
+  assert [len(panel(figure, title).collections) for title in ("attention", "MLP", "adaLN")] == [
+    0
+  ] * 3
+
+
 def test_other_layers_have_their_own_axis(gradients):
   """Their ranks are far larger, as some of them are a few values wide."""
   for condition in gradients["conditions"].values():
@@ -245,7 +261,7 @@ def test_heat_map_of_the_causal_test():
   corners = mesh.get_coordinates()
   np.testing.assert_array_equal(corners[0, :, 0], BOUNDARIES)
   np.testing.assert_allclose(corners[:, 0, 1], 2 ** np.array([0.5, 1.5, 2.5, 3.5]))
-  assert mesh.norm(0.5) == 1 and (mesh.get_array()[2, :2] < mesh.norm.vmin).all()
+  assert mesh.norm(0.5) == pytest.approx(1) and (mesh.get_array()[2, :2] < mesh.norm.vmin).all()
   colours = mesh.get_cmap()(mesh.norm(mesh.get_array()))
   grey = mesh.get_cmap().get_under()
   assert (colours[2, :2] == grey).all() and not (colours[:2] == grey).all(-1).any()
@@ -253,10 +269,15 @@ def test_heat_map_of_the_causal_test():
   levels = [0.003, 0.01, 0.03, 0.1, 0.3]
   np.testing.assert_allclose(contours.levels, np.log10(levels))
   path = contours.get_paths()[levels.index(0.1)]
-  at = path.vertices[path.vertices[:, 0] == 22][0, 1]
+  at = path.vertices[np.abs(path.vertices[:, 0] - 22) < 1e-6][0, 1]
   assert at == pytest.approx(2 + 2 * np.log(0.5 / 0.1) / np.log(0.5 / 0.05))
   step = heat.lines[0]
   np.testing.assert_array_equal(step.get_ydata()[[0, -1]], [8, 3])
+
+
+@pytest.mark.parametrize("rise", [0.0, -1e-3, 1e-8])
+def test_rounding_is_no_rise(rise):
+  assert analysis_plots.truncation(TRUNCATION | {"rise": [[rise] * 3] * 3}, TITLE) is None
 
 
 def test_losses_by_group():

@@ -11,8 +11,11 @@ from lrdit import startup
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("LRDIT_TEST_PLATFORM", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
-  # Small shapes gain nothing from optimised code, and it takes longer to compile.
-  os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+  # Small shapes gain nothing from optimised code, and it takes longer to compile. Whatever else
+  # the environment asks for, the instructions of another CPU say, stays.
+  os.environ["XLA_FLAGS"] = " ".join(
+    dict.fromkeys(["--xla_backend_optimization_level=0", *os.environ.get("XLA_FLAGS", "").split()])
+  )
 else:
   # Products of float32 are those of float32, as the tolerances expect, and not TF32's.
   os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
@@ -74,13 +77,15 @@ def pytest_unconfigure(config):
 
 
 def pytest_terminal_summary(terminalreporter):
-  """Says how many kill -9 the tests of faults came to."""
+  """Says what each run on another CPU came to, and how many kill -9 the tests of faults did."""
   reports = [report for group in terminalreporter.stats.values() for report in group]
-  kills = [
-    number
+  told = [
+    pair
     for report in reports
-    for name, number in getattr(report, "user_properties", ())
-    if name == "kills" and report.when == "call"
+    if getattr(report, "when", "") == "call"
+    for pair in report.user_properties
   ]
-  if kills:
+  for text in sorted(value for name, value in told if name == "summary"):
+    terminalreporter.write_line(text)
+  if kills := [value for name, value in told if name == "kills"]:
     terminalreporter.write_line(f"{sum(kills)} kill -9 at random moments")

@@ -7,6 +7,8 @@ from lrdit import diffusion
 from lrdit.errors import UserError
 from tests.tiny import GOLDEN
 
+pytestmark = pytest.mark.floats
+
 
 @pytest.fixture(scope="module")
 def golden():

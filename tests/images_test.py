@@ -6,6 +6,8 @@ from PIL import Image
 
 from lrdit import images
 
+pytestmark = pytest.mark.floats
+
 
 def test_rounding_is_half_up_and_clipped():
   values = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])

@@ -7,6 +7,8 @@ import pytest
 from lrdit import low_rank
 from lrdit.rank_schedule import LayerRanks, RankPlan
 
+pytestmark = pytest.mark.floats
+
 ACTIVE = (2, 5, 8)
 RANKS = LayerRanks(5, ACTIVE)
 B, N, D_IN, D_OUT = 6, 3, 12, 10

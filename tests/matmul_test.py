@@ -7,6 +7,8 @@ import pytest
 
 from lrdit.matmul import matmul
 
+pytestmark = pytest.mark.floats
+
 # The wider operand first, last, and with leading axes.
 SHAPES = {"narrow_b": ((), 9, 7, 3), "wide_b": ((), 9, 3, 7), "batched": ((4, 2), 5, 3, 6)}
 

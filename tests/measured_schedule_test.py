@@ -9,6 +9,8 @@ from lrdit import builders, measured_schedule, workdir
 from lrdit.errors import UserError
 from tests.tiny import tiny_config
 
+pytestmark = pytest.mark.floats
+
 BOUNDARIES = (0, 250, 1000)
 RANKS = (4, 8, 16)
 # Group 0 needs twice the ranks of group 1: rise = c / k, less what k = 32 leaves.
@@ -41,6 +43,15 @@ def test_a_mean_beyond_the_analysis_is_refused(mean):
     measured_schedule.iso_loss_ranks(RANKS, RISE, 32, BOUNDARIES, mean)
 
 
+@pytest.mark.parametrize("mean", [4.0, 32.0])
+def test_a_mean_at_the_end_of_the_analysis_is_met_but_for_rounding(mean):
+  boundaries = (0, 44, 123, 234, 371, 520, 667, 796, 897, 966, 1000)
+  rise = [[0.3], [0.2], [0.1]] * np.ones(10)
+  for given in (mean, np.nextafter(mean, 0), np.nextafter(mean, 99)):
+    found = measured_schedule.iso_loss_ranks(RANKS, rise, 32, boundaries, given)
+    np.testing.assert_allclose(found, mean)
+
+
 @pytest.mark.parametrize("mean", [9.0, 12.0, 15.9])
 def test_the_mean_is_met_where_the_contour_jumps(mean):
   """A dip at rank 8 lets the contour jump from 8 to 16 and beyond at one level."""
@@ -70,9 +81,10 @@ def test_heights_are_linear_between_the_groups_middles():
   assert (height[551:] == 0).all()
   share = least + (1 - least) * height
   np.testing.assert_allclose(share[50:551], np.interp(np.arange(501), [0, 500.5], [1, 0.25]), 1e-2)
-  height, least = measured_schedule.height((0.5, 0.5), BOUNDARIES)
-  assert (height == 1).all()
-  assert least == 1
+  for second in (0.5, np.nextafter(0.5, 0)):
+    height, least = measured_schedule.height((0.5, second), BOUNDARIES)
+    assert (height == 1).all()
+    assert least == 1
 
 
 def analysis_of(config):

@@ -10,6 +10,8 @@ import scipy.linalg
 from lrdit import metrics
 from tests import tiny
 
+pytestmark = pytest.mark.floats
+
 
 def reference_distance(a, b):
   root = scipy.linalg.sqrtm(a[1] @ b[1])
@@ -38,7 +40,8 @@ def test_frechet_distance_of_singular_covariances():
   line[0, 0] = 1.0
   got = metrics.frechet_distance((np.zeros(3), 4 * line), (np.ones(3), 9 * line))
   assert got == pytest.approx(3 + (2 - 3) ** 2, rel=1e-9)
-  assert metrics.frechet_distance((np.zeros(3), 0 * line), (np.ones(3), 9 * line)) == 3 + 9
+  got = metrics.frechet_distance((np.zeros(3), 0 * line), (np.ones(3), 9 * line))
+  assert got == pytest.approx(3 + 9, rel=1e-9)
 
 
 def test_frechet_distance_of_rank_deficient_covariances():
@@ -173,6 +176,17 @@ def test_precision_and_recall_know_collapse_copies_and_distance():
   assert metrics.precision_recall(real + 100, real) == (0.0, 0.0)
   with pytest.raises(ValueError, match="more than 3"):
     metrics.precision_recall(real[:3], real)
+
+
+@pytest.mark.parametrize("blocks", [(1024, 8192), (3, 2)])
+def test_a_distance_that_is_the_radius_is_within_it_whatever_the_rounding(monkeypatch, blocks):
+  """Every point is as far from its neighbour as the real ones are from theirs."""
+  monkeypatch.setattr(metrics, "BLOCK_ROWS", blocks[0])
+  monkeypatch.setattr(metrics, "BLOCK_COLUMNS", blocks[1])
+  turn = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0]
+  line = np.eye(8)[:1] * np.arange(12)[:, None] / 3
+  real, generated = line @ turn + 0.1, (line + np.eye(8)[1] / 3) @ turn + 0.1
+  assert metrics.precision_recall(generated, real, k=1) == (1.0, 1.0)
 
 
 def test_precision_and_recall_hold_no_more_than_blocks_of_distances(monkeypatch):

@@ -117,8 +117,10 @@ def assert_same_run(workdir, reference):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
-def samples(workdir):
-  return (workdir / "samples" / "default" / "samples.npz").read_bytes()
+def samples(workdir, name="default"):
+  """(images as whole numbers, labels) of an export."""
+  with np.load(workdir / "samples" / name / "samples.npz") as arrays:
+    return arrays["arr_0"].astype(int), arrays["arr_1"]
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +137,9 @@ def assert_same_samples(workdir, num_processes, num_devices):
   name = f"by_{num_processes}"
   flags = ("--mode=sample", f"--config.sampling.name={name}")
   run(workdir, num_processes, num_devices, *flags)
-  assert (workdir / "samples" / name / "samples.npz").read_bytes() == samples(workdir)
+  (got, labels), (expected, expected_labels) = samples(workdir, name), samples(workdir)
+  np.testing.assert_array_equal(labels, expected_labels)
+  assert np.abs(got - expected).max() <= 1  # a grey level is rounded, and where is up to the CPU
 
 
 def test_sigterm_and_a_death_in_one_process_reach_all(one_process, tmp_path):

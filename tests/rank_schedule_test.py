@@ -7,6 +7,8 @@ from lrdit import dit, rank_schedule
 from lrdit.errors import UserError
 from tests.tiny import GOLDEN
 
+pytestmark = pytest.mark.floats
+
 REFERENCE = json.loads((GOLDEN / "rank_schedules.json").read_text())
 ADAPTIVE = [s for s in rank_schedule.SCHEDULES if s != "constant"]
 
@@ -91,6 +93,16 @@ def test_activated_matches_the_mean_to_within_the_multiple(schedule, num_buckets
     for name, ranks in plan.layers:
       assert abs(plan.mean_active_rank(name) - ranks.static_rank) <= multiple_of, (name, ranks)
       assert all(r % multiple_of == 0 for r in ranks.active)
+
+
+@pytest.mark.parametrize(
+  ("counts", "target", "smallest"),
+  [((1, 2), 6, (3, 7)), ((3, 7), 48, (23, 58)), ((1, 2, 4), 17, (8, 14, 20))],
+)
+def test_of_equally_near_means_the_smallest_ranks_are_taken(counts, target, smallest):
+  levels = np.linspace(0, 1, len(counts))
+  ranks = rank_schedule.match_activated(target, 96, levels, np.array(counts), 0.4, 1)
+  assert ranks == smallest
 
 
 @pytest.mark.parametrize("schedule", ADAPTIVE)

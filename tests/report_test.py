@@ -18,6 +18,7 @@ from lrdit import (
   flops,
   plots,
   report,
+  report_claim,
   report_commands,
   report_compare,
   report_page,
@@ -244,6 +245,31 @@ def test_accuracy_is_compared_in_points():
   assert compared["value"] == pytest.approx(-2.5)
   assert compared["standard_error"] == pytest.approx(100 * np.hypot(0.01, 0.005))
   assert compared["spread"] == pytest.approx(0.02 / 2**0.5)
+  # 0.3 and 0.1 + 0.2 are one number but for rounding, and no spread is larger than none.
+  equal = report_compare.compare_cells(cell(0.3, 0.3), cell(0.1 + 0.2, 0.1 + 0.2), "points")
+  assert equal["verdict"] == "within the seeds' spread"
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "outcome", "better"),
+  [
+    ("recognition_accuracy", 100 * (0.96 - 0.98), "kept", "full"),  # -2.0000000000000018
+    ("recognition_accuracy", 100 * (0.3 - (0.1 + 0.2)), "kept", "neither"),
+    ("held_out_loss_ema", 1.03 + 2e-16, "kept", "full"),
+    ("held_out_loss_ema", 1 - 2e-16, "kept", "neither"),
+    ("held_out_loss_ema", 1.031, "missed by 0.1 %", "full"),
+  ],
+)
+def test_a_target_that_is_met_but_for_rounding_is_met(key, value, outcome, better):
+  compare, worst = ("ratio", 3.0) if key == "held_out_loss_ema" else ("points", 2.0)
+  row = {"compare": compare, "value": value, "standard_error": None, "verdict": ""}
+  judged = report_claim._outcome(row, "full", worst)
+  assert (judged["outcome"], judged["better"]) == (outcome, better)
+
+
+def test_equal_arms_do_not_beat_each_other_by_rounding():
+  row = {"compare": "ratio", "value": 1 - 2e-16, "standard_error": None, "verdict": ""}
+  assert report_claim._outcome(row, "static", 0.0)["outcome"] == "missed by 0 %"
 
 
 def test_exports_of_other_seeds_are_further_samples(tmp_path):
@@ -582,6 +608,9 @@ def test_numbers_for_reading():
   assert report_page.format_value(3725, "seconds") == "1 h 2 min"
   assert report_page._format_pair(0.20812, 0.00213, "loss") == "0.2081 ± 0.0021"
   assert report_page._format_pair(0.985, 0.002, "share") == "98.50 ± 0.20 %"
+  assert report_page._format_pair(0.5, 0.01, "loss") == "0.500 ± 0.010"
+  assert report_page._format_pair(0.5, 0.00999, "loss") == "0.500 ± 0.010"
+  assert report_page._format_pair(0.1 + 0.2, 0.3 - 0.1 * 3, "loss") == "0.3 ± 0"
 
 
 def run_main(capsys, *flags):

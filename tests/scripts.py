@@ -22,7 +22,8 @@ def copy_checkout(root, *names):
       shutil.copytree(source, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     else:
       shutil.copy(source, root)
-  (root / "launch" / "setup.sh").write_text("")
+  if "launch" in names:
+    (root / "launch" / "setup.sh").write_text("")
   return root
 
 

@@ -50,11 +50,13 @@ def command(workdir, *flags, arg=""):
   return [sys.executable, "main.py", config, f"--workdir={workdir}", *fields, *flags]
 
 
-def environment(num_devices=1, **extra):
-  return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices)} | extra
+def environment(num_devices=None, **extra):
+  """That of a command line, of one device unless the tests' own environment has more."""
+  count = str(num_devices or os.environ.get("JAX_NUM_CPU_DEVICES", 1))
+  return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": count} | extra
 
 
-def run_main(workdir, *flags, arg="", num_devices=1, check=True, timeout=300, **extra):
+def run_main(workdir, *flags, arg="", num_devices=None, check=True, timeout=300, **extra):
   """Runs the command line to its end; returns the completed process."""
   done = subprocess.run(
     command(workdir, *flags, arg=arg),

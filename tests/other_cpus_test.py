@@ -1,0 +1,80 @@
+"""The suite as other CPUs would compute it: fewer instructions, other kernels, fewer threads.
+
+The tests marked `floats` are run on one of them every time. `bash launch/test.sh -m other_cpus`
+runs the whole suite on each.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
+
+from tests import tiny
+
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86's instructions")
+
+# Together all that matters: each is one run of the suite. Of numpy's own loops, those that need
+# more than the named level are switched off.
+AVX2 = {
+  "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
+  "OPENBLAS_CORETYPE": "Haswell",
+  "NPY_DISABLE_CPU_FEATURES": ("X86_V3",),
+}
+SSE4_2 = {
+  "XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2",
+  "OPENBLAS_CORETYPE": "Zen",
+  "NPY_DISABLE_CPU_FEATURES": (),
+  "PJRT_NPROC": "1",
+  "OPENBLAS_NUM_THREADS": "1",
+  "OMP_NUM_THREADS": "1",
+}
+FOUR_DEVICES = {"OPENBLAS_CORETYPE": "SkylakeX", "JAX_NUM_CPU_DEVICES": "4"}
+SETTINGS = {
+  "AVX2, Haswell": AVX2,
+  "SSE4.2, Zen, one thread": SSE4_2,
+  "SkylakeX, four virtual devices": FOUR_DEVICES,
+}
+NEEDS = {"Haswell": "X86_V3", "Zen": "X86_V3", "SkylakeX": "X86_V4"}
+
+
+def run_suite(name, *arguments):
+  """Runs pytest in the environment of a setting; returns its last line."""
+  setting = dict(SETTINGS[name])
+  if not __cpu_features__[NEEDS[setting["OPENBLAS_CORETYPE"]]]:
+    pytest.skip(f"this CPU cannot stand in for {name}")
+  if "NPY_DISABLE_CPU_FEATURES" in setting:
+    kept = setting["NPY_DISABLE_CPU_FEATURES"]
+    others = [f for f in __cpu_dispatch__ if __cpu_features__[f] and f not in kept]
+    setting["NPY_DISABLE_CPU_FEATURES"] = " ".join(others)
+  inherited = {
+    key: value
+    for key, value in os.environ.items()
+    if key != "LRDIT_TEST_CACHE" and not key.startswith("PYTEST_")
+  }
+  done = subprocess.run(
+    [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+    cwd=tiny.ROOT,
+    env=inherited | setting,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stdout
+  return done.stdout.splitlines()[-1].strip("= ")
+
+
+def test_comparisons_of_floats_hold_on_another_cpu():
+  tests = (tiny.ROOT / "tests").glob("*_test.py")
+  files = sorted(str(f) for f in tests if "pytest.mark.floats" in f.read_text())
+  run_suite("SSE4.2, Zen, one thread", "-m", "floats", *files)
+
+
+@pytest.mark.other_cpus
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_suite_passes(name, record_property):
+  summary = run_suite(name, f"--ignore={__file__}")
+  record_property("summary", f"{name}: {summary}")
