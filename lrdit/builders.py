@@ -657,8 +657,10 @@ def make_alphas_cumprod(config: ConfigDict) -> Float[np.ndarray, " T"]:
 
 def make_solver_table(config: ConfigDict) -> diffusion.SolverTable:
   """The sampling solver's coefficients."""
-  s = config.sampling
-  return diffusion.solver_table(s.solver, make_alphas_cumprod(config), s.num_steps, s.eta)
+  s, prediction = config.sampling, config.diffusion.prediction
+  return diffusion.solver_table(
+    s.solver, make_alphas_cumprod(config), s.num_steps, s.eta, prediction
+  )
 
 
 def make_objective(config: ConfigDict, devices: parallel.Devices) -> training_step.Objective:

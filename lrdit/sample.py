@@ -51,6 +51,7 @@ def make_settings(
     "method": config.method,
     "solver": s.solver,
     "num_steps": s.num_steps,
+    "first_timestep": int(drawn.table.t[0]),
     "eta": s.eta,
     "guidance_scale": s.guidance_scale,
     "clip_x_0": s.clip_x_0,
