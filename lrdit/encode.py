@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lrdit import builders, input_pipeline, latents, parallel
+from lrdit.errors import UserError
 from lrdit.progress import make_bar
 from lrdit.sources import Source
 from lrdit.vae import Codec
@@ -68,7 +69,14 @@ def encode_split(
     for batch in input_pipeline.read_ahead(read, range(done, total, batch_size)):
       images = batch["image"]
       copies = [images, images[:, :, ::-1]] if with_mirrored else [images]
-      files[0].append(np.stack([codec.encode(copy) for copy in copies], axis=1))
+      encoded = np.stack([codec.encode(copy) for copy in copies], axis=1)
+      are_finite = np.isfinite(encoded).reshape(len(encoded), -1).all(axis=1)
+      if not are_finite.all():
+        raise UserError(
+          f"the VAE's latents of image {done + int(np.argmin(are_finite))} of the split {split} "
+          "are not finite: use another VAE"
+        )
+      files[0].append(encoded)
       files[1].append(batch["label"])
       done += len(images)
       bar.update(len(images))

@@ -247,7 +247,11 @@ class Trainer:
     params = parallel.unreplicate(state.ema_params)
     label_rule = label_of_column if classes else None
     batch = np.concatenate(list(self.grid_sampler.sample(params, label_rule, count)))
-    self.files.write_grid(step, self.to_pixels(batch), GRID_COLUMNS)
+    pixels, are_finite = self.to_pixels(batch)
+    if not are_finite.all():
+      text = "%d of the %d samples of step %d are not finite: they are black in the grid"
+      log.warning(text, np.count_nonzero(~are_finite), count, step)
+    self.files.write_grid(step, pixels, GRID_COLUMNS)
 
   def window_scalars(self, window: WindowMetrics, stage: int, watch: Stopwatch) -> dict[str, float]:
     """Means since the last line, and the speed where a step was timed."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import pty
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import termios
 import time
+import types
 
 import jax
 import numpy as np
@@ -387,3 +389,20 @@ def test_the_learning_rate_in_the_metrics_is_the_one_applied(undisturbed):
     assert line["train/learning_rate"] == pytest.approx(
       float(schedule(line["step"] - 1, 0)), rel=1e-6
     )
+
+
+def test_a_grid_that_is_not_finite_is_told_of(monkeypatch, caplog):
+  monkeypatch.setattr(logging.getLogger("lrdit"), "propagate", True)
+  config, written = tiny.tiny_config(), []
+  batch = np.zeros((80, 8, 8, 1), np.float32)
+  batch[3, 0, 0] = np.nan
+  trainer = types.SimpleNamespace(
+    config=config,
+    grid_sampler=types.SimpleNamespace(sample=lambda *_: [batch]),
+    to_pixels=builders.make_to_pixels(config, jax.devices()[:1], ""),
+    files=types.SimpleNamespace(write_grid=lambda step, pixels, _: written.append(pixels)),
+  )
+  train.Trainer.write_grid(trainer, types.SimpleNamespace(ema_params={}), 7)
+  assert written[0][3, 0, 0] == 0
+  assert written[0][3, 1, 1] == 128
+  assert "1 of the 80 samples of step 7 are not finite" in caplog.text
