@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from lrdit import builders, input_pipeline, latents, parallel
 from lrdit.errors import UserError
 from lrdit.progress import make_bar
-from lrdit.sources import Source
+from lrdit.sources import Source, report_classes
 from lrdit.vae import Codec
 
 log = logging.getLogger("lrdit")
@@ -100,6 +100,7 @@ def encode(config: ConfigDict, output: str, devices: parallel.Devices | None = N
   """
   codec = builders.make_codec(config, devices or jax.local_devices())
   sources = {split: builders.make_image_source(config, split) for split in latents.SPLITS}
+  report_classes(sources["train"], config.data.num_classes)
   directory = pathlib.Path(output)
   writer = latents.LatentWriter(
     directory,

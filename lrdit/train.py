@@ -19,6 +19,7 @@ from lrdit.errors import UserError
 from lrdit.held_out import held_out_losses
 from lrdit.progress import make_bar
 from lrdit.run_files import FirstProcessFiles, RunFiles, check_same
+from lrdit.sources import report_classes
 from lrdit.train_state import (
   NON_FINITE_QUANTITIES,
   TrainState,
@@ -134,6 +135,7 @@ class Trainer:
     self.files: RunFiles = (
       FirstProcessFiles(config, workdir, identity) if parallel.is_first() else RunFiles()
     )
+    report_classes(self.source, config.data.num_classes)
 
   def _make_to_pixels(self) -> Any:
     """What turns samples into pixels: for grids, and to check a VAE that is named."""
