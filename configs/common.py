@@ -129,7 +129,7 @@ def get_default_config(method: str, variant: str) -> ConfigDict:
   config.sampling = sampling = ConfigDict()
   sampling.num_samples = 1000
   sampling.batch_size = 250
-  sampling.solver = "ddim"  # ddpm, dpm++
+  sampling.solver = "ddim"  # ddpm, dpm++; diffusion.solver_timesteps says where they start
   sampling.num_steps = 50
   sampling.eta = 0.0  # noise of ddim
   sampling.guidance_scale = 1.0

@@ -220,6 +220,7 @@ def analyse_truncation(analysis: Analysis) -> None:
     **builders.describe_analysed(config),
     "ranks": list(ranks),
     "draws": draws,
+    "seed": held_out.SEED,
     "batch_size": batch_size,
     "data": source.identity,
   }

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from lrdit import (
@@ -49,6 +49,9 @@ METHODS = ("full", "static", "adaptive")
 MEASURED = "measured"  # the schedule that an analysis gives
 ANALYSES = ("flops", "weights", "gradients", "truncation")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+# From `make_to_pixels`.
+ToPixels = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def _require(condition: bool, field: str, value: Any, rule: str) -> None:
@@ -533,10 +536,11 @@ def make_codec(config: ConfigDict, devices: parallel.Devices) -> vae.Codec:
   return vae.Codec(read, devices, config.vae.batch_size)
 
 
-def make_to_pixels(
-  config: ConfigDict, devices: parallel.Devices, vae_digest: str
-) -> Callable[[Float[np.ndarray, "B H W C"]], UInt8[np.ndarray, "B height width channels"]]:
-  """From what the model samples to uint8 pixels.
+def make_to_pixels(config: ConfigDict, devices: parallel.Devices, vae_digest: str) -> ToPixels:
+  """Return what takes (B, H, W, C) samples of the model to uint8 pixels.
+
+  Beside the (B, height, width, channels) pixels it returns (B,) whether each image is
+  finite: where one is not, its pixels mean nothing.
 
   Args:
     config: resolved.
@@ -547,7 +551,7 @@ def make_to_pixels(
     UserError: the VAE is missing, or another one.
   """
   if not _has_vae(config):
-    return images.to_uint8
+    return lambda x_0: (images.to_uint8(x_0), images.are_finite(x_0))
   codec = make_codec(config, devices)
   _require(
     codec.digest == vae_digest,
@@ -557,8 +561,9 @@ def make_to_pixels(
     f"({vae_digest[:12]})",
   )
 
-  def decode(x_0: Float[np.ndarray, "B H W C"]) -> UInt8[np.ndarray, "B height width channels"]:
-    return images.to_uint8(codec.decode(vae.unscale_latents(codec.config, x_0)))
+  def decode(x_0: Float[np.ndarray, "B H W C"]) -> tuple[np.ndarray, np.ndarray]:
+    decoded = codec.decode(vae.unscale_latents(codec.config, x_0))
+    return images.to_uint8(decoded), images.are_finite(x_0) & images.are_finite(decoded)
 
   return decode
 
@@ -659,8 +664,10 @@ def make_alphas_cumprod(config: ConfigDict) -> Float[np.ndarray, " T"]:
 
 def make_solver_table(config: ConfigDict) -> diffusion.SolverTable:
   """The sampling solver's coefficients."""
-  s = config.sampling
-  return diffusion.solver_table(s.solver, make_alphas_cumprod(config), s.num_steps, s.eta)
+  s, prediction = config.sampling, config.diffusion.prediction
+  return diffusion.solver_table(
+    s.solver, make_alphas_cumprod(config), s.num_steps, s.eta, prediction
+  )
 
 
 def make_objective(config: ConfigDict, devices: parallel.Devices) -> training_step.Objective:

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float32, Key, UInt8
 
 from lrdit import input_pipeline
 from lrdit.errors import UserError
-from lrdit.extractors import Extracted, check_size, digest_of, read_images
+from lrdit.extractors import Extracted, check_finite, check_size, digest_of, read_images
 from lrdit.images import to_uint8
 from lrdit.metrics import recognition_accuracy
 from lrdit.progress import make_bar
@@ -212,15 +212,18 @@ class ClassifierExtractor:
       image_size: height and width.
       num_channels: 3, or 1 for grey.
       num_classes: K.
+
+    Raises:
+      UserError: weights are not finite.
     """
     network = ClassifierNetwork(image_size, num_classes)
     self.params, self.num_features = params, network.num_features
     self.held_out_accuracy: float | None = None
     self._image_size, self._num_channels = image_size, num_channels
-    shape = [image_size, image_size, num_channels]
-    self.digest = digest_of(
-      {"extractor": self.name, "shape": shape, "num_classes": num_classes}, flatten(params)
-    )
+    shape, weights = [image_size, image_size, num_channels], flatten(params)
+    check_finite(self.name, weights, "delete classifier.json where it is kept, to train it again")
+    description = {"extractor": self.name, "shape": shape, "num_classes": num_classes}
+    self.digest = digest_of(description, weights)
 
     def apply(params, images):
       features, logits = network.apply({"params": params}, _to_network(images))

@@ -27,6 +27,9 @@ SOLVERS = ("ddim", "ddpm", "dpm++")
 
 MAX_BETA = 0.999
 MIN_SNR_GAMMA = 5.0
+# Of the first step of dpm++: least half-log-SNR, and by how much it may enlarge an error.
+MIN_HALF_LOG_SNR = -5.1
+MAX_FIRST_ERROR = 5.0
 LINEAR_BETAS = (1e-4, 0.02)  # at T = 1000; scaled by 1000 / T as in ADM
 
 
@@ -208,20 +211,60 @@ class SolverTable:
 
 
 def solver_timesteps(
-  solver: str, num_train_timesteps: int, num_steps: int
+  solver: str, alphas_cumprod: Float[np.ndarray, " T"], num_steps: int, prediction: str
 ) -> Int[np.ndarray, " S"]:
-  """(S,) int32 timesteps a solver visits, descending.
+  """Return the (S,) int32 timesteps a solver visits, descending.
 
-  `ddim` and `ddpm` space them from 0 upwards ("leading"), `dpm++` evenly from
-  T - 1 down ("linspace"), as diffusers does. Deviation: where S does not divide
-  T, "leading" there truncates the stride and starts far from the noise (at 500
-  for S = 501); here the S timesteps always cover the whole range.
+  All begin in the last tenth of the timesteps, whatever S: x_T there is as good as N(0, 1).
+
+  `ddim` and `ddpm` space them from 0 upwards ("leading"), as diffusers does. Deviations:
+  below 10 steps "leading" starts far from the noise (one step at t = 0), so all timesteps
+  are moved up until the first is 9/10 T. Where S does not divide T, diffusers truncates
+  the stride and starts at 500 for S = 501; here they cover the whole range.
+
+  `dpm++` spaces them evenly from `_first_timestep` down ("linspace"), as diffusers does.
   """
-  if solver == "dpm++":
-    # S + 1 points, of which 0 is left out; all T timesteps where S = T.
-    grid = np.linspace(0, num_train_timesteps - 1, min(num_steps + 1, num_train_timesteps))
-    return np.round(grid)[::-1][:num_steps].astype(np.int32)
-  return (np.arange(num_steps)[::-1] * num_train_timesteps // num_steps).astype(np.int32)
+  total = len(alphas_cumprod)
+  if solver != "dpm++":
+    t = np.arange(num_steps)[::-1] * total // num_steps
+    return (t + max(0, 9 * total // 10 - t[0])).astype(np.int32)
+  first = _first_timestep(alphas_cumprod, num_steps, prediction)
+  # S + 1 points, of which 0 is left out; all timesteps up to the first where that is S.
+  grid = np.linspace(0, first, min(num_steps + 1, first + 1))
+  return np.round(grid)[::-1][:num_steps].astype(np.int32)
+
+
+def _first_timestep(
+  alphas_cumprod: Float[np.ndarray, " T"], num_steps: int, prediction: str
+) -> int:
+  """Return the noisiest timestep from which `dpm++` can start.
+
+  Of x_t = signal x_0 + noise eps the first step gets x_0 = (x_t - noise eps) / signal from
+  an epsilon model, whose error thus grows by the factor noise_prev (exp(h) - 1), h being
+  the step in half-log-SNR. At t = T - 1 of the cosine schedule it grows several thousand
+  times. So, within the last tenth of the timesteps, the first one has
+
+  - a half-log-SNR of at least `MIN_HALF_LOG_SNR`: diffusers' `lambda_min_clipped`, and 1 /
+    sigma_max of k-diffusion;
+  - with an epsilon model, a factor of at most `MAX_FIRST_ERROR`, if there is such a
+    timestep. Deviation: diffusers has no such bound, and needs some 50 steps. An error in
+    v does not grow.
+
+  Where nearly all T timesteps are asked for, it is the lowest that leaves S of them.
+  """
+  total = len(alphas_cumprod)
+  half_log_snr = 0.5 * (np.log(alphas_cumprod) - np.log1p(-alphas_cumprod))
+  lowest = max(9 * total // 10, num_steps - 1)
+  first = np.arange(lowest, total)
+  first = first[(first == lowest) | (half_log_snr[first] >= MIN_HALF_LOG_SNR)]
+  if prediction == "epsilon":
+    alpha_bar_prev = alphas_cumprod[first * (num_steps - 1) // num_steps]
+    if num_steps == 1:
+      alpha_bar_prev = np.ones_like(alpha_bar_prev)
+    error_of_x_0 = np.exp(-half_log_snr[first])
+    error = alpha_bar_prev**0.5 * error_of_x_0 - (1 - alpha_bar_prev) ** 0.5
+    first = first[(first == lowest) | (error <= MAX_FIRST_ERROR)]
+  return int(first[-1])
 
 
 def _ddim(alpha_bar, alpha_bar_prev, eta):
@@ -259,15 +302,20 @@ def _dpmpp_2m(alpha_bar, alpha_bar_prev):
 
 
 def solver_table(
-  solver: str, alphas_cumprod: Float[np.ndarray, " T"], num_steps: int, eta: float = 0.0
+  solver: str,
+  alphas_cumprod: Float[np.ndarray, " T"],
+  num_steps: int,
+  eta: float = 0.0,
+  prediction: str = "epsilon",
 ) -> SolverTable:
-  """The coefficients of every step of a solver.
+  """Return the coefficients of every step of a solver.
 
   Args:
     solver: one of `SOLVERS`.
     alphas_cumprod: (T,) float64.
     num_steps: S in [1, T].
     eta: share of the ancestral noise that `ddim` adds, in [0, 1].
+    prediction: one of `PREDICTIONS`: what the solver is for. It decides where `dpm++` starts.
 
   Raises:
     UserError: `num_steps` out of range or an unknown solver.
@@ -277,7 +325,7 @@ def solver_table(
     raise UserError(
       f"sampling.num_steps={num_steps} must lie in [1, {total}] (diffusion.num_train_timesteps)"
     )
-  t = solver_timesteps(solver, total, num_steps)
+  t = solver_timesteps(solver, alphas_cumprod, num_steps, prediction)
   alpha_bar = alphas_cumprod[t]
   alpha_bar_prev = np.append(alpha_bar[1:], 1.0)
   if solver == "ddim":

@@ -11,8 +11,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lrdit import builders, input_pipeline, latents, parallel
+from lrdit.errors import UserError
 from lrdit.progress import make_bar
-from lrdit.sources import Source
+from lrdit.sources import Source, report_classes
 from lrdit.vae import Codec
 
 log = logging.getLogger("lrdit")
@@ -68,7 +69,14 @@ def encode_split(
     for batch in input_pipeline.read_ahead(read, range(done, total, batch_size)):
       images = batch["image"]
       copies = [images, images[:, :, ::-1]] if with_mirrored else [images]
-      files[0].append(np.stack([codec.encode(copy) for copy in copies], axis=1))
+      encoded = np.stack([codec.encode(copy) for copy in copies], axis=1)
+      are_finite = np.isfinite(encoded).reshape(len(encoded), -1).all(axis=1)
+      if not are_finite.all():
+        raise UserError(
+          f"the VAE's latents of image {done + int(np.argmin(are_finite))} of the split {split} "
+          "are not finite: use another VAE"
+        )
+      files[0].append(encoded)
       files[1].append(batch["label"])
       done += len(images)
       bar.update(len(images))
@@ -92,6 +100,7 @@ def encode(config: ConfigDict, output: str, devices: parallel.Devices | None = N
   """
   codec = builders.make_codec(config, devices or jax.local_devices())
   sources = {split: builders.make_image_source(config, split) for split in latents.SPLITS}
+  report_classes(sources["train"], config.data.num_classes)
   directory = pathlib.Path(output)
   writer = latents.LatentWriter(
     directory,

@@ -42,6 +42,7 @@ GRID_COLUMNS = 10
 CHUNK_BYTES = 1 << 20  # read at once
 LABEL_CHUNK = 1 << 16  # labels computed at once
 SHOWN_CHANGES = 3
+MAX_SATURATED_SHARE = 0.5  # of pixel values at 0 or 255: more is told of
 
 # Labels of sample indices.
 LabelRule = Callable[[np.ndarray], np.ndarray]
@@ -403,7 +404,7 @@ class ExportWriter:
       metadata[name] = getattr(self._progress, name)
     try:
       with self._telling_how_to_go_on():
-        self._write_npz(label_rule)
+        metadata |= self._saturation(self._write_npz(label_rule))
         grid = np.concatenate(list(self._read_part(min(GRID_SIZE, self.num_samples))))
         images.write_grid(self.directory / "grid.png", grid, GRID_COLUMNS)
         self._remove_other_pngs()
@@ -416,13 +417,28 @@ class ExportWriter:
       ) from error
     return metadata
 
-  def _write_npz(self, label_rule: LabelRule | None) -> None:
-    count, crc = self.num_samples, 0
+  def _saturation(self, saturated_share: float) -> dict[str, Any]:
+    """Return what the metadata says of pixels at 0 or 255, and warn where most are."""
+    is_saturated = saturated_share > MAX_SATURATED_SHARE
+    if is_saturated:
+      log.warning(
+        "%s: %.1f %% of all pixel values are 0 or 255, which is right only for images that are "
+        "mostly pure black and white: lower config.sampling.guidance_scale, or use another "
+        "solver or more steps",
+        self.directory,
+        100 * saturated_share,
+      )
+    return {"saturated_share": saturated_share, "is_mostly_saturated": is_saturated}
+
+  def _write_npz(self, label_rule: LabelRule | None) -> float:
+    """Write samples.npz and return the share of its pixel values that are 0 or 255."""
+    count, crc, saturated = self.num_samples, 0, 0
 
     def rows() -> Iterator[np.ndarray]:
-      nonlocal crc
+      nonlocal crc, saturated
       for chunk in self._read_part(count):
         crc = zlib.crc32(chunk, crc)
+        saturated += int(np.count_nonzero((chunk == 0) | (chunk == 255)))
         yield chunk
 
     with atomic_path(self._npz) as temporary:
@@ -438,6 +454,7 @@ class ExportWriter:
       has_labels = label_rule is not None
       for _ in _read_samples(temporary, count, has_labels, self._rows_per_chunk()):
         pass  # the checksums of what the disk gives back
+    return saturated / (count * math.prod(self._shape))
 
   def _remove_other_pngs(self) -> None:
     """PNG files beyond a cut, and what a kill left of one."""

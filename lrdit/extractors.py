@@ -70,6 +70,25 @@ def digest_of(description: dict[str, Any], arrays: dict[str, np.ndarray]) -> str
   return sha.hexdigest()
 
 
+def check_finite(name: str, arrays: dict[str, np.ndarray], mend: str) -> None:
+  """Refuse an extractor whose figures would mean nothing.
+
+  Args:
+    name: of the extractor.
+    arrays: its weights by name.
+    mend: what to do.
+
+  Raises:
+    UserError: some of the weights are not finite.
+  """
+  bad = sorted(key for key, array in arrays.items() if not np.isfinite(array).all())
+  if bad:
+    raise UserError(
+      f"the extractor {name!r} has weights that are not finite ({len(bad)} of {len(arrays)} "
+      f"arrays, {bad[0]} for one): {mend}"
+    )
+
+
 def check_size(images: UInt8[np.ndarray, "B H W 3"], name: str, image_size: int) -> None:
   """Refuses images of another size than the named extractor is for.
 

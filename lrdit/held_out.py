@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 from lrdit import input_pipeline, parallel
 from lrdit.sources import Source
 
-# Of the noise and timesteps; no run's own seed, so that runs can be compared.
-SEED = 0
+# Of the noise, timesteps and slots; no run's own seed, so that runs can be compared. Another
+# number for every change of what is drawn: losses of different seeds are not compared.
+SEED = 1
 EVAL_STREAM = 2**31 - 1  # keeps the draws apart from those of a training step
 
 
@@ -55,8 +56,9 @@ def held_out_losses(
 ) -> HeldOutLosses:
   """Passes over the held-out split, each with other noise and timesteps.
 
-  A slot of the batch is a stratum of timesteps, so each pass shifts the
-  examples over the slots: an example meets another stratum each time.
+  A slot of the batch is a stratum of timesteps. An example's slot is drawn from its index
+  (`input_pipeline.eval_batches`), and each pass shifts the examples over the slots: an example
+  meets another stratum each time.
 
   Args:
     eval_step: pmapped `training_step.eval_step`.

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from lrdit import images
 from lrdit.errors import UserError
 from lrdit.progress import make_bar
-from lrdit.sources import DataOptions, DecodedImages, Source
+from lrdit.sources import DataOptions, DecodedImages, Source, describe_path
 
 HELD_OUT_ONE_IN = 20
 EVAL_FOLDERS = ("eval", "val", "valid", "validation", "test")
@@ -150,7 +150,8 @@ def _walk(folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:
 def _list_images(folder: str) -> list[str]:
   """The relative paths of a folder's images, sorted; warns of other files."""
   if not os.path.isdir(folder):
-    found = "is not a folder" if os.path.exists(folder) else "does not exist"
+    found = f"is not a folder but {describe_path(folder)}"
+    found = found if os.path.exists(folder) else "does not exist"
     raise UserError(f"config.data.data_dir={folder} {found}: give the folder of your images")
   found = sorted(_walk(folder, "", frozenset()))
   hidden = [path for path in found if _is_hidden(path.rpartition("/")[2])]
@@ -163,14 +164,14 @@ def _list_images(folder: str) -> list[str]:
     log.warning("left out: not images by their extension (%d): %s", len(others), _name_some(others))
   if not paths:
     raise UserError(
-      f"config.data.data_dir={folder} holds no images: they are told by their extensions "
-      f"{', '.join(EXTENSIONS)}"
+      f"config.data.data_dir={folder} holds no images (it is {describe_path(folder)}): they are "
+      f"told by their extensions {', '.join(EXTENSIONS)}"
     )
   return paths
 
 
 def _class_names(folder: str, paths: Sequence[str]) -> list[str]:
-  """The sub-folders that images lie in, sorted; none if the images lie beside each other.
+  """Return the sub-folders that images lie in, as `_class_order` sorts; none if they lie flat.
 
   Raises:
     UserError: images lie in sub-folders and also beside them.
@@ -187,7 +188,13 @@ def _class_names(folder: str, paths: Sequence[str]) -> list[str]:
     for entry in sorted(entries, key=lambda entry: entry.name):
       if entry.is_dir() and entry.name not in names and not _is_hidden(entry.name):
         log.warning("left out: the sub-folder %s has no images", _printable(entry.path))
-  return sorted(names)
+  return sorted(names, key=_class_order)
+
+
+def _class_order(name: str) -> tuple[int, int, str]:
+  """Sort whole numbers by their value, before all other names: 2 stands before 10."""
+  is_number = name.isascii() and name.isdecimal()
+  return (0, int(name), name) if is_number else (1, 0, name)
 
 
 def _split_folders(folder: str, paths: Sequence[str]) -> dict[str, str]:
@@ -362,7 +369,8 @@ def load_folder(split: str, options: DataOptions) -> Source:
   """A folder of image files.
 
   Either all images lie directly in it (no classes), or all lie in sub-folders,
-  at any depth: each sub-folder is a class, numbered by name. The splits are its
+  at any depth: each sub-folder is a class, numbered in the order of names, whole numbers in
+  that of their values. The splits are its
   sub-folders `train` and one of `EVAL_FOLDERS`, each made in that way, if it has
   those and no others; otherwise about one image in twenty is held out. Of an
   animation the first frame is taken. Every image is decoded once here.
@@ -398,9 +406,14 @@ def load_folder(split: str, options: DataOptions) -> Source:
 
 def _check_is_npz(path: str) -> None:
   if not os.path.isfile(path):
-    raise UserError(f"config.data.data_dir={path} is not a file: give the .npz of your images")
+    raise UserError(
+      f"config.data.data_dir={path} is not a file: give the .npz of your images (there is "
+      f"{describe_path(path)})"
+    )
   if not zipfile.is_zipfile(path):
-    raise UserError(f"{path} is not an .npz, or is cut short: {HOW_TO_MAKE_NPZ}")
+    raise UserError(
+      f"{path} is not an .npz, or is cut short (it is {describe_path(path)}): {HOW_TO_MAKE_NPZ}"
+    )
 
 
 def _read_npz(path: str) -> dict[str, np.ndarray]:

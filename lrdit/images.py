@@ -6,7 +6,7 @@ import os
 import pathlib
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from lrdit.workdir import atomic_path
@@ -94,8 +94,17 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-  """[-1, 1] to uint8, round half up of 127.5 x + 127.5 (design, section 8)."""
-  return np.clip(np.floor(127.5 * images.astype(np.float64) + 128.0), 0, 255).astype(np.uint8)
+  """Return [-1, 1] as uint8, round half up of 127.5 x + 127.5 (design, section 8).
+
+  What is no number becomes 0, which says nothing of the image: see `are_finite`.
+  """
+  levels = np.clip(np.floor(127.5 * images.astype(np.float64) + 128.0), 0, 255)
+  return np.nan_to_num(levels, nan=0).astype(np.uint8)
+
+
+def are_finite(images: Float[np.ndarray, "N H W C"]) -> Bool[np.ndarray, " N"]:
+  """Return whether all values of each image are finite."""
+  return np.isfinite(images).all(axis=(1, 2, 3))
 
 
 def to_rgb(images: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "N H W 3"]:

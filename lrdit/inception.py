@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from lrdit.errors import UserError
-from lrdit.extractors import Extracted, digest_of
+from lrdit.extractors import Extracted, check_finite, digest_of
 
 # What torch raises for a file that is damaged, no pickle of tensors, or of another network.
 UNREADABLE_WEIGHTS = (
@@ -46,11 +46,15 @@ class InceptionExtractor:
 
     Args:
       network: a FeatureExtractorInceptionV3 with "2048" as its only feature.
+
+    Raises:
+      UserError: weights are not finite.
     """
     import torch
 
     self._device = "cuda" if torch.cuda.is_available() else "cpu"
     weights = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+    check_finite(self.name, weights, "download them again, to config.evaluation.inception_weights")
     self.digest = digest_of({"extractor": self.name, "resize": "tensorflow 1 to 299"}, weights)
     self._network = network.to(self._device)
 

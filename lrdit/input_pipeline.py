@@ -52,8 +52,8 @@ LOADERS = {
   "npz": Loader(image_files.load_npz, image_files.identify_npz),
 }
 
-# Keeps the draws of flips apart from those of orders.
-_ORDER_STREAM, _FLIP_STREAM = 0, 1
+# Keeps the draws of orders, flips and held-out slots apart.
+_ORDER_STREAM, _FLIP_STREAM, _SLOT_STREAM = 0, 1, 2
 
 
 def make_source(name: str, split: str, options: DataOptions) -> Source:
@@ -175,10 +175,12 @@ def train_batches(
 def eval_batches(
   source: Source, slots: Int[np.ndarray, "n b"], batch_size: int, shift: float = 0.0
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Each held-out example once, a batch of neighbours at a time, the last one padded.
+  """Yield each held-out example once, a batch of neighbours at a time, the last one padded.
 
-  A slot stands for a stratum of timesteps, so the padding is spread evenly
-  over the slots: at the end of the batch it would leave out the noisy ones.
+  A slot stands for a stratum of timesteps. So an example's place among its batch's slots is
+  that of a number drawn for its index alone: in the order of the split, a split sorted by
+  class would tie class to timestep. And the padding is spread evenly over the slots: at the
+  end of the batch it would leave out the noisy ones.
 
   Args:
     source: the held-out split.
@@ -190,11 +192,14 @@ def eval_batches(
   Yields:
     as `train_batches`, plus "weight" (n, b) float32, 0 for padding.
   """
+  # No run's own seed, so that runs can be compared.
+  place = _generator(0, _SLOT_STREAM, 0).random(len(source))
 
   def make(start: int) -> dict[str, np.ndarray]:
     count = min(batch_size, len(source) - start)
     offset, remainder = np.divmod(slots * count, batch_size)
-    index = start + (offset + int(shift * count)) % count
+    order = start + np.argsort(place[start : start + count], kind="stable")
+    index = order[(offset + int(shift * count)) % count]
     batch = _gather(source, index, np.zeros(slots.shape, bool))
     return batch | {"weight": (remainder < count).astype(np.float32)}
 

@@ -23,6 +23,8 @@ from lrdit.rank_schedule import LayerRanks, RankPlan
 
 Initializer = Callable[..., Array]
 XAVIER: Initializer = nn.initializers.xavier_uniform()
+# Singular values below this share of the largest are rounding.
+VANISHING = 1e-5
 
 
 @flax.struct.dataclass
@@ -54,13 +56,22 @@ def svd_factors(
   `max_rank` singular values, so every prefix is the best approximation of W of
   its rank (Eckart and Young 1936).
 
+  A component whose factors are both zero gets no gradient and never learns. So where a
+  singular value vanishes, only `up` is zero: the product is W all the same. A kernel of
+  zeros, whatever initializer gives it, takes the `down` of a Xavier kernel.
+
   Returns:
     down (D_in, R) and up (R, D_out), float32.
   """
   kernel = kernel_init(rng, (dim_in, dim_out), jnp.float32)
+  is_zero = ~kernel.any()
+  kernel = jnp.where(is_zero, XAVIER(rng, (dim_in, dim_out), jnp.float32), kernel)
   u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
   root = jnp.sqrt(s[:max_rank])
-  return u[:, :max_rank] * root, root[:, None] * vt[:max_rank]
+  vanishes = s[:max_rank] <= VANISHING * s[0]
+  down = u[:, :max_rank] * jnp.where(vanishes, root[0], root)
+  up = root[:, None] * vt[:max_rank]
+  return down, jnp.where((vanishes | is_zero)[:, None], 0.0, up)
 
 
 def low_rank_matmul(
@@ -132,9 +143,8 @@ class LowRankDense(nn.Module):
     features: D_out.
     ranks: active rank per bucket; the largest is allocated.
     dtype: compute dtype; parameters are float32.
-    kernel_init: initializer of the dense kernel whose SVD is taken; with
-      `zeros` the factor `up` is zero and `down` that of a Xavier kernel, so
-      the layer starts at zero and still learns.
+    kernel_init: initializer of the dense kernel that `svd_factors` factorises; of zeros
+      too, where the layer starts at zero and still learns.
   """
 
   features: int
@@ -161,18 +171,15 @@ class LowRankDense(nn.Module):
 
   def _factors(self, dim_in: int) -> tuple[Float[Array, "D_in R"], Float[Array, "R D_out"]]:
     """Both factors, initialised from the one SVD."""
-    rank, zero = self.ranks.max_rank, self.kernel_init is nn.initializers.zeros
+    rank = self.ranks.max_rank
     if not self.is_initializing():
       return (
         self.param("down", nn.initializers.zeros, (dim_in, rank)),
         self.param("up", nn.initializers.zeros, (rank, self.features)),
       )
-    kernel_init = XAVIER if zero else self.kernel_init
-    down, up = svd_factors(self.make_rng("params"), dim_in, self.features, rank, kernel_init)
-    return (
-      self.param("down", lambda _: down),
-      self.param("up", lambda _: jnp.zeros_like(up) if zero else up),
-    )
+    rng = self.make_rng("params")
+    down, up = svd_factors(rng, dim_in, self.features, rank, self.kernel_init)
+    return self.param("down", lambda _: down), self.param("up", lambda _: up)
 
 
 def make_dense(

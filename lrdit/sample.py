@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from lrdit import builders, checkpoints, parallel, run_files, sampler
+from lrdit.errors import UserError
 from lrdit.export import ExportWriter
 from lrdit.progress import make_bar
 
@@ -51,6 +52,7 @@ def make_settings(
     "method": config.method,
     "solver": s.solver,
     "num_steps": s.num_steps,
+    "first_timestep": int(drawn.table.t[0]),
     "eta": s.eta,
     "guidance_scale": s.guidance_scale,
     "clip_x_0": s.clip_x_0,
@@ -69,21 +71,51 @@ def make_settings(
 
 
 def draw(
-  config: ConfigDict, drawn: sampler.Sampler, params: Any, to_pixels: Callable, first: int
+  config: ConfigDict,
+  drawn: sampler.Sampler,
+  params: Any,
+  to_pixels: builders.ToPixels,
+  step: int,
+  first: int,
 ) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
-  """The samples [first, num_samples) by batches, drawn by all processes, on each of them.
+  """Yield the samples [first, num_samples) by batches, drawn by all processes, on each of them.
 
   Args:
     config: resolved.
     drawn: what draws the samples.
     params: its weights.
     to_pixels: from `builders.make_to_pixels`.
+    step: of the weights' checkpoint.
     first: index of the first sample.
+
+  Raises:
+    UserError: on all processes, at a sample that is not finite.
   """
   s = config.sampling
   starts, rows = range(first, s.num_samples, s.batch_size), parallel.own_rows(s.batch_size)
-  for start, images in drawn.sample_rows(params, make_label_rule(config), starts, rows):
-    yield parallel.gather_rows(to_pixels(images))[: s.num_samples - start]
+  for start, x_0 in drawn.sample_rows(params, make_label_rule(config), starts, rows):
+    kept = s.num_samples - start
+    pixels, are_finite = (parallel.gather_rows(part)[:kept] for part in to_pixels(x_0))
+    if not are_finite.all():
+      raise _non_finite(config, step, start + int(np.argmin(are_finite)))
+    yield pixels
+
+
+def _non_finite(config: ConfigDict, step: int, index: int) -> UserError:
+  """Return what to say of a sample that is not finite."""
+  s, mends = config.sampling, []
+  if s.guidance_scale != 1.0:
+    mends.append(f"lower config.sampling.guidance_scale={s.guidance_scale}")
+  if not (s.clip_x_0 or config.vae.downsample_factor):
+    mends.append("set config.sampling.clip_x_0=True")
+  if config.model.dtype != "float32":
+    mends.append("set config.model.dtype=float32")
+  mends.append("train longer, or again with a lower config.optimizer.learning_rate")
+  weights = "averaged" if s.use_ema else "raw"
+  return UserError(
+    f"sample {index} of the {weights} weights of step {step} is not finite, and no sample from "
+    f"there on was written: {'; or '.join(mends)}"
+  )
 
 
 def write_samples(
@@ -159,7 +191,7 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
   params = restored[weights]
   vae_digest = run_files.read_vae_digest(path) if config.vae.downsample_factor else ""
   to_pixels = builders.make_to_pixels(config, devices, vae_digest)
-  batches = functools.partial(draw, config, drawn, params, to_pixels)
+  batches = functools.partial(draw, config, drawn, params, to_pixels, step)
   compile_all = functools.partial(
     drawn.compile, params, make_label_rule(config), parallel.own_rows(s.batch_size)
   )

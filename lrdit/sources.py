@@ -7,7 +7,11 @@ Axes: N examples, b examples asked for, H W image, C channels.
 """
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+import logging
+import os
+import tarfile
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,22 @@ from jaxtyping import Bool, Int, Shaped
 from lrdit.errors import UserError
 
 DIGITS_EVAL_EVERY = 6  # of the digits, every sixth is held out
+NAMED_CLASSES = 100  # the log lists at most so many classes
+NAMED_ENTRIES = 3  # of a directory, in an error
+# What files begin with that are given for another kind.
+SIGNATURES = {
+  b"PAR1": "a Parquet file",
+  b"PK": "a zip archive or .npz",
+  b"\x93NUMPY": "an .npy array",
+  b"\x89HDF\r\n\x1a\n": "an HDF5 file",
+  b"\x1f\x8b": "a gzip archive",
+  b"ARROW1": "an Arrow file",
+  b"\x80": "a pickle",
+  b"\x89PNG": "an image",
+  b"\xff\xd8\xff": "an image",
+}
+
+log = logging.getLogger("lrdit")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,6 +103,11 @@ class _Subset:
     self._rows, self._index = rows, index
     self.shape = (len(index), *rows.shape[1:])
 
+  @property
+  def are_known(self) -> bool:
+    """Of labels: no record need be read for them."""
+    return getattr(self._rows, "are_known", True)
+
   def __getitem__(self, index: Any) -> np.ndarray:
     if isinstance(index, tuple):  # further axes, of latents
       return self._rows[(self._index[index[0]], *index[1:])]
@@ -124,6 +149,64 @@ class DecodedImages:
       self._kept[missing] = np.stack(self._decode(missing))
       self._known[missing] = True
     return self._kept[index]
+
+
+def report_classes(source: Source, num_classes: int) -> None:
+  """Log the table of named classes, and warn of those without a training image.
+
+  Nothing is said where every record would have to be read for its label.
+
+  Args:
+    source: the training split.
+    num_classes: classes [0, K) that the model is trained on; 0 for none.
+  """
+  if not num_classes or not getattr(source.labels, "are_known", True):
+    return
+  labels = source.labels[np.arange(len(source))]
+  counts = np.bincount(labels, minlength=num_classes)[:num_classes]
+  names = source.identity.get("classes", [])[:num_classes]
+  if names:
+    rows = [f"{i} is {name!r} ({n})" for i, (name, n) in enumerate(zip(names, counts, strict=True))]
+    more = f" and {num_classes - NAMED_CLASSES} more" if num_classes > NAMED_CLASSES else ""
+    table = ", ".join(rows[:NAMED_CLASSES])
+    log.info("classes by label (number of training images): %s%s", table, more)
+  empty = np.flatnonzero(counts == 0).tolist()
+  if empty:
+    log.warning(
+      "%d of %d classes have no training image, and samples of them will mean nothing: %s. "
+      "Number the labels from 0 without gaps, or add images",
+      len(empty),
+      num_classes,
+      ", ".join(f"{i} ({names[i]!r})" for i in empty) if names else _ranges(empty),
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+  """Return rising numbers with runs as "3 to 7"."""
+  runs = []
+  for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+    members = [number for _, number in run]
+    runs.append(f"{members[0]} to {members[-1]}" if len(members) > 1 else f"{members[0]}")
+  return ", ".join(runs)
+
+
+def describe_path(path: str) -> str:
+  """Return what stands at a path where something else was expected, in words."""
+  if os.path.isdir(path):
+    entries = sorted(entry for entry in os.listdir(path) if not entry.startswith("."))
+    more = f" and {len(entries) - NAMED_ENTRIES} more" if len(entries) > NAMED_ENTRIES else ""
+    named = ", ".join(entries[:NAMED_ENTRIES]).encode("utf-8", "backslashreplace").decode()
+    return f"a directory that holds {named}{more}" if entries else "an empty directory"
+  if not os.path.isfile(path):
+    return "no file or directory" if not os.path.exists(path) else "no regular file"
+  with open(path, "rb") as file:
+    start = file.read(16)
+  if not start:
+    return "an empty file"
+  for signature, kind in SIGNATURES.items():
+    if start.startswith(signature):
+      return kind
+  return "a tar archive" if tarfile.is_tarfile(path) else "a file of another kind"
 
 
 @dataclasses.dataclass(frozen=True)

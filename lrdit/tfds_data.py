@@ -20,7 +20,7 @@ from jaxtyping import Int, UInt8
 from lrdit import images
 from lrdit.errors import UserError
 from lrdit.progress import make_bar
-from lrdit.sources import DataOptions, DecodedImages, Source
+from lrdit.sources import DataOptions, DecodedImages, Source, describe_path
 
 # A TFRecord is its length (uint64), a checksum of that (4 bytes), the bytes
 # themselves and a checksum of those (4 bytes).
@@ -151,6 +151,11 @@ class _Labels:
     self._split = split
     self._kept = np.full(count, -1, np.int32)
 
+  @property
+  def are_known(self) -> bool:
+    """Whether the label of every record has been read."""
+    return bool((self._kept >= 0).all())
+
   def keep(self, index: Int[np.ndarray, " b"], labels: Sequence[int]) -> None:
     self._kept[index] = labels
 
@@ -221,16 +226,39 @@ class _Split:
     return decoded
 
 
+def _data_dir_nearby(dataset: TfdsDataset, data_dir: str) -> pathlib.Path | None:
+  """Return the data_dir that was meant, where one level or two too deep or high was given."""
+  given = pathlib.Path(data_dir).absolute()
+  below = sorted(path for path in given.glob("*") if path.is_dir())
+  for candidate in (given.parent, given.parent.parent, *below):
+    if any(candidate.glob(f"{dataset.name}/*/dataset_info.json")):
+      return candidate
+  return None
+
+
 def _find_builder(dataset: TfdsDataset, data_dir: str) -> Any:
   """The reader of the prepared directory, whichever version and format it has."""
   # Slow to import, and wanted for these datasets only.
   from tensorflow_datasets.core import read_only_builder, registered
 
+  found = describe_path(data_dir)
+  if os.path.exists(data_dir) and not os.path.isdir(data_dir):
+    raise UserError(
+      f"config.data.data_dir={data_dir} is {found}, not a directory in which tensorflow-datasets "
+      f"has prepared {dataset.name}: give that directory, or make one: "
+      f"{dataset.how_to_prepare('DIRECTORY')}"
+    )
   try:
     return read_only_builder.builder_from_files(dataset.name, data_dir=data_dir)
   except registered.DatasetNotFoundError as error:
+    right = _data_dir_nearby(dataset, data_dir)
+    if right is not None:
+      raise UserError(
+        f"config.data.data_dir={data_dir} is not the directory that holds {dataset.name}/VERSION: "
+        f"use config.data.data_dir={right}"
+      ) from error
     raise UserError(
-      f"no prepared {dataset.name} under {data_dir} (config.data.data_dir): "
+      f"no prepared {dataset.name} under {data_dir} (config.data.data_dir): there is {found}; "
       f"{dataset.how_to_prepare(data_dir)}"
     ) from error
   except Exception as error:  # whatever its files lead their reader to

@@ -19,6 +19,7 @@ from lrdit.errors import UserError
 from lrdit.held_out import held_out_losses
 from lrdit.progress import make_bar
 from lrdit.run_files import FirstProcessFiles, RunFiles, check_same
+from lrdit.sources import report_classes
 from lrdit.train_state import (
   NON_FINITE_QUANTITIES,
   TrainState,
@@ -134,6 +135,7 @@ class Trainer:
     self.files: RunFiles = (
       FirstProcessFiles(config, workdir, identity) if parallel.is_first() else RunFiles()
     )
+    report_classes(self.source, config.data.num_classes)
 
   def _make_to_pixels(self) -> Any:
     """What turns samples into pixels: for grids, and to check a VAE that is named."""
@@ -247,7 +249,11 @@ class Trainer:
     params = parallel.unreplicate(state.ema_params)
     label_rule = label_of_column if classes else None
     batch = np.concatenate(list(self.grid_sampler.sample(params, label_rule, count)))
-    self.files.write_grid(step, self.to_pixels(batch), GRID_COLUMNS)
+    pixels, are_finite = self.to_pixels(batch)
+    if not are_finite.all():
+      text = "%d of the %d samples of step %d are not finite: they are black in the grid"
+      log.warning(text, np.count_nonzero(~are_finite), count, step)
+    self.files.write_grid(step, pixels, GRID_COLUMNS)
 
   def window_scalars(self, window: WindowMetrics, stage: int, watch: Stopwatch) -> dict[str, float]:
     """Means since the last line, and the speed where a step was timed."""

@@ -311,6 +311,12 @@ def _to_params(
       f"{source} has not the weights of its config ({faults}): put config.json and weights of "
       "the same VAE together, as save_pretrained of diffusers writes them"
     )
+  not_finite = sorted(key for key, tensor in tensors.items() if not np.isfinite(tensor).all())
+  if not_finite:
+    raise UserError(
+      f"{source} has weights that are not finite ({_some(not_finite)}): download or convert the "
+      "VAE again"
+    )
   return flax.traverse_util.unflatten_dict(
     {path: _to_ours(tensors[key]) for key, (path, _) in layout.items()}
   )

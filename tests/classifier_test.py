@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -161,6 +162,16 @@ def test_damaged_files_are_refused(kept, tmp_path):
   record.write_text("{")
   with pytest.raises(UserError, match=r"classifier.json is damaged: delete"):
     classifier.open_classifier(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(kept, value):
+  params = jax.tree.map(np.array, kept[0].params)
+  params["Dense_0"]["bias"][1] = value
+  with pytest.raises(
+    UserError, match=r"'classifier' has weights that are not finite \(1 of .*to tra"
+  ):
+    classifier.ClassifierExtractor(params, 4, 3, 3)
 
 
 def test_the_classifier_needs_labels(tmp_path):

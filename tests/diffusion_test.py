@@ -177,12 +177,76 @@ def test_every_step_count_gives_finite_coefficients(solver, num_steps):
   assert all(np.isfinite(column).all() for column in table.float32_columns().values())
 
 
+@pytest.mark.parametrize("noise_schedule", diffusion.NOISE_SCHEDULES)
+@pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
 @pytest.mark.parametrize("solver", diffusion.SOLVERS)
-@pytest.mark.parametrize("num_steps", [300, 400, 501, 600, 999])
-def test_any_step_count_starts_near_the_noise(solver, num_steps):
-  table = diffusion.solver_table(solver, COSINE, num_steps)
-  assert table.t[0] >= 1000 - 1000 / num_steps - 1
-  assert len(np.unique(table.t)) == num_steps
+def test_any_step_count_starts_at_the_noisy_end(solver, prediction, noise_schedule):
+  for total in (7, 1000):
+    alphas_cumprod = diffusion.make_alphas_cumprod(noise_schedule, total)
+    for num_steps in range(1, total + 1):
+      t = diffusion.solver_timesteps(solver, alphas_cumprod, num_steps, prediction)
+      assert t[0] >= 9 * total // 10
+      assert (np.diff(t) < 0).all()
+      assert t[-1] >= 0
+      assert t[0] < total
+
+
+@pytest.mark.parametrize(
+  ("solver", "prediction", "num_steps", "expected"),
+  [
+    ("ddim", "v", 1, [900]),
+    ("ddpm", "epsilon", 2, [900, 400]),
+    ("ddim", "v", 4, [900, 650, 400, 150]),
+    ("ddim", "epsilon", 5, [900, 700, 500, 300, 100]),
+    # diffusers' DPMSolverMultistepScheduler with lambda_min_clipped=-5.1: linspace from 995.
+    ("dpm++", "v", 1, [995]),
+    ("dpm++", "v", 5, [995, 796, 597, 398, 199]),
+    ("dpm++", "epsilon", 50, np.linspace(0, 995, 51).round()[:0:-1]),
+    # An error of epsilon would grow 26 times from 995 to 896, and grows 5 times to 881.
+    ("dpm++", "epsilon", 10, [979, 881, 783, 685, 587, 490, 392, 294, 196, 98]),
+  ],
+)
+def test_timesteps_of_few_steps(solver, prediction, num_steps, expected):
+  t = diffusion.solver_timesteps(solver, COSINE, num_steps, prediction)
+  np.testing.assert_array_equal(t, expected)
+
+
+def spread(table, prediction, alphas_cumprod, clip, error):
+  """Standard deviation of 4,000 samples of a model of N(0, 1) data.
+
+  Args:
+    table: of the solver.
+    prediction: what the model predicts.
+    alphas_cumprod: (T,).
+    clip: as `sampling.clip_x_0`.
+    error: standard deviation of the independent noise in each of the model's outputs.
+  """
+  rng, errors = np.random.default_rng(0), np.random.default_rng(1)
+  x, x_0_last = rng.normal(size=4000), np.zeros(4000)
+  for i, t in enumerate(table.t):
+    signal, noise = alphas_cumprod[t] ** 0.5, (1 - alphas_cumprod[t]) ** 0.5
+    output = noise * x if prediction == "epsilon" else 0 * x
+    output = output + error * errors.normal(size=len(x))
+    x_0, eps = diffusion.predict_x_0_eps(prediction, output, x, signal, noise)
+    if clip:
+      x_0 = np.clip(x_0, -1, 1)
+      eps = (x - signal * x_0) / noise
+    x, x_0_last = combine(table, i, x, x_0, eps, x_0_last, rng.normal(size=len(x))), x_0
+  return x.std()
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("noise_schedule", diffusion.NOISE_SCHEDULES)
+@pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
+@pytest.mark.parametrize("solver", diffusion.SOLVERS)
+def test_an_error_of_the_model_hardly_changes_the_spread(solver, prediction, noise_schedule, clip):
+  alphas_cumprod = diffusion.make_alphas_cumprod(noise_schedule, 1000)
+  ratios = {}
+  for num_steps in (4, 5, 10, 20, 50, 250):
+    table = diffusion.solver_table(solver, alphas_cumprod, num_steps, prediction=prediction)
+    args = (table, prediction, alphas_cumprod, clip)
+    ratios[num_steps] = spread(*args, error=1e-2) / spread(*args, error=0)
+  assert all(0.9 < ratio < 1.1 for ratio in ratios.values()), ratios
 
 
 def test_learned_variance_ranges_from_the_posterior_to_beta():

@@ -206,11 +206,15 @@ def test_what_training_reads_decodes_to_what_the_vae_makes_of_it(images, encoded
   np.testing.assert_allclose(got["image"], mean * SCALE, rtol=1e-6)
   np.testing.assert_allclose(got["std"], np.exp(log_variance / 2) * SCALE, rtol=1e-6)
   codec = builders.make_codec(config, one_device())
-  pixels = builders.make_to_pixels(config, one_device(), codec.digest)(got["image"])
+  to_pixels = builders.make_to_pixels(config, one_device(), codec.digest)
+  pixels, are_finite = to_pixels(got["image"])
+  assert are_finite.tolist() == [True] * 6
   expected = to_uint8(codec.decode(np.ascontiguousarray(mean)))
   assert (pixels.shape, pixels.dtype) == ((6, 32, 32, 3), np.uint8)
   assert np.abs(pixels.astype(int) - expected).max() <= 1
   assert pixels.std() > 0
+  got["image"][1, 0, 0, 0], got["image"][4] = np.nan, np.inf
+  assert np.flatnonzero(~to_pixels(got["image"])[1]).tolist() == [1, 4]
 
 
 def first_batch(config, devices):
@@ -289,6 +293,19 @@ def test_encoding_goes_on_without_doing_anything_twice(monkeypatch, images, enco
   calls.clear()
   encode.encode(config, str(output), one_device())
   assert not calls
+
+
+def test_an_image_without_finite_latents_is_named(monkeypatch, images, tmp_path):
+  whole = vae_module.Codec.encode
+
+  def broken(self, scans):
+    encoded = whole(self, scans)
+    encoded[2, 1] = np.inf
+    return encoded
+
+  monkeypatch.setattr(vae_module.Codec, "encode", broken)
+  with pytest.raises(UserError, match=r"latents of image 2 of the split train are not finite"):
+    encode.encode(make_config(images), str(tmp_path), one_device())
 
 
 def wait_for_rows(process, output, at_least):

@@ -97,6 +97,23 @@ def read_all(directory, batch_size=3):
   return metadata, samples, labels
 
 
+@pytest.mark.parametrize(
+  ("num_saturated", "share", "warns"), [(8, 0.5, False), (9, 0.5625, True), (0, 0.0, False)]
+)
+def test_saturated_pixels_are_told_of(tmp_path, log_lines, num_saturated, share, warns):
+  samples = np.full(16, 128, np.uint8)
+  samples[:num_saturated] = [0, 255] * (num_saturated // 2) + [0] * (num_saturated % 2)
+  samples = samples.reshape(4, 2, 2, 1)
+  with export.ExportWriter(tmp_path, SETTINGS, SOFTWARE, 4, 2, 1, False) as writer:
+    writer.append(samples[:3])
+  # Stopped and gone on with: all images count, whichever start drew them.
+  with export.ExportWriter(tmp_path, SETTINGS, SOFTWARE, 4, 2, 1, False) as writer:
+    writer.append(samples[writer.num_done :])
+    metadata = writer.finish(None, {})
+  assert (metadata["saturated_share"], metadata["is_mostly_saturated"]) == (share, warns)
+  assert any("% of all pixel values are 0 or 255" in line for line in log_lines()) == warns
+
+
 def test_other_tools_read_it(undisturbed):
   expected = np.repeat(draw(range(10), 4, seed=0), 3, axis=-1)
   with np.load(undisturbed / "samples.npz") as arrays:

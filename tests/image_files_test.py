@@ -127,6 +127,19 @@ def test_classes_are_the_top_sub_folders_by_name_whatever_is_nested(tmp_path):
   assert seen == expected
 
 
+def test_whole_numbers_are_classes_in_the_order_of_their_values(tmp_path):
+  names = ["10", "2", "0", "07", "7", "b", "11", "a10", "a2"]
+  for split in ("train", "eval"):
+    for i, name in enumerate(names):
+      save(tmp_path / split / name / f"{split}.png", pixels(i))
+  source = image_files.load_folder("train", make_options(tmp_path))
+  expected = ["0", "2", "07", "7", "10", "11", "a10", "a2", "b"]
+  assert source.identity["classes"] == expected
+  rows, labels = read(source)
+  for row, label in zip(rows, labels, strict=True):
+    np.testing.assert_array_equal(row, pixels(names.index(expected[label])))
+
+
 def test_the_held_out_images_of_classes_go_by_the_whole_relative_path(tmp_path):
   for place in ("a", "b"):
     for i in range(60):
@@ -738,14 +751,27 @@ def test_an_array_that_nothing_reads_is_named(tmp_path, log_lines):
 
 def test_a_file_that_is_no_npz_or_damaged_is_refused(tmp_path):
   for path in (tmp_path / "none.npz", tmp_path):
-    with pytest.raises(UserError, match=r"is not a file: give the \.npz"):
+    with pytest.raises(
+      UserError, match=r"is not a file: give the \.npz .*\(there is (no|an empty)"
+    ):
       image_files.load_npz("train", make_options(path))
   np.save(tmp_path / "plain.npy", batch())
   content = bytearray(make_npz(tmp_path, image=batch()).read_bytes())
   (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
   (tmp_path / "empty.npz").write_bytes(b"")
-  for name in ("plain.npy", "cut.npz", "empty.npz"):
-    with pytest.raises(UserError, match=f"{name} is not an .npz, or is cut short"):
+  (tmp_path / "it.parquet").write_bytes(b"PAR1" + bytes(20))
+  (tmp_path / "text.npz").write_text("words")
+  kinds = {
+    "plain.npy": "an .npy array",
+    "cut.npz": "a zip archive or .npz",
+    "empty.npz": "an empty file",
+    "it.parquet": "a Parquet file",
+    "text.npz": "a file of another kind",
+  }
+  for name, kind in kinds.items():
+    with pytest.raises(
+      UserError, match=rf"{name} is not an .npz, or is cut short \(it is {kind}\)"
+    ):
       image_files.load_npz("train", make_options(tmp_path / name))
   content[len(content) // 2] ^= 255
   (tmp_path / "flipped.npz").write_bytes(content)

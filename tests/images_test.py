@@ -12,6 +12,7 @@ pytestmark = pytest.mark.floats
 def test_rounding_is_half_up_and_clipped():
   values = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
   assert images.to_uint8(values).tolist() == [0, 0, 128, 255, 255]
+  assert images.to_uint8(np.array([np.nan, -np.inf, np.inf])).tolist() == [0, 0, 255]
   levels = np.arange(256)
   assert (images.to_uint8((levels / 127.5 - 1).astype(np.float32)) == levels).all()
 

@@ -1,6 +1,7 @@
 """Inception: torch-fidelity's features, and what is refused."""
 
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +14,18 @@ def test_a_missing_torch_fidelity_is_told(monkeypatch):
   monkeypatch.setitem(sys.modules, "torch_fidelity", None)
   with pytest.raises(UserError, match=r"pip install '\.\[fid\]'"):
     inception.open_inception("")
+
+
+def test_weights_that_are_not_finite_are_refused(monkeypatch):
+  cuda = types.SimpleNamespace(is_available=lambda: False)
+  monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
+  values = {"fc.bias": np.array([1.0, np.nan]), "batches": np.array(3)}
+  tensors = {k: types.SimpleNamespace(numpy=lambda array=v: array) for k, v in values.items()}
+  network = types.SimpleNamespace(state_dict=lambda: tensors, to=lambda _: None)
+  with pytest.raises(UserError, match=r"'inception' has weights .* \(1 of 2 arrays, fc\.bias"):
+    inception.InceptionExtractor(network)
+  values["fc.bias"][1] = 2.0
+  assert inception.InceptionExtractor(network).digest
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.linen import initializers
 
 from lrdit import low_rank
 from lrdit.rank_schedule import LayerRanks, RankPlan
@@ -106,12 +106,45 @@ def layer(kernel_init):
   return module, module.init(jax.random.key(0), x, low_rank.uniform_selection(B)), x
 
 
-def test_zero_initialised_layer_starts_at_zero_and_can_learn():
-  module, variables, x = layer(flax.linen.initializers.zeros)
+def constant_columns(key, shape, dtype):
+  """A kernel of rank one."""
+  del key
+  return jnp.broadcast_to(jnp.arange(1, shape[1] + 1, dtype=dtype) / 10, shape)
+
+
+@pytest.mark.parametrize(
+  "kernel_init",
+  [
+    initializers.zeros,
+    initializers.zeros_init(),
+    initializers.constant(0.0),
+    lambda key, shape, dtype: 0 * initializers.ones(key, shape, dtype),
+    constant_columns,
+  ],
+  ids=["zeros", "zeros_init()", "constant(0.)", "lambda", "rank one"],
+)
+def test_a_layer_starts_at_its_kernel_and_every_component_can_learn(kernel_init):
+  module, variables, x = layer(kernel_init)
   selection = low_rank.uniform_selection(B, 2)
-  assert (module.apply(variables, x, selection) == 0).all()
-  grads = jax.grad(lambda v: module.apply(v, x, selection).sum())(variables)["params"]
-  assert (jnp.abs(grads["up"]).sum(axis=1) > 0).all()
+  kernel = kernel_init(None, (D_IN, D_OUT), jnp.float32)
+  got = module.apply(variables, x, selection)
+  np.testing.assert_allclose(got, x @ kernel, rtol=0, atol=1e-5)
+  if not kernel.any():
+    assert (got == 0).all()
+  # Every component's `up` moves away from where it starts in one step.
+  grads = jax.grad(lambda v: (module.apply(v, x, selection) * x[..., :1]).sum())(variables)
+  size = jnp.abs(grads["params"]["up"]).sum(axis=1)
+  assert (size > 1e-2 * size.max()).all()
+
+
+def test_a_zero_kernel_is_told_under_jit_too():
+  x = factors()[2]
+  module = low_rank.LowRankDense(D_OUT, RANKS, kernel_init=initializers.constant(0.0))
+  variables = jax.jit(lambda key: module.init(key, x, low_rank.uniform_selection(B)))(
+    jax.random.key(0)
+  )
+  assert variables["params"]["down"].any(axis=0).all()
+  assert not variables["params"]["up"].any()
 
 
 def test_slicing_keeps_the_prefix_and_shares_the_rest():

@@ -13,6 +13,7 @@ import pytest
 
 from lrdit import builders, parallel, sample
 from lrdit.checkpoints import Checkpoints
+from lrdit.errors import UserError
 from lrdit.sampler import Sampler, random_labels
 from lrdit.train_state import create_train_state
 from lrdit.workdir import store_config
@@ -149,6 +150,40 @@ def test_labels_are_those_asked_for_and_those_drawn(workdir, monkeypatch, rule, 
   with np.load(directory / "samples.npz") as arrays:
     assert arrays["arr_1"].tolist() == used[:10] == expected
   assert metadata(directory)["labels"] == rule
+
+
+@pytest.mark.parametrize(
+  ("fields", "mend"),
+  [
+    (dict(), "train longer, or again with a lower config.optimizer.learning_rate"),
+    (dict(guidance_scale=1000.0), "lower config.sampling.guidance_scale=1000.0; or train"),
+    (dict(clip_x_0=False, use_ema=False), "set config.sampling.clip_x_0=True; or train"),
+  ],
+)
+def test_a_sample_that_is_not_finite_stops_the_export(workdir, monkeypatch, fields, mend):
+  sample_batch = Sampler.sample_batch
+
+  def broken(self, params, index, labels):
+    x_0 = np.array(sample_batch(self, params, index, labels))
+    x_0[index == 5] = np.nan
+    x_0[(index == 10) | (index == 11)] = np.inf  # padding of the last batch: never kept
+    return x_0
+
+  monkeypatch.setattr(Sampler, "sample_batch", broken)
+  name = f"bad_{len(mend)}"
+  with pytest.raises(UserError, match=r"sample 5 of the (averaged|raw) weights of step 8") as error:
+    export(workdir, name, **fields)
+  assert mend in str(error.value)
+  assert not (workdir / "samples" / name / "metadata.json").exists()
+  monkeypatch.setattr(Sampler, "sample_batch", sample_batch)
+  assert metadata(export(workdir, name, **fields))["num_drawn"] == 10
+
+
+def test_a_guidance_of_1000_is_told_of(workdir, log_lines):
+  directory = export(workdir, "guided", guidance_scale=1000.0)
+  assert metadata(directory)["is_mostly_saturated"]
+  assert metadata(directory)["saturated_share"] > 0.5
+  assert any("lower config.sampling.guidance_scale" in line for line in log_lines())
 
 
 # Another value of every field of `sampling`; these define no sample.

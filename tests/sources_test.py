@@ -1,5 +1,7 @@
 """Random access to examples: gathering, subsets, and images decoded on demand."""
 
+import logging
+import re
 import threading
 import time
 
@@ -161,3 +163,46 @@ def test_the_digits_refuse_options_of_other_data(field, value):
   options = dict(data_dir="", image_size=8, num_channels=1, cache_bytes=0, skip_unreadable=False)
   with pytest.raises(UserError, match=f"config.data.{field}={value!r}"):
     sources.load_digits("train", sources.DataOptions(**options | {field: value}))
+
+
+@pytest.mark.parametrize(
+  ("labels", "num_classes", "names", "expected"),
+  [
+    ([1, 2, 3], 4, None, ["1 of 4 classes have no training image, .*: 0\\. Number the labels"]),
+    ([0, 9, 1, 4], 12, None, ["8 of 12 classes .*: 2 to 3, 5 to 8, 10 to 11\\. "]),
+    ([0, 1, 2], 3, None, []),
+    ([0, 1, 2], 0, None, []),
+    (
+      [2, 0, 2],
+      3,
+      ["a", "b", "c"],
+      ["0 is 'a' \\(1\\), 1 is 'b' \\(0\\), 2 is 'c'", "1 \\('b'\\)"],
+    ),
+    ([0, 1], 2, ["a", "b", "c"], ["training images\\): 0 is 'a' \\(1\\), 1 is 'b' \\(1\\)$"]),
+  ],
+)
+def test_classes_without_training_images_are_all_named(
+  caplog, monkeypatch, labels, num_classes, names, expected
+):
+  monkeypatch.setattr(logging.getLogger("lrdit"), "propagate", True)
+  caplog.set_level(logging.DEBUG, logger="lrdit")
+  identity = {"name": "made"} | ({"classes": names} if names else {})
+  images = pixels()[: len(labels)]
+  source = sources.Source(images, np.array(labels, np.int32), 99, identity)
+  sources.report_classes(source, num_classes)
+  assert len(caplog.messages) == len(expected)
+  for message, pattern in zip(caplog.messages, expected, strict=True):
+    assert re.search(pattern, message), message
+
+
+def test_no_record_is_read_to_count_classes():
+  class Unread:
+    are_known = False
+
+    def __getitem__(self, index):
+      raise AssertionError
+
+  source = sources.Source(pixels(), Unread(), 4, {})
+  sources.report_classes(source, 3)
+  with pytest.raises(AssertionError):
+    source.first_classes(3)

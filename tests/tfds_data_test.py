@@ -250,6 +250,32 @@ def test_missing_data_is_refused_with_the_command_that_prepares_it(tmp_path, nam
     assert f"into {manual_dir}, then" in message
 
 
+@pytest.mark.parametrize(
+  ("given", "right"),
+  [("cifar10", "."), ("cifar10/3.0.2", "."), ("..", "."), ("celeb_a", "."), ("celeb_a/2.1.0", ".")],
+)
+def test_another_level_of_a_prepared_directory_is_told_with_the_right_one(prepared, given, right):
+  data_dir = prepared["tfrecord"]
+  if given == "..":  # beside others: the first that holds it will do
+    given, right = data_dir.parent, r"\S*(tfrecord|array_record)0"
+  else:
+    right = re.escape(str(data_dir))
+  with pytest.raises(
+    UserError, match=rf"holds cifar10/VERSION: use config\.data\.data_dir={right}$"
+  ):
+    load("cifar10", "train", make_options(data_dir / given, 32))
+
+
+def test_a_file_in_place_of_a_prepared_directory_is_named(tmp_path):
+  (tmp_path / "train.parquet").write_bytes(b"PAR1" + bytes(20) + b"PAR1")
+  with pytest.raises(
+    UserError, match=r"train\.parquet is a Parquet file, not a directory in which"
+  ):
+    load("cifar10", "train", make_options(tmp_path / "train.parquet", 32))
+  with pytest.raises(UserError, match=r"there is a directory that holds train\.parquet; run"):
+    load("cifar10", "train", make_options(tmp_path, 32))
+
+
 def test_the_manual_files_of_celeb_a_are_those_that_its_builder_looks_for():
   package = pathlib.Path(importlib.util.find_spec("tensorflow_datasets").origin).parent
   lines = (package / "datasets" / "celeb_a" / "checksums.tsv").read_text().splitlines()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import pty
@@ -11,6 +12,8 @@ import signal
 import subprocess
 import termios
 import time
+import types
+import zlib
 
 import jax
 import numpy as np
@@ -387,3 +390,69 @@ def test_the_learning_rate_in_the_metrics_is_the_one_applied(undisturbed):
     assert line["train/learning_rate"] == pytest.approx(
       float(schedule(line["step"] - 1, 0)), rel=1e-6
     )
+
+
+def test_a_grid_that_is_not_finite_is_told_of(monkeypatch, caplog):
+  monkeypatch.setattr(logging.getLogger("lrdit"), "propagate", True)
+  config, written = tiny.tiny_config(), []
+  batch = np.zeros((80, 8, 8, 1), np.float32)
+  batch[3, 0, 0] = np.nan
+  trainer = types.SimpleNamespace(
+    config=config,
+    grid_sampler=types.SimpleNamespace(sample=lambda *_: [batch]),
+    to_pixels=builders.make_to_pixels(config, jax.devices()[:1], ""),
+    files=types.SimpleNamespace(write_grid=lambda step, pixels, _: written.append(pixels)),
+  )
+  train.Trainer.write_grid(trainer, types.SimpleNamespace(ema_params={}), 7)
+  assert written[0][3, 0, 0] == 0
+  assert written[0][3, 1, 1] == 128
+  assert "1 of the 80 samples of step 7 are not finite" in caplog.text
+
+
+def is_held_out(key):
+  return zlib.crc32(key.encode()) % 20 == 0
+
+
+def write_npz(path, images):
+  """Labels begin at 1, and the only image of 3 is held out."""
+  only = next(i for i in range(len(images)) if is_held_out(str(i)))
+  labels = np.where(np.arange(len(images)) == only, 3, 1 + np.arange(len(images)) % 2)
+  np.savez(path, image=images, label=labels)
+
+
+def write_folder(path, images):
+  """The only image of 3 is held out."""
+  only = next(f"3/{i}.png" for i in range(1000) if is_held_out(f"3/{i}.png"))
+  names = [f"{('10', '2')[i % 2]}/{i}.png" for i in range(1, len(images))]
+  for image, name in zip(images, [only, *names], strict=True):
+    (path / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path / name)
+
+
+@pytest.mark.parametrize(
+  ("name", "write", "num_classes", "patterns"),
+  [
+    ("npz", write_npz, 4, ["2 of 4 classes have no training image, .* mean nothing: 0, 3\\. "]),
+    (
+      "folder",
+      write_folder,
+      3,
+      [
+        "training images\\): 0 is '2' \\(\\d+\\), 1 is '3' \\(0\\), 2 is '10' \\(\\d+\\)",
+        "1 of 3 classes have no training image, .* mean nothing: 1 \\('3'\\)\\. ",
+      ],
+    ),
+  ],
+)
+def test_classes_without_training_images_are_in_the_log_of_training(
+  tmp_path, caplog, name, write, num_classes, patterns
+):
+  caplog.set_level(logging.DEBUG, logger="lrdit")
+  data_dir = tmp_path / "data.npz"
+  write(data_dir, np.random.default_rng(0).integers(0, 256, (60, 8, 8), np.uint8))
+  fields = dict(data__data_dir=str(data_dir), data__num_classes=num_classes)
+  config = tiny.tiny_config(data__name=name, **fields)
+  train.Trainer(config, str(tmp_path / "run"), jax.devices()[:1]).files.close()
+  log = (tmp_path / "run" / "train.log").read_text()
+  for pattern in patterns:
+    assert re.search(pattern, log), log
