@@ -11,6 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lrdit import builders, input_pipeline, latents, parallel
+from lrdit.errors import UserError
+from lrdit.locks import owned
 from lrdit.progress import make_bar
 from lrdit.sources import Source
 from lrdit.vae import Codec
@@ -68,7 +70,14 @@ def encode_split(
     for batch in input_pipeline.read_ahead(read, range(done, total, batch_size)):
       images = batch["image"]
       copies = [images, images[:, :, ::-1]] if with_mirrored else [images]
-      files[0].append(np.stack([codec.encode(copy) for copy in copies], axis=1))
+      moments = np.stack([codec.encode(copy) for copy in copies], axis=1)
+      if not np.isfinite(moments).all():
+        bad = done + int(np.argmin(np.isfinite(moments).reshape(len(images), -1).all(axis=1)))
+        raise UserError(
+          f"the latents of image {bad} of {split} are not finite, and cannot be trained on: use "
+          "another VAE, or leave that image out"
+        )
+      files[0].append(moments)
       files[1].append(batch["label"])
       done += len(images)
       bar.update(len(images))
@@ -93,6 +102,16 @@ def encode(config: ConfigDict, output: str, devices: parallel.Devices | None = N
   codec = builders.make_codec(config, devices or jax.local_devices())
   sources = {split: builders.make_image_source(config, split) for split in latents.SPLITS}
   directory = pathlib.Path(output)
+  directory.mkdir(parents=True, exist_ok=True)
+  with owned(directory, "encode"):
+    _encode_into(directory, config, codec, sources)
+  log.info("train on them by --config.vae.latents_dir=%s", directory)
+
+
+def _encode_into(
+  directory: pathlib.Path, config: ConfigDict, codec: Codec, sources: dict[str, Source]
+) -> None:
+  """Write what a directory, which is this process's alone, still lacks."""
   writer = latents.LatentWriter(
     directory,
     describe(config, codec, sources),
@@ -107,4 +126,3 @@ def encode(config: ConfigDict, output: str, devices: parallel.Devices | None = N
     if writer.done(split) < len(source):
       encode_split(codec, source, split, writer, config.data.flip, config.vae.batch_size)
   writer.finish()
-  log.info("train on them by --config.vae.latents_dir=%s", directory)

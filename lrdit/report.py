@@ -24,6 +24,7 @@ import numpy as np
 
 from lrdit import report_claim, report_commands, report_compare, report_page, report_runs
 from lrdit.errors import UserError
+from lrdit.locks import owned
 from lrdit.report_page import GRID_COLUMNS
 from lrdit.report_runs import finite
 from lrdit.workdir import atomic_path, flatten, write_json
@@ -465,8 +466,9 @@ def report(workdirs: Sequence[str], output: str) -> None:
   page = report_page.render(made)
   directory = pathlib.Path(os.path.expanduser(output))
   directory.mkdir(parents=True, exist_ok=True)
-  with atomic_path(directory / "report.html") as temporary:
-    temporary.write_text(page, encoding="utf-8")
   stored = [{k: v for k, v in grid.items() if k != "images"} for grid in made["grids"]]
-  write_json(directory / "report.json", made | {"grids": stored})
+  with owned(directory, "report", wait=True):
+    with atomic_path(directory / "report.html") as temporary:
+      temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+    write_json(directory / "report.json", made | {"grids": stored})
   log.info("%d arms compared: %s", len(made["arms"]), directory / "report.html")

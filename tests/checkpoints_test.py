@@ -132,13 +132,17 @@ def test_a_change_to_any_array_changes_the_manifest():
   for i in range(len(leaves)):
     changed = [leaf + 1 if i == j else leaf for j, leaf in enumerate(leaves)]
     items = checkpoints_module._items(jax.tree.unflatten(tree, changed))
-    manifest = checkpoints_module._manifest(checkpoints_module._items(state))
-    assert manifest != checkpoints_module._manifest(items)
+    manifest = checkpoints_module._manifest(2, checkpoints_module._items(state))
+    assert manifest != checkpoints_module._manifest(2, items)
 
 
 def test_a_step_can_be_damaged_twice(tmp_path):
+  save(tmp_path, 1)
   for _ in range(2):
-    save(tmp_path, 1, 2)
+    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints.restore_state(TEMPLATE)
+    checkpoints.save(make_state(2), CONFIG)
+    checkpoints.close()
     for file in all_files(tmp_path, 2):
       truncate(file)
     assert Checkpoints(tmp_path, 2).restore_state(TEMPLATE).step == 1

@@ -267,7 +267,8 @@ def test_a_nan_in_the_data_is_told_with_its_step(tmp_path, monkeypatch):
   devices = jax.devices()[:2]
   batches = train.Trainer(config, str(tmp_path), devices).batches(range(200))
   step = next(i for i, b in enumerate(batches, start=1) if np.isnan(b["image"]).any())
-  words = f"the batch of step {step} is not finite.* step {(step - 1) // 4 * 4}. Encode the data"
+  saved = (step - 1) // 4 * 4
+  words = f"the batch of step {step} is not finite.* step {saved}. The data is damaged"
   with pytest.raises(UserError, match=words):
     train.train(config, str(tmp_path), devices)
 
