@@ -30,12 +30,14 @@ from lrdit.train_state import TrainState
 
 # The moving average and what it is of, by the names that figures bear.
 WEIGHTS = {"raw": "params", "ema": "ema_params"}
+ARRAY_ITEMS = ("params", "ema_params", "opt_state", "progress")
 # Fields of `progress` that a run can begin anew: sums for the next line of metrics and the next
 # check of a stage. The others, and all other items, are the run.
 ACCOMPANYING = re.compile(r"\['(window|stage)'\](?!\['(number|first_step)'\])")
 # Directory names that orbax takes as they are: it splits paths at "gs:", and tensorstore and
 # glob read others of their own.
 PLAIN_PATH = re.compile(r"[\w/.,=@%+~ -]*")
+DESCRIPTORS = pathlib.Path("/proc/self/fd")  # by which Linux gives any directory a plain path
 
 log = logging.getLogger("lrdit")
 
@@ -111,9 +113,9 @@ def _check_manifest(step: int, manifest: dict[str, Any]) -> dict[str, Any]:
   Raises:
     DamagedCheckpoint: it is not as it was written, or of another step.
   """
-  if "params" in manifest:
+  if isinstance(manifest, dict) and set(manifest) == set(ARRAY_ITEMS):
     return manifest  # of a version without a checksum
-  contents = manifest.get("contents")
+  contents = manifest.get("contents") if isinstance(manifest, dict) else None
   if contents is None or manifest.get("crc32") != _crc32_of_json(contents):
     raise DamagedCheckpoint("its manifest changed")
   if contents["step"] != step:
@@ -201,14 +203,13 @@ class Checkpoints:
       return self.directory
     workdir = os.open(self.directory.parent, os.O_RDONLY | os.O_DIRECTORY)
     self._opened.callback(os.close, workdir)
-    descriptors = pathlib.Path("/proc/self/fd")
-    if not descriptors.exists():
+    if not DESCRIPTORS.exists():
       self._opened.close()
       raise UserError(
         f"checkpoints cannot be written under {self.directory.parent}: use another --workdir, of "
         "letters, digits and any of /.,=@%+~_-"
       )
-    return descriptors / str(workdir) / self.directory.name
+    return DESCRIPTORS / str(workdir) / self.directory.name
 
   def steps(self) -> list[int]:
     """Steps of the complete checkpoints, newest first."""
@@ -273,7 +274,7 @@ class Checkpoints:
     Damaged newer checkpoints are moved to `damaged_checkpoints` with a warning.
 
     Args:
-      template: a state of the run's shapes.
+      template: a state of the run's shapes, whose `ACCOMPANYING` fields are as they begin.
 
     Raises:
       UserError: there are checkpoints, but none is intact.
@@ -355,13 +356,13 @@ class Checkpoints:
       if changed:
         raise DamagedCheckpoint(f"contents of {name}{changed[0]} changed")
       if name == "progress":
-        restored[name] = _merge(_host_zeros(tree), restored[name])
+        restored[name] = _merge(tree, restored[name])
     return restored
 
   def _check_layout(
     self, step: int, name: str, stored: dict[str, str], asked: dict[str, str]
   ) -> None:
-    """Log differences in what accompanies a run, and raise on others.
+    """Log differences in what accompanies a run, and refuse others.
 
     Raises:
       UserError: the checkpoint is of another model.
@@ -371,9 +372,11 @@ class Checkpoints:
       if there == here:
         continue
       text = f"{name}{path} is {there} there and {here} here"
-      if not (name == "progress" and ACCOMPANYING.match(path)):
+      is_surplus = path not in asked
+      if not (name == "progress" and (is_surplus or ACCOMPANYING.match(path))):
         raise UserError(f"checkpoint {self.directory}/{step} is of another model: {text}")
-      log.info("checkpoint %s/%d: %s, and begins anew", self.directory, step, text)
+      result = "is left out" if is_surplus else "begins anew"
+      log.info("checkpoint %s/%d: %s: it %s", self.directory, step, text, result)
 
   def _read(self, step: int, **items: Any) -> dict[str, Any]:
     """Reads items of one checkpoint, whatever they hold."""

@@ -23,6 +23,7 @@ from lrdit.progress import make_bar
 from lrdit.run_files import FirstProcessFiles, RunFiles, check_same
 from lrdit.train_state import (
   NON_FINITE_QUANTITIES,
+  StageProgress,
   TrainState,
   WindowMetrics,
   create_train_state,
@@ -151,7 +152,10 @@ class Trainer:
       params = builders.init_params(self.config)
       return create_train_state(params, self.optimizer, self.curriculum.num_groups)
 
-    state = self.files.restore_state(jax.eval_shape(fresh))
+    template = jax.eval_shape(fresh).replace(
+      window=WindowMetrics.empty(self.curriculum.num_groups), stage=StageProgress.begin(0, 0)
+    )
+    state = self.files.restore_state(template)
     if state is None:
       state = fresh()
       log.info("%d parameters", parameter_overview.count_parameters(state.params))

@@ -212,7 +212,8 @@ def read_changes(workdir: pathlib.Path) -> list[dict[str, Any]]:
     for line in (workdir / CHANGES).read_text().splitlines():
       with contextlib.suppress(ValueError, KeyError, TypeError):
         record = json.loads(line)
-        records.append({name: record[name] for name in ("step", "field", "before", "after")})
+        fields = {name: record[name] for name in ("field", "before", "after")}
+        records.append({"step": int(record["step"])} | fields)
   return records
 
 
