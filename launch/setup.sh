@@ -6,7 +6,7 @@ set -euo pipefail
 python="${PYTHON:-}"
 if [[ -z "$python" ]]; then
   for candidate in python3.11 python3.12 python3.13 python3; do
-    # The pinned tensorflow, which TensorBoard events need, ends at 3.13.
+    # The pinned tensorflow, which preparing datasets needs, ends at 3.13.
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
       2>/dev/null; then
       python="$candidate"

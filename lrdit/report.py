@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from absl import flags
 
 from lrdit import report_claim, report_commands, report_compare, report_page, report_runs
 from lrdit.errors import UserError
@@ -438,8 +439,9 @@ def make_report(workdirs: Sequence[str], output: str) -> dict[str, Any]:
     del run["metrics"]
   comparisons = report_compare.compare(arms, rows)
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-  flags = [f"--workdirs={','.join(workdirs)}", f"--output={output}"]
-  command = shlex.join(["python", "main.py", "--mode=report", *flags])
+  names = flags.CsvListSerializer(",").serialize(list(workdirs))
+  own = [f"--workdirs={names}", f"--output={output}"]
+  command = shlex.join(["python", "main.py", "--mode=report", *own])
   return {
     "made": {"command": command, "time": now, "versions": versions()},
     "claim": report_claim.judge(arms, comparisons),

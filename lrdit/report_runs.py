@@ -310,7 +310,8 @@ def run_key(run: dict[str, Any]) -> dict[str, Any]:
   }
   for change in run["changes"]:
     if not workdir.is_one_of(change["field"], free):
-      kept[f"changes.jsonl: {change['field']} from step {change['step']}"] = change["before"]
+      name = f"changes.jsonl: {change['field']} at step {change['step']}"
+      kept[name] = f"{change['before']} to {change['after']}"
   return kept | {f"data.json: {split}": value for split, value in (run["data"] or {}).items()}
 
 
