@@ -120,7 +120,7 @@ def get_default_config(method: str, variant: str) -> ConfigDict:
   training.log_every_steps = 100
   training.eval_every_steps = 5000  # held-out loss; 0: never
   training.sample_every_steps = 10_000  # a grid; 0: never
-  training.tensorboard = True  # where clu and tensorflow can be imported
+  training.tensorboard = True  # where it can be imported
 
   config.checkpoint = checkpoint = ConfigDict()
   checkpoint.every_steps = 5000

@@ -102,6 +102,7 @@ root, workdir, *flags = sys.argv[1:]
 sys.path.insert(0, root)
 import main  # jax is not imported by parsing flags
 from lrdit.errors import UserError
+from lrdit.workdir import PROCESS_FIELDS
 
 workdir = pathlib.Path(workdir)
 
@@ -137,6 +138,12 @@ for group, fields in filled_in.items():
     if not wanted.get(group, {}).get(field, True):
       wanted[group][field] = stored.get(group, {}).get(field)
 
+# How its process computes is no part of a run, but samples and losses are of a dtype.
+dtype = wanted.get("model", {}).get("dtype")
+for group, field in (name.split(".") for name in PROCESS_FIELDS):
+  for config in (wanted, stored):
+    config.get(group, {}).pop(field, None)
+
 steps = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
 step = max(steps, default=0)
 if not stored or differs(wanted, stored) or step < stored["training"]["num_steps"]:
@@ -151,6 +158,7 @@ drawn_as = {
   for field in ("num_samples", "solver", "num_steps", "eta", "guidance_scale", "clip_x_0", "seed")
 } | {
   "checkpoint_step": step,
+  "dtype": dtype,
   "weights": "ema" if sampling["use_ema"] else "raw",
   "labels": sampling["labels"] if stored["data"]["num_classes"] else None,
 }
@@ -167,6 +175,7 @@ evaluation = read(workdir / "evaluation.json")
 figures = evaluation.get("samples", {}).get(sampling["name"], {})
 if (
   evaluation.get("checkpoint_step") != step
+  or evaluation.get("held_out", {}).get("dtype") != dtype
   or evaluation.get("settings") != stored["evaluation"]
   or not set(stored["evaluation"]["extractors"]) <= set(figures.get("extractors", {}))
   or (figures and figures["metadata"] != metadata)

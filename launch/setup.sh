@@ -6,7 +6,7 @@ set -euo pipefail
 
 # Prints "3.13 PATH FULL-VERSION" of a Python that is supported and can make an environment.
 describe_python() {
-  # The pinned tensorflow, which TensorBoard events need, ends at 3.13.
+  # The pinned tensorflow, which preparing datasets needs, ends at 3.13.
   "$1" -c 'import ensurepip, sys, venv
 version = sys.version_info[:2]
 print("%d.%d" % version, sys.executable, sys.version)

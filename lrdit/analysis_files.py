@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import shutil
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lrdit.errors import UserError
-from lrdit.workdir import atomic_path, write_json
+from lrdit.workdir import atomic_path, has_begun, remove_directory, write_json
 
 RECORD = "record.json"  # of a unit, beside its arrays
 
@@ -64,7 +63,7 @@ def read_kept_schedule(workdir: str, analysis: str) -> tuple[tuple, tuple] | Non
   path = pathlib.Path(workdir)
   try:
     rank = json.loads((path / "config.json").read_text())["rank"]
-    if any((path / "checkpoints").glob("[0-9]*")) and rank["analysis"] == analysis:
+    if has_begun(path) and rank["analysis"] == analysis:
       return tuple(rank["measured_shares"]), tuple(rank["measured_boundaries"])
   except (OSError, ValueError, KeyError, TypeError):
     pass  # no run, or one that cannot be read, which its mode will say
@@ -88,7 +87,7 @@ class Parts:
     except (FileNotFoundError, ValueError):
       same = False
     if not same:
-      shutil.rmtree(directory, ignore_errors=True)
+      remove_directory(directory)
       directory.mkdir(parents=True)
       write_json(path, key)
 
@@ -127,6 +126,6 @@ class Parts:
 
   def remove(self) -> None:
     """Deletes all units, once the section's own file is written."""
-    shutil.rmtree(self.directory, ignore_errors=True)
+    remove_directory(self.directory)
     if self.directory.parent.exists() and not any(self.directory.parent.iterdir()):
       self.directory.parent.rmdir()

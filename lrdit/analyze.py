@@ -26,6 +26,7 @@ from lrdit import (
 )
 from lrdit.analysis_files import Parts
 from lrdit.errors import UserError
+from lrdit.locks import owned
 from lrdit.progress import make_bar
 from lrdit.rank_schedule import RankPlan
 from lrdit.sources import Source
@@ -219,6 +220,7 @@ def analyse_truncation(analysis: Analysis) -> None:
     "num_buckets": analysis.plan.num_buckets,
     **builders.describe_analysed(config),
     "ranks": list(ranks),
+    "dtype": config.model.dtype,
     "draws": draws,
     "seed": held_out.SEED,
     "batch_size": batch_size,
@@ -282,8 +284,14 @@ def analyze(config: ConfigDict, workdir: str, devices: parallel.Devices | None =
   Raises:
     UserError: no checkpoint, other data, and the like.
   """
-  sections = config.analysis.sections
   analysis = Analysis(config, workdir, devices or parallel.all_devices())
+  with owned(analysis.directory, "analyze"):
+    _analyse_sections(config, analysis)
+  log.info("%s", analysis.directory)
+
+
+def _analyse_sections(config: ConfigDict, analysis: Analysis) -> None:
+  sections = config.analysis.sections
   if "flops" in sections:
     arms = count_flops(config)
     print(format_flops(arms))
@@ -295,4 +303,3 @@ def analyze(config: ConfigDict, workdir: str, devices: parallel.Devices | None =
   ):
     if name in sections:
       analyse(analysis)
-  log.info("%s", analysis.directory)

@@ -22,9 +22,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lrdit import builders, flops, parallel, training_step
+from lrdit.locks import owned
 from lrdit.progress import make_bar
 from lrdit.train_state import create_train_state
-from lrdit.workdir import open_workdir, write_json
+from lrdit.workdir import open_workdir, tell_process_fields, write_json
 
 log = logging.getLogger("lrdit")
 
@@ -417,6 +418,8 @@ def describe(config: ConfigDict, devices: parallel.Devices) -> dict[str, Any]:
     "variant": config.model.variant,
     "model": {name: getattr(shape, name) for name in shape.__dataclass_fields__},
     "dtype": config.model.dtype,
+    "remat": config.model.remat,
+    "scan_blocks": config.model.scan_blocks,
     "rank": config.rank.to_dict(),
     "batch_size": config.training.batch_size,
     "sampling_batch_size": s.batch_size,
@@ -670,7 +673,8 @@ def benchmark(config: ConfigDict, workdir: str, devices: parallel.Devices | None
   parallel.check_divisible("config.training.batch_size", config.training.batch_size, devices)
   parallel.check_divisible("config.sampling.batch_size", config.sampling.batch_size, devices)
   path = open_workdir(workdir, config, create=True)
-  with without_compilation_cache():
+  tell_process_fields(path, config)
+  with owned(path, "benchmark"), without_compilation_cache():
     result = measure(config, devices)
   write_json(path / "benchmark.json", result)
   print(format_result(result))

@@ -26,6 +26,7 @@ from lrdit import input_pipeline
 from lrdit.errors import UserError
 from lrdit.extractors import Extracted, check_finite, check_size, digest_of, read_images
 from lrdit.images import to_uint8
+from lrdit.locks import owned
 from lrdit.metrics import recognition_accuracy
 from lrdit.progress import make_bar
 from lrdit.sources import Source
@@ -334,13 +335,16 @@ def open_classifier(
   description = _describe(source, held_out, settings)
   if record_path.exists():
     return _load_classifier(directory, description)
-  extractor = train_classifier(source, held_out, settings)
   directory.mkdir(parents=True, exist_ok=True)
-  with atomic_path(weights) as temporary, temporary.open("wb") as file:
-    np.savez(file, **flatten(extractor.params))
-  # Last: weights without a record do not count.
-  kept = {"digest": extractor.digest, "held_out_accuracy": extractor.held_out_accuracy}
-  write_json(record_path, description | kept)
+  with owned(directory, "classifier", wait=True):
+    if record_path.exists():  # trained by the process that was waited for
+      return _load_classifier(directory, description)
+    extractor = train_classifier(source, held_out, settings)
+    with atomic_path(weights) as temporary, temporary.open("wb") as file:
+      np.savez(file, **flatten(extractor.params))
+    # Last: weights without a record do not count.
+    kept = {"digest": extractor.digest, "held_out_accuracy": extractor.held_out_accuracy}
+    write_json(record_path, description | kept)
   return extractor
 
 

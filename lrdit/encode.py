@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from lrdit import builders, input_pipeline, latents, parallel
 from lrdit.errors import UserError
+from lrdit.locks import owned
 from lrdit.progress import make_bar
 from lrdit.sources import Source, report_classes
 from lrdit.vae import Codec
@@ -102,6 +103,16 @@ def encode(config: ConfigDict, output: str, devices: parallel.Devices | None = N
   sources = {split: builders.make_image_source(config, split) for split in latents.SPLITS}
   report_classes(sources["train"], config.data.num_classes)
   directory = pathlib.Path(output)
+  directory.mkdir(parents=True, exist_ok=True)
+  with owned(directory, "encode"):
+    _encode_into(directory, config, codec, sources)
+  log.info("train on them by --config.vae.latents_dir=%s", directory)
+
+
+def _encode_into(
+  directory: pathlib.Path, config: ConfigDict, codec: Codec, sources: dict[str, Source]
+) -> None:
+  """Write what a directory, which is this process's alone, still lacks."""
   writer = latents.LatentWriter(
     directory,
     describe(config, codec, sources),
@@ -116,4 +127,3 @@ def encode(config: ConfigDict, output: str, devices: parallel.Devices | None = N
     if writer.done(split) < len(source):
       encode_split(codec, source, split, writer, config.data.flip, config.vae.batch_size)
   writer.finish()
-  log.info("train on them by --config.vae.latents_dir=%s", directory)

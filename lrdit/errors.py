@@ -59,8 +59,8 @@ def as_user_error(error: Exception) -> UserError | None:
     )
   if "RESOURCE_EXHAUSTED" in str(error):
     return UserError(
-      "the device is out of memory: lower config.training.batch_size or "
-      "config.sampling.batch_size, or use model.dtype=bfloat16"
+      "the device is out of memory: use config.model.remat=True or config.model.dtype=bfloat16, "
+      "lower config.sampling.batch_size, or begin a run with a lower config.training.batch_size"
     )
   return None
 

@@ -1,5 +1,6 @@
 """Measures a trained model: held-out loss, and the quality of exported samples."""
 
+import contextlib
 import importlib.metadata
 import itertools
 import json
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from lrdit import builders, checkpoints, export, held_out, parallel, references, run_files
 from lrdit.errors import UserError
 from lrdit.extractors import Extractor
+from lrdit.locks import owned
 from lrdit.sample import make_settings
 from lrdit.sources import Source
 from lrdit.workdir import write_json
@@ -178,8 +180,19 @@ def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None 
   Raises:
     UserError: no checkpoint or no export, other data, and the like.
   """
-  devices, e = devices or parallel.all_devices(), config.evaluation
   path = run_files.open_trained(workdir, config)
+  with contextlib.ExitStack() as opened:
+    if parallel.is_first():
+      opened.enter_context(owned(path, "evaluate"))
+      directory = path / "samples" / config.sampling.name
+      if config.evaluation.extractors and directory.is_dir():
+        opened.enter_context(owned(directory, "sample"))
+    _evaluate(config, path, devices or parallel.all_devices())
+
+
+def _evaluate(config: ConfigDict, path: pathlib.Path, devices: parallel.Devices) -> None:
+  """Measure the newest checkpoint and its export, which nobody else writes meanwhile."""
+  e = config.evaluation
   template = builders.params_template(config)
   step, weights = run_files.restore_params(path, template, ("raw", "ema"))
   source = builders.make_source(config, "eval")

@@ -20,7 +20,6 @@ import logging
 import math
 import os
 import pathlib
-import shutil
 import time
 import zipfile
 import zlib
@@ -32,8 +31,9 @@ from jaxtyping import Int, UInt8
 
 from lrdit import images
 from lrdit.errors import UserError
+from lrdit.locks import owned
 from lrdit.npz_stream import DamagedArchive, read_npz, write_member
-from lrdit.workdir import atomic_path, changes, write_json
+from lrdit.workdir import atomic_path, changes, remove_directory, write_json
 
 log = logging.getLogger("lrdit")
 
@@ -167,6 +167,9 @@ class ExportWriter:
       batch_size: of the sampler. It goes on at a multiple, so that images meet the same
         others in the same places, and come out equal to the bit.
       png_files: write PNG files too.
+
+    Raises:
+      UserError: another process has the directory, or it cannot be written.
     """
     self.directory, self.num_samples = directory, num_samples
     self._settings, self._software = (json.loads(json.dumps(x)) for x in (settings, software))
@@ -178,8 +181,9 @@ class ExportWriter:
     self._file: io.FileIO | None = None
     self._progress = Progress()
     self.is_finished = False
-    with self._telling_how_to_go_on():
+    with self._telling_how_to_go_on(), contextlib.ExitStack() as opened:
       directory.mkdir(parents=True, exist_ok=True)
+      opened.enter_context(owned(directory, "sample"))
       for path in directory.glob("*.tmp"):  # of a killed process
         path.unlink()
       try:
@@ -187,6 +191,7 @@ class ExportWriter:
       except DamagedExport as reason:
         log.info("%s: starting over, as %s", directory, reason)
         self._start_over()
+      self._opened = opened.pop_all()
     self._clock = time.perf_counter()
 
   def __enter__(self) -> "ExportWriter":
@@ -194,7 +199,8 @@ class ExportWriter:
 
   def __exit__(self, *_: Any) -> None:
     if self._file is not None:
-      self._file.close()
+      self._opened.callback(self._file.close)
+    self._opened.close()
 
   @property
   def num_done(self) -> int:
@@ -239,8 +245,7 @@ class ExportWriter:
     """Removes all of an export, first what says that it is one."""
     for name in ("metadata.json", "progress.json", "samples.npz", "samples.part", "grid.png"):
       (self.directory / name).unlink(missing_ok=True)
-    if self._png.exists():
-      shutil.rmtree(self._png)
+    remove_directory(self._png)
     self._part.touch()
     self._resume(Progress())
 
@@ -253,8 +258,8 @@ class ExportWriter:
     kept = min(progress.num_done, self.num_samples)
     if kept < self.num_samples:
       kept -= kept % self._batch_size
-    if not self._png_files and self._png.exists():
-      shutil.rmtree(self._png)  # it would hold some of the images only
+    if not self._png_files:
+      remove_directory(self._png)  # it would hold some of the images only
     crc = kept_crc = first = 0
     for rows in self._read_part(progress.num_done):
       crc = zlib.crc32(rows, crc)

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from lrdit.errors import UserError
+from lrdit.locks import lock_path
 from lrdit.sources import Source
 from lrdit.vae import VaeConfig, scale_latents
 from lrdit.workdir import write_json
@@ -143,7 +144,8 @@ class LatentWriter:
     directory.mkdir(parents=True, exist_ok=True)
     self._progress = _read_record(directory / "progress.json")
     found = self._progress or _read_record(directory / "manifest.json")
-    if found is None and any(p.name != "progress.json.tmp" for p in directory.iterdir()):
+    own = ("progress.json.tmp", lock_path(directory, "encode").name)
+    if found is None and any(path.name not in own for path in directory.iterdir()):
       raise UserError(f"{directory} is not empty and holds no latents: use another --output")
     if found is not None:
       _check_same(directory, found.get("description"), description)

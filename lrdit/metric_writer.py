@@ -5,7 +5,10 @@ import logging
 import math
 import os
 import pathlib
+import socket
+import time
 from collections.abc import Mapping
+from typing import Any
 
 log = logging.getLogger("lrdit")
 
@@ -26,14 +29,50 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> None:
   os.replace(temporary, path)
 
 
-def _tensorboard_writer(workdir: pathlib.Path):
-  """clu's TensorBoard writer, or None where it cannot be imported."""
-  # Only its event files are used; without this it greets at length.
-  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-  try:
-    from clu import metric_writers  # imports tensorflow: seconds, and optional
+class _EventWriter:
+  """Writes TensorBoard events of one start of a run, without tensorflow."""
 
-    return metric_writers.SummaryWriter(str(workdir / "tensorboard"))
+  def __init__(self, directory: pathlib.Path, first_step: int):
+    """Open a file, which begins by taking back what is there of later steps.
+
+    Args:
+      directory: of all starts' event files.
+      first_step: step the run resumes from.
+
+    Raises:
+      ImportError, AttributeError, TypeError: there is no tensorboard, or none that fits.
+    """
+    from tensorboard.compat.proto import event_pb2, summary_pb2
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+    directory.mkdir(exist_ok=True)
+    # TensorBoard reads the files in order of their names.
+    name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+    self._records = RecordWriter((directory / name).open("wb"))
+    self._write(file_version="brain.Event:2")
+    log_of_start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._write(step=first_step + 1, session_log=log_of_start)
+
+  def _write(self, **fields: Any) -> None:
+    event = self._event(wall_time=time.time(), **fields)
+    self._records.write(event.SerializeToString())
+    self._records.flush()
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Write the scalars of a step."""
+    values = [self._summary.Value(tag=k, simple_value=v) for k, v in scalars.items()]
+    self._write(step=step, summary=self._summary(value=values))
+
+  def close(self) -> None:
+    """Close the file."""
+    self._records.close()
+
+
+def _tensorboard_writer(workdir: pathlib.Path, first_step: int) -> _EventWriter | None:
+  """Return a writer of events, or None where tensorboard cannot be imported."""
+  try:
+    return _EventWriter(workdir / "tensorboard", first_step)
   except (ImportError, AttributeError, TypeError) as error:  # so clashing versions show
     log.info("TensorBoard events are off (%s): pip install 'lrdit[tensorboard]'", error)
     return None
@@ -48,12 +87,13 @@ class MetricWriter:
     Args:
       workdir: the run's directory.
       first_step: step the run resumes from; later lines are dropped.
-      tensorboard: also write TensorBoard events where clu can be imported.
+      tensorboard: also write TensorBoard events where it can be imported; the file's first one
+        takes back those of the dropped lines.
     """
     path = workdir / "metrics.jsonl"
     _drop_lines_after(path, first_step)
     self._file = path.open("a")
-    self._tensorboard = _tensorboard_writer(workdir) if tensorboard else None
+    self._tensorboard = _tensorboard_writer(workdir, first_step) if tensorboard else None
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Writes one line and flushes it; non-finite values become null."""
@@ -61,7 +101,7 @@ class MetricWriter:
     self._file.write(json.dumps({"step": step} | values) + "\n")
     self._file.flush()
     if self._tensorboard:
-      self._tensorboard.write_scalars(step, {k: v for k, v in values.items() if v is not None})
+      self._tensorboard.write(step, {k: v for k, v in values.items() if v is not None})
 
   def close(self) -> None:
     """Flushes and closes the files."""

@@ -1,8 +1,10 @@
 """What a person sees of a run: a bar on a terminal, plain lines in a log file."""
 
+import contextlib
 import logging
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import absl.logging
@@ -54,12 +56,17 @@ def _ignore_closed_event_loop(unraisable: Any) -> None:
     sys.__unraisablehook__(unraisable)
 
 
-def log_to_file(path: pathlib.Path) -> logging.Handler:
-  """Appends the package's log lines to `path`, with times; returns the handler."""
-  handler = logging.FileHandler(path)
+@contextlib.contextmanager
+def log_to_file(path: pathlib.Path) -> Iterator[None]:
+  """Append the package's log lines to `path`, with times."""
+  handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
   handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
   log.addHandler(handler)
-  return handler
+  try:
+    yield
+  finally:
+    log.removeHandler(handler)
+    handler.close()
 
 
 def make_bar(total: int, done: int, unit: str) -> tqdm.tqdm:

@@ -22,6 +22,7 @@ from jaxtyping import Float32, Float64, Int, UInt8
 from lrdit import metrics
 from lrdit.errors import UserError
 from lrdit.extractors import Extractor, read_images
+from lrdit.locks import owned
 from lrdit.progress import make_bar
 from lrdit.sources import Source
 from lrdit.workdir import atomic_path, changes
@@ -159,10 +160,13 @@ def open_reference(
   """
   if path.exists():
     return load_reference(path, describe(source, extractor, max_features))
-  log.info("%s features of %d real images: %s", extractor.name, len(source), path)
-  reference = compute_reference(source, extractor, max_features)
   path.parent.mkdir(parents=True, exist_ok=True)
-  save_reference(path, reference)
+  with owned(path.parent, path.stem, wait=True):
+    if path.exists():  # computed by the process that was waited for
+      return load_reference(path, describe(source, extractor, max_features))
+    log.info("%s features of %d real images: %s", extractor.name, len(source), path)
+    reference = compute_reference(source, extractor, max_features)
+    save_reference(path, reference)
   return reference
 
 

@@ -21,9 +21,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from absl import flags
 
 from lrdit import report_claim, report_commands, report_compare, report_page, report_runs
 from lrdit.errors import UserError
+from lrdit.locks import owned
 from lrdit.report_page import GRID_COLUMNS
 from lrdit.report_runs import finite
 from lrdit.workdir import atomic_path, flatten, write_json
@@ -437,8 +439,9 @@ def make_report(workdirs: Sequence[str], output: str) -> dict[str, Any]:
     del run["metrics"]
   comparisons = report_compare.compare(arms, rows)
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-  flags = [f"--workdirs={','.join(workdirs)}", f"--output={output}"]
-  command = shlex.join(["python", "main.py", "--mode=report", *flags])
+  names = flags.CsvListSerializer(",").serialize(list(workdirs))
+  own = [f"--workdirs={names}", f"--output={output}"]
+  command = shlex.join(["python", "main.py", "--mode=report", *own])
   return {
     "made": {"command": command, "time": now, "versions": versions()},
     "claim": report_claim.judge(arms, comparisons),
@@ -465,8 +468,9 @@ def report(workdirs: Sequence[str], output: str) -> None:
   page = report_page.render(made)
   directory = pathlib.Path(os.path.expanduser(output))
   directory.mkdir(parents=True, exist_ok=True)
-  with atomic_path(directory / "report.html") as temporary:
-    temporary.write_text(page, encoding="utf-8")
   stored = [{k: v for k, v in grid.items() if k != "images"} for grid in made["grids"]]
-  write_json(directory / "report.json", made | {"grids": stored})
+  with owned(directory, "report", wait=True):
+    with atomic_path(directory / "report.html") as temporary:
+      temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+    write_json(directory / "report.json", made | {"grids": stored})
   log.info("%d arms compared: %s", len(made["arms"]), directory / "report.html")

@@ -32,6 +32,10 @@ SETTINGS = (
 )
 
 
+# What a run may change, and is another arm's if it does.
+DEFINING = ("training.num_steps", "model.dtype")
+
+
 def finite(value: Any) -> float | None:
   """A finite number, or None."""
   is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -246,9 +250,9 @@ def read_run(name: str) -> dict[str, Any]:
     name: the workdir as the user wrote it.
 
   Returns:
-    "workdir", "config", "seed", "data" (what data.json holds), "step" (the
-    newest that is known), "num_steps", "metrics", "speed", "evaluation" (or
-    None), "exports" and "notes" on what is missing.
+    "workdir", "config", "seed", "data" (what data.json holds), "changes" (of its
+    config on the way), "step" (the newest that is known), "num_steps", "metrics", "speed",
+    "evaluation" (or None), "exports" and "notes" on what is missing.
 
   Raises:
     UserError: it is no workdir.
@@ -264,6 +268,12 @@ def read_run(name: str) -> dict[str, Any]:
   data = _read_object(path / "data.json", [])
   training = config.get("training")
   training = training if isinstance(training, dict) else {}
+  changes = workdir.read_changes(path)
+  for change in changes:
+    notes.append(
+      f"from step {change['step']} on {change['field']} is {change['after']!r}, and was "
+      f"{change['before']!r}"
+    )
   steps = [int(p.name) for p in (path / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
   step = max([int(line["step"]) for line in metrics[-1:]] + steps, default=0)
   num_steps = finite(training.get("num_steps"))
@@ -274,6 +284,7 @@ def read_run(name: str) -> dict[str, Any]:
     "config": config,
     "seed": config.get("seed"),
     "data": data,
+    "changes": changes,
     "step": step,
     "num_steps": num_steps,
     "metrics": metrics,
@@ -288,15 +299,19 @@ def run_key(run: dict[str, Any]) -> dict[str, Any]:
   """What makes a run another arm: flat config fields that define it, all but its seed.
 
   Fields that a mode may change in a workdir (paths, sampling, how often is
-  logged) do not, but the number of training steps does.
+  logged) do not, but the number of training steps, the dtype and changes on the way do.
   """
-  free = [f for f in workdir.FREE_FIELDS + workdir.FREE_IN_TRAINING if f != "training.num_steps"]
-  flat = workdir.flatten(run["config"])
+  allowed = workdir.FREE_FIELDS + workdir.PROCESS_FIELDS + workdir.FREE_IN_TRAINING
+  free = ["seed", *(field for field in allowed if field not in DEFINING)]
   kept = {
     field: value
-    for field, value in flat.items()
-    if field != "seed" and not any(field == f or field.startswith(f + ".") for f in free)
+    for field, value in workdir.flatten(run["config"]).items()
+    if not workdir.is_one_of(field, free)
   }
+  for change in run["changes"]:
+    if not workdir.is_one_of(change["field"], free):
+      name = f"changes.jsonl: {change['field']} at step {change['step']}"
+      kept[name] = f"{change['before']} to {change['after']}"
   return kept | {f"data.json: {split}": value for split, value in (run["data"] or {}).items()}
 
 

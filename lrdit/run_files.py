@@ -1,5 +1,6 @@
 """A run's files, which are the first process's: the others get from it what they need."""
 
+import contextlib
 import json
 import logging
 import pathlib
@@ -13,10 +14,18 @@ from ml_collections import ConfigDict
 from lrdit import images, parallel
 from lrdit.checkpoints import Checkpoints
 from lrdit.errors import UserError
+from lrdit.locks import owned
 from lrdit.metric_writer import MetricWriter
 from lrdit.progress import log_to_file
 from lrdit.train_state import TrainState
-from lrdit.workdir import changes, check_data, open_workdir, read_data, store_config
+from lrdit.workdir import (
+  begin_config,
+  changes,
+  check_data,
+  open_workdir,
+  read_data,
+  tell_process_fields,
+)
 
 log = logging.getLogger("lrdit")
 
@@ -49,7 +58,7 @@ class RunFiles:
 
 
 class FirstProcessFiles(RunFiles):
-  """A workdir that is read and written."""
+  """A workdir that is read and written, by this process alone."""
 
   def __init__(self, config: ConfigDict, workdir: str, identity: dict[str, Any]):
     """Opens the workdir.
@@ -60,14 +69,21 @@ class FirstProcessFiles(RunFiles):
       identity: of the data, by split.
 
     Raises:
-      UserError: another run's workdir, other data, or a place that cannot be written.
+      UserError: another run's workdir, other data, a place that cannot be written, or one that
+        another training has.
     """
     self._config, self._writer = config, None
-    self._workdir = open_workdir(workdir, config, create=True)
-    check_data(self._workdir, identity)
-    (self._workdir / "samples").mkdir(exist_ok=True)
-    self._checkpoints = Checkpoints(self._workdir, config.checkpoint.keep)
-    self._log_handler = log_to_file(self._workdir / "train.log")
+    self._workdir = pathlib.Path(workdir)
+    self._workdir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as opened:
+      opened.enter_context(owned(self._workdir, "train"))
+      open_workdir(workdir, config, create=True)
+      check_data(self._workdir, identity)
+      (self._workdir / "samples").mkdir(exist_ok=True)
+      self._checkpoints = Checkpoints(self._workdir, config.checkpoint.keep)
+      opened.callback(self._checkpoints.close)
+      opened.enter_context(log_to_file(self._workdir / "train.log"))
+      self._opened = opened.pop_all()
 
   def restore_state(self, template: TrainState) -> TrainState | None:
     """As `RunFiles` says."""
@@ -78,7 +94,7 @@ class FirstProcessFiles(RunFiles):
 
   def begin(self, first_step: int) -> None:
     """As `RunFiles` says."""
-    store_config(self._workdir, self._config)
+    begin_config(self._workdir, self._config, first_step)
     tensorboard = self._config.training.tensorboard
     self._writer = MetricWriter(self._workdir, first_step, tensorboard)
 
@@ -102,10 +118,8 @@ class FirstProcessFiles(RunFiles):
   def close(self) -> None:
     """As `RunFiles` says."""
     if self._writer:
-      self._writer.close()
-    log.removeHandler(self._log_handler)
-    self._log_handler.close()
-    self._checkpoints.close()
+      self._opened.callback(self._writer.close)
+    self._opened.close()
 
 
 def check_same(what: str, value: dict[str, Any]) -> None:
@@ -139,7 +153,7 @@ def open_trained(workdir: str, config: ConfigDict) -> pathlib.Path:
   """
   check_same("config", config.to_dict())
   if parallel.is_first():
-    return open_workdir(workdir, config, create=False)
+    tell_process_fields(open_workdir(workdir, config, create=False), config)
   return pathlib.Path(workdir)
 
 

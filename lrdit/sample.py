@@ -201,7 +201,11 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
   with ExportWriter(
     path / "samples" / s.name,
     settings=make_settings(config, drawn, step, params, vae_digest),
-    software={"backend": jax.default_backend(), "jax": jax.__version__},
+    software={
+      "backend": jax.default_backend(),
+      "jax": jax.__version__,
+      "scan_blocks": config.model.scan_blocks,
+    },
     num_samples=s.num_samples,
     image_size=config.data.image_size,
     batch_size=s.batch_size,

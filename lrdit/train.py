@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import pathlib
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from lrdit import builders, input_pipeline, parallel, sampler
+from lrdit.checkpoints import directory_of
 from lrdit.errors import UserError
 from lrdit.held_out import held_out_losses
 from lrdit.progress import make_bar
@@ -22,6 +24,7 @@ from lrdit.run_files import FirstProcessFiles, RunFiles, check_same
 from lrdit.sources import report_classes
 from lrdit.train_state import (
   NON_FINITE_QUANTITIES,
+  StageProgress,
   TrainState,
   WindowMetrics,
   create_train_state,
@@ -117,7 +120,7 @@ class Trainer:
       devices: devices to train on.
     """
     check_same("config", config.to_dict())
-    self.config, self.devices = config, devices
+    self.config, self.workdir, self.devices = config, pathlib.Path(workdir), devices
     self.curriculum = builders.make_curriculum(config)
     self._warn_of_too_few_steps()
     self.source = builders.make_source(config, "train")
@@ -151,7 +154,10 @@ class Trainer:
       params = builders.init_params(self.config)
       return create_train_state(params, self.optimizer, self.curriculum.num_groups)
 
-    state = self.files.restore_state(jax.eval_shape(fresh))
+    template = jax.eval_shape(fresh).replace(
+      window=WindowMetrics.empty(self.curriculum.num_groups), stage=StageProgress.begin(0, 0)
+    )
+    state = self.files.restore_state(template)
     if state is None:
       state = fresh()
       log.info("%d parameters", parameter_overview.count_parameters(state.params))
@@ -210,16 +216,13 @@ class Trainer:
     """
     if not non_finite:
       return
-    good = int(parallel.from_first(np.int32(max(self.files.finish_saves(), default=0))))
+    saved = (*self.files.finish_saves(), 0, 0)[:2]
+    newest, before = (int(s) for s in parallel.from_first(np.array(saved, np.int32)))
     quantity = NON_FINITE_QUANTITIES[non_finite - 1]
-    mend = (
-      "Encode the data again"
-      if quantity == "batch"
-      else "Lower config.optimizer.learning_rate or raise config.optimizer.warmup_steps"
-    )
+    mend = how_to_go_on(quantity, step, newest, before, directory_of(self.workdir))
     raise UserError(
       f"the {quantity} of step {step} is not finite, the first quantity that is not; nothing was "
-      f"saved after it. {f'The last good checkpoint is step {good}. ' if good else ''}{mend}"
+      f"saved after it. {mend}"
     )
 
   def batches(self, steps: range) -> Iterator[dict[str, np.ndarray]]:
@@ -274,6 +277,36 @@ class Trainer:
       scalars["train/steps_per_second"] = rate
       scalars["train/images_per_second"] = rate * self.config.training.batch_size
     return scalars
+
+
+def how_to_go_on(
+  quantity: str, step: int, newest: int, before: int, directory: pathlib.Path
+) -> str:
+  """Return what can be done about a quantity that is not finite.
+
+  Args:
+    quantity: one of `NON_FINITE_QUANTITIES`.
+    step: updates applied.
+    newest, before: steps of the two last checkpoints; 0 where there is none.
+    directory: of the checkpoints.
+  """
+  lower = "ower config.optimizer.learning_rate or raise config.optimizer.warmup_steps"
+  # What a step computes before its update depends on the checkpoint alone.
+  if newest and step == newest + 1 and quantity in ("loss", "gradient"):
+    goes_on = f"step {before}" if before else "the start"
+    return (
+      f"The parameters of the checkpoint of step {newest} are spoilt already: delete "
+      f"{directory / str(newest)}, l{lower}, and run the command again, which goes on from "
+      f"{goes_on}"
+    )
+  last_good = f"The last good checkpoint is step {newest}. " if newest else ""
+  if quantity == "batch":
+    return (
+      f"{last_good}The data is damaged: where it is latents, run the command that made them, "
+      "--mode=encode, again, which says what has changed"
+    )
+  goes_on = f", which goes on from step {newest}" if newest else ""
+  return f"{last_good}L{lower}, and run the command again{goes_on}"
 
 
 def due_after(config: ConfigDict, step: int) -> set[str]:
@@ -412,7 +445,7 @@ def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = N
     if step < config.training.num_steps:
       log.info("stopped by %s at step %d; the same command resumes", stop.signal_name, step)
     else:
-      log.info("trained %d steps; checkpoints are under %s", step, workdir)
+      log.info("trained %d steps; checkpoints are under %s", step, directory_of(trainer.workdir))
       trainer.warn_of_stages_left(state)
   finally:
     trainer.files.close()

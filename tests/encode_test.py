@@ -26,9 +26,11 @@ from lrdit import (
   training_step,
   vae_files,
 )
+from lrdit import latents as latents_module
 from lrdit import vae as vae_module
 from lrdit.errors import UserError
 from lrdit.images import to_uint8
+from lrdit.locks import owned
 from tests import tiny
 from tests.training_step_test import noisy_params
 
@@ -505,3 +507,28 @@ def test_a_run_is_kept_to_its_latents(images, other_encoded, trained):
   with pytest.raises(UserError, match=r"holds a run on other data: .*train\.vae"):
     train.train(config, str(trained), one_device())
   assert (trained / "data.json").read_bytes() == before
+
+
+def test_a_directory_that_is_being_written_is_left_to_its_process(images, tmp_path, monkeypatch):
+  monkeypatch.setattr(encode, "_encode_into", lambda *_: None)
+  with owned(tmp_path, "encode"):
+    with pytest.raises(UserError, match=r"is in use by process \d+"):
+      encode.encode(make_config(images), str(tmp_path), one_device())
+    # What a killed process leaves is no reason to refuse an empty directory.
+    latents_module.LatentWriter(
+      tmp_path, {"latent_shape": [1, 2, 4, 4, 4]}, {"train": 1, "eval": 1}
+    )
+  encode.encode(make_config(images), str(tmp_path), one_device())
+
+
+def test_latents_that_cannot_be_trained_on_are_refused(images, tmp_path, monkeypatch):
+  whole = vae_module.Codec.encode
+
+  def spoilt(codec, batch):
+    moments = np.array(whole(codec, batch))
+    moments[1, 0, 2] = np.nan
+    return moments
+
+  monkeypatch.setattr(vae_module.Codec, "encode", spoilt)
+  with pytest.raises(UserError, match="the latents of image 1 of train are not finite"):
+    encode.encode(make_config(images), str(tmp_path), one_device())

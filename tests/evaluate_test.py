@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from lrdit import builders, evaluate, held_out, input_pipeline, parallel, sample
+from lrdit import analyze, benchmark, builders, evaluate, held_out, input_pipeline, parallel, sample
 from lrdit.errors import UserError
+from lrdit.locks import owned
 from tests import tiny
 
 FIELDS = {"evaluation.extractors": ("classifier", "pixel"), "evaluation.classifier_steps": 3}
@@ -166,3 +167,27 @@ def test_a_run_is_measured_on_its_own_data(trained, tmp_path):
   (workdir / "data.json").write_text(json.dumps(data))
   with pytest.raises(UserError, match="on other data: num_examples"):
     evaluate.evaluate(config_of(), str(workdir), jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+  ("mode", "directory", "use"),
+  [
+    (sample.sample, "samples/default", "sample"),
+    (evaluate.evaluate, "", "evaluate"),
+    (evaluate.evaluate, "samples/default", "sample"),
+    (analyze.analyze, "analysis", "analyze"),
+    (benchmark.benchmark, "", "benchmark"),
+  ],
+)
+def test_what_another_process_writes_is_left_to_it(trained, mode, directory, use):
+  (trained / directory).mkdir(exist_ok=True)
+  with owned(trained / directory, use), pytest.raises(UserError, match=r"is in use by process \d+"):
+    mode(config_of(), str(trained), jax.devices()[:1])
+
+
+def test_a_run_in_training_is_sampled_and_evaluated(trained):
+  with owned(trained, "train"):
+    sample.sample(config_of(), str(trained), jax.devices()[:1])
+    with owned(trained / "samples" / "default", "another"):
+      evaluate.evaluate(config_of(evaluation__extractors=()), str(trained), jax.devices()[:1])
+  assert not list(trained.rglob("*.lock"))

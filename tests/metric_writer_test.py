@@ -26,8 +26,8 @@ def test_lines_after_the_checkpoint_and_torn_lines_are_dropped(tmp_path, torn):
   assert [line["x"] for line in read_metrics(tmp_path)] == [2, 4, 60]
 
 
-def test_tensorboard_is_off_with_one_line_where_clu_cannot_be_imported(tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, "clu.metric_writers", None)
+def test_tensorboard_is_off_with_one_line_where_it_cannot_be_imported(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
   told = []
   monkeypatch.setattr(logging.getLogger("lrdit"), "info", lambda text, *_: told.append(text))
   writer = MetricWriter(tmp_path, 0, tensorboard=True)
@@ -38,9 +38,16 @@ def test_tensorboard_is_off_with_one_line_where_clu_cannot_be_imported(tmp_path,
   assert len(read_metrics(tmp_path)) == 1
 
 
-def test_tensorboard_events_are_written_where_clu_can_be_imported(tmp_path):
-  pytest.importorskip("tensorflow")
-  writer = MetricWriter(tmp_path, 0, tensorboard=True)
-  writer.write(1, {"train/loss": 1.5})
-  writer.close()
-  assert list((tmp_path / "tensorboard").glob("events*"))
+def test_tensorboard_shows_no_step_that_a_resumed_run_takes_back(tmp_path):
+  accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+  # Killed after step 6, whose checkpoint is of step 4; then to step 5 only.
+  for first_step, steps, value in ((0, range(1, 7), 0.5), (4, [5], 0.25)):
+    writer = MetricWriter(tmp_path, first_step, tensorboard=True)
+    for step in steps:
+      writer.write(step, {"train/loss": value, "bad": float("nan")})
+    writer.close()
+  accumulator = accumulators.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+  assert accumulator.Tags()["scalars"] == ["train/loss"]
+  shown = [(event.step, event.value) for event in accumulator.Scalars("train/loss")]
+  assert shown == [(1, 0.5), (2, 0.5), (3, 0.5), (4, 0.5), (5, 0.25)]
+  assert all(event.wall_time > 0 for event in accumulator.Scalars("train/loss"))

@@ -683,3 +683,31 @@ def test_other_configs_of_one_method_are_arms_named_by_what_differs(tmp_path):
   arms = report.make_report(paths, "out")["arms"]
   assert [arm["name"] for arm in arms] == ["adaptive (ratio 0.5)", "adaptive (ratio 0.25)"]
   assert report_commands.reproduce(arms[1]["runs"][0])
+
+
+def test_what_changed_on_the_way_makes_another_arm_and_how_it_was_computed_does_not(tmp_path):
+  runs = [tmp_path / name for name in "abcd"]
+  for seed, run in enumerate(runs):
+    make_run(run, seed=seed)
+  configs = [json.loads((run / "config.json").read_text()) for run in runs]
+  configs[1]["model"] |= {"remat": True, "scan_blocks": True}
+  configs[1]["rank"]["compute"] = "masked"
+  configs[2]["model"]["dtype"] = "bfloat16"
+  for run, config in zip(runs, configs, strict=True):
+    write(run / "config.json", config)
+  change = {"step": 4, "field": "optimizer.learning_rate", "before": 0.1, "after": 0.2}
+  irrelevant = {"step": 4, "field": "model.remat", "before": False, "after": True}
+  lines = [json.dumps(change), json.dumps({"step": "x"}), "{", json.dumps(irrelevant)]
+  (runs[3] / "changes.jsonl").write_text("\n".join(lines))
+  (runs[0] / "changes.jsonl").write_text(json.dumps(irrelevant))
+  made = report.make_report([str(run) for run in runs], "x")
+  assert [[run["seed"] for run in arm["runs"]] for arm in made["arms"]] == [[0, 1], [2], [3]]
+  assert "learning_rate at step 4 0.1 to 0.2" in made["arms"][2]["name"]
+  note = "from step 4 on optimizer.learning_rate is 0.2, and was 0.1"
+  assert note in made["arms"][2]["runs"][0]["notes"]
+
+
+def test_the_report_s_own_command_names_workdirs_with_commas(tmp_path):
+  runs = [make_run(tmp_path / name, seed=seed) for seed, name in enumerate(("a,b", 'c "d"'))]
+  command = report.make_report(runs, "x")["made"]["command"]
+  assert main.parse_flags(shlex.split(command)[1:]).workdirs == runs

@@ -8,6 +8,7 @@ import pathlib
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import termios
@@ -23,7 +24,9 @@ from PIL import Image
 from lrdit import builders, evaluate, optimizer, train
 from lrdit.checkpoints import Checkpoints
 from lrdit.errors import UserError
+from lrdit.locks import owned
 from lrdit.train_state import create_train_state
+from lrdit.workdir import read_changes
 from tests import tiny
 
 # Long enough to be interrupted, and with everything that happens on the way.
@@ -89,6 +92,7 @@ def test_losses_fall_and_lines_have_all_their_fields(undisturbed):
   assert {"train/images_per_second", "train/steps_per_second", "eval/loss"} <= lines[-1].keys()
   log_file = (undisturbed / "train.log").read_text()
   assert "step 60/60" in log_file
+  assert f"trained 60 steps; checkpoints are under {undisturbed / 'checkpoints'}\n" in log_file
   assert "\r" not in log_file
   assert {p.name for p in undisturbed.iterdir()} - {"evaluation.json"} == {
     "checkpoints",
@@ -234,30 +238,94 @@ def test_options_run_end_to_end(tmp_path, flags):
   assert np.isfinite(tiny.losses(tmp_path)).all()
 
 
-def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
-  tiny.run_main(tmp_path, "--config.training.num_steps=4")
+def train_one_device(workdir, **fields):
+  # Constant, so that a longer run is the same program.
+  config = tiny.tiny_config(**{"optimizer__decay": "constant"} | fields)
+  train.train(config, str(workdir), jax.devices()[:1])
+
+
+def test_a_run_that_blew_up_goes_on_as_its_message_says(tmp_path, told):
+  train_one_device(tmp_path, training__num_steps=4)
   good = final_state(tmp_path)
-  # Going on with an absurd learning rate needs the stored config to agree.
-  config = tmp_path / "config.json"
-  config.write_text(config.read_text().replace('"learning_rate": 0.002', '"learning_rate": 1e+29'))
-  done = tiny.run_main(
-    tmp_path,
-    "--config.training.num_steps=40",
-    "--config.optimizer.learning_rate=1e29",
-    check=False,
+  message = (
+    r"the (loss|gradient|update) of step (\d+) is not finite, the first quantity that is not; "
+    r"nothing was saved after it. The last good checkpoint is step 4. Lower config.optimizer."
+    r"learning_rate or raise config.optimizer.warmup_steps, and run the command again, which goes "
+    r"on from step 4"
   )
-  assert done.returncode == 1
-  last = done.stderr.rstrip().splitlines()[-1]
-  message = re.match(
-    r"error: the (loss|gradient|update) of step (\d+) is not finite, the first quantity that is "
-    r"not; nothing was saved after it. The last good checkpoint is step 4. Lower config",
-    last,
-  )
-  assert message, done.stderr
-  assert 5 <= int(message[2]) <= 8
+  with pytest.raises(UserError, match=message) as raised:
+    train_one_device(tmp_path, training__num_steps=40, optimizer__learning_rate=1e29)
+  assert 5 <= int(re.match(message, str(raised.value))[2]) <= 8
   assert all(np.isfinite(tiny.losses(tmp_path)))
   for a, b in zip(jax.tree.leaves(final_state(tmp_path)), jax.tree.leaves(good), strict=True):
     np.testing.assert_array_equal(a, b)
+  assert "from step 4 on: config.optimizer.learning_rate is 1e+29, and was 0.002" in (
+    (tmp_path / "train.log").read_text()
+  )
+  train_one_device(tmp_path, training__num_steps=6)
+  assert final_state(tmp_path).step == 6
+  assert all(np.isfinite(tiny.losses(tmp_path)))
+  assert read_changes(tmp_path) == []  # no step at the other rate was saved
+
+
+@pytest.mark.slow
+def test_a_spoilt_checkpoint_is_deleted_as_its_message_says(tmp_path):
+  fields = dict(checkpoint__every_steps=1, optimizer__grad_clip_norm=0.0, training__num_steps=6)
+  spoilt = fields | dict(optimizer__learning_rate=1e15, optimizer__warmup_steps=1)
+  path = tmp_path / "checkpoints" / "1"
+  message = (
+    f"the loss of step 2 is .*The parameters of the checkpoint of step 1 are spoilt already: "
+    f"delete {path}, lower config.optimizer.learning_rate or .*, which goes on from the start"
+  )
+  with pytest.raises(UserError, match=message):
+    train_one_device(tmp_path, **spoilt)
+  shutil.rmtree(path)
+  trainer = train.Trainer(tiny.tiny_config(**fields), str(tmp_path), jax.devices()[:1])
+  assert trainer.initial_state().step == 0
+  trainer.files.close()
+
+
+@pytest.mark.parametrize(
+  ("quantity", "step", "newest", "before", "says"),
+  [
+    ("loss", 9, 8, 4, "delete checkpoints/8, lower .*, which goes on from step 4$"),
+    ("gradient", 9, 8, 0, "delete checkpoints/8, lower .*, which goes on from the start$"),
+    ("update", 9, 8, 4, r"^The last good checkpoint is step 8. Lower .* goes on from step 8$"),
+    ("loss", 10, 8, 4, r"^The last good checkpoint is step 8. Lower .* goes on from step 8$"),
+    ("loss", 1, 0, 0, "^Lower .* and run the command again$"),
+    ("batch", 9, 8, 4, r"^The last good checkpoint is step 8. The data is damaged: "),
+  ],
+)
+def test_advice_fits_what_is_there(quantity, step, newest, before, says):
+  assert re.search(
+    says, train.how_to_go_on(quantity, step, newest, before, pathlib.Path("checkpoints"))
+  )
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_another_dtype_and_says_so(tmp_path, told):
+  train_one_device(tmp_path, training__num_steps=4)
+  train_one_device(tmp_path, training__num_steps=5, model__dtype="bfloat16", model__remat=True)
+  assert np.isfinite(tiny.losses(tmp_path)).all()
+  told = (tmp_path / "train.log").read_text()
+  assert "from step 4 on: config.model.dtype is 'bfloat16', and was 'float32'" in told
+
+
+def test_a_workdir_in_training_is_refused_to_another_training(tmp_path):
+  config = tiny.tiny_config()
+  with owned(tmp_path, "train"), pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
+    train.train(config, str(tmp_path), jax.devices()[:1])
+  assert list(tmp_path.iterdir()) == []
+  trainer = train.Trainer(config, str(tmp_path), jax.devices()[:1])
+  with pytest.raises(UserError, match="in use by process"):
+    train.Trainer(config, str(tmp_path), jax.devices()[:1])
+  trainer.files.close()
+  other = tiny.tiny_config(seed=1)
+  (tmp_path / "checkpoints" / "4").mkdir()
+  (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+  for _ in range(2):  # a refusal keeps nothing
+    with pytest.raises(UserError, match="holds another run: seed"):
+      train.Trainer(other, str(tmp_path), jax.devices()[:1])
 
 
 def test_a_nan_in_the_data_is_told_with_its_step(tmp_path, monkeypatch):
@@ -270,9 +338,17 @@ def test_a_nan_in_the_data_is_told_with_its_step(tmp_path, monkeypatch):
   devices = jax.devices()[:2]
   batches = train.Trainer(config, str(tmp_path), devices).batches(range(200))
   step = next(i for i, b in enumerate(batches, start=1) if np.isnan(b["image"]).any())
-  words = f"the batch of step {step} is not finite.* step {(step - 1) // 4 * 4}. Encode the data"
+  saved = (step - 1) // 4 * 4
+  words = f"the batch of step {step} is not finite.* step {saved}. The data is damaged"
   with pytest.raises(UserError, match=words):
     train.train(config, str(tmp_path), devices)
+
+
+@pytest.fixture
+def told(monkeypatch, caplog):
+  monkeypatch.setattr(logging.getLogger("lrdit"), "propagate", True)
+  caplog.set_level(logging.DEBUG, logger="lrdit")
+  return caplog
 
 
 # A stage ends at its second or a later check; constant, so that a run can be prolonged.
