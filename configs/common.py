@@ -168,4 +168,4 @@ def get_default_config(method: str, variant: str) -> ConfigDict:
   benchmark.steps = 1
   benchmark.sampling_runs = 1  # whole sampling runs of each arm; 0: add up bucket times
   benchmark.matmul_size = 0  # of the peak's matrices; 0: 2048 on a CPU, 8192 elsewhere
-  return config
+  return config.lock()
