@@ -220,8 +220,8 @@ def _watch_the_wait(cluster: Cluster) -> Iterator[None]:
     if met.wait(START_SECONDS - SAID_AFTER_SECONDS):
       return
     error = UserError(
-      f"the other processes cannot be reached (not all came within {START_SECONDS} s): check that all "
-      f"are started, and --coordinator, --num_processes and --process_id; "
+      f"the other processes cannot be reached (not all came within {START_SECONDS} s): check that "
+      "all are started, and --coordinator, --num_processes and --process_id; "
       f"{cluster.how_to_stay_alone}",
       RESTART_STATUS,
     )
