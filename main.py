@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import logging
 import os
 import sys
 
@@ -18,7 +19,7 @@ def run(argv: list[str]) -> int:
     if values.help:
       print(__doc__, values.get_help(), sep="\n")
       return 0
-    startup.prepare(values.mode)
+    notes = startup.prepare(values.mode)
     from lrdit import builders, parallel, progress  # now, as importing jax takes a while
 
     cluster = parallel.find_cluster(values.coordinator, values.num_processes, values.process_id)
@@ -28,15 +29,18 @@ def run(argv: list[str]) -> int:
           f"--mode={values.mode} is for one process: start it once, or --num_processes=1", 2
         )
       who = cluster.name_of_process
+      progress.start_logging(values.debug, who, is_first=True)  # none has met another yet
       parallel.connect(cluster, shares_sigterm=values.mode == "train")
       who = parallel.name_of_process()
+    startup.open_devices()
     progress.start_logging(values.debug, who, parallel.is_first())
+    for note in notes:
+      logging.getLogger("lrdit").warning(note)
     verb = getattr(importlib.import_module(f"lrdit.{values.mode}"), values.mode)
-    read = {"config": builders.resolve, "workdirs": list}
+    read = {"config": builders.resolve}
     if values.workdir:
-      workdir = os.path.expanduser(values.workdir)
-      read["config"] = functools.partial(builders.resolve_for_run, run=workdir)
-    verb(*(read.get(f, os.path.expanduser)(values[f].value) for f in MODES[values.mode]))
+      read["config"] = functools.partial(builders.resolve_for_run, run=values.workdir)
+    verb(*(read.get(f, lambda value: value)(values[f].value) for f in MODES[values.mode]))
     return 0
   except (Exception, KeyboardInterrupt) as error:
     status = tell(error, values is not None and values.debug, who)

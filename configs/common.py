@@ -170,4 +170,4 @@ def get_default_config(method: str, variant: str) -> ConfigDict:
   benchmark.fit_memory = False  # halve training.batch_size until all arms fit an accelerator
   benchmark.compile_threads = 1  # more: programs are compiled side by side, and not timed
   benchmark.matmul_size = 0  # of the peak's matrices; 0: 2048 on a CPU, 8192 elsewhere
-  return config
+  return config.lock()

@@ -1,11 +1,15 @@
 """What the command line may say."""
 
+import difflib
 import re
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from lrdit.errors import UserError, as_user_error
+from lrdit import config_file
+from lrdit.errors import UserError
+from lrdit.paths import local_path
+from lrdit.workdir import flatten
 
 # Each is a function in the module of its name, of the values of these flags.
 MODES = dict.fromkeys(
@@ -16,13 +20,40 @@ SHARED_BY_PROCESSES = ("train", "sample", "evaluate")
 
 
 def parse_flags(argv: list[str]) -> flags.FlagValues:
-  """The flags of one command line.
+  """Return the flags of one command line: `config` as a ConfigDict, paths with ~ filled in.
 
   Raises:
-    UserError: unknown, missing or malformed flags, or config fields.
+    UserError: with status 2: unknown, missing or malformed flags or config fields, or a config
+      file that cannot be read.
   """
+  values = _define()
+  try:
+    rest = values(argv, known_only=True)[1:]
+    if values.help:
+      return values
+    _check_needed(values)
+    for name in ("workdir", "output"):
+      if values[name].value is not None:
+        values[name].value = local_path(f"--{name}", values[name].value, 2)
+    if values.workdirs is not None:
+      values.workdirs = [local_path("--workdirs", path, 2) for path in values.workdirs]
+    config = None if values.config is None else config_file.load(values.config)
+    _override(values, config, rest)
+  except UnicodeDecodeError as error:
+    raise UserError(f"--flagfile names no text file: {error}", 2) from error
+  except (flags.Error, ValueError) as error:  # the latter of --noNAME=value
+    raise UserError(f"{str(error).splitlines()[0]} (see --help)", 2) from error
+  values["config"].value = config
+  return values
+
+
+def _define() -> flags.FlagValues:
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", None, "FILE[:ARGUMENTS].", values, sys_argv=argv)
+  values.set_gnu_getopt(True)  # flags are told from values and from words anywhere
+  # Twice, it would leave open which one the overrides are of.
+  flags.DEFINE_string(
+    "config", None, "FILE[:ARGUMENTS].", flag_values=values, allow_overwrite=False
+  )
   flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
   flags.DEFINE_list("workdirs", None, "Runs to compare (report).", flag_values=values)
   flags.DEFINE_string("output", None, "Directory to make (encode, report).", flag_values=values)
@@ -32,26 +63,64 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_integer("process_id", None, "From 0.", flag_values=values)
   flags.DEFINE_boolean("debug", False, "Show tracebacks.", flag_values=values)
   flags.DEFINE_boolean("help", False, "Show this help.", flag_values=values)
-  try:
-    unparsed = values(argv)[1:]
-  except (AttributeError, KeyError) as error:  # a config field that does not exist
-    overrides = [arg for arg in argv if arg.startswith("--config.")]
-    words = re.findall(r"\w+", str(error))
-    field = max(overrides, key=lambda arg: sum(f".{w}" in arg for w in words), default=str(error))
-    raise UserError(f"{field}: no such config field; configs/common.py lists them", 2) from error
-  except (OSError, SyntaxError) as error:  # of several attempts, the last line tells the path
-    raise UserError(f"--config cannot be read: {str(error).splitlines()[-1]}", 2) from error
-  except flags.Error as error:
-    message = f"{str(error).splitlines()[0]} (see --help)"
-    raise as_user_error(error) or UserError(message, 2) from error
-  if unparsed:
-    raise UserError(f"{unparsed[0]!r} is not a flag: write --name=value", 2)
-  missing = [name for name in MODES[values.mode] if not values[name].value]
-  if missing and not values.help:
-    needed = " and ".join(f"--{name}" for name in MODES[values.mode])
-    raise UserError(f"--{missing[0]} is missing: --mode={values.mode} needs {needed}", 2)
-  others = ("config", "workdir") if values.mode == "report" else ("workdirs",)
-  needless = [name for name in others if values[name].value]
-  if needless and not values.help:
-    raise UserError(f"--{needless[0]} is not used by --mode={values.mode}: leave it out", 2)
   return values
+
+
+def _check_needed(values: flags.FlagValues) -> None:
+  """Refuses flags that a mode lacks, and those that it does not use."""
+  mode = values.mode
+  missing = [name for name in MODES[mode] if not values[name].value]
+  if missing:
+    needed = " and ".join(f"--{name}" for name in MODES[mode])
+    raise UserError(f"--{missing[0]} is missing: --mode={mode} needs {needed}", 2)
+  # One config and workdir serve every mode; encode just has no use for the latter.
+  others = ("config", "workdir") if mode == "report" else ("workdirs",)
+  others += () if "output" in MODES[mode] else ("output",)
+  needless = [name for name in others if values[name].value]
+  if needless:
+    raise UserError(f"--{needless[0]} is not used by --mode={mode}: leave it out", 2)
+  if "" in (values.workdirs or ()):
+    given = ",".join(values.workdirs)
+    raise UserError(f"--workdirs={given} names a directory without a name: leave out a comma", 2)
+
+
+def _override(values: flags.FlagValues, config: ConfigDict | None, rest: list[str]) -> None:
+  """Sets the config's fields that the arguments left over name.
+
+  Args:
+    values: the flags proper, for what a misspelt one may have meant.
+    config: to be changed; None in modes without one.
+    rest: arguments that are none of `values`.
+  """
+  names = [] if config is None else list(flatten(config.to_dict()))
+  for argument in rest:
+    field = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+    if field and field[1] not in names:
+      raise UserError(_no_such_field(argument, field[1], names), 2)
+  fields = flags.FlagValues()
+  if config is not None:
+    config_flags.DEFINE_config_dict("config", config, flag_values=fields, sys_argv=rest)
+  try:
+    words = fields(["", *rest])[1:]
+  except flags.UnrecognizedFlagError as error:
+    near = _nearest(error.flagname, [*values, *(f"config.{name}" for name in names)])
+    raise UserError(
+      f"Unknown command line flag {error.flagname!r}{near} (see --help)", 2
+    ) from error
+  if words:
+    raise UserError(f"{words[0]!r} is not a flag: write --name=value", 2)
+
+
+def _no_such_field(argument: str, field: str, names: list[str]) -> str:
+  if not names:
+    return f"{argument} is a field of a config, which this mode does not take: leave it out"
+  below = [name for name in names if name.startswith(f"{field}.")]
+  if below:
+    return f"{argument}: {field} is a group of fields: set one of them, such as --config.{below[0]}"
+  near = _nearest(field, names, "--config.")
+  return f"{argument}: no such config field{near}; configs/common.py lists them"
+
+
+def _nearest(name: str, names: list[str], prefix: str = "--") -> str:
+  found = difflib.get_close_matches(name, names, 1)
+  return f"; did you mean {prefix}{found[0]}?" if found else ""

@@ -1,9 +1,13 @@
 """What a user can mend, told in one line."""
 
+import errno
 import os
+import resource
 import sys
 import traceback
 from collections.abc import Iterator
+
+from ml_collections import ConfigDict
 
 # What jax says in the other processes when one of several ends, and the exit status by
 # which a launcher knows that starting all again is the mend (EX_TEMPFAIL).
@@ -37,11 +41,43 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     error = error.__cause__
 
 
+def system_limit(error: BaseException) -> UserError | None:
+  """Return the one line for a limit of the system that was met, or None for any other error.
+
+  Whoever takes errors for damaged files asks here first: nothing is wrong with those.
+  """
+  code = error.errno if isinstance(error, OSError) else None
+  if code in (errno.EMFILE, errno.ENFILE) or os.strerror(errno.EMFILE) in str(error):
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return UserError(
+      f"too many open files: the limit of this process is {soft}; raise it by 'ulimit -n NUMBER'"
+    )
+  if code == errno.ENOMEM or isinstance(error, MemoryError):
+    return UserError(
+      f"out of memory ({error or 'the machine gives no more'}): lower the batch sizes or "
+      "config.data.cache_gib, raise 'ulimit -v' where one is set, or use a larger machine"
+    )
+  if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+    return UserError(
+      "no more threads can be started: raise 'ulimit -u NUMBER', or the pids limit of the container"
+    )
+  return None
+
+
 def as_user_error(error: Exception) -> UserError | None:
   """The one line for an error, or None where it is a defect of ours."""
   for cause in _causes(error):
     if isinstance(cause, UserError):
       return cause
+    if (limit := system_limit(cause)) is not None:
+      return limit
+    # Fields are read as attributes, and all there are stand in configs/common.py.
+    if isinstance(cause, AttributeError) and isinstance(getattr(cause, "obj", None), ConfigDict):
+      return UserError(
+        f"the config has no field {cause.name!r}: begin get_config with "
+        "configs.common.get_default_config, which makes all fields",
+        2,
+      )
     if isinstance(cause.__context__, UserError):  # a library's wrapper of ours
       return cause.__context__
     if isinstance(cause, OSError) and cause.errno and cause.filename:

@@ -22,7 +22,7 @@ from jaxtyping import Int, Int32, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lrdit import images
-from lrdit.errors import UserError
+from lrdit.errors import UserError, system_limit
 from lrdit.progress import make_bar
 from lrdit.sources import DataOptions, DecodedImages, Source, describe_path
 
@@ -258,6 +258,8 @@ def _decode_file(path: pathlib.Path) -> Image.Image:
     # Whole, as an image that fails to decode would keep its file open.
     content = path.read_bytes()
   except OSError as error:
+    if system_limit(error) is not None:
+      raise
     raise images.UnreadableImage(error.strerror) from error
   if not content:
     raise images.UnreadableImage("an empty file")

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
+from lrdit.errors import system_limit
 from lrdit.workdir import atomic_path
 
 MIN_TILE = 48  # pixels; smaller images are enlarged by a whole factor
@@ -30,20 +31,34 @@ def decode(file: bytes | os.PathLike) -> Image.Image:
   """Decodes a whole image from its bytes or a path.
 
   Raises:
-    UnreadableImage: it is of no known format, damaged, or cut short.
+    UnreadableImage: it is of no known format, damaged, cut short, or of a kind that cannot
+      become RGB.
   """
   try:
     image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
     image.load()
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    if image.mode.startswith("I;"):  # 16 bits in either order, of which PIL can do little
+      image = image.convert("I")
+    _check_kind(image)
+  except UnreadableImage:
+    raise
+  except Exception as error:  # whatever the bytes lead PIL to, which keeps no list of it
+    if system_limit(error) is not None:
+      raise
     raise UnreadableImage(str(error) or type(error).__name__) from error
+  return image
+
+
+def _check_kind(image: Image.Image) -> None:
+  """Refuses what `fit` cannot convert, or could only guess how to."""
   if image.mode == "F":
     raise UnreadableImage("its pixels are floats of unknown range")
-  if image.mode.startswith("I"):
+  if image.mode == "LAB":
+    raise UnreadableImage("its colours are CIELAB, not RGB or grey")
+  if image.mode == "I":
     low, high = image.getextrema()
     if low < 0 or high >= 2**16:
       raise UnreadableImage("its pixels are not 16-bit numbers")
-  return image
 
 
 def fit(
@@ -75,7 +90,7 @@ def fit(
 
 def _flatten(image: Image.Image, mode: str) -> Image.Image:
   """Any mode to `mode`, "L" or "RGB"."""
-  if image.mode.startswith("I"):
+  if image.mode.startswith("I"):  # "I;16" of an array
     image = _to_8_bits(image)
   if image.has_transparency_data:
     image = image.convert("RGBA")

@@ -8,10 +8,13 @@ Axes: n devices of this process, N devices in all, P processes, B global batch,
 b = B / N local batch.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,15 +26,22 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
-from lrdit.errors import RESTART_STATUS, UserError
+from lrdit.errors import RESTART_STATUS, UserError, tell
 from lrdit.timesteps import global_index
 
 AXIS = "batch"
+
+log = logging.getLogger("lrdit")
 
 # A process that has been silent for so long is taken for dead, and the others end.
 HEARTBEAT_SECONDS = 20
 # Processes of a job are started within so long of each other.
 START_SECONDS = 300
+# A wait is said when it has lasted so long.
+SAID_AFTER_SECONDS = 5
+MOST_PROCESSES = 2**31 - 1
+# Variables by which launchers tell each process how many there are.
+COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 # The others wait at the end for the first one, which may have much to write.
 SHUTDOWN_SECONDS = 24 * 3600
 
@@ -47,10 +57,20 @@ def cluster_method(environment: Mapping[str, str]) -> str | None:
   Returns:
     None for a process on its own; "jax" where jax finds the coordinator; "mpi4py"
     where it needs that package to, as under all of MPI but Open MPI 4.
+
+  Raises:
+    UserError: a variable that counts processes is no number.
   """
 
   def count(name: str) -> int:
-    return int(environment.get(name, 1))
+    value = environment.get(name) or "1"  # set but empty, as by a script: not there
+    if not value.strip().isdecimal():
+      raise UserError(
+        f"{name}={value} in the environment is not a number of processes: correct or unset it, or "
+        "give --num_processes=1 to stay alone",
+        2,
+      )
+    return int(value)
 
   # mpirun's processes may be a SLURM step's as well, but not the other way round;
   # srun --mpi=pmi2 sets PMI_SIZE as MPICH and Intel MPI do, to the step's own size.
@@ -93,6 +113,15 @@ class Cluster:
     """What this process' lines begin with before it has met the others."""
     return "a process: " if self.process_id is None else f"process {self.process_id}: "
 
+  @property
+  def how_to_stay_alone(self) -> str:
+    """What to do where there are no others, as in an interactive shell of several tasks."""
+    if self.num_processes is not None:
+      return "leave out these flags to run this process alone"
+    counts = [f"{name}={os.environ[name]}" for name in COUNTS if os.environ.get(name)]
+    told = f" ({' '.join(counts)} told of them)" if counts else ""
+    return f"--num_processes=1 runs this process alone{told}"
+
 
 def find_cluster(
   coordinator: str | None, num_processes: int | None, process_id: int | None
@@ -107,7 +136,9 @@ def find_cluster(
     UserError: some are missing or do not fit, or the environment says too little.
   """
   given = (coordinator, num_processes, process_id)
-  if num_processes == 1:
+  if num_processes is not None and not 1 <= num_processes <= MOST_PROCESSES:
+    raise UserError(f"--num_processes={num_processes} must be in [1, {MOST_PROCESSES}]", 2)
+  if num_processes == 1 and process_id in (None, 0):
     return None
   if given == (None, None, None):
     method = cluster_method(os.environ)
@@ -125,7 +156,18 @@ def find_cluster(
   if None in given:
     raise UserError("--coordinator, --num_processes and --process_id go together: give all", 2)
   if not 0 <= process_id < num_processes:
-    raise UserError(f"--process_id={process_id} is not in [0, {num_processes})", 2)
+    raise UserError(
+      f"--process_id={process_id} is not in [0, {num_processes}): it counts from 0, and "
+      f"--num_processes={num_processes}",
+      2,
+    )
+  host, _, port = coordinator.rpartition(":")
+  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    raise UserError(
+      f"--coordinator={coordinator} is not HOST:PORT, the address of process 0 with a port from 1 "
+      f"to {2**16 - 1}",
+      2,
+    )
   return Cluster(*given)
 
 
@@ -141,22 +183,56 @@ def connect(cluster: Cluster, shares_sigterm: bool) -> None:
   """
   jax.config.update("jax_enable_preemption_service", shares_sigterm)
   try:
-    jax.distributed.initialize(
-      cluster.coordinator,
-      cluster.num_processes,
-      cluster.process_id,
-      cluster_detection_method=cluster.detection,
-      initialization_timeout=START_SECONDS,
-      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-      shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-    )
-  except (RuntimeError, ValueError) as error:
+    with _watch_the_wait(cluster):
+      jax.distributed.initialize(
+        cluster.coordinator,
+        cluster.num_processes,
+        cluster.process_id,
+        cluster_detection_method=cluster.detection,
+        initialization_timeout=2 * START_SECONDS,  # `_watch_the_wait` gives up before
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+      )
+  except Exception as error:  # whatever a wrong address or variable leads jax to
+    cause = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(
-      f"the other processes cannot be reached ({str(error).splitlines()[0]}): check that all are "
-      "started, and --coordinator, --num_processes and --process_id",
+      f"the other processes cannot be reached ({cause}): check that all are started, and "
+      f"--coordinator, --num_processes and --process_id; {cluster.how_to_stay_alone}",
       RESTART_STATUS,
     ) from error
   _open_connections()
+
+
+@contextlib.contextmanager
+def _watch_the_wait(cluster: Cluster) -> Iterator[None]:
+  """Says that a process waits for the others, and ends it after `START_SECONDS`.
+
+  jax would end it with a stack trace and status 134, from a thread of its own, which
+  leaves nothing to be caught.
+  """
+  met = threading.Event()
+
+  def watch() -> None:
+    if met.wait(SAID_AFTER_SECONDS):
+      return
+    log.warning(
+      "waiting for the other processes, up to %d s: %s", START_SECONDS, cluster.how_to_stay_alone
+    )
+    if met.wait(START_SECONDS - SAID_AFTER_SECONDS):
+      return
+    error = UserError(
+      f"the other processes cannot be reached (not all came within {START_SECONDS} s): check that "
+      "all are started, and --coordinator, --num_processes and --process_id; "
+      f"{cluster.how_to_stay_alone}",
+      RESTART_STATUS,
+    )
+    os._exit(tell(error, False, cluster.name_of_process))
+
+  threading.Thread(target=watch, daemon=True).start()
+  try:
+    yield
+  finally:
+    met.set()
 
 
 def _open_connections() -> None:

@@ -40,13 +40,14 @@ def start_logging(debug: bool, who: str, is_first: bool) -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     logging.raiseExceptions = False  # a full disk under the log file, say
     sys.unraisablehook = _ignore_closed_event_loop
-  if not log.handlers:
-    handler = _BarHandler()
-    handler.setFormatter(logging.Formatter(who + "%(message)s"))
-    # Lines of progress are DEBUG: a terminal shows the bar instead.
-    level = logging.INFO if sys.stderr.isatty() else logging.DEBUG
-    handler.setLevel(level if is_first else logging.ERROR)
-    log.addHandler(handler)
+  for handler in [handler for handler in log.handlers if isinstance(handler, _BarHandler)]:
+    log.removeHandler(handler)  # of before the processes met
+  handler = _BarHandler()
+  handler.setFormatter(logging.Formatter(who + "%(message)s"))
+  # Lines of progress are DEBUG: a terminal shows the bar instead.
+  level = logging.INFO if sys.stderr.isatty() else logging.DEBUG
+  handler.setLevel(level if is_first else logging.ERROR)
+  log.addHandler(handler)
   log.setLevel(logging.DEBUG)
   log.propagate = False
 

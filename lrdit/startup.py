@@ -1,4 +1,4 @@
-"""What a process sets up before it computes: its allocator and the compilation cache.
+"""What a process sets up before it computes: its allocator, its limits, jax's settings and cache.
 
 XLA allocates the temporaries of a computation on a CPU anew for every call, some
 gigabytes for a training step, and glibc gives such blocks back to the system as
@@ -8,11 +8,17 @@ ever other sizes, between which a heap that keeps everything grows in pieces: to
 where DiT-XL/2 needs 14.
 """
 
+import contextlib
 import ctypes
+import importlib.util
 import os
 import re
+import resource
 import sys
+import warnings
 from collections.abc import Mapping
+
+from lrdit.errors import UserError
 
 # mallopt's parameters and madvise's advice, of glibc's malloc.h and mman.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
@@ -23,46 +29,232 @@ VARIED_MODES = ("analyze",)
 # Blocks from this size on are given back as soon as they are freed, in those modes.
 GIVEN_BACK_BYTES = 1 << 20
 
-TRITON_PRODUCTS = "xla_gpu_enable_triton_gemm"
+# Whether XLA makes kernels of its own for matrix products on GPUs, and what finds those.
+PRODUCTS_OF_XLA = "xla_gpu_enable_triton_gemm"
+CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 # Quicker compilations are not worth a file.
 MIN_CACHED_SECONDS = 0.1
 
+# Files that may be open at once, if the system lets a process have so many.
+OPEN_FILES = 1 << 16
 
-def prepare(mode: str) -> None:
+# What the shell may not choose: a run's random streams and dtypes, and whether it is compiled,
+# are the same in every process that goes on with it or samples it. All are jax's defaults.
+# The rest of jax's settings say where and how fast a process computes, or help to debug it.
+SETTINGS_OF_A_RUN = {
+  "jax_default_prng_impl": "threefry2x32",
+  "jax_threefry_partitionable": True,
+  "jax_random_seed_offset": 0,
+  "jax_high_dynamic_range_gumbel": False,
+  "jax_enable_x64": False,
+  "jax_explicit_x64_dtypes": "warn",
+  "jax_numpy_dtype_promotion": "standard",
+  "jax_numpy_rank_promotion": "allow",
+  "jax_softmax_custom_jvp": False,
+  "jax_allow_f16_reductions": True,
+  "jax_disable_jit": False,
+}
+# As those, but flax's.
+FLAX_SETTINGS_OF_A_RUN = {
+  "flax_fix_rng_separator": False,
+  "flax_return_frozendict": False,
+  "flax_preserve_adopted_names": False,
+}
+
+
+def prepare(mode: str) -> list[str]:
   """All of it; to be called before numpy or jax are imported.
 
   Args:
     mode: that the process is for.
+
+  Returns:
+    lines for the log: what of the environment is not as it was set.
+
+  Raises:
+    UserError: a variable of the environment is no setting that jax or XLA know.
   """
+  raise_limit_of_open_files()
   if mode in VARIED_MODES:
     give_back_freed_memory()
   # Several devices allocate at once and leave the one heap in pieces: it grew by a
   # gigabyte every few steps of DiT-S/2, without end.
   elif num_cpu_devices(os.environ) == 1:
     keep_freed_memory()
-  use_library_products()
+  check_xla_flags()
+  take_products_from_libraries()
+  import_jax()
   use_compilation_cache()
+  return fix_settings_of_a_run()
 
 
-def use_library_products() -> None:
+def raise_limit_of_open_files() -> None:
+  """Let the process open as many files as it may, up to `OPEN_FILES`.
+
+  A prepared dataset has a thousand files and more, and shells allow 1,024 by default
+  where the system would allow many more.
+  """
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+  if soft != resource.RLIM_INFINITY and soft < wanted:
+    with contextlib.suppress(OSError, ValueError):  # some systems allow less than they say
+      resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def num_cpu_devices(environment: Mapping[str, str]) -> int:
+  """Virtual CPU devices that jax is asked for, by either of its variables.
+
+  Raises:
+    UserError: the number is none.
+  """
+  forced = re.findall(
+    r"xla_force_host_platform_device_count=(\d+)", environment.get("XLA_FLAGS", "")
+  )
+  given = environment.get("JAX_NUM_CPU_DEVICES")
+  if given and (not given.strip().isdecimal() or int(given) < 1):
+    raise UserError(
+      f"JAX_NUM_CPU_DEVICES={given} in the environment is not a number of devices from 1: correct "
+      "or unset it",
+      2,
+    )
+  return int(given or (forced or ["1"])[-1])
+
+
+def check_xla_flags() -> None:
+  """Check XLA_FLAGS before XLA does, which ends the process that reads a wrong one.
+
+  Raises:
+    UserError: what XLA says of a flag or its value.
+  """
+  given = os.environ.get("XLA_FLAGS", "").strip()
+  if given and (complaint := _complaint_of_xla()):
+    raise UserError(f"XLA_FLAGS={given} in the environment: {complaint}: correct or unset it", 2)
+
+
+def take_products_from_libraries() -> None:
   """Have XLA take matrix products on NVIDIA GPUs from cuBLAS, unless XLA_FLAGS says otherwise.
 
   It would also try its own kernels, in dozens of variants for every shape. On an H100 with 16
   cores the training step of two blocks was not compiled in 80 s then, and that of DiT-B/2 takes
   36 s with cuBLAS alone.
   """
-  flags = os.environ.get("XLA_FLAGS", "")
-  if TRITON_PRODUCTS not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --{TRITON_PRODUCTS}=false".strip()
+  before = os.environ.get("XLA_FLAGS")
+  if PRODUCTS_OF_XLA in (before or "") or not any(map(importlib.util.find_spec, CUDA_PLUGINS)):
+    return
+  os.environ["XLA_FLAGS"] = f"{before or ''} --{PRODUCTS_OF_XLA}=false".strip()
+  if _complaint_of_xla():  # a version that does not know the flag
+    if before is None:
+      del os.environ["XLA_FLAGS"]
+    else:
+      os.environ["XLA_FLAGS"] = before
 
 
-def num_cpu_devices(environment: Mapping[str, str]) -> int:
-  """Virtual CPU devices that jax is asked for, by either of its variables."""
-  forced = re.findall(
-    r"xla_force_host_platform_device_count=(\d+)", environment.get("XLA_FLAGS", "")
-  )
-  return int(environment.get("JAX_NUM_CPU_DEVICES") or (forced or ["1"])[-1])
+def _complaint_of_xla() -> str | None:
+  """What XLA says of XLA_FLAGS; None where it takes them, or can no longer be asked.
+
+  A child process reads them, which takes some milliseconds.
+  """
+  if "jax" in sys.modules or not sys.platform.startswith("linux"):
+    return None
+  from jaxlib import _jax
+
+  read_end, write_end = os.pipe()
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # numpy has started threads, of which the child has no need
+    child = os.fork()
+  if child == 0:
+    try:
+      os.dup2(write_end, 2)
+      _ = _jax.CompileOptions().executable_build_options.debug_options
+    finally:
+      os._exit(0)
+  os.close(write_end)
+  with open(read_end, errors="replace") as file:
+    said = file.read()
+  if os.waitpid(child, 0)[1] == 0:
+    return None
+  lines = [line.partition("] ")[2] for line in said.splitlines() if "] " in line]
+  return lines[0] if lines else "XLA cannot read it"
+
+
+def import_jax() -> None:
+  """Import jax and flax, which read most of their variables while they are imported.
+
+  Raises:
+    UserError: a variable has a value that none of its settings is.
+  """
+  try:
+    import flax  # noqa: F401
+    import jax  # noqa: F401  # only now: importing them starts threads
+  except ValueError as error:
+    raise _environment_error(str(error)) from error
+
+
+def _environment_error(message: str) -> UserError:
+  """The one line for what jax or flax say of a variable, which they name in either case."""
+  cause = (message.splitlines() or ["a library cannot be imported"])[0]
+  named = [
+    f"{name}={os.environ[name]}"
+    for name in sorted(os.environ)
+    if name.startswith(("JAX_", "FLAX_")) and name.lower() in message.lower()
+  ]
+  where = " ".join(named) or "a variable"
+  return UserError(f"{where} in the environment: {cause}: correct or unset it", 2)
+
+
+def open_devices() -> None:
+  """Open jax's devices; to be called after the processes of a job have met.
+
+  Raises:
+    UserError: there is no such device as the environment asks for.
+  """
+  import jax
+
+  try:
+    jax.devices()
+    jax.numpy.zeros(())  # on the default device
+  except (RuntimeError, AssertionError, ValueError) as error:
+    asked = [
+      f"{name}={os.environ[name]}"
+      for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_DEFAULT_DEVICE")
+      if os.environ.get(name)
+    ]
+    cause = (str(error).splitlines() or ["there is no such device"])[0]
+    mend = "install jax for a device that is there"
+    if asked:
+      mend = f"correct or unset what the environment says, or {mend}"
+    raise UserError(
+      f"{' and '.join(asked) or 'jax'}: no device to compute on ({cause}): {mend}", 2
+    ) from error
+
+
+def fix_settings_of_a_run() -> list[str]:
+  """Set what the shell may not choose; lines that say what it had chosen instead.
+
+  The precision of matrix products is left as it is: like the device, it is the choice of
+  a process, and rounds differently.
+  """
+  import flax
+  import jax
+
+  notes = []
+  for config, settings in ((jax.config, SETTINGS_OF_A_RUN), (flax.config, FLAX_SETTINGS_OF_A_RUN)):
+    for name, value in settings.items():
+      found = getattr(config, name, None)
+      if found is None:  # of another version
+        continue
+      config.update(name, value)
+      if getattr(config, name) != found:
+        notes.append(
+          f"{name.upper()} is ignored: it would change what a run computes ({name}={value} is used)"
+        )
+  if jax.config.jax_default_matmul_precision is not None:
+    notes.append(
+      f"JAX_DEFAULT_MATMUL_PRECISION={jax.config.jax_default_matmul_precision} is heeded: a run "
+      "that goes on without it rounds differently"
+    )
+  return notes
 
 
 def keep_freed_memory() -> None:
@@ -103,7 +295,7 @@ def use_compilation_cache() -> None:
   XDG_CACHE_HOME and JAX_COMPILATION_CACHE_DIR name another place; jax tells
   programs apart by their code, jax's version and the device.
   """
-  import jax  # only now: importing it starts threads
+  import jax
 
   if not jax.config.jax_compilation_cache_dir:
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

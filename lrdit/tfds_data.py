@@ -6,11 +6,14 @@ TFRecord files an index of the records is made, as both then take any index.
 Axes: N examples, b examples asked for, H W image, C channels.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
 import pathlib
+import resource
 import struct
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +21,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from lrdit import images
-from lrdit.errors import UserError
+from lrdit.errors import UserError, system_limit
+from lrdit.paths import local_path
 from lrdit.progress import make_bar
 from lrdit.sources import DataOptions, DecodedImages, Source, describe_path
 
@@ -26,6 +30,8 @@ from lrdit.sources import DataOptions, DecodedImages, Source, describe_path
 # themselves and a checksum of those (4 bytes).
 LENGTH_BYTES, HEADER_BYTES, FOOTER_BYTES = 8, 12, 4
 LABELS_AT_ONCE = 1024  # records of so many photographs in memory
+DEFAULT_DIR = "~/tensorflow_datasets"
+MOST_OPEN_FILES = 4096  # of a split, if the system lets a process have four times as many
 
 log = logging.getLogger("lrdit")
 
@@ -99,8 +105,77 @@ def _first_line(error: Exception) -> str:
   return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-class TfRecords:
-  """Random access to the records of TFRecord files."""
+def _open_file_budget() -> int:
+  """Files that a split may hold open: a quarter of what the process may have."""
+  soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+  return MOST_OPEN_FILES if soft == resource.RLIM_INFINITY else min(MOST_OPEN_FILES, soft // 4)
+
+
+class _Records:
+  """Random access to the records of files, of which only so many are open at once.
+
+  Up to that number a file stays open once it was read, and several threads read at
+  once. Beyond it, one thread at a time reads, and all are closed before more are opened.
+  """
+
+  def __init__(self, counts: Sequence[int]):
+    """Opens nothing yet.
+
+    Args:
+      counts: records of each file, in order.
+    """
+    self._ends = np.cumsum(counts)
+    self._budget = max(1, _open_file_budget())
+    self._open: set[int] = set()
+    self._lock = threading.Lock() if len(counts) > self._budget else contextlib.nullcontext()
+    self._few = len(counts) <= self._budget
+
+  def __getitems__(self, index: Sequence[int]) -> list[bytes]:
+    """The records' bytes."""
+    if self._few:
+      return self._read(index)
+    records: list[bytes] = []
+    with self._lock:
+      for start in range(0, len(index), self._budget):
+        chunk = index[start : start + self._budget]
+        files = set(np.searchsorted(self._ends, chunk, side="right").tolist())
+        if len(files | self._open) > self._budget:
+          self._close()
+          self._open = set()
+        self._open |= files
+        records += self._read(chunk)
+    return records
+
+  def _read(self, index: Sequence[int]) -> list[bytes]:
+    raise NotImplementedError
+
+  def _close(self) -> None:
+    raise NotImplementedError
+
+
+class ArrayRecords(_Records):
+  """The records of array_record files."""
+
+  def __init__(self, instructions: Sequence[Any]):
+    """Opens nothing yet.
+
+    Args:
+      instructions: tfds's FileInstruction of each file, which are read whole.
+    """
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    super().__init__([each.examples_in_shard for each in instructions])
+    self._source = ArrayRecordDataSource(instructions)
+
+  def _read(self, index: Sequence[int]) -> list[bytes]:
+    return list(self._source.__getitems__(index))
+
+  def _close(self) -> None:
+    self._source.__exit__(None, None, None)
+
+
+class TfRecords(_Records):
+  """The records of TFRecord files."""
 
   def __init__(self, paths: Sequence[os.PathLike], counts: Sequence[int]):
     """Indexes the files by reading every record's length.
@@ -112,19 +187,30 @@ class TfRecords:
     Raises:
       UserError: a file is truncated or holds another number of records.
     """
-    self._files = [os.open(path, os.O_RDONLY) for path in paths]
+    super().__init__(counts)
+    self._paths = paths
+    self._files: dict[int, int] = {}
     offsets = [_record_offsets(path, count) for path, count in zip(paths, counts, strict=True)]
     self._file_of = np.repeat(np.arange(len(paths)), counts)
     self._offset = np.concatenate(offsets)
 
-  def __getitems__(self, index: Sequence[int]) -> list[bytes]:
-    """The records' bytes."""
-    return [self._read(self._files[self._file_of[i]], int(self._offset[i])) for i in index]
+  def _read(self, index: Sequence[int]) -> list[bytes]:
+    return [self._read_one(int(self._file_of[i]), int(self._offset[i])) for i in index]
 
-  @staticmethod
-  def _read(file: int, offset: int) -> bytes:
+  def _read_one(self, number: int, offset: int) -> bytes:
+    file = self._files.get(number)
+    if file is None:
+      file = os.open(self._paths[number], os.O_RDONLY)
+      # Of two threads that open a file at once, the later one's is not kept.
+      if (kept := self._files.setdefault(number, file)) != file:
+        os.close(file)
+        file = kept
     (length,) = struct.unpack("<Q", os.pread(file, LENGTH_BYTES, offset))
     return os.pread(file, length, offset + HEADER_BYTES)
+
+  def _close(self) -> None:
+    while self._files:
+      os.close(self._files.popitem()[1])
 
 
 def _record_offsets(path: os.PathLike, count: int) -> Int[np.ndarray, " count"]:
@@ -180,13 +266,12 @@ class _Split:
   """The records of a split: images to decode, and labels that come along."""
 
   def __init__(self, builder: Any, split: str, dataset: TfdsDataset, options: DataOptions):
-    from tensorflow_datasets.core.decode import DeserializeMethod
     from tensorflow_datasets.proto import tf_example_pb2
 
     info = builder.info.splits[split]
+    self._records: _Records
     if builder.info.file_format.value == "array_record":
-      raw = DeserializeMethod.RAW_BYTES
-      self._records = builder.as_data_source(split, deserialize_method=raw)
+      self._records = ArrayRecords(info.file_instructions)
     else:
       self._records = TfRecords(info.filepaths, info.shard_lengths)
     self._name = f"{dataset.name}'s split {split}"
@@ -208,7 +293,7 @@ class _Split:
         self.labels.keep(index, [each["label"].int64_list.value[0] for each in features])
       return [each["image"].bytes_list.value[0] for each in features]
     except (DecodeError, IndexError, ValueError, RuntimeError) as error:
-      raise UserError(
+      raise system_limit(error) or UserError(
         f"a record of {self._name} is damaged ({_first_line(error)}): prepare the dataset again"
       ) from error
 
@@ -262,7 +347,7 @@ def _find_builder(dataset: TfdsDataset, data_dir: str) -> Any:
       f"{dataset.how_to_prepare(data_dir)}"
     ) from error
   except Exception as error:  # whatever its files lead their reader to
-    raise UserError(
+    raise system_limit(error) or UserError(
       f"the prepared {dataset.name} under {data_dir} is damaged ({_first_line(error)}): delete "
       f"it, and {dataset.how_to_prepare(data_dir)}"
     ) from error
@@ -270,8 +355,8 @@ def _find_builder(dataset: TfdsDataset, data_dir: str) -> Any:
 
 def _open(dataset: TfdsDataset, split: str, options: DataOptions) -> tuple[Any, str]:
   """The reader of a prepared directory and its name for the split, both whole."""
-  default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-  data_dir = os.path.expanduser(options.data_dir or default)
+  default = local_path("TFDS_DATA_DIR", os.environ.get("TFDS_DATA_DIR") or DEFAULT_DIR)
+  data_dir = os.path.expanduser(options.data_dir) or default
   builder = _find_builder(dataset, data_dir)
   name = dataset.eval_split if split == "eval" else "train"
   directory = pathlib.Path(builder.data_dir)

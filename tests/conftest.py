@@ -19,7 +19,7 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 else:
   # Products of float32 are those of float32, as the tolerances expect, and not TF32's.
   os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
-  startup.use_library_products()
+  startup.take_products_from_libraries()
 # Many tests compile the same small programs: one cache, shared by the workers
 # and by the command lines they start, and gone with the test run.
 if "LRDIT_TEST_CACHE" not in os.environ:

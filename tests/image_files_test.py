@@ -1,5 +1,6 @@
 """Own images: folders and .npz files, all of them made here."""
 
+import errno
 import io
 import json
 import logging
@@ -14,6 +15,7 @@ from PIL import Image
 from lrdit import image_files
 from lrdit.errors import UserError
 from lrdit.sources import DataOptions
+from tests.images_test import tiff
 
 SIZE = 8
 
@@ -525,6 +527,39 @@ def test_damaged_files_can_be_left_out_each_named_in_a_warning(tmp_path, log_lin
     assert line.startswith(f"cannot be read: train/b/{name} (")
     assert reason in line
   assert lines[-1] == ("WARNING", "left out: 5 of 8 images that cannot be read")
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_tiffs_are_read_in_either_byte_order_and_refused_by_name(tmp_path, log_lines, skip):
+  """PIL raises what it does not document, for one image that can be read and one that cannot."""
+  save(tmp_path / "eval" / "1.png", pixels(1))
+  save(tmp_path / "train" / "1.png", pixels(1))
+  values = np.arange(SIZE * SIZE).reshape(SIZE, SIZE) * 7
+  (tmp_path / "train" / "big_endian.tif").write_bytes(tiff(values, ">"))
+  Image.new("LAB", (SIZE, SIZE)).save(tmp_path / "train" / "lab.tif")
+  options = make_options(tmp_path, skip_unreadable=skip)
+  if skip:
+    rows, _ = read(image_files.load_folder("train", options))
+    np.testing.assert_array_equal(rows[1][..., 0], values >> 8)
+    assert len(rows) == 2
+    assert ("WARNING", "left out: 1 of 3 images that cannot be read") in log_lines()
+  else:
+    with pytest.raises(
+      UserError, match=r"1 of 3 images cannot be read: train/lab.tif \(its colour"
+    ):
+      image_files.load_folder("train", options)
+
+
+def test_a_limit_of_open_files_leaves_no_image_out(tmp_path, monkeypatch):
+  for split in ("train", "eval"):
+    save(tmp_path / split / "1.png", pixels(1))
+
+  def refuse(path):
+    raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+  monkeypatch.setattr(image_files.pathlib.Path, "read_bytes", refuse)
+  with pytest.raises(OSError, match="Too many open files"):
+    image_files.load_folder("train", make_options(tmp_path, skip_unreadable=True))
 
 
 def test_leaving_out_every_image_is_refused(tmp_path):

@@ -1,4 +1,6 @@
+import errno
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -91,6 +93,89 @@ def test_pixels_of_unknown_range_are_refused(extreme, message):
   values[1, 2] = extreme
   with pytest.raises(images.UnreadableImage, match=message):
     images.decode(encoded(Image.fromarray(values), "TIFF"))
+
+
+def tiff(values, order, extra=()):
+  """A TIFF of (H, W) 16-bit grey, made by hand: PIL writes them in one order only.
+
+  Args:
+    values: the pixels.
+    order: ">" for big-endian, "<" for little.
+    extra: further (tag, SHORT value).
+  """
+  height, width = values.shape
+  data = values.astype(f"{order}u2").tobytes()
+  shorts = {256: width, 257: height, 258: 16, 259: 1, 262: 1, 277: 1, 278: height} | dict(extra)
+  longs = {273: 8, 279: len(data)}
+  head = {">": b"MM", "<": b"II"}[order] + struct.pack(f"{order}HI", 42, 8 + len(data))
+  entries = struct.pack(f"{order}H", len(shorts) + len(longs))
+  for tag in sorted(shorts | longs):
+    if tag in shorts:
+      entries += struct.pack(f"{order}HHIHH", tag, 3, 1, shorts[tag], 0)
+    else:
+      entries += struct.pack(f"{order}HHII", tag, 4, 1, longs[tag])
+  return head + data + entries + bytes(4)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_16_bit_tiffs_of_either_byte_order_are_read(order):
+  values = np.arange(30).reshape(5, 6) * 2000 + 17
+  image = images.decode(tiff(values, order))
+  np.testing.assert_array_equal(images.fit(image, 0, 5, 1)[..., 0], (values >> 8)[:, :5])
+  turned = images.decode(tiff(values, order, {274: 3}.items()))  # by 180 degrees, as held
+  np.testing.assert_array_equal(
+    images.fit(turned, 6, 5, 1)[..., 0], (values >> 8)[::-1, ::-1][:, :5]
+  )
+
+
+def test_colours_that_cannot_be_converted_are_refused():
+  buffer = io.BytesIO()
+  Image.new("LAB", (4, 4)).save(buffer, "TIFF")
+  with pytest.raises(images.UnreadableImage, match="CIELAB"):
+    images.decode(buffer.getvalue())
+
+
+# What PIL's readers raise between them: SyntaxError of PNGs, struct.error, KeyError and TypeError
+# of TIFFs, and so on.
+RAISED = (
+  SyntaxError("broken PNG file"),
+  struct.error("unpack requires a buffer of 4 bytes"),
+  KeyError(65535),
+  TypeError("'IFDRational' object cannot be interpreted as an integer"),
+  EOFError(),
+  IndexError("list index out of range"),
+  ZeroDivisionError("division by zero"),
+  OverflowError("too large"),
+  AssertionError(),
+  NotImplementedError("unknown"),
+  RecursionError("maximum recursion depth exceeded"),
+  AttributeError("fp"),
+  RuntimeError("codec"),
+  Image.DecompressionBombError("Image size (9e99 pixels) exceeds limit"),
+)
+
+
+@pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
+def test_whatever_a_reader_raises_is_an_unreadable_image(monkeypatch, error):
+  def raise_it(*_, **__):
+    raise error
+
+  monkeypatch.setattr(Image, "open", raise_it)
+  with pytest.raises(images.UnreadableImage) as raised:
+    images.decode(b"any")
+  assert str(raised.value)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])
+def test_limits_of_the_system_are_no_unreadable_images(monkeypatch, error):
+  """With data.skip_unreadable the image would be left out for it."""
+
+  def raise_it(*_, **__):
+    raise error
+
+  monkeypatch.setattr(Image, "open", raise_it)
+  with pytest.raises(type(error)):
+    images.decode(b"any")
 
 
 def test_32_bit_grey_of_16_bit_values_is_read():

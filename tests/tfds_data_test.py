@@ -1,5 +1,6 @@
 """Prepared tensorflow-datasets directories, made here in their published structure."""
 
+import errno
 import importlib.util
 import io
 import json
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from lrdit import images, tfds_data
-from lrdit.errors import UserError
+from lrdit.errors import UserError, as_user_error
 from lrdit.sources import DataOptions
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -202,6 +203,48 @@ def test_any_order_across_shards_gives_each_image_with_its_label(
     assert batch["label"].tolist() == [label_of("cifar10", i) for i in index]
     expected = np.stack([pixels("cifar10", "train", i) for i in index])
     np.testing.assert_array_equal(batch["image"], expected.astype(np.float32) / 127.5 - 1)
+
+
+def open_files(directory):
+  """How many files below a directory this process has open."""
+  links = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+  return sum(link.startswith(f"{os.path.realpath(directory)}/") for link in links)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="where a process's files are told")
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("budget", [1, 2, 3])
+def test_more_files_than_may_be_open_are_read_in_turns(prepared, monkeypatch, file_format, budget):
+  monkeypatch.setattr(tfds_data, "_open_file_budget", lambda: budget)
+  options = make_options(prepared[file_format], 32, cache_bytes=0)
+  before = open_files(prepared[file_format])
+  source = load("cifar10", "train", options)
+  for order in (np.arange(7), np.array([6, 0, 3, 1]), np.array([5]), np.arange(7)[::-1]):
+    images_read, labels = source.images[order], source.labels[order]
+    for row, i in enumerate(order):
+      np.testing.assert_array_equal(images_read[row], pixels("cifar10", "train", i))
+      assert labels[row] == label_of("cifar10", i)
+    assert open_files(prepared[file_format]) - before <= budget
+
+
+def test_a_limit_of_the_system_is_not_called_damage(prepared, monkeypatch):
+  """Of open files: reading under the limit is another matter than a damaged record."""
+
+  def refuse(*_):
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "a shard")
+
+  def refuse_in_its_words(*_):
+    raise RuntimeError("open() failed: Too many open files")
+
+  source = load("cifar10", "train", make_options(prepared["tfrecord"], 32, cache_bytes=0))
+  monkeypatch.setattr(tfds_data.os, "open", refuse)
+  with pytest.raises(OSError, match="Too many open files") as raised:
+    source.images[np.arange(2)]
+  assert "ulimit -n" in str(as_user_error(raised.value))
+  source = load("cifar10", "train", make_options(prepared["array_record"], 32, cache_bytes=0))
+  monkeypatch.setattr(tfds_data.ArrayRecords, "_read", refuse_in_its_words)
+  with pytest.raises(UserError, match="ulimit -n"):
+    source.images[np.arange(2)]
 
 
 def test_images_can_be_read_as_grey(prepared):

@@ -112,7 +112,8 @@ def main() -> None:
     parser.add_argument(f"--{name}", type=int, required=True)
   args = parser.parse_args()
   startup.use_compilation_cache()
-  parallel.connect(args.coordinator, args.num_processes, args.process_id)
+  cluster = parallel.Cluster(args.coordinator, args.num_processes, args.process_id)
+  parallel.connect(cluster, shares_sigterm=False)
   worker = Worker(make_config(args), parallel.all_devices())
   about = {"num_processes": parallel.num_processes(), "num_devices": len(parallel.all_devices())}
   print(json.dumps(about), flush=True)
