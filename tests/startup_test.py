@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -123,3 +124,27 @@ def test_a_second_process_compiles_nothing_anew(tmp_path, variable):
   assert run() == 0
   assert any("slow_to_compile" in path.name for path in cache.glob("*-cache"))
   assert run() >= 1
+
+
+OURS = "--xla_gpu_enable_triton_gemm=false"
+
+
+@pytest.mark.parametrize(
+  ("given", "plugin", "known", "expected"),
+  [
+    (None, True, True, OURS),
+    ("--xla_a=1", True, True, f"--xla_a=1 {OURS}"),
+    ("--xla_gpu_enable_triton_gemm=true", True, True, "--xla_gpu_enable_triton_gemm=true"),
+    (None, False, True, None),
+    (None, True, False, None),
+    ("--xla_a=1", True, False, "--xla_a=1"),
+  ],
+)
+def test_products_on_a_gpu_come_from_libraries(given, plugin, known, expected, monkeypatch):
+  monkeypatch.delenv("XLA_FLAGS", raising=False)
+  if given:
+    monkeypatch.setenv("XLA_FLAGS", given)
+  monkeypatch.setattr(startup.importlib.util, "find_spec", lambda name: plugin or None)
+  monkeypatch.setattr(startup, "_complaint_of_xla", lambda: None if known else "unknown")
+  startup.take_products_from_libraries()
+  assert os.environ.get("XLA_FLAGS") == expected
