@@ -68,11 +68,12 @@ def undisturbed(tmp_path_factory):
   return workdir
 
 
-def start(workdir, *flags):
+def start(workdir, *flags, num_devices=None):
+  """To be entered by `with`, which closes its pipe."""
   return subprocess.Popen(
     tiny.command(workdir, *LONG, "--config.training.eval_every_steps=20", *flags),
     cwd=tiny.ROOT,
-    env=tiny.environment(),
+    env=tiny.environment(num_devices),
     stderr=subprocess.PIPE,
     text=True,
   )
@@ -109,10 +110,9 @@ def test_losses_fall_and_lines_have_all_their_fields(undisturbed):
   [pytest.param(1, marks=pytest.mark.slow), 11, pytest.param(25, marks=pytest.mark.slow)],
 )
 def test_a_killed_run_resumes_to_the_bit(undisturbed, tmp_path, step):
-  process = start(tmp_path)
-  wait_for_line(process, rf"step {step}/60")
-  process.kill()
-  process.wait()
+  with start(tmp_path) as process:
+    wait_for_line(process, rf"step {step}/60")
+    process.kill()
   before = len((tmp_path / "metrics.jsonl").read_text().splitlines())
   assert before < 60, "killed too late to test anything"
   done = tiny.run_main(tmp_path, *LONG, "--config.training.eval_every_steps=20")
@@ -127,11 +127,11 @@ def test_a_killed_run_resumes_to_the_bit(undisturbed, tmp_path, step):
   "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
 def test_a_stopped_run_saves_and_resumes_to_the_bit(undisturbed, tmp_path, number):
-  process = start(tmp_path)
-  wait_for_line(process, "step 13/60")
-  process.send_signal(number)
-  rest = process.stderr.read()
-  assert process.wait() == 0
+  with start(tmp_path) as process:
+    wait_for_line(process, "step 13/60")
+    process.send_signal(number)
+    rest = process.stderr.read()
+  assert process.returncode == 0
   stopped = re.search(rf"stopped by {number.name} at step (\d+)", rest)
   assert stopped, rest
   assert final_state(tmp_path).step == int(stopped[1])
@@ -162,16 +162,10 @@ def test_devices_do_not_change_a_run_or_its_samples(undisturbed, tmp_path):
 
 
 def test_a_checkpoint_of_four_devices_resumes_on_one(undisturbed, tmp_path):
-  process = subprocess.Popen(
-    tiny.command(tmp_path, *LONG, "--config.training.eval_every_steps=20"),
-    cwd=tiny.ROOT,
-    env=tiny.environment(4),
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-  wait_for_line(process, "step 8/60")
-  process.terminate()
-  process.communicate()
+  with start(tmp_path, num_devices=4) as process:
+    wait_for_line(process, "step 8/60")
+    process.terminate()
+    process.communicate()
   assert process.returncode == 0
   tiny.run_main(tmp_path, *LONG, "--config.training.eval_every_steps=20")
   np.testing.assert_allclose(tiny.losses(tmp_path), tiny.losses(undisturbed), rtol=1e-3)
@@ -440,6 +434,7 @@ def test_a_terminal_shows_a_bar_with_speed_loss_and_time_left(tmp_path):
   )
   os.close(theirs)
   shown = read_terminal(ours, process)
+  os.close(ours)
   assert process.wait() == 0
   bar = next(line for line in reversed(shown.split("\r")) if "8/8" in line and "%" in line)
   assert re.search(r"\d+ images/s, loss 0\.\d+", bar), bar

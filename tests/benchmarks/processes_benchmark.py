@@ -101,6 +101,7 @@ class Side:
       process.stdin.close()
     for process in self._processes:
       process.wait()
+      process.stdout.close()
 
   def kill(self) -> None:
     """Ends them whatever they do."""

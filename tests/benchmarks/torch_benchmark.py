@@ -65,6 +65,7 @@ class Side:
     """Ends the worker."""
     self._process.stdin.close()
     self._process.wait()
+    self._process.stdout.close()
 
 
 def start(args: argparse.Namespace) -> tuple[Side, Side]:
