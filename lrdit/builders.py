@@ -40,6 +40,7 @@ from lrdit import (
   workdir,
 )
 from lrdit.errors import UserError
+from lrdit.paths import local_path
 from lrdit.sampler import Sampler, SamplerSettings
 from lrdit.sources import DataOptions, Source
 
@@ -87,55 +88,60 @@ def _check_choices(config: ConfigDict) -> None:
 
 def _get(config: ConfigDict, field: str) -> Any:
   for part in field.split("."):
-    config = config[part]
+    config = getattr(config, part)
   return config
 
+
+# Whole numbers are steps, examples or sizes, which are counted in int32.
+MOST = 2**31 - 1
+# Above it, a number is one in float32 too, and not 0.
+SMALLEST = 1e-37
 
 # field: (lowest, highest) allowed values, both inclusive.
 RANGES = {
   "seed": (0, 2**32 - 1),
-  "data.image_size": (1, math.inf),
-  "data.num_channels": (1, math.inf),
-  "data.num_classes": (0, math.inf),
-  "data.cache_gib": (0.0, math.inf),
-  "vae.downsample_factor": (0, math.inf),
-  "vae.latent_channels": (1, math.inf),
-  "vae.batch_size": (1, math.inf),
-  "model.hidden_size": (0, math.inf),
-  "model.depth": (0, math.inf),
-  "model.num_heads": (0, math.inf),
-  "model.patch_size": (0, math.inf),
+  "data.image_size": (1, 2**16),
+  "data.num_channels": (1, MOST),
+  "data.num_classes": (0, MOST),
+  "data.cache_gib": (0.0, 1e6),
+  "vae.downsample_factor": (0, MOST),
+  "vae.latent_channels": (1, MOST),
+  "vae.batch_size": (1, 2**20),
+  "model.hidden_size": (0, 2**16),
+  "model.depth": (0, 10_000),
+  "model.num_heads": (0, MOST),
+  "model.patch_size": (0, MOST),
   "model.class_dropout_rate": (0.0, 1.0),
   "rank.num_buckets": (1, 1000),
-  "rank.multiple_of": (1, math.inf),
+  "rank.multiple_of": (1, MOST),
   "diffusion.num_train_timesteps": (2, 1_000_000),
-  "curriculum.patience": (1, math.inf),
-  "curriculum.check_every_steps": (1, math.inf),
-  "optimizer.warmup_steps": (0, math.inf),
+  "curriculum.patience": (1, MOST),
+  "curriculum.check_every_steps": (1, MOST),
+  "optimizer.warmup_steps": (0, MOST),
   "optimizer.weight_decay": (0.0, math.inf),
   "optimizer.grad_clip_norm": (0.0, math.inf),
-  "training.batch_size": (1, math.inf),
-  "training.num_steps": (1, math.inf),
-  "training.log_every_steps": (1, math.inf),
-  "training.eval_every_steps": (0, math.inf),
-  "training.sample_every_steps": (0, math.inf),
-  "checkpoint.every_steps": (1, math.inf),
-  "checkpoint.keep": (1, math.inf),
-  "sampling.num_samples": (1, math.inf),
-  "sampling.batch_size": (1, math.inf),
+  "training.batch_size": (1, 2**20),
+  "training.num_steps": (1, MOST),
+  "training.log_every_steps": (1, MOST),
+  "training.eval_every_steps": (0, MOST),
+  "training.sample_every_steps": (0, MOST),
+  "checkpoint.every_steps": (1, MOST),
+  "checkpoint.keep": (1, MOST),
+  "sampling.num_samples": (1, MOST),
+  "sampling.batch_size": (1, 2**20),
   "sampling.eta": (0.0, 1.0),
   "sampling.guidance_scale": (0.0, 1000.0),
   "sampling.seed": (0, 2**32 - 1),
-  "evaluation.draws": (1, math.inf),
-  "evaluation.max_features": (10, math.inf),
-  "evaluation.classifier_steps": (0, math.inf),
-  "analysis.subspace_rank": (1, math.inf),
-  "analysis.microbatch": (1, math.inf),
+  "evaluation.draws": (1, MOST),
+  "evaluation.max_features": (10, MOST),
+  "evaluation.classifier_steps": (0, MOST),
+  "analysis.subspace_rank": (1, MOST),
+  "analysis.microbatch": (1, 2**20),
   "analysis.seed": (0, 2**32 - 1),
-  "benchmark.rounds": (1, math.inf),
-  "benchmark.steps": (1, math.inf),
-  "benchmark.sampling_runs": (0, math.inf),
-  "benchmark.matmul_size": (0, math.inf),
+  "benchmark.rounds": (1, MOST),
+  "benchmark.steps": (1, MOST),
+  "benchmark.sampling_runs": (0, MOST),
+  "benchmark.matmul_size": (0, MOST),
 }
 
 
@@ -143,17 +149,45 @@ def _check_ranges(config: ConfigDict) -> None:
   """Fields that are numbers within bounds; NaN fits no bound."""
   for field, (low, high) in RANGES.items():
     value = _get(config, field)
-    bound = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+    kind = "a number" if isinstance(low, float) else "a whole number"
+    fits = isinstance(value, int if isinstance(low, int) else int | float)
+    _require(fits and not isinstance(value, bool), field, value, f"must be {kind}")
+    bound = f"in [{low}, {high}]"
+    if high in (MOST, math.inf):
+      bound = f"at least {low}" if value < low else f"at most {high}, and finite"
     _require(low <= value <= high and math.isfinite(value), field, value, f"must be {bound}")
   for field in ("rank.ratio", "rank.min_ratio"):
     value = _get(config, field)
     _require(0 < value <= 1, field, value, "must lie in (0, 1]")
-  rate = config.optimizer.learning_rate
-  _require(0 < rate < 1e30, "optimizer.learning_rate", rate, "must be above 0 and below 1e30")
+  o = config.optimizer
+  rule = "must be above 0 and below 1e30, and not so small that it is 0 in float32"
+  _require(SMALLEST < o.learning_rate < 1e30, "optimizer.learning_rate", o.learning_rate, rule)
+  norm = o.grad_clip_norm
+  _require(norm == 0 or SMALLEST < norm < 1e30, "optimizer.grad_clip_norm", norm, f"{rule}; or 0")
+  _require(o.weight_decay < 1e30, "optimizer.weight_decay", o.weight_decay, "must be below 1e30")
   channels = config.data.num_channels
   _require(channels in (1, 3), "data.num_channels", channels, "must be 3, or 1 for grey")
   decay = config.optimizer.ema_decay
   _require(0 <= decay < 1, "optimizer.ema_decay", decay, "must lie in [0, 1)")
+
+
+# Fields that name files or directories, or nothing.
+PATHS = (
+  "data.data_dir",
+  "vae.path",
+  "vae.latents_dir",
+  "rank.analysis",
+  "evaluation.features_dir",
+  "evaluation.inception_weights",
+)
+
+
+def _check_paths(config: ConfigDict) -> None:
+  for field in PATHS:
+    local_path(f"config.{field}", _get(config, field))
+  for field in ("vae.path", "vae.latents_dir"):
+    rule = "is not used by a model on pixels, which config.vae.downsample_factor=0 says: leave it"
+    _require(_has_vae(config) or not _get(config, field), field, _get(config, field), f"{rule} out")
 
 
 def _check_model(config: ConfigDict) -> None:
@@ -218,10 +252,10 @@ def _check_sampling(config: ConfigDict) -> None:
   )
   name = sampling.name
   _require(
-    name not in ("", ".", "..") and "/" not in name,
+    name not in ("", ".", "..") and "/" not in name and name.isprintable() and len(name) <= 100,
     "sampling.name",
     name,
-    "must be the name of a directory to make, without '/'",
+    "must be the name of a directory to make, without '/', of at most 100 printable characters",
   )
 
 
@@ -254,9 +288,14 @@ def _check_analysis(config: ConfigDict) -> None:
     rule = f"names an unknown section {name!r}: use some of {', '.join(ANALYSES)}"
     _require(name in ANALYSES, "analysis.sections", a.sections, rule)
   for field, least, value in (("batch_sizes", 1, a.batch_sizes), ("ranks", 0, a.ranks)):
-    whole = all(type(x) is int and x >= 1 for x in value)
+    whole = all(type(x) is int and 1 <= x <= MOST for x in value)
     rises = whole and all(x < y for x, y in itertools.pairwise(value))
-    _require(rises and len(value) >= least, f"analysis.{field}", value, "must be rising numbers")
+    _require(
+      rises and len(value) >= least,
+      f"analysis.{field}",
+      value,
+      f"must be rising numbers up to {MOST}",
+    )
   _require(a.batch_sizes[-1] > 1, "analysis.batch_sizes", a.batch_sizes, "must end above 1")
 
 
@@ -264,7 +303,8 @@ def _fill_in_measured_schedule(config: ConfigDict) -> None:
   """Reads r(t) from the analysis, unless the config holds it already."""
   rank, total = config.rank, config.diffusion.num_train_timesteps
   if rank.schedule != MEASURED:
-    _require(not rank.analysis, "rank.analysis", rank.analysis, "needs rank.schedule=measured")
+    for field in ("analysis", "measured_shares", "measured_boundaries"):
+      _require(not rank[field], f"rank.{field}", rank[field], "needs rank.schedule=measured")
     return
   rule = "must be activated where rank.schedule=measured: its mean is what is met"
   _require(rank.match == "activated", "rank.match", rank.match, rule)
@@ -340,6 +380,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
   config = ConfigDict(config.to_dict())
   _check_ranges(config)
   _check_choices(config)
+  _check_paths(config)
   for field, value in dit.decode_variant(config.model.variant).items():
     config.model[field] = config.model[field] or value
   _check_model(config)

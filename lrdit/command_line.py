@@ -47,6 +47,18 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
   return values
 
 
+def wants_tracebacks(argv: list[str]) -> bool:
+  """Whether --debug is given, be the rest of the command line as wrong as it may."""
+  values = flags.FlagValues()
+  values.set_gnu_getopt(True)
+  flags.DEFINE_boolean("debug", False, "", flag_values=values)
+  try:
+    values(argv, known_only=True)
+  except (flags.Error, ValueError):
+    return False
+  return values.debug
+
+
 def _define() -> flags.FlagValues:
   values = flags.FlagValues()
   values.set_gnu_getopt(True)  # flags are told from values and from words anywhere
