@@ -7,13 +7,13 @@ import os
 import sys
 
 from lrdit import startup
-from lrdit.command_line import MODES, SHARED_BY_PROCESSES, parse_flags
+from lrdit.command_line import MODES, SHARED_BY_PROCESSES, parse_flags, wants_tracebacks
 from lrdit.errors import UserError, tell
 
 
 def run(argv: list[str]) -> int:
   """Does what a command line says; returns the exit status."""
-  values, who = None, ""
+  debug, who = wants_tracebacks(argv), ""
   try:
     values = parse_flags(argv)
     if values.help:
@@ -29,11 +29,11 @@ def run(argv: list[str]) -> int:
           f"--mode={values.mode} is for one process: start it once, or --num_processes=1", 2
         )
       who = cluster.name_of_process
-      progress.start_logging(values.debug, who, is_first=True)  # none has met another yet
+      progress.start_logging(debug, who, is_first=True)  # none has met another yet
       parallel.connect(cluster, shares_sigterm=values.mode == "train")
       who = parallel.name_of_process()
     startup.open_devices()
-    progress.start_logging(values.debug, who, parallel.is_first())
+    progress.start_logging(debug, who, parallel.is_first())
     for note in notes:
       logging.getLogger("lrdit").warning(note)
     verb = getattr(importlib.import_module(f"lrdit.{values.mode}"), values.mode)
@@ -43,7 +43,7 @@ def run(argv: list[str]) -> int:
     verb(*(read.get(f, lambda value: value)(values[f].value) for f in MODES[values.mode]))
     return 0
   except (Exception, KeyboardInterrupt) as error:
-    status = tell(error, values is not None and values.debug, who)
+    status = tell(error, debug, who)
     if who:  # jax would have this process wait for the others, which wait for it
       os._exit(status)
     return status

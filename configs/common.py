@@ -13,11 +13,13 @@ def parse_arg(arg: str, **defaults: str) -> dict[str, str]:
   """Parses "key=value,..." over `defaults`, which name all keys there are.
 
   Raises:
-    UserError: unknown key, or an item without "=".
+    UserError: unknown key, one given twice, or an item without "=".
   """
-  values = dict(defaults)
-  for item in filter(None, arg.split(",")):
+  values, unset = dict(defaults), set(defaults)
+  for item in arg.split(",") if arg else ():
     key, equals, value = item.partition("=")
+    if key in values and key not in unset:
+      raise UserError(f"config argument {key} is given twice: leave one out", exit_status=2)
     if not equals or key not in values:
       raise UserError(
         f"config argument {item!r} is unknown: after the colon of --config write "
@@ -25,6 +27,7 @@ def parse_arg(arg: str, **defaults: str) -> dict[str, str]:
         exit_status=2,
       )
     values[key] = value
+    unset.remove(key)
   return values
 
 

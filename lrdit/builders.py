@@ -158,7 +158,8 @@ def _check_ranges(config: ConfigDict) -> None:
     _require(fits and not isinstance(value, bool), field, value, f"must be {kind}")
     bound = f"in [{low}, {high}]"
     if high in (MOST, math.inf):
-      bound = f"at least {low}" if value < low else f"at most {high}, and finite"
+      beyond = "finite" if high == math.inf else f"at most {high}"
+      bound = f"at least {low}" if value < low else beyond
     _require(low <= value <= high and math.isfinite(value), field, value, f"must be {bound}")
   for field in ("rank.ratio", "rank.min_ratio"):
     value = _get(config, field)

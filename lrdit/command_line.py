@@ -42,9 +42,22 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
   except UnicodeDecodeError as error:
     raise UserError(f"--flagfile names no text file: {error}", 2) from error
   except (flags.Error, ValueError) as error:  # the latter of --noNAME=value
-    raise UserError(f"{str(error).splitlines()[0]} (see --help)", 2) from error
+    said = str(error).splitlines()[0].removeprefix("ERROR:: ")
+    raise UserError(f"{said} (see --help)", 2) from error
   values["config"].value = config
   return values
+
+
+def wants_tracebacks(argv: list[str]) -> bool:
+  """Whether --debug is given, be the rest of the command line as wrong as it may."""
+  values = flags.FlagValues()
+  values.set_gnu_getopt(True)
+  flags.DEFINE_boolean("debug", False, "", flag_values=values)
+  try:
+    values(argv, known_only=True)
+  except (flags.Error, ValueError):
+    return False
+  return values.debug
 
 
 def _define() -> flags.FlagValues:
@@ -95,6 +108,10 @@ def _override(values: flags.FlagValues, config: ConfigDict | None, rest: list[st
   names = [] if config is None else list(flatten(config.to_dict()))
   for argument in rest:
     field = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+    if field and config is None:
+      raise UserError(
+        f"{argument} is a field of a config, which this mode does not take: leave it out", 2
+      )
     if field and field[1] not in names:
       raise UserError(_no_such_field(argument, field[1], names), 2)
   fields = flags.FlagValues()
@@ -112,8 +129,6 @@ def _override(values: flags.FlagValues, config: ConfigDict | None, rest: list[st
 
 
 def _no_such_field(argument: str, field: str, names: list[str]) -> str:
-  if not names:
-    return f"{argument} is a field of a config, which this mode does not take: leave it out"
   below = [name for name in names if name.startswith(f"{field}.")]
   if below:
     return f"{argument}: {field} is a group of fields: set one of them, such as --config.{below[0]}"

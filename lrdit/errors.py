@@ -54,7 +54,7 @@ def system_limit(error: BaseException) -> UserError | None:
     )
   if code == errno.ENOMEM or isinstance(error, MemoryError):
     return UserError(
-      f"out of memory ({error or 'the machine gives no more'}): lower the batch sizes or "
+      f"out of memory ({str(error) or 'the machine gives no more'}): lower the batch sizes or "
       "config.data.cache_gib, raise 'ulimit -v' where one is set, or use a larger machine"
     )
   if isinstance(error, RuntimeError) and "can't start new thread" in str(error):

@@ -290,6 +290,26 @@ def trained(tmp_path_factory):
   return workdir
 
 
+def test_the_shell_does_not_choose_what_a_run_computes(trained, tmp_path):
+  """Random streams and dtypes are a run's own: it goes on to the bit wherever it is resumed."""
+  shell = {
+    "JAX_DEFAULT_PRNG_IMPL": "rbg",
+    "JAX_THREEFRY_PARTITIONABLE": "0",
+    "JAX_RANDOM_SEED_OFFSET": "7",
+    "JAX_HIGH_DYNAMIC_RANGE_GUMBEL": "1",
+    "JAX_ENABLE_X64": "1",
+    "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    "JAX_DISABLE_JIT": "1",
+    "FLAX_FIX_RNG_SEPARATOR": "1",
+    "FLAX_RETURN_FROZENDICT": "1",
+  }
+  done = tiny.run_main(tmp_path / "run", **shell)
+  assert tiny.losses(tmp_path / "run") == tiny.losses(trained)
+  for name in shell:
+    assert sum(line.startswith(f"{name} is ignored") for line in done.stderr.splitlines()) == 1
+
+
 def assert_fails(done, words):
   assert_one_line(done.returncode, 1, done.stderr, words)
 

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from lrdit import startup
@@ -94,6 +95,42 @@ def test_other_allocators_are_left_alone(monkeypatch):
   monkeypatch.setattr(startup.ctypes, "CDLL", opened.append)
   startup.keep_freed_memory()
   assert opened == []
+
+
+def test_settings_of_a_run_are_the_defaults_of_jax_and_flax():
+  """Else every process would be told that its shell says otherwise."""
+  assert startup.fix_settings_of_a_run() == []
+
+
+def test_what_is_overridden_and_what_is_heeded_is_said():
+  jax.config.update("jax_random_seed_offset", 3)
+  jax.config.update("jax_default_matmul_precision", "highest")
+  try:
+    ignored, heeded = startup.fix_settings_of_a_run()
+    assert ignored.startswith("JAX_RANDOM_SEED_OFFSET is ignored")
+    assert heeded.startswith("JAX_DEFAULT_MATMUL_PRECISION=highest is heeded")
+    assert jax.config.jax_random_seed_offset == 0
+    assert jax.config.jax_default_matmul_precision == "highest"
+  finally:
+    jax.config.update("jax_random_seed_offset", 0)
+    jax.config.update("jax_default_matmul_precision", None)
+
+
+def test_as_many_files_may_be_open_as_the_system_lets(monkeypatch):
+  asked = []
+  monkeypatch.setattr(startup.resource, "setrlimit", lambda _, limits: asked.append(limits))
+  endless = startup.resource.RLIM_INFINITY
+  for limits in ((1024, 4096), (1024, 1 << 20), (1024, endless), (4096, 4096), (endless, endless)):
+    monkeypatch.setattr(startup.resource, "getrlimit", lambda _, limits=limits: limits)
+    startup.raise_limit_of_open_files()
+  assert asked == [(4096, 4096), (1 << 16, 1 << 20), (1 << 16, endless)]
+
+  def refuse(*_):
+    raise ValueError("not allowed to raise maximum limit")
+
+  monkeypatch.setattr(startup.resource, "setrlimit", refuse)
+  monkeypatch.setattr(startup.resource, "getrlimit", lambda _: (256, endless))
+  startup.raise_limit_of_open_files()
 
 
 COMPILE = """
