@@ -99,7 +99,11 @@ BAD_INPUTS = {
     "must end at config.diffusion.num_train_timesteps=1000: use (0, 500, 1000)",
   ),
   "zero steps": (["--config.training.num_steps=0"], 1, "training.num_steps=0 must be at least 1"),
-  "zero batch": (["--config.training.batch_size=0"], 1, "training.batch_size=0 must be in [1, 1048576]"),
+  "zero batch": (
+    ["--config.training.batch_size=0"],
+    1,
+    "training.batch_size=0 must be in [1, 1048576]",
+  ),
   "batch over devices": (
     ["--config.training.batch_size=6"],
     1,
@@ -174,7 +178,11 @@ BAD_INPUTS = {
     1,
     "data_dir",
   ),
-  "negative cache": (["--config.data.cache_gib=-1"], 1, "data.cache_gib=-1.0 must be in [0.0, 1000000.0]"),
+  "negative cache": (
+    ["--config.data.cache_gib=-1"],
+    1,
+    "data.cache_gib=-1.0 must be in [0.0, 1000000.0]",
+  ),
   "no rounds": (
     ["--mode=benchmark", "--config.benchmark.rounds=0"],
     1,
