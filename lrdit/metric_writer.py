@@ -18,7 +18,7 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> None:
   if not path.is_file():
     return
   kept = []
-  for line in path.read_text().splitlines():
+  for line in path.read_text(errors="replace").splitlines():
     try:
       if json.loads(line)["step"] <= step:
         kept.append(line + "\n")

@@ -209,7 +209,7 @@ def read_changes(workdir: pathlib.Path) -> list[dict[str, Any]]:
   """
   records = []
   with contextlib.suppress(FileNotFoundError):
-    for line in (workdir / CHANGES).read_text().splitlines():
+    for line in (workdir / CHANGES).read_text(errors="replace").splitlines():
       with contextlib.suppress(ValueError, KeyError, TypeError):
         record = json.loads(line)
         fields = {name: record[name] for name in ("field", "before", "after")}

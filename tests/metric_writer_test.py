@@ -16,10 +16,10 @@ def test_numbers_keep_their_digits(tmp_path):
   assert read_metrics(tmp_path) == [{"step": 1, "train/loss": value, "bad": None}]
 
 
-@pytest.mark.parametrize("torn", ['{"step": 8, "x"', "[1]", "{}", "7"])
+@pytest.mark.parametrize("torn", ['{"step": 8, "x"', "[1]", "{}", "7", "\udcff"])
 def test_lines_after_the_checkpoint_and_torn_lines_are_dropped(tmp_path, torn):
   lines = [json.dumps({"step": s, "x": s}) + "\n" for s in (2, 4, 6)]
-  (tmp_path / "metrics.jsonl").write_text("".join(lines) + torn)
+  (tmp_path / "metrics.jsonl").write_text("".join(lines) + torn, errors="surrogateescape")
   writer = MetricWriter(tmp_path, 4, tensorboard=False)
   writer.write(6, {"x": 60})
   writer.close()

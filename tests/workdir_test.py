@@ -190,6 +190,8 @@ def test_changes_on_the_way_are_noted_as_long_as_their_steps_last(tmp_path):
   assert go_on(8, **{rate: 3.0}, model__remat=True) == [(4, 2.0, 3.0), (8, False, True)]
   assert go_on(8, **{rate: 2.0}) == [(4, 2.0, 3.0), (8, 3.0, 2.0)]
   assert go_on(4, **{rate: 2.0}) == []  # the steps at 3.0 are lost
+  (tmp_path / "changes.jsonl").write_bytes(b"\xff{\n[1]\n{}\n")
+  assert go_on(8, **{rate: 2.0}) == []
 
 
 def test_what_nothing_is_trained_with_is_refused_or_not_the_run_s(tmp_path):
