@@ -72,7 +72,7 @@ BAD_INPUTS = {
     "hidden_size=32 is not a multiple",
   ),
   "width not in four parts": (["--config.model.hidden_size=34"], 1, "must be a multiple of 4"),
-  "negative depth": (["--config.model.depth=-1"], 1, "model.depth=-1 must be at least 0"),
+  "negative depth": (["--config.model.depth=-1"], 1, "model.depth=-1 must be in [0, 10000]"),
   "unknown dtype": (["--config.model.dtype=float16"], 1, "model.dtype='float16' is unknown"),
   "drop rate above one": (["--config.model.class_dropout_rate=1.1"], 1, "class_dropout_rate=1.1"),
   "unknown noise": (
@@ -99,7 +99,11 @@ BAD_INPUTS = {
     "must end at config.diffusion.num_train_timesteps=1000: use (0, 500, 1000)",
   ),
   "zero steps": (["--config.training.num_steps=0"], 1, "training.num_steps=0 must be at least 1"),
-  "zero batch": (["--config.training.batch_size=0"], 1, "training.batch_size=0 must be at least 1"),
+  "zero batch": (
+    ["--config.training.batch_size=0"],
+    1,
+    "training.batch_size=0 must be in [1, 1048576]",
+  ),
   "batch over devices": (
     ["--config.training.batch_size=6"],
     1,
@@ -174,7 +178,11 @@ BAD_INPUTS = {
     1,
     "data_dir",
   ),
-  "negative cache": (["--config.data.cache_gib=-1"], 1, "data.cache_gib=-1.0 must be at least 0"),
+  "negative cache": (
+    ["--config.data.cache_gib=-1"],
+    1,
+    "data.cache_gib=-1.0 must be in [0.0, 1000",
+  ),
   "no rounds": (
     ["--mode=benchmark", "--config.benchmark.rounds=0"],
     1,
@@ -301,6 +309,8 @@ def test_the_shell_does_not_choose_what_a_run_computes(trained, tmp_path):
     "JAX_NUMPY_DTYPE_PROMOTION": "strict",
     "JAX_NUMPY_RANK_PROMOTION": "raise",
     "JAX_DISABLE_JIT": "1",
+    "JAX_TRANSFER_GUARD": "disallow",
+    "JAX_NO_EXECUTION": "1",
     "FLAX_FIX_RNG_SEPARATOR": "1",
     "FLAX_RETURN_FROZENDICT": "1",
   }
