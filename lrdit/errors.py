@@ -20,6 +20,8 @@ OTHERS_ARE_GONE = (
   "Coordination service",
 )
 RESTART_STATUS = 75
+# By which jax ends a process at the first such value.
+DEBUG_VARIABLES = ("JAX_DEBUG_NANS", "JAX_DEBUG_INFS")
 
 
 class UserError(Exception):
@@ -80,6 +82,12 @@ def as_user_error(error: Exception) -> UserError | None:
       )
     if isinstance(cause.__context__, UserError):  # a library's wrapper of ours
       return cause.__context__
+    asked = [name for name in DEBUG_VARIABLES if os.environ.get(name)]
+    if isinstance(cause, FloatingPointError) and asked:
+      return UserError(
+        f"{str(cause).splitlines()[0]}, which {' and '.join(asked)} in the environment looked for: "
+        "--debug shows where, and without the variable the run goes on"
+      )
     if isinstance(cause, OSError) and cause.errno and cause.filename:
       return UserError(
         f"{cause.filename}: {os.strerror(cause.errno)}: check that the path exists, is writable "

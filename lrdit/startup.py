@@ -55,7 +55,19 @@ SETTINGS_OF_A_RUN = {
   "jax_allow_f16_reductions": True,
   "jax_disable_jit": False,
 }
-# As those, but flax's.
+# What helps to debug jax itself, and ends every run at its first step.
+UNUSABLE_SETTINGS = {
+  "jax_no_execution": False,
+  "jax_no_tracing": False,
+  "jax_transfer_guard": None,
+  "jax_transfer_guard_host_to_device": None,
+  "jax_transfer_guard_device_to_device": None,
+  "jax_transfer_guard_device_to_host": None,
+  "jax_error_checking_behavior_nan": "ignore",
+  "jax_error_checking_behavior_divide": "ignore",
+  "jax_error_checking_behavior_oob": "ignore",
+}
+# As `SETTINGS_OF_A_RUN`, but flax's.
 FLAX_SETTINGS_OF_A_RUN = {
   "flax_fix_rng_separator": False,
   "flax_return_frozendict": False,
@@ -82,9 +94,10 @@ def prepare(mode: str) -> list[str]:
   # gigabyte every few steps of DiT-S/2, without end.
   elif num_cpu_devices(os.environ) == 1:
     keep_freed_memory()
+  os.environ["MPLBACKEND"] = "agg"  # plots are files, whatever window the shell wants
   check_xla_flags()
   take_products_from_libraries()
-  import_jax()
+  import_libraries()
   use_compilation_cache()
   return fix_settings_of_a_run()
 
@@ -178,8 +191,8 @@ def _complaint_of_xla() -> str | None:
   return lines[0] if lines else "XLA cannot read it"
 
 
-def import_jax() -> None:
-  """Import jax and flax, which read most of their variables while they are imported.
+def import_libraries() -> None:
+  """Import those that read their variables while they are imported, and trip over wrong ones.
 
   Raises:
     UserError: a variable has a value that none of its settings is.
@@ -187,20 +200,18 @@ def import_jax() -> None:
   try:
     import flax  # noqa: F401
     import jax  # noqa: F401  # only now: importing them starts threads
+    import tqdm  # noqa: F401
   except ValueError as error:
     raise _environment_error(str(error)) from error
 
 
 def _environment_error(message: str) -> UserError:
-  """The one line for what jax or flax say of a variable, which they name in either case."""
+  """The one line for what a library says of a variable, which most name in either case."""
   cause = (message.splitlines() or ["a library cannot be imported"])[0]
-  named = [
-    f"{name}={os.environ[name]}"
-    for name in sorted(os.environ)
-    if name.startswith(("JAX_", "FLAX_")) and name.lower() in message.lower()
-  ]
-  where = " ".join(named) or "a variable"
-  return UserError(f"{where} in the environment: {cause}: correct or unset it", 2)
+  suspects = [name for name in sorted(os.environ) if name.startswith(("JAX_", "FLAX_", "TQDM_"))]
+  named = [name for name in suspects if name.lower() in message.lower()] or suspects
+  said = " or ".join(f"{name}={os.environ[name]}" for name in named) or "a variable"
+  return UserError(f"{said} in the environment: {cause}: correct or unset it", 2)
 
 
 def open_devices() -> None:
@@ -239,16 +250,18 @@ def fix_settings_of_a_run() -> list[str]:
   import jax
 
   notes = []
-  for config, settings in ((jax.config, SETTINGS_OF_A_RUN), (flax.config, FLAX_SETTINGS_OF_A_RUN)):
+  for config, settings, why in (
+    (jax.config, SETTINGS_OF_A_RUN, "it would change what a run computes"),
+    (flax.config, FLAX_SETTINGS_OF_A_RUN, "it would change what a run computes"),
+    (jax.config, UNUSABLE_SETTINGS, "no run would go on under it"),
+  ):
     for name, value in settings.items():
-      found = getattr(config, name, None)
-      if found is None:  # of another version
+      if not hasattr(config, name):  # of another version
         continue
+      found = getattr(config, name)
       config.update(name, value)
       if getattr(config, name) != found:
-        notes.append(
-          f"{name.upper()} is ignored: it would change what a run computes ({name}={value} is used)"
-        )
+        notes.append(f"{name.upper()} is ignored: {why} ({name}={value} is used)")
   if jax.config.jax_default_matmul_precision is not None:
     notes.append(
       f"JAX_DEFAULT_MATMUL_PRECISION={jax.config.jax_default_matmul_precision} is heeded: a run "

@@ -309,6 +309,8 @@ def test_the_shell_does_not_choose_what_a_run_computes(trained, tmp_path):
     "JAX_NUMPY_DTYPE_PROMOTION": "strict",
     "JAX_NUMPY_RANK_PROMOTION": "raise",
     "JAX_DISABLE_JIT": "1",
+    "JAX_TRANSFER_GUARD": "disallow",
+    "JAX_NO_EXECUTION": "1",
     "FLAX_FIX_RNG_SEPARATOR": "1",
     "FLAX_RETURN_FROZENDICT": "1",
   }

@@ -582,6 +582,7 @@ ENVIRONMENTS = {
     {"JAX_DEFAULT_PRNG_IMPL": "mt19937"},
     "JAX_DEFAULT_PRNG_IMPL=mt19937 in the environment: Invalid value",
   ),
+  "no seconds": ({"TQDM_MININTERVAL": "soon"}, "TQDM_MININTERVAL=soon in the environment: could"),
   "unknown flag of XLA": (
     {"XLA_FLAGS": "--xla_nonsense=1"},
     "XLA_FLAGS=--xla_nonsense=1 in the environment: Unknown flag",
@@ -658,6 +659,13 @@ def test_a_process_whose_others_never_come_says_so_and_ends(tmp_path):
   assert waiting.startswith("a process: waiting for the other processes, up to 3 s")
   assert error.startswith("a process: error: the other processes cannot be reached (not all came")
   assert not (tmp_path / "run").exists()
+
+
+def test_what_jax_was_asked_to_look_for_is_told_as_such(monkeypatch):
+  error = FloatingPointError("invalid value (inf) encountered in div")
+  assert as_user_error(error) is None
+  monkeypatch.setenv("JAX_DEBUG_INFS", "1")
+  assert "which JAX_DEBUG_INFS in the environment looked for" in str(as_user_error(error))
 
 
 # Limits of the system.

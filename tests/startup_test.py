@@ -116,6 +116,12 @@ def test_what_is_overridden_and_what_is_heeded_is_said():
     jax.config.update("jax_default_matmul_precision", None)
 
 
+def test_no_shell_makes_plots_look_for_a_window(monkeypatch):
+  monkeypatch.setenv("MPLBACKEND", "no_such_backend")
+  startup.prepare("analyze")
+  assert startup.os.environ["MPLBACKEND"] == "agg"
+
+
 def test_as_many_files_may_be_open_as_the_system_lets(monkeypatch):
   asked = []
   monkeypatch.setattr(startup.resource, "setrlimit", lambda _, limits: asked.append(limits))
