@@ -674,7 +674,12 @@ def benchmark(config: ConfigDict, workdir: str, devices: parallel.Devices | None
   parallel.check_divisible("config.sampling.batch_size", config.sampling.batch_size, devices)
   path = open_workdir(workdir, config, create=True)
   tell_process_fields(path, config)
-  with owned(path, "benchmark"), without_compilation_cache():
+  # Programs compiled side by side are not timed, and may come from the cache.
+  is_timed = config.benchmark.compile_threads == 1
+  with (
+    owned(path, "benchmark"),
+    without_compilation_cache() if is_timed else contextlib.nullcontext(),
+  ):
     result = measure(config, devices)
   write_json(path / "benchmark.json", result)
   print(format_result(result))

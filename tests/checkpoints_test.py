@@ -69,7 +69,6 @@ def test_raw_and_averaged_weights_are_told_apart(tmp_path):
 
 
 def test_raw_and_averaged_weights_come_from_one_checkpoint(tmp_path, caplog, monkeypatch):
-  monkeypatch.setattr(logging.getLogger("lrdit"), "propagate", True)
   save(tmp_path, 1, 2)
   for file in all_files(tmp_path, "2/ema_params"):
     truncate(file)
@@ -108,7 +107,6 @@ def flip_a_byte(file):
 
 @pytest.mark.parametrize("damage", [truncate, truncate_anywhere, flip_a_byte, os.remove])
 def test_damage_to_any_file_never_changes_what_is_restored(tmp_path, damage, caplog, monkeypatch):
-  monkeypatch.setattr(logging.getLogger("lrdit"), "propagate", True)
   save(tmp_path / "whole", 1, 2)
   files = [f.relative_to(tmp_path / "whole") for f in all_files(tmp_path / "whole", 2)]
   fell_back = 0
@@ -211,7 +209,6 @@ def test_an_empty_or_unfinished_directory_is_no_checkpoint(tmp_path, name):
 
 @pytest.fixture
 def told(monkeypatch, caplog):
-  monkeypatch.setattr(logging.getLogger("lrdit"), "propagate", True)
   caplog.set_level(logging.DEBUG, logger="lrdit")
   return caplog
 

@@ -3,6 +3,7 @@
 `LRDIT_TEST_PLATFORM=cuda` runs those marked `gpu` on a GPU instead.
 """
 
+import logging
 import os
 import shutil
 import tempfile
@@ -21,14 +22,16 @@ else:
   os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
   startup.take_products_from_libraries()
 # Many tests compile the same small programs: one cache, shared by the workers
-# and by the command lines they start, and gone with the test run.
+# and by the command lines and test runs they start, and gone with the process that made it.
 if "LRDIT_TEST_CACHE" not in os.environ:
   os.environ["LRDIT_TEST_CACHE"] = tempfile.mkdtemp(prefix="lrdit-test-")
+  os.environ["LRDIT_TEST_CACHE_MADE_BY"] = str(os.getpid())
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["LRDIT_TEST_CACHE"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 import jaxtyping
+import pytest
 
 # The shapes and dtypes in annotations are checked while the tests run.
 jaxtyping.install_import_hook(
@@ -71,8 +74,14 @@ jaxtyping.install_import_hook(
 jax.config.update("jax_num_cpu_devices", 4)
 
 
-def pytest_unconfigure(config):
-  if not hasattr(config, "workerinput"):  # the main process of the run
+@pytest.fixture(autouse=True)
+def log_lines_reach_caplog():
+  """Once each: pytest looks whether they propagate before a test, and main.py ends that."""
+  logging.getLogger("lrdit").propagate = True
+
+
+def pytest_unconfigure():
+  if os.environ["LRDIT_TEST_CACHE_MADE_BY"] == str(os.getpid()):
     shutil.rmtree(os.environ["LRDIT_TEST_CACHE"], ignore_errors=True)
 
 

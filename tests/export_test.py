@@ -28,7 +28,6 @@ class Killed(BaseException):
 @pytest.fixture(autouse=True)
 def log_lines(caplog, monkeypatch):
   # start_logging() in other tests keeps records from the root logger.
-  monkeypatch.setattr(logging.getLogger("lrdit"), "propagate", True)
   caplog.set_level(logging.DEBUG, logger="lrdit")
   return lambda: [record.getMessage() for record in caplog.records]
 

@@ -23,7 +23,6 @@ SIZE = 8
 @pytest.fixture(autouse=True)
 def log_lines(caplog, monkeypatch):
   """What was logged, as (level, message); `start_logging` stops propagation."""
-  monkeypatch.setattr(logging.getLogger("lrdit"), "propagate", True)
   caplog.set_level(logging.DEBUG, logger="lrdit")
   return lambda: [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "lrdit"]
 

@@ -28,7 +28,6 @@ with owned(pathlib.Path(sys.argv[1]), "train"):
 
 @pytest.fixture
 def told(monkeypatch, caplog):
-  monkeypatch.setattr(logging.getLogger("lrdit"), "propagate", True)
   caplog.set_level(logging.DEBUG, logger="lrdit")
   return caplog
 

@@ -44,7 +44,6 @@ def workdir(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def log_lines(caplog, monkeypatch):
   # start_logging() in other tests keeps records from the root logger.
-  monkeypatch.setattr(logging.getLogger("lrdit"), "propagate", True)
   caplog.set_level(logging.DEBUG, logger="lrdit")
   return lambda: [record.getMessage() for record in caplog.records if record.name == "lrdit"]
 

@@ -184,7 +184,6 @@ def test_the_digits_refuse_options_of_other_data(field, value):
 def test_classes_without_training_images_are_all_named(
   caplog, monkeypatch, labels, num_classes, names, expected
 ):
-  monkeypatch.setattr(logging.getLogger("lrdit"), "propagate", True)
   caplog.set_level(logging.DEBUG, logger="lrdit")
   identity = {"name": "made"} | ({"classes": names} if names else {})
   images = pixels()[: len(labels)]

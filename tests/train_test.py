@@ -340,7 +340,6 @@ def test_a_nan_in_the_data_is_told_with_its_step(tmp_path, monkeypatch):
 
 @pytest.fixture
 def told(monkeypatch, caplog):
-  monkeypatch.setattr(logging.getLogger("lrdit"), "propagate", True)
   caplog.set_level(logging.DEBUG, logger="lrdit")
   return caplog
 
@@ -464,7 +463,6 @@ def test_the_learning_rate_in_the_metrics_is_the_one_applied(undisturbed):
 
 
 def test_a_grid_that_is_not_finite_is_told_of(monkeypatch, caplog):
-  monkeypatch.setattr(logging.getLogger("lrdit"), "propagate", True)
   config, written = tiny.tiny_config(), []
   batch = np.zeros((80, 8, 8, 1), np.float32)
   batch[3, 0, 0] = np.nan

@@ -154,7 +154,6 @@ PROCESS = {
 
 
 def test_how_a_process_computes_is_told_and_refused_by_no_mode(tmp_path, caplog, monkeypatch):
-  monkeypatch.setattr(logging.getLogger("lrdit"), "propagate", True)
   caplog.set_level(logging.INFO, logger="lrdit")
   begin(tmp_path, tiny_config())
   for name, value in PROCESS.items():
