@@ -5,7 +5,9 @@
 #   [--parts=tests,b2,xl2,cifar10] [--config.data.name=NAME --config.data.data_dir=PATH ...]
 #
 # OUTPUT         where JSON, logs and workdirs go (default runs/gpu_check)
-# PYTHON         of the environment with the GPU's jax (default python3)
+# PYTHON         of the environment with the GPU's jax (default python3). Where it lacks what
+#                setup.cfg lists and has no network, bring wheels along (pip download), install them
+#                by pip install --no-index --no-deps --target DIR, and put DIR on PYTHONPATH
 # --minutes      what all parts together may take (default 9); each has its share
 # --parts        some of them
 # --dry_run      all of it on a CPU with tiny shapes and images of noise

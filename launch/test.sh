@@ -7,4 +7,4 @@ source launch/setup.sh
 
 ruff check .
 ruff format --check .
-python -m pytest --numprocesses auto "$@"
+python -m pytest --numprocesses auto --dist worksteal "$@"

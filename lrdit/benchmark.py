@@ -466,7 +466,7 @@ def bytes_of_other_arms(config: ConfigDict) -> int:
 
 
 def full_arm_that_fits(config: ConfigDict, devices: parallel.Devices) -> TrainingArm:
-  """Return the full arm at the largest batch that fits; sets the batch in the config.
+  """Return the full arm at a batch that fits, the given one or less; set it in the config.
 
   The batch is halved until XLA's estimate of the full arm, whose activations are the largest,
   fits beside what the other arms hold. It is kept where a device does not tell its memory.

@@ -49,7 +49,7 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
 
 
 def wants_tracebacks(argv: list[str]) -> bool:
-  """Whether --debug is given, be the rest of the command line as wrong as it may."""
+  """Return whether --debug is given, however wrong the rest of the command line is."""
   values = flags.FlagValues()
   values.set_gnu_getopt(True)
   flags.DEFINE_boolean("debug", False, "", flag_values=values)

@@ -111,7 +111,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
   """Return [-1, 1] as uint8, round half up of 127.5 x + 127.5 (design, section 8).
 
-  What is no number becomes 0, which says nothing of the image: see `are_finite`.
+  NaN becomes 0, which says nothing of the image: see `are_finite`.
   """
   levels = np.clip(np.floor(127.5 * images.astype(np.float64) + 128.0), 0, 255)
   return np.nan_to_num(levels, nan=0).astype(np.uint8)

@@ -37,7 +37,7 @@ log = logging.getLogger("lrdit")
 HEARTBEAT_SECONDS = 20
 # Processes of a job are started within so long of each other.
 START_SECONDS = 300
-# A wait is said when it has lasted so long.
+# A wait is logged after this long.
 SAID_AFTER_SECONDS = 5
 MOST_PROCESSES = 2**31 - 1
 # Variables by which launchers tell each process how many there are.

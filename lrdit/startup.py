@@ -119,7 +119,7 @@ def num_cpu_devices(environment: Mapping[str, str]) -> int:
   """Virtual CPU devices that jax is asked for, by either of its variables.
 
   Raises:
-    UserError: the number is none.
+    UserError: it is not a number of devices.
   """
   forced = re.findall(
     r"xla_force_host_platform_device_count=(\d+)", environment.get("XLA_FLAGS", "")
@@ -152,11 +152,17 @@ def take_products_from_libraries() -> None:
   cores the training step of two blocks was not compiled in 80 s then, and that of DiT-B/2 takes
   36 s with cuBLAS alone.
   """
+  if any(map(importlib.util.find_spec, CUDA_PLUGINS)):
+    add_xla_flag(PRODUCTS_OF_XLA, "false")
+
+
+def add_xla_flag(name: str, value: str) -> None:
+  """Add a flag to XLA_FLAGS, unless it is there or this version of XLA does not know it."""
   before = os.environ.get("XLA_FLAGS")
-  if PRODUCTS_OF_XLA in (before or "") or not any(map(importlib.util.find_spec, CUDA_PLUGINS)):
+  if name in (before or ""):
     return
-  os.environ["XLA_FLAGS"] = f"{before or ''} --{PRODUCTS_OF_XLA}=false".strip()
-  if _complaint_of_xla():  # a version that does not know the flag
+  os.environ["XLA_FLAGS"] = f"{before or ''} --{name}={value}".strip()
+  if _complaint_of_xla():
     if before is None:
       del os.environ["XLA_FLAGS"]
     else:

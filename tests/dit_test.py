@@ -265,8 +265,17 @@ def test_attention_survives_large_scores():
   assert np.isfinite(dit.plain_attention(1e3 * jnp.ones((1, 4, 24)), 2)).all()
 
 
-@pytest.mark.parametrize("schedule", ["logistic_decreasing", "increasing", "midpeak"])
-@pytest.mark.parametrize("match", ["activated", "total"])
+@pytest.mark.parametrize(
+  ("match", "schedule"),
+  [
+    ("activated", "logistic_decreasing"),
+    ("total", "midpeak"),
+    pytest.param("activated", "increasing", marks=pytest.mark.slow),
+    pytest.param("activated", "midpeak", marks=pytest.mark.slow),
+    pytest.param("total", "logistic_decreasing", marks=pytest.mark.slow),
+    pytest.param("total", "increasing", marks=pytest.mark.slow),
+  ],
+)
 def test_sliced_masked_and_grouped_models_agree(schedule, match):
   config = tiny_config(rank__schedule=schedule, rank__match=match)
   model = builders.make_model(config)

@@ -21,8 +21,8 @@ def test_a_dry_run_does_all_of_it_on_a_cpu(tmp_path):
   logs = {name: (tmp_path / f"{name}.log").read_text() for name in gpu_check.PARTS}
   assert (status, stderr) == (0, ""), logs
   read = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in gpu_check.PARTS}
-  assert read["tests"]["tests"] > 10
-  assert read["tests"]["failures"] == read["tests"]["errors"] == 0
+  assert len(read["tests"]) > 10
+  assert set(read["tests"].values()) == {"passed"}
   for name, variant in (("b2", "B/2"), ("xl2", "XL/2")):
     assert read[name]["variant"] == variant
     assert [*read[name]["training"]] == [*METHODS, "adaptive, masked"]

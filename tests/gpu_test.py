@@ -82,6 +82,7 @@ def test_bfloat16_is_float32_rounded(arm):
     assert 0 < relative_error(half, whole) < 0.03
 
 
+@pytest.mark.slow  # on a CPU: there the command line's tests hold it
 def test_two_runs_are_equal_and_a_resumed_one_is_too(tmp_path):
   """To the bit, with compilations of their own."""
   runs = {"once": [8], "again": [8], "resumed": [4, 8]}

@@ -5,10 +5,12 @@ bit by bit, and is ended at its time limit. Standard output and error go to OUTP
 """
 
 import argparse
+import collections
 import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import statistics
@@ -16,11 +18,12 @@ import subprocess
 import sys
 import threading
 import time
-import xml.etree.ElementTree
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from lrdit import startup
 
 ROOT = pathlib.Path(__file__).parents[2]
 METHODS = ("full", "static", "adaptive")
@@ -66,7 +69,7 @@ CIFAR10_FLAGS = (
 )
 # XLA would compile every fusion of a training step in several ways to time them, which takes
 # most of the time it compiles for: more than all of this may take.
-QUICK_COMPILATION = "--xla_gpu_experimental_enable_fusion_autotuner=false"
+FUSION_TUNING = "xla_gpu_experimental_enable_fusion_autotuner"
 TINY_FLAGS = (
   "--config.model.hidden_size=32",
   "--config.model.depth=1",
@@ -110,22 +113,33 @@ def run_main(*flags: str) -> None:
 
 
 def run_tests(args: argparse.Namespace) -> None:
-  """Run the tests marked `gpu`, and count their outcomes."""
+  """Run the tests marked `gpu`; the JSON has each one's outcome as soon as it is known."""
   platform = "cpu" if args.dry_run else "cuda"
   # On a GPU nearly all of the time goes by compiling, on one core a test.
   files = ["tests/low_rank_test.py"] if args.dry_run else ["--numprocesses=8"]
-  report = args.output / "tests.xml"
-  command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", f"--junitxml={report}", *files]
   environment = os.environ | {
     "LRDIT_TEST_PLATFORM": platform,
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
   }
-  done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
-  suite = xml.etree.ElementTree.parse(report).getroot().find("testsuite")
-  counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
-  write_json(args.output / "tests.json", counts | {"seconds": float(suite.get("time"))})
-  if done.returncode:
-    raise SystemExit(done.returncode)
+  process = subprocess.Popen(
+    [sys.executable, "-m", "pytest", "-v", "-m", "gpu", *files],
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  outcomes: dict[str, str] = {}
+  with process:
+    for line in process.stdout:
+      print(line, end="", flush=True)
+      # "tests/x.py::name PASSED [ 5%]"; of several processes "[gw0] [ 5%] PASSED tests/x.py::name".
+      outcome = re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)
+      name = re.search(r"tests/\S+::.*?(?= PASSED| FAILED| ERROR| SKIPPED|$)", line)
+      if "%]" in line and outcome and name:
+        outcomes[name[0].strip()] = outcome[1].lower()
+        write_json(args.output / "tests.json", outcomes)
+  if process.returncode:
+    raise SystemExit(process.returncode)
 
 
 def run_benchmark(args: argparse.Namespace) -> None:
@@ -230,7 +244,6 @@ def part_command(
 def run_part(name: str, arguments: Sequence[str], output: pathlib.Path, limit: float) -> str:
   """Run a part in a process group of its own; return how it ended, in words."""
   environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "PYTHONUNBUFFERED": "1"} | os.environ
-  environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILATION}".strip()
   start = time.monotonic()
   with (output / f"{name}.log").open("w") as log:
     process = subprocess.Popen(
@@ -295,7 +308,8 @@ def table(output: pathlib.Path, ends: dict[str, str]) -> str:
   header = ["what", "images/s", "of matmul peak", "speed-up over full", "by FLOPs", "result"]
   rows = [header, ["---"] * len(header)]
   if tests := read(output / "tests.json"):
-    counts = ", ".join(f"{tests[name]} {name}" for name in tests if name != "seconds")
+    counted = collections.Counter(tests.values())
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counted.items()))
     rows.append(["tests marked `gpu`", "", "", "", "", counts])
   for name, (variant, _) in BENCHMARKS.items():
     if result := read(output / f"{name}.json"):
@@ -326,6 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Run all parts, or the one that is named; return the exit status."""
   args = parse(argv)
   if args.part:
+    startup.add_xla_flag(FUSION_TUNING, "false")
     PARTS[args.part](args)
     return 0
   args.output.mkdir(parents=True, exist_ok=True)
