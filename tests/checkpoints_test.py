@@ -1,5 +1,4 @@
 import errno
-import logging
 import os
 import pathlib
 import random
@@ -205,12 +204,6 @@ def test_an_empty_or_unfinished_directory_is_no_checkpoint(tmp_path, name):
   save(tmp_path, 5)
   (tmp_path / "checkpoints" / name).mkdir()
   assert_equal(Checkpoints(tmp_path, 2).restore_state(TEMPLATE), make_state(5))
-
-
-@pytest.fixture
-def told(monkeypatch, caplog):
-  caplog.set_level(logging.DEBUG, logger="lrdit")
-  return caplog
 
 
 # Sweeps make such names. Each broke orbax, tensorstore or their globs, or might.

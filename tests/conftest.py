@@ -80,6 +80,13 @@ def log_lines_reach_caplog():
   logging.getLogger("lrdit").propagate = True
 
 
+@pytest.fixture
+def told(caplog):
+  """All that the package logs."""
+  caplog.set_level(logging.DEBUG, logger="lrdit")
+  return caplog
+
+
 def pytest_unconfigure():
   if os.environ["LRDIT_TEST_CACHE_MADE_BY"] == str(os.getpid()):
     shutil.rmtree(os.environ["LRDIT_TEST_CACHE"], ignore_errors=True)

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import logging
 import os
 import re
 import signal
@@ -24,12 +23,6 @@ with owned(pathlib.Path(sys.argv[1]), "train"):
   print("held", flush=True)
   sys.stdin.read()
 """
-
-
-@pytest.fixture
-def told(monkeypatch, caplog):
-  caplog.set_level(logging.DEBUG, logger="lrdit")
-  return caplog
 
 
 @pytest.fixture

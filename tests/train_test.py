@@ -338,12 +338,6 @@ def test_a_nan_in_the_data_is_told_with_its_step(tmp_path, monkeypatch):
     train.train(config, str(tmp_path), devices)
 
 
-@pytest.fixture
-def told(monkeypatch, caplog):
-  caplog.set_level(logging.DEBUG, logger="lrdit")
-  return caplog
-
-
 # A stage ends at its second or a later check; constant, so that a run can be prolonged.
 STAGES = (
   "--config.curriculum.enabled=True",
