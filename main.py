@@ -6,9 +6,9 @@ import logging
 import os
 import sys
 
-from lrdit import startup
-from lrdit.command_line import MODES, SHARED_BY_PROCESSES, parse_flags, wants_tracebacks
-from lrdit.errors import UserError, tell
+from lrdit.config.flags import MODES, SHARED_BY_PROCESSES, parse_flags, wants_tracebacks
+from lrdit.runtime import startup
+from lrdit.runtime.errors import UserError, tell
 
 
 def run(argv: list[str]) -> int:
@@ -20,23 +20,27 @@ def run(argv: list[str]) -> int:
       print(__doc__, values.get_help(), sep="\n")
       return 0
     notes = startup.prepare(values.mode)
-    from lrdit import builders, parallel, progress  # now, as importing jax takes a while
+    from lrdit import builders
+    from lrdit.runtime import (
+      cluster,
+      progress,  # now, as importing jax takes a while
+    )
 
-    cluster = parallel.find_cluster(values.coordinator, values.num_processes, values.process_id)
-    if cluster:
+    job = cluster.find_cluster(values.coordinator, values.num_processes, values.process_id)
+    if job:
       if values.mode not in SHARED_BY_PROCESSES:
         raise UserError(
           f"--mode={values.mode} is for one process: start it once, or --num_processes=1", 2
         )
-      who = cluster.name_of_process
+      who = job.name_of_process
       progress.start_logging(debug, who, is_first=True)  # none has met another yet
-      parallel.connect(cluster, shares_sigterm=values.mode == "train")
-      who = parallel.name_of_process()
+      cluster.connect(job, shares_sigterm=values.mode == "train")
+      who = cluster.name_of_process()
     startup.open_devices()
-    progress.start_logging(debug, who, parallel.is_first())
+    progress.start_logging(debug, who, cluster.is_first())
     for note in notes:
       logging.getLogger("lrdit").warning(note)
-    verb = getattr(importlib.import_module(f"lrdit.{values.mode}"), values.mode)
+    verb = getattr(importlib.import_module(f"lrdit.modes.{values.mode}"), values.mode)
     read = {"config": builders.resolve}
     if values.workdir:
       read["config"] = functools.partial(builders.resolve_for_run, run=values.workdir)

@@ -24,7 +24,7 @@ structure with a tiny VAE; the published archive was not read.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from lrdit.config import schema as common
 
 EPOCHS = 200
 TRAIN_IMAGES = 162_770

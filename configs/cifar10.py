@@ -17,7 +17,7 @@ photographs; no whole training, so there is no expected figure yet.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from lrdit.config import schema as common
 
 EPOCHS = 200
 TRAIN_IMAGES = 50_000

@@ -8,7 +8,7 @@ in the README's results table.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from lrdit.config import schema as common
 
 
 def get_config(arg: str = "") -> ConfigDict:

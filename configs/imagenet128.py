@@ -27,8 +27,8 @@ structure with a tiny VAE; the published archives were not read.
 
 from ml_collections import ConfigDict
 
-from configs import common
-from lrdit.errors import UserError
+from lrdit.config import schema as common
+from lrdit.runtime.errors import UserError
 
 EPOCHS = 200
 TRAIN_IMAGES = 1_281_167

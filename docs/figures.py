@@ -9,7 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from configs import digits
-from lrdit import builders, rank_schedule
+from lrdit import builders
+from lrdit.rank import schedules
 
 LAYER = "blocks_1/mlp/fc1"
 
@@ -20,7 +21,7 @@ def main() -> None:
   plan = builders.make_plan(config)
   ranks = plan.by_name[LAYER]
   t = np.arange(plan.num_train_timesteps)
-  exact = rank_schedule.active_rank(
+  exact = schedules.active_rank(
     config.rank.schedule, t, len(t), ranks.max_rank, config.rank.min_ratio
   )
   figure, axes = plt.subplots(figsize=(6, 3.2), dpi=120, layout="constrained")

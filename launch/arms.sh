@@ -101,8 +101,8 @@ import json, pathlib, sys
 root, workdir, *flags = sys.argv[1:]
 sys.path.insert(0, root)
 import main  # jax is not imported by parsing flags
-from lrdit.errors import UserError
-from lrdit.workdir import PROCESS_FIELDS
+from lrdit.runtime.errors import UserError
+from lrdit.runtime.workdir import PROCESS_FIELDS
 
 workdir = pathlib.Path(workdir)
 

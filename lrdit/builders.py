@@ -17,32 +17,18 @@ import optax
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from lrdit import (
-  analysis_files,
-  classifier,
-  curriculum,
-  diffusion,
-  dit,
-  extractors,
-  images,
-  inception,
-  input_pipeline,
-  latents,
-  measured_schedule,
-  optimizer,
-  parallel,
-  rank_schedule,
-  tfds_data,
-  timesteps,
-  training_step,
-  vae,
-  vae_files,
-  workdir,
-)
-from lrdit.errors import UserError
-from lrdit.paths import local_path
-from lrdit.sampler import Sampler, SamplerSettings
-from lrdit.sources import DataOptions, Source
+from lrdit.analysis import unit_cache
+from lrdit.data import images, latents, pipeline, tfds
+from lrdit.data.source import DataOptions, Source
+from lrdit.diffusion import process, solvers
+from lrdit.evaluation import classifier, features, inception
+from lrdit.model import dit, vae, vae_weights
+from lrdit.rank import measured, plan, schedules, timesteps
+from lrdit.runtime import parallel, workdir
+from lrdit.runtime.errors import UserError
+from lrdit.runtime.paths import local_path
+from lrdit.sampling.sampler import Sampler, SamplerSettings
+from lrdit.train import curriculum, optimizer, training_step
 
 log = logging.getLogger("lrdit")
 
@@ -64,28 +50,28 @@ def _check_choices(config: ConfigDict) -> None:
   """Fields that take one of a few words."""
   choices = {
     "method": METHODS,
-    "data.name": tuple(input_pipeline.LOADERS),
+    "data.name": tuple(pipeline.LOADERS),
     "model.dtype": tuple(DTYPES),
-    "rank.schedule": (*rank_schedule.SCHEDULES, MEASURED),
-    "rank.match": rank_schedule.MATCHES,
+    "rank.schedule": (*schedules.SCHEDULES, MEASURED),
+    "rank.match": plan.MATCHES,
     "rank.compute": timesteps.COMPUTES,
-    "diffusion.noise_schedule": diffusion.NOISE_SCHEDULES,
-    "diffusion.prediction": diffusion.PREDICTIONS,
-    "diffusion.loss_weighting": diffusion.LOSS_WEIGHTINGS,
+    "diffusion.noise_schedule": process.NOISE_SCHEDULES,
+    "diffusion.prediction": process.PREDICTIONS,
+    "diffusion.loss_weighting": process.LOSS_WEIGHTINGS,
     "curriculum.start": curriculum.STARTS,
     "optimizer.name": optimizer.OPTIMIZERS,
     "optimizer.decay": optimizer.DECAYS,
-    "sampling.solver": diffusion.SOLVERS,
+    "sampling.solver": solvers.SOLVERS,
     "evaluation.reference_split": ("train", "eval"),
   }
   for field, allowed in choices.items():
     value = _get(config, field)
     _require(value in allowed, field, value, f"is unknown: use one of {', '.join(allowed)}")
   for name in config.evaluation.extractors:
-    known = ", ".join(extractors.EXTRACTORS)
+    known = ", ".join(features.EXTRACTORS)
     rule = f"names an unknown extractor {name!r}: use some of {known}"
     _require(
-      name in extractors.EXTRACTORS, "evaluation.extractors", config.evaluation.extractors, rule
+      name in features.EXTRACTORS, "evaluation.extractors", config.evaluation.extractors, rule
     )
 
 
@@ -316,7 +302,7 @@ def _fill_in_measured_schedule(config: ConfigDict) -> None:
   if not rank.measured_shares:
     rule = "is missing: name analysis/truncation.json of a run after --mode=analyze"
     _require(rank.analysis != "", "rank.analysis", rank.analysis, rule)
-    found = analysis_files.read_truncation(rank.analysis)
+    found = unit_cache.read_truncation(rank.analysis)
     ranks = measured_ranks(config, found)
     rank.measured_shares = tuple(float(r / ranks.max()) for r in ranks)
     rank.measured_boundaries = tuple(found["boundaries"])
@@ -361,16 +347,16 @@ def measured_ranks(config: ConfigDict, found: dict[str, Any]) -> np.ndarray:
       f"config.rank.analysis={config.rank.analysis!r} is of another model: {'; '.join(other)}: "
       "analyze a run of this one, or give config.rank.measured_shares and measured_boundaries"
     )
-  mean = np.mean([rank_schedule.static_rank(config.rank.ratio, *shapes[name]) for name in names])
+  mean = np.mean([plan.static_rank(config.rank.ratio, *shapes[name]) for name in names])
   if found.get("num_buckets", 1) > 1:
     raise UserError(
       f"config.rank.analysis={config.rank.analysis!r} is of a run with an r(t) of its own, above "
       "which no loss rises: analyze a run of the full arm"
     )
-  ranks = measured_schedule.iso_loss_ranks(
+  ranks = measured.iso_loss_ranks(
     found["ranks"], found["rise"], found["largest_rank"], boundaries, float(mean)
   )
-  return measured_schedule.monotone(ranks, boundaries) if config.rank.monotone else ranks
+  return measured.monotone(ranks, boundaries) if config.rank.monotone else ranks
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -414,7 +400,7 @@ def resolve_for_run(config: ConfigDict, run: str) -> ConfigDict:
   """
   rank, kept = config.rank, None
   if rank.schedule == MEASURED and not rank.measured_shares:
-    kept = analysis_files.read_kept_schedule(run, rank.analysis)
+    kept = unit_cache.read_kept_schedule(run, rank.analysis)
   if kept is None:
     return resolve(config)
   own = ConfigDict(config.to_dict())
@@ -482,7 +468,7 @@ def make_image_source(config: ConfigDict, split: str) -> Source:
   Raises:
     UserError: the data is missing, or other than the config says.
   """
-  source = input_pipeline.make_source(config.data.name, split, _data_options(config))
+  source = pipeline.make_source(config.data.name, split, _data_options(config))
   return _with_classes(config, source)
 
 
@@ -493,11 +479,11 @@ def _check_origin(config: ConfigDict, source: latents.LatentSource, split: str) 
   training needs no images and may be where there are none.
   """
   data = config.data
-  side = tfds_data.DATASETS[data.name].crop_size if data.name in tfds_data.DATASETS else 0
+  side = tfds.DATASETS[data.name].crop_size if data.name in tfds.DATASETS else 0
   expected = {"name": data.name, "crop": images.crop_name(side, data.image_size)}
   _check_identity(config, source.identity, expected)
   if data.data_dir and os.path.exists(os.path.expanduser(data.data_dir)):
-    expected = input_pipeline.LOADERS[data.name].identify(split, _data_options(config))
+    expected = pipeline.LOADERS[data.name].identify(split, _data_options(config))
     if "num_classes" in source.identity:  # of the first classes only
       expected.pop("num_examples", None)
     _check_identity(config, source.identity, expected)
@@ -565,7 +551,7 @@ def make_codec(config: ConfigDict, devices: parallel.Devices) -> vae.Codec:
     "must name the VAE, a diffusers directory or safetensors file (only training with "
     "config.training.sample_every_steps=0 needs none)",
   )
-  read = vae_files.read_vae(os.path.expanduser(config.vae.path))
+  read = vae_weights.read_vae(os.path.expanduser(config.vae.path))
   found = {
     "vae.downsample_factor": read.config.downsample_factor,
     "vae.latent_channels": read.config.latent_channels,
@@ -633,12 +619,12 @@ def factorised_layers(config: ConfigDict) -> list[str]:
     rank.dense_layers,
     "must be names of layers",
   )
-  return rank_schedule.select_layers(
+  return plan.select_layers(
     shapes, rank.dense_layers, rank.first_n_blocks, rank.last_n_blocks, config.model.depth
   )
 
 
-def make_plan(config: ConfigDict) -> rank_schedule.RankPlan:
+def make_plan(config: ConfigDict) -> plan.RankPlan:
   """The rank plan of the config's arm.
 
   The static arm ignores the schedule: it is `constant` at the static rank.
@@ -646,13 +632,13 @@ def make_plan(config: ConfigDict) -> rank_schedule.RankPlan:
   rank, steps = config.rank, config.diffusion.num_train_timesteps
   shapes, chosen = dit.layer_shapes(make_shape(config)), factorised_layers(config)
   if config.method == "full":
-    return rank_schedule.dense_plan(steps)
+    return plan.dense_plan(steps)
   shapes = {name: shapes[name] for name in chosen}
   common = dict(ratio=rank.ratio)
   if config.method == "static":
-    return rank_schedule.make_plan(
+    return plan.make_plan(
       shapes,
-      height=rank_schedule.schedule_height("constant", steps),
+      height=schedules.schedule_height("constant", steps),
       min_ratio=1.0,
       match="total",
       num_buckets=1,
@@ -660,10 +646,10 @@ def make_plan(config: ConfigDict) -> rank_schedule.RankPlan:
       **common,
     )
   if rank.schedule == MEASURED:
-    height, min_ratio = measured_schedule.height(rank.measured_shares, rank.measured_boundaries)
+    height, min_ratio = measured.height(rank.measured_shares, rank.measured_boundaries)
   else:
-    height, min_ratio = rank_schedule.schedule_height(rank.schedule, steps), rank.min_ratio
-  return rank_schedule.make_plan(
+    height, min_ratio = schedules.schedule_height(rank.schedule, steps), rank.min_ratio
+  return plan.make_plan(
     shapes,
     height=height,
     min_ratio=min_ratio,
@@ -699,17 +685,15 @@ def params_template(config: ConfigDict) -> Any:
 
 def make_alphas_cumprod(config: ConfigDict) -> Float[np.ndarray, " T"]:
   """(T,) float64."""
-  return diffusion.make_alphas_cumprod(
+  return process.make_alphas_cumprod(
     config.diffusion.noise_schedule, config.diffusion.num_train_timesteps
   )
 
 
-def make_solver_table(config: ConfigDict) -> diffusion.SolverTable:
+def make_solver_table(config: ConfigDict) -> solvers.SolverTable:
   """The sampling solver's coefficients."""
   s, prediction = config.sampling, config.diffusion.prediction
-  return diffusion.solver_table(
-    s.solver, make_alphas_cumprod(config), s.num_steps, s.eta, prediction
-  )
+  return solvers.solver_table(s.solver, make_alphas_cumprod(config), s.num_steps, s.eta, prediction)
 
 
 def make_objective(config: ConfigDict, devices: parallel.Devices) -> training_step.Objective:
@@ -796,7 +780,7 @@ def make_classifier(config: ConfigDict, directory: pathlib.Path) -> classifier.C
   return classifier.open_classifier(directory, train, held_out, settings)
 
 
-def make_extractors(config: ConfigDict, directory: pathlib.Path) -> list[extractors.Extractor]:
+def make_extractors(config: ConfigDict, directory: pathlib.Path) -> list[features.Extractor]:
   """The extractors of `evaluation.extractors`.
 
   Args:
@@ -805,7 +789,7 @@ def make_extractors(config: ConfigDict, directory: pathlib.Path) -> list[extract
   """
   e, data = config.evaluation, config.data
   make = {
-    "pixel": lambda: extractors.PixelExtractor(data.image_size, data.num_channels),
+    "pixel": lambda: features.PixelExtractor(data.image_size, data.num_channels),
     "classifier": lambda: make_classifier(config, directory),
     "inception": lambda: inception.open_inception(e.inception_weights),
   }

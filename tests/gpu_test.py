@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrdit import builders, dit, low_rank, train
+from lrdit import builders
+from lrdit.model import dit, low_rank
+from lrdit.modes import train
 from tests import tiny
+from tests.modes.train_test import assert_same_run
 from tests.tiny import tiny_config
-from tests.train_test import assert_same_run
-from tests.training_step_test import noisy_params
+from tests.train.training_step_test import noisy_params
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 import main
-from lrdit import train
+from lrdit.modes import train
 from tests import tiny
 
 DIGITS = "--config=configs/digits.py"

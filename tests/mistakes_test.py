@@ -10,10 +10,12 @@ import sys
 
 import pytest
 
-from configs import common
-from lrdit import builders, command_line, parallel, startup
-from lrdit.errors import UserError, as_user_error
-from lrdit.paths import local_path
+from lrdit import builders
+from lrdit.config import flags as command_line
+from lrdit.config import schema as common
+from lrdit.runtime import cluster, startup
+from lrdit.runtime.errors import UserError, as_user_error
+from lrdit.runtime.paths import local_path
 from tests import tiny
 from tests.main_test import BAD_INPUTS, DIGITS, assert_one_line, run_in_process
 
@@ -617,13 +619,13 @@ def test_devices_are_counted_from_one(given):
     startup.num_cpu_devices({"JAX_NUM_CPU_DEVICES": given})
 
 
-@pytest.mark.parametrize("name", parallel.COUNTS)
+@pytest.mark.parametrize("name", cluster.COUNTS)
 def test_counts_of_processes_may_be_empty_but_not_words(name):
   alone = {"TPU_SKIP_MDS_QUERY": "1"}
-  assert parallel.cluster_method(alone | {name: ""}) is None
+  assert cluster.cluster_method(alone | {name: ""}) is None
   for given in ("x", "-1", "2.0"):
     with pytest.raises(UserError, match=f"{name}={given} in the environment"):
-      parallel.cluster_method(alone | {name: given})
+      cluster.cluster_method(alone | {name: given})
 
 
 def test_a_process_whose_others_never_come_says_so_and_ends(tmp_path):
@@ -638,9 +640,9 @@ def test_a_process_whose_others_never_come_says_so_and_ends(tmp_path):
     "SLURM_LOCALID": "0",
   }
   program = (
-    "import sys, main; from lrdit import startup; startup.prepare('train'); "
-    "from lrdit import parallel; "
-    "parallel.START_SECONDS, parallel.SAID_AFTER_SECONDS = 3, 1; "
+    "import sys, main; from lrdit.runtime import startup; startup.prepare('train'); "
+    "from lrdit.runtime import cluster; "
+    "cluster.START_SECONDS, cluster.SAID_AFTER_SECONDS = 3, 1; "
     "sys.exit(main.run(['main.py', *sys.argv[1:]]))"
   )
   done = subprocess.run(

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from lrdit import startup
+from lrdit.runtime import startup
 
 ROOT = pathlib.Path(__file__).parents[2]
 METHODS = ("full", "static", "adaptive")
@@ -116,7 +116,7 @@ def run_tests(args: argparse.Namespace) -> None:
   """Run the tests marked `gpu`; the JSON has each one's outcome as soon as it is known."""
   platform = "cpu" if args.dry_run else "cuda"
   # On a GPU nearly all of the time goes by compiling, on one core a test.
-  files = ["tests/low_rank_test.py"] if args.dry_run else ["--numprocesses=8"]
+  files = ["tests/model/low_rank_test.py"] if args.dry_run else ["--numprocesses=8"]
   environment = os.environ | {
     "LRDIT_TEST_PLATFORM": platform,
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",

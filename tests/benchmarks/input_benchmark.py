@@ -13,8 +13,8 @@ import time
 
 import numpy as np
 
-from lrdit import images, input_pipeline, latents, tfds_data
-from lrdit.sources import DataOptions, Source
+from lrdit.data import images, latents, pipeline, tfds
+from lrdit.data.source import DataOptions, Source
 
 BATCH_SIZE = 256
 SHAPE = (2, 16, 16, 4)  # mean and log-variance of a 128x128 image
@@ -25,7 +25,7 @@ def images_per_second(source: Source, first_step: int, num_steps: int, flip: boo
   """Reads whole batches and drops them."""
   slots = np.arange(BATCH_SIZE)[None]
   steps = range(first_step, first_step + num_steps)
-  batches = input_pipeline.train_batches(source, 0, slots, BATCH_SIZE, steps, flip)
+  batches = pipeline.train_batches(source, 0, slots, BATCH_SIZE, steps, flip)
   start = time.perf_counter()
   count = sum(batch["image"].shape[1] for batch in batches)
   return count / (time.perf_counter() - start)
@@ -40,7 +40,7 @@ def memory_mib(field: str) -> float:
 def report_pixels(data_dir: str, num_epochs: int) -> None:
   """CIFAR-10: the first epoch decodes, later ones read what was kept."""
   options = DataOptions(data_dir, 32, 3, cache_bytes=1 << 32, skip_unreadable=False)
-  source = tfds_data.load_tfds(tfds_data.DATASETS["cifar10"], "train", options)
+  source = tfds.load_tfds(tfds.DATASETS["cifar10"], "train", options)
   steps = len(source) // BATCH_SIZE
   for epoch in range(num_epochs):
     rate = images_per_second(source, epoch * steps, steps, flip=True)

@@ -5,7 +5,7 @@ Speaks as `torch_worker` does: one line of JSON, then for every line "step",
 """
 
 # ruff: noqa: E402  As in `main.py`, the allocator is set up before numpy and jax are imported.
-from lrdit import startup
+from lrdit.runtime import startup
 
 startup.keep_freed_memory()
 
@@ -20,7 +20,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from configs import cifar10
-from lrdit import benchmark, builders, flops, low_rank
+from lrdit import builders
+from lrdit.model import flops, low_rank
+from lrdit.modes import benchmark
 
 
 def make_config(args: argparse.Namespace) -> ConfigDict:

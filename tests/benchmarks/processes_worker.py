@@ -5,7 +5,7 @@ line on standard input, a number of steps, what they took (`Worker.run`).
 """
 
 # ruff: noqa: E402  As in `main.py`, the allocator is set up before numpy and jax are imported.
-from lrdit import startup
+from lrdit.runtime import startup
 
 startup.keep_freed_memory()
 
@@ -23,8 +23,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import cifar10
-from lrdit import benchmark, builders, parallel
-from lrdit.train_state import create_train_state
+from lrdit import builders
+from lrdit.modes import benchmark
+from lrdit.runtime import cluster, parallel
+from lrdit.train.train_state import create_train_state
 
 
 def make_config(args: argparse.Namespace) -> ConfigDict:
@@ -70,8 +72,8 @@ class Worker:
     """Mean loss of all steps so far, as it is read for a line of metrics."""
     window = None
     for _ in range(num_steps):
-      if parallel.num_processes() > 1:  # as training asks before every step
-        parallel.is_preempted(self._steps_asked)
+      if cluster.num_processes() > 1:  # as training asks before every step
+        cluster.is_preempted(self._steps_asked)
         self._steps_asked += 1
       before = window
       self._state, window = self._step(self._state, next(self._batches), self._key)
@@ -112,10 +114,13 @@ def main() -> None:
     parser.add_argument(f"--{name}", type=int, required=True)
   args = parser.parse_args()
   startup.use_compilation_cache()
-  cluster = parallel.Cluster(args.coordinator, args.num_processes, args.process_id)
-  parallel.connect(cluster, shares_sigterm=False)
+  job = cluster.Cluster(args.coordinator, args.num_processes, args.process_id)
+  cluster.connect(job, shares_sigterm=False)
   worker = Worker(make_config(args), parallel.all_devices())
-  about = {"num_processes": parallel.num_processes(), "num_devices": len(parallel.all_devices())}
+  about = {
+    "num_processes": cluster.num_processes(),
+    "num_devices": len(parallel.all_devices()),
+  }
   print(json.dumps(about), flush=True)
   for line in sys.stdin:
     print(json.dumps(worker.run(int(line))), flush=True)

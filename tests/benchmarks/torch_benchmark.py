@@ -17,7 +17,7 @@ import subprocess
 import sys
 from typing import Any
 
-from lrdit import dit
+from lrdit.model import dit
 
 ROOT = pathlib.Path(__file__).parents[2]
 # What a round times: the forward pass twice, as it is short.

@@ -1,0 +1,1 @@
+"""What trained factors and gradients look like by timestep."""

@@ -1,0 +1,148 @@
+"""The causal test: what the held-out loss of each timestep group loses with every layer's rank.
+
+All of the chosen layers are cut to rank k at once: dense kernels to their best
+approximation of that rank, low-rank layers to their first k components, of which a
+timestep uses no more than its active rank anyway.
+
+Axes: D_in, D_out width, K ranks, G timestep groups.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax
+import numpy as np
+from jaxtyping import Float
+
+from lrdit.analysis import spectra
+from lrdit.analysis.unit_cache import Parts
+from lrdit.evaluation.held_out import HeldOutLosses
+
+# Of the largest rank, for `default_ranks`.
+SHARES = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
+
+
+def default_ranks(largest: int) -> tuple[int, ...]:
+  """Rising ranks below `largest`, closer together where they are small."""
+  return tuple(sorted({max(1, round(share * largest)) for share in SHARES} - {largest}))
+
+
+def leading_directions(kernel: Float[np.ndarray, "D_in D_out"]) -> Float[np.ndarray, "R R"]:
+  """Singular vectors of the kernel's shorter side as columns, leading ones first.
+
+  Args:
+    kernel: float32.
+
+  Returns:
+    float32, R = min(D_in, D_out): the left ones where D_in is no longer than D_out, else the
+    right ones. They are at most as large as the kernel, for most layers far smaller.
+  """
+  wide = kernel if kernel.shape[0] <= kernel.shape[1] else kernel.T
+  return spectra.left_singular_vectors(wide)[1].astype(np.float32)
+
+
+def cut_kernel(
+  kernel: Float[np.ndarray, "D_in D_out"], directions: Float[np.ndarray, "R R"], rank: int
+) -> Float[np.ndarray, "D_in D_out"]:
+  """The kernel's best approximation of a rank (Eckart and Young 1936), float32.
+
+  It is the kernel projected on its leading singular vectors, of whichever side.
+
+  Args:
+    kernel: float32.
+    directions: of `leading_directions`.
+    rank: at most R.
+  """
+  kept = directions[:, :rank]
+  if kernel.shape[0] <= kernel.shape[1]:
+    return kept @ (kept.T @ kernel)
+  return (kernel @ kept) @ kept.T
+
+
+class Truncator:
+  """Cuts some layers of a model to any rank."""
+
+  def __init__(self, params: Mapping[str, Any], names: Sequence[str]):
+    """Computes nothing yet.
+
+    Args:
+      params: on the host.
+      names: of the layers, dense or factorised.
+    """
+    self._flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
+    self._dense = [name for name in names if f"{name}/kernel" in self._flat]
+    self._factorised = [name for name in names if f"{name}/kernel" not in self._flat]
+
+  @functools.cached_property
+  def _directions(self) -> dict[str, np.ndarray]:
+    """Of the dense kernels, once for all ranks."""
+    return {name: leading_directions(self._flat[f"{name}/kernel"]) for name in self._dense}
+
+  @property
+  def largest_rank(self) -> int:
+    """That of the widest layer, beyond which nothing is cut."""
+    dense = [min(self._flat[f"{name}/kernel"].shape) for name in self._dense]
+    return max(dense + [self._flat[f"{name}/up"].shape[0] for name in self._factorised])
+
+  def cut(self, rank: int, place: Callable[[np.ndarray], Any] = np.asarray) -> dict[str, Any]:
+    """The parameters with every layer cut to `rank`, in the shapes of the whole ones.
+
+    Args:
+      rank: components that are kept; from `largest_rank` on, all of them.
+      place: puts an array where it is wanted; one cut layer at a time is on the host.
+    """
+    flat = {}
+    for path, values in self._flat.items():
+      name, _, part = path.rpartition("/")
+      if name in self._dense and part == "kernel" and rank < min(values.shape):
+        values = cut_kernel(values, self._directions[name], rank)
+      elif name in self._factorised and part == "up":
+        # Components without an output row contribute exactly nothing.
+        values = np.concatenate([values[:rank], np.zeros_like(values[rank:])])
+      flat[path] = place(values)
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def analyse_truncation(
+  truncator: Truncator,
+  ranks: Sequence[int],
+  place: Callable[[np.ndarray], Any],
+  losses_of: Callable[[Any], HeldOutLosses],
+  parts: Parts,
+  bar_factory: Callable[[int, int, str], Any],
+) -> dict[str, Any]:
+  """Held-out losses of the whole model and of every rank; those in `parts` are not repeated.
+
+  Args:
+    truncator: of the parameters.
+    ranks: (K,) to cut to.
+    place: as in `Truncator.cut`.
+    losses_of: held-out losses of placed parameters, with the same draws every time.
+    parts: of this section.
+    bar_factory: as `progress.make_bar`.
+
+  Returns:
+    As JSON "ranks", "largest_rank" (of which the rise is 0), "baseline" (G,), "loss" and
+    "rise" (K, G), loss minus baseline; None for groups of which no timestep was drawn.
+  """
+  units = {"whole": truncator.largest_rank} | {f"rank_{rank}": rank for rank in ranks}
+  missing = [unit for unit in units if parts.load(unit) is None]
+  with bar_factory(len(units), len(units) - len(missing), "rank") as bar:
+    for unit in missing:
+      # Never bound to a name, so that one model is gone when the next is made.
+      losses = losses_of(truncator.cut(units[unit], place))
+      parts.save(unit, {"loss": losses.group_means})
+      bar.update()
+  found = {unit: parts.load(unit)[0]["loss"] for unit in units}
+  baseline = found.pop("whole")
+  return {
+    "ranks": list(ranks),
+    "largest_rank": truncator.largest_rank,
+    "baseline": baseline,
+    "loss": list(found.values()),
+    "rise": [
+      [None if x is None else x - b for x, b in zip(loss, baseline, strict=True)]
+      for loss in found.values()
+    ],
+  }

@@ -1,0 +1,141 @@
+"""What the command line may say."""
+
+import difflib
+import re
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from lrdit.config import recipe
+from lrdit.runtime.errors import UserError
+from lrdit.runtime.paths import local_path
+from lrdit.runtime.workdir import flatten
+
+# Each is a function in the module of its name, of the values of these flags.
+MODES = dict.fromkeys(
+  ("train", "sample", "evaluate", "analyze", "benchmark"), ("config", "workdir")
+)
+MODES |= {"encode": ("config", "output"), "report": ("workdirs", "output")}
+SHARED_BY_PROCESSES = ("train", "sample", "evaluate")
+
+
+def parse_flags(argv: list[str]) -> flags.FlagValues:
+  """Return the flags of one command line: `config` as a ConfigDict, paths with ~ filled in.
+
+  Raises:
+    UserError: with status 2: unknown, missing or malformed flags or config fields, or a config
+      file that cannot be read.
+  """
+  values = _define()
+  try:
+    rest = values(argv, known_only=True)[1:]
+    if values.help:
+      return values
+    _check_needed(values)
+    for name in ("workdir", "output"):
+      if values[name].value is not None:
+        values[name].value = local_path(f"--{name}", values[name].value, 2)
+    if values.workdirs is not None:
+      values.workdirs = [local_path("--workdirs", path, 2) for path in values.workdirs]
+    config = None if values.config is None else recipe.load(values.config)
+    _override(values, config, rest)
+  except UnicodeDecodeError as error:
+    raise UserError(f"--flagfile names no text file: {error}", 2) from error
+  except (flags.Error, ValueError) as error:  # the latter of --noNAME=value
+    said = str(error).splitlines()[0].removeprefix("ERROR:: ")
+    raise UserError(f"{said} (see --help)", 2) from error
+  values["config"].value = config
+  return values
+
+
+def wants_tracebacks(argv: list[str]) -> bool:
+  """Return whether --debug is given, however wrong the rest of the command line is."""
+  values = flags.FlagValues()
+  values.set_gnu_getopt(True)
+  flags.DEFINE_boolean("debug", False, "", flag_values=values)
+  try:
+    values(argv, known_only=True)
+  except (flags.Error, ValueError):
+    return False
+  return values.debug
+
+
+def _define() -> flags.FlagValues:
+  values = flags.FlagValues()
+  values.set_gnu_getopt(True)  # flags are told from values and from words anywhere
+  # Twice, it would leave open which one the overrides are of.
+  flags.DEFINE_string(
+    "config", None, "FILE[:ARGUMENTS].", flag_values=values, allow_overwrite=False
+  )
+  flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
+  flags.DEFINE_list("workdirs", None, "Runs to compare (report).", flag_values=values)
+  flags.DEFINE_string("output", None, "Directory to make (encode, report).", flag_values=values)
+  flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", flag_values=values)
+  flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.", flag_values=values)
+  flags.DEFINE_integer("num_processes", None, "1: alone, on any cluster.", flag_values=values)
+  flags.DEFINE_integer("process_id", None, "From 0.", flag_values=values)
+  flags.DEFINE_boolean("debug", False, "Show tracebacks.", flag_values=values)
+  flags.DEFINE_boolean("help", False, "Show this help.", flag_values=values)
+  return values
+
+
+def _check_needed(values: flags.FlagValues) -> None:
+  """Refuses flags that a mode lacks, and those that it does not use."""
+  mode = values.mode
+  missing = [name for name in MODES[mode] if not values[name].value]
+  if missing:
+    needed = " and ".join(f"--{name}" for name in MODES[mode])
+    raise UserError(f"--{missing[0]} is missing: --mode={mode} needs {needed}", 2)
+  # One config and workdir serve every mode; encode just has no use for the latter.
+  others = ("config", "workdir") if mode == "report" else ("workdirs",)
+  others += () if "output" in MODES[mode] else ("output",)
+  needless = [name for name in others if values[name].value]
+  if needless:
+    raise UserError(f"--{needless[0]} is not used by --mode={mode}: leave it out", 2)
+  if "" in (values.workdirs or ()):
+    given = ",".join(values.workdirs)
+    raise UserError(f"--workdirs={given} names a directory without a name: leave out a comma", 2)
+
+
+def _override(values: flags.FlagValues, config: ConfigDict | None, rest: list[str]) -> None:
+  """Sets the config's fields that the arguments left over name.
+
+  Args:
+    values: the flags proper, for what a misspelt one may have meant.
+    config: to be changed; None in modes without one.
+    rest: arguments that are none of `values`.
+  """
+  names = [] if config is None else list(flatten(config.to_dict()))
+  for argument in rest:
+    field = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+    if field and config is None:
+      raise UserError(
+        f"{argument} is a field of a config, which this mode does not take: leave it out", 2
+      )
+    if field and field[1] not in names:
+      raise UserError(_no_such_field(argument, field[1], names), 2)
+  fields = flags.FlagValues()
+  if config is not None:
+    config_flags.DEFINE_config_dict("config", config, flag_values=fields, sys_argv=rest)
+  try:
+    words = fields(["", *rest])[1:]
+  except flags.UnrecognizedFlagError as error:
+    near = _nearest(error.flagname, [*values, *(f"config.{name}" for name in names)])
+    raise UserError(
+      f"Unknown command line flag {error.flagname!r}{near} (see --help)", 2
+    ) from error
+  if words:
+    raise UserError(f"{words[0]!r} is not a flag: write --name=value", 2)
+
+
+def _no_such_field(argument: str, field: str, names: list[str]) -> str:
+  below = [name for name in names if name.startswith(f"{field}.")]
+  if below:
+    return f"{argument}: {field} is a group of fields: set one of them, such as --config.{below[0]}"
+  near = _nearest(field, names, "--config.")
+  return f"{argument}: no such config field{near}; configs/common.py lists them"
+
+
+def _nearest(name: str, names: list[str], prefix: str = "--") -> str:
+  found = difflib.get_close_matches(name, names, 1)
+  return f"; did you mean {prefix}{found[0]}?" if found else ""

@@ -1,0 +1,97 @@
+"""The file that --config names: a Python file whose get_config returns a ConfigDict."""
+
+import inspect
+import os
+import pathlib
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lrdit.runtime.errors import UserError
+from lrdit.runtime.paths import local_path
+
+# Of the module that the file becomes, for what looks itself up there, such as dataclasses.
+MODULE = "lrdit_config_file"
+
+
+def load(flag: str) -> ConfigDict:
+  """Return the config of "FILE" or "FILE:ARGUMENT".
+
+  Args:
+    flag: value of --config. ARGUMENT is what get_config is called with; without a colon it is
+      called without arguments.
+
+  Raises:
+    UserError: with status 2, in one line that names the file and, where it has one, the line,
+      whatever is wrong with them.
+  """
+  local_path("--config", flag, 2)  # an address is not FILE:ARGUMENT
+  path, colon, argument = flag.partition(":")
+  if ":" in argument:
+    raise UserError(
+      f"--config={flag} has a colon too many: write FILE:KEY=VALUE,KEY=VALUE, with one colon", 2
+    )
+  if not path:
+    raise UserError(f"--config={flag} names no file: write FILE or FILE:KEY=VALUE,...", 2)
+  path = local_path("--config", path, 2)
+  module = _run(path)
+  get_config = getattr(module, "get_config", None)
+  if not callable(get_config):
+    raise UserError(f"--config: {path} defines no function get_config, which gives the config", 2)
+  arguments = [argument] if colon else []
+  try:
+    inspect.signature(get_config).bind(*arguments)
+  except TypeError as error:
+    mend = "leave out what follows the colon" if colon else "write FILE:ARGUMENT"
+    raise UserError(f"--config: get_config of {path}: {error}: {mend}", 2) from error
+  config = _told(path, get_config, *arguments)
+  if not isinstance(config, ConfigDict):
+    raise UserError(
+      f"--config: get_config of {path} returns {type(config).__name__}, not a ConfigDict: end it "
+      "with 'return config'",
+      2,
+    )
+  return config.lock()
+
+
+def _run(path: str) -> types.ModuleType:
+  """The module that a file's text is."""
+  try:
+    text = pathlib.Path(path).read_bytes()
+  except OSError as error:
+    where = "" if os.path.isabs(path) else f" (looked for in {os.getcwd()})"
+    raise UserError(f"--config={path} cannot be read: {error.strerror}{where}", 2) from error
+  module = types.ModuleType(MODULE)
+  module.__file__ = path
+  sys.modules[MODULE] = module
+  _told(path, lambda: exec(compile(text, path, "exec"), module.__dict__))
+  return module
+
+
+def _told(path: str, call: Callable, *arguments: str) -> Any:
+  """What a call into the file returns; its errors in one line."""
+  try:
+    return call(*arguments)
+  except UserError:  # the file's own, about its argument
+    raise
+  except (Exception, SystemExit) as error:
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, SyntaxError) and error.filename:  # of the file, or of one it imports
+      what = f"{type(error).__name__}: {error.msg}"
+      where = f"{error.filename}:{error.lineno}" if error.lineno else error.filename
+    else:
+      where = _last_line(path, error)
+    raise UserError(f"--config cannot be read: {where}: {what}", 2) from error
+
+
+def _last_line(path: str, error: BaseException) -> str:
+  """FILE:LINE of the innermost call in the file that led to an error."""
+  lines, frame = [], error.__traceback__
+  while frame is not None:
+    if frame.tb_frame.f_code.co_filename == path:
+      lines.append(frame.tb_lineno)
+    frame = frame.tb_next
+  return f"{path}:{lines[-1]}" if lines else path

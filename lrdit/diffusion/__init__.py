@@ -1,0 +1,1 @@
+"""The forward process, its targets and weights, and the solvers."""

@@ -1,0 +1,163 @@
+"""Gaussian diffusion in discrete time: schedules, targets, losses, solvers.
+
+x_t = signal[t] x_0 + noise[t] eps with signal = sqrt(alphas_cumprod) and
+noise = sqrt(1 - alphas_cumprod), t in [0, T). Every coefficient is computed on
+the host in float64, where 1 - alphas_cumprod keeps its digits, and rounded
+once; compiled code only forms linear combinations of images.
+
+Axes: B batch, S solver steps, then image axes.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from lrdit.runtime.errors import UserError
+
+# Host checks in float64 and compiled steps run the same lines.
+AnyArray = np.ndarray | np.floating | float | Array
+
+NOISE_SCHEDULES = ("squaredcos_cap_v2", "linear")
+PREDICTIONS = ("epsilon", "v")
+LOSS_WEIGHTINGS = ("uniform", "min_snr")
+
+MAX_BETA = 0.999
+MIN_SNR_GAMMA = 5.0
+LINEAR_BETAS = (1e-4, 0.02)  # at T = 1000; scaled by 1000 / T as in ADM
+
+
+def make_betas(noise_schedule: str, num_train_timesteps: int) -> Float[np.ndarray, " T"]:
+  """(T,) float64 variances beta_t.
+
+  `squaredcos_cap_v2`: Nichol and Dhariwal 2021, eq. 17, capped at 0.999;
+  `linear`: Ho et al. 2020, section 4, scaled to T.
+  """
+  steps = num_train_timesteps
+  if noise_schedule == "linear":
+    first, last = (beta * 1000 / steps for beta in LINEAR_BETAS)
+    return np.minimum(np.linspace(first, last, steps), MAX_BETA)
+  if noise_schedule == "squaredcos_cap_v2":
+    alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], MAX_BETA)
+  raise UserError(
+    f"diffusion.noise_schedule={noise_schedule!r} is unknown: "
+    f"use one of {', '.join(NOISE_SCHEDULES)}"
+  )
+
+
+def make_alphas_cumprod(noise_schedule: str, num_train_timesteps: int) -> Float[np.ndarray, " T"]:
+  """(T,) float64, product of 1 - beta up to and including t."""
+  return np.cumprod(1 - make_betas(noise_schedule, num_train_timesteps))
+
+
+def q_sample(x_0: AnyArray, eps: AnyArray, signal: AnyArray, noise: AnyArray) -> AnyArray:
+  """x_t of Ho et al. 2020, eq. 4; the coefficients broadcast against x_0."""
+  return signal * x_0 + noise * eps
+
+
+def velocity(x_0: AnyArray, eps: AnyArray, signal: AnyArray, noise: AnyArray) -> AnyArray:
+  """v of Salimans and Ho 2022, appendix D."""
+  return signal * eps - noise * x_0
+
+
+def training_target(
+  prediction: str, x_0: AnyArray, eps: AnyArray, signal: AnyArray, noise: AnyArray
+) -> AnyArray:
+  """What the model regresses on, for `prediction` in `PREDICTIONS`."""
+  return eps if prediction == "epsilon" else velocity(x_0, eps, signal, noise)
+
+
+def predict_x_0_eps(
+  prediction: str, output: AnyArray, x_t: AnyArray, signal: AnyArray, noise: AnyArray
+) -> tuple[AnyArray, AnyArray]:
+  """(x_0, eps) implied by the model's output at x_t."""
+  if prediction == "epsilon":
+    return (x_t - noise * output) / signal, output
+  return signal * x_t - noise * output, signal * output + noise * x_t
+
+
+def loss_weights(
+  loss_weighting: str, prediction: str, alphas_cumprod: Float[np.ndarray, " T"]
+) -> Float[np.ndarray, " T"]:
+  """(T,) float64 weight of an example's squared error at each timestep.
+
+  `min_snr`: Hang et al. 2023 (arXiv:2303.09556) with gamma = 5: min(SNR, gamma)
+  on the x_0 error, so / SNR for an epsilon target and / (SNR + 1) for v.
+  """
+  if loss_weighting == "uniform":
+    return np.ones_like(alphas_cumprod)
+  snr = alphas_cumprod / (1 - alphas_cumprod)
+  return np.minimum(snr, MIN_SNR_GAMMA) / (snr if prediction == "epsilon" else snr + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Posterior:
+  """q(x_prev | x_t, x_0) = N(on_x_0 x_0 + on_x_t x_t, variance), (S,) float64.
+
+  Ho et al. 2020, eq. 7, for any stride.
+
+  Attributes:
+    on_x_0, on_x_t: coefficients of the mean.
+    variance: the posterior's ("small") variance, 0 where x_prev is x_0.
+    beta: the forward variance of the same stride ("large").
+  """
+
+  on_x_0: Float[np.ndarray, " S"]
+  on_x_t: Float[np.ndarray, " S"]
+  variance: Float[np.ndarray, " S"]
+  beta: Float[np.ndarray, " S"]
+
+  @property
+  def log_variance_range(self) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
+    """Bounds of a learned log-variance (Nichol and Dhariwal 2021, eq. 15).
+
+    Where the variance is 0 a hundredth of beta stands in, so that its
+    logarithm exists.
+    """
+    low = np.where(self.variance > 0, self.variance, 1e-2 * self.beta)
+    return np.log(low), np.log(self.beta)
+
+
+def posterior(
+  alpha_bar: Float[np.ndarray, " S"], alpha_bar_prev: Float[np.ndarray, " S"]
+) -> Posterior:
+  """The posterior between two noise levels, both (S,) float64."""
+  alpha = alpha_bar / alpha_bar_prev
+  return Posterior(
+    on_x_0=alpha_bar_prev**0.5 * (1 - alpha) / (1 - alpha_bar),
+    on_x_t=alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar),
+    variance=(1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha),
+    beta=1 - alpha,
+  )
+
+
+def variational_bound(
+  true_mean: Float[Array, "B H W C"],
+  log_true_variance: Float[Array, "B 1 1 1"],
+  mean: Float[Array, "B H W C"],
+  log_variance: Float[Array, "B H W C"],
+  x_0: Float[Array, "B H W C"],
+  is_last: Bool[Array, "B 1 1 1"],
+) -> Float[Array, " B"]:
+  """L_vlb term of each example in bits per dimension.
+
+  Nichol and Dhariwal 2021, section 3.1. Deviation: the last step (t = 0) uses
+  the Gaussian negative log-likelihood of x_0 instead of a discretised one,
+  which exists for latents as well as for pixels.
+
+  Args:
+    true_mean, mean, log_variance, x_0: (B, H, W, C).
+    log_true_variance: (B, 1, 1, 1).
+    is_last: (B, 1, 1, 1) bool, t = 0.
+
+  Returns:
+    (B,) float32.
+  """
+  squared = jnp.exp(-log_variance)
+  ratio = jnp.exp(log_true_variance - log_variance)
+  kl = 0.5 * (log_variance - log_true_variance - 1 + ratio + (true_mean - mean) ** 2 * squared)
+  nll = 0.5 * (math.log(2 * math.pi) + log_variance + (x_0 - mean) ** 2 * squared)
+  return jnp.where(is_last, nll, kl).mean(axis=(1, 2, 3)) / math.log(2.0)

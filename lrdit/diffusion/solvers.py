@@ -1,0 +1,198 @@
+"""Solvers of the reverse process as tables of coefficients, one row per step."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from lrdit.diffusion.process import posterior
+from lrdit.runtime.errors import UserError
+
+SOLVERS = ("ddim", "ddpm", "dpm++")
+# Of the first step of dpm++: least half-log-SNR, and by how much it may enlarge an error.
+MIN_HALF_LOG_SNR = -5.1
+MAX_FIRST_ERROR = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SolverTable:
+  """A solver as linear combinations, one row per step; (S,) float64 arrays.
+
+  x_prev = on_x_t x_t + on_x_0 x_0 + on_eps eps + on_x_0_last x_0_last
+           + on_noise z, where x_0 and eps are the model's predictions at x_t,
+  x_0_last its x_0 at the step before and z fresh Gaussian noise.
+
+  Attributes:
+    t: int32 timesteps, descending.
+    signal, noise: noise level of x_t.
+    log_variance_low, log_variance_high: range of a learned log-variance.
+    on_x_t, on_x_0, on_eps, on_x_0_last, on_noise: the coefficients.
+    takes_learned_variance: the solver's noise is the posterior's, so a learned
+      variance replaces `on_noise`.
+  """
+
+  t: Int[np.ndarray, " S"]
+  signal: Float[np.ndarray, " S"]
+  noise: Float[np.ndarray, " S"]
+  log_variance_low: Float[np.ndarray, " S"]
+  log_variance_high: Float[np.ndarray, " S"]
+  on_x_t: Float[np.ndarray, " S"]
+  on_x_0: Float[np.ndarray, " S"]
+  on_eps: Float[np.ndarray, " S"]
+  on_x_0_last: Float[np.ndarray, " S"]
+  on_noise: Float[np.ndarray, " S"]
+  takes_learned_variance: bool
+
+  def float32_columns(self) -> dict[str, Float[np.ndarray, " S"]]:
+    """The coefficients by name, rounded once."""
+    return {
+      field.name: getattr(self, field.name).astype(np.float32)
+      for field in dataclasses.fields(self)
+      if field.name not in ("t", "takes_learned_variance")
+    }
+
+  @property
+  def is_stochastic(self) -> bool:
+    """Whether any step adds noise."""
+    return bool(np.any(self.on_noise > 0))
+
+
+def solver_timesteps(
+  solver: str, alphas_cumprod: Float[np.ndarray, " T"], num_steps: int, prediction: str
+) -> Int[np.ndarray, " S"]:
+  """Return the (S,) int32 timesteps a solver visits, descending.
+
+  All begin in the last tenth of the timesteps, whatever S, where x_t is mostly noise: the signal
+  at 9/10 T is 0.16 on the cosine schedule.
+
+  `ddim` and `ddpm` space them from 0 upwards ("leading"), as diffusers does. Deviations:
+  below 10 steps "leading" starts far from the noise (one step at t = 0), so all timesteps
+  are moved up until the first is 9/10 T. Where S does not divide T, diffusers truncates
+  the stride and starts at 500 for S = 501; here they cover the whole range.
+
+  `dpm++` spaces them evenly from `_first_timestep` down ("linspace"), as diffusers does.
+  """
+  total = len(alphas_cumprod)
+  if solver != "dpm++":
+    t = np.arange(num_steps)[::-1] * total // num_steps
+    return (t + max(0, 9 * total // 10 - t[0])).astype(np.int32)
+  first = _first_timestep(alphas_cumprod, num_steps, prediction)
+  # S + 1 points, of which 0 is left out; all timesteps up to the first where that is S.
+  grid = np.linspace(0, first, min(num_steps + 1, first + 1))
+  return np.round(grid)[::-1][:num_steps].astype(np.int32)
+
+
+def _first_timestep(
+  alphas_cumprod: Float[np.ndarray, " T"], num_steps: int, prediction: str
+) -> int:
+  """Return the noisiest timestep from which `dpm++` can start.
+
+  Of x_t = signal x_0 + noise eps the first step gets x_0 = (x_t - noise eps) / signal from
+  an epsilon model, whose error thus grows by the factor noise_prev (exp(h) - 1), h being
+  the step in half-log-SNR. At t = T - 1 of the cosine schedule it grows several thousand
+  times. So, within the last tenth of the timesteps, the first one has
+
+  - a half-log-SNR of at least `MIN_HALF_LOG_SNR`: diffusers' `lambda_min_clipped`, and 1 /
+    sigma_max of k-diffusion;
+  - with an epsilon model, a factor of at most `MAX_FIRST_ERROR`, if there is such a
+    timestep. Deviation: diffusers has no such bound, and needs some 50 steps. An error in
+    v does not grow.
+
+  Where nearly all T timesteps are asked for, it is the lowest that leaves S of them.
+  """
+  total = len(alphas_cumprod)
+  half_log_snr = 0.5 * (np.log(alphas_cumprod) - np.log1p(-alphas_cumprod))
+  lowest = max(9 * total // 10, num_steps - 1)
+  first = np.arange(lowest, total)
+  first = first[(first == lowest) | (half_log_snr[first] >= MIN_HALF_LOG_SNR)]
+  if prediction == "epsilon":
+    alpha_bar_prev = alphas_cumprod[first * (num_steps - 1) // num_steps]
+    if num_steps == 1:
+      alpha_bar_prev = np.ones_like(alpha_bar_prev)
+    error_of_x_0 = np.exp(-half_log_snr[first])
+    error = alpha_bar_prev**0.5 * error_of_x_0 - (1 - alpha_bar_prev) ** 0.5
+    first = first[(first == lowest) | (error <= MAX_FIRST_ERROR)]
+  return int(first[-1])
+
+
+def _ddim(alpha_bar, alpha_bar_prev, eta):
+  """Song et al. 2021 (arXiv:2010.02502), eq. 12, with sigma of eq. 16."""
+  variance = eta**2 * posterior(alpha_bar, alpha_bar_prev).variance
+  return dict(
+    on_x_0=alpha_bar_prev**0.5,
+    on_eps=np.maximum(1 - alpha_bar_prev - variance, 0) ** 0.5,
+    on_noise=variance**0.5,
+  )
+
+
+def _ddpm(alpha_bar, alpha_bar_prev):
+  """Ho et al. 2020, algorithm 2, with the posterior's variance."""
+  q = posterior(alpha_bar, alpha_bar_prev)
+  return dict(on_x_0=q.on_x_0, on_x_t=q.on_x_t, on_noise=q.variance**0.5)
+
+
+def _dpmpp_2m(alpha_bar, alpha_bar_prev):
+  """Lu et al. 2022 (arXiv:2211.01095), algorithm 2 (2M).
+
+  First order at the first step, which has no history, and at the last, where
+  the log-SNR of the end point is infinite and the step returns x_0.
+  """
+  half_log_snr = 0.5 * (np.log(alpha_bar) - np.log1p(-alpha_bar))
+  h = np.append(np.diff(half_log_snr), np.inf)
+  correction = np.zeros_like(h)
+  correction[1:-1] = 0.5 * h[1:-1] / h[:-2]
+  on_d = alpha_bar_prev**0.5 * -np.expm1(-h)
+  return dict(
+    on_x_t=((1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5,
+    on_x_0=on_d * (1 + correction),
+    on_x_0_last=-on_d * correction,
+  )
+
+
+def solver_table(
+  solver: str,
+  alphas_cumprod: Float[np.ndarray, " T"],
+  num_steps: int,
+  eta: float = 0.0,
+  prediction: str = "epsilon",
+) -> SolverTable:
+  """Return the coefficients of every step of a solver.
+
+  Args:
+    solver: one of `SOLVERS`.
+    alphas_cumprod: (T,) float64.
+    num_steps: S in [1, T].
+    eta: share of the ancestral noise that `ddim` adds, in [0, 1].
+    prediction: one of `PREDICTIONS`: what the solver is for. It decides where `dpm++` starts.
+
+  Raises:
+    UserError: `num_steps` out of range or an unknown solver.
+  """
+  total = len(alphas_cumprod)
+  if not 1 <= num_steps <= total:
+    raise UserError(
+      f"sampling.num_steps={num_steps} must lie in [1, {total}] (diffusion.num_train_timesteps)"
+    )
+  t = solver_timesteps(solver, alphas_cumprod, num_steps, prediction)
+  alpha_bar = alphas_cumprod[t]
+  alpha_bar_prev = np.append(alpha_bar[1:], 1.0)
+  if solver == "ddim":
+    coefficients = _ddim(alpha_bar, alpha_bar_prev, eta)
+  elif solver == "ddpm":
+    coefficients = _ddpm(alpha_bar, alpha_bar_prev)
+  elif solver == "dpm++":
+    coefficients = _dpmpp_2m(alpha_bar, alpha_bar_prev)
+  else:
+    raise UserError(f"sampling.solver={solver!r} is unknown: use one of {', '.join(SOLVERS)}")
+  low, high = posterior(alpha_bar, alpha_bar_prev).log_variance_range
+  names = ("on_x_t", "on_x_0", "on_eps", "on_x_0_last", "on_noise")
+  zero = np.zeros(num_steps)
+  return SolverTable(
+    t=t,
+    signal=alpha_bar**0.5,
+    noise=(1 - alpha_bar) ** 0.5,
+    log_variance_low=low,
+    log_variance_high=high,
+    takes_learned_variance=solver == "ddpm",
+    **{name: coefficients.get(name, zero) for name in names},
+  )

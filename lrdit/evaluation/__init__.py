@@ -1,0 +1,1 @@
+"""Held-out losses, image features and the metrics over them."""

@@ -1,0 +1,375 @@
+"""The extractor 'classifier': a small network trained on the dataset itself, and kept.
+
+Axes: B images, b images of one pass, H W image, h w image after a stage, C channels, K classes,
+D values of a feature (D_in: of a stage's input).
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import pathlib
+import time
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float32, Key, UInt8
+
+from lrdit.data import pipeline
+from lrdit.data.images import to_uint8
+from lrdit.data.source import Source
+from lrdit.evaluation.features import Extracted, check_finite, check_size, digest_of, read_images
+from lrdit.evaluation.metrics import recognition_accuracy
+from lrdit.runtime.errors import UserError
+from lrdit.runtime.locks import owned
+from lrdit.runtime.progress import make_bar
+from lrdit.runtime.workdir import atomic_path, changes, write_json
+
+# The classifier's widths: of the first stage, at least and at most of the last one.
+FIRST_WIDTH, MIN_FEATURES, MAX_FEATURES = 32, 128, 256
+# The classifier's last stage is at most, its first at most about so many pixels wide.
+LAST_SIZE, FIRST_SIZE = 4, 32
+NORM_GROUPS = 8
+
+log = logging.getLogger("lrdit")
+
+
+class _Block(nn.Module):
+  """Two normalised 3x3 convolutions and the residual connection."""
+
+  width: int
+  stride: int
+
+  @nn.compact
+  def __call__(self, x: Float32[Array, "B H W D_in"]) -> Float32[Array, "B h w D"]:
+    """(B, H, W, D_in) to (B, H / stride, W / stride, width)."""
+    conv = functools.partial(nn.Conv, self.width, use_bias=False, precision="highest")
+    norm = functools.partial(nn.GroupNorm, NORM_GROUPS)
+    y = nn.relu(norm()(conv((3, 3), strides=self.stride)(x)))
+    y = norm()(conv((3, 3))(y))
+    if x.shape != y.shape:
+      x = norm()(conv((1, 1), strides=self.stride)(x))
+    return nn.relu(x + y)
+
+
+def _widths(size: int) -> list[int]:
+  """Width of each stage, the resolution halved between them, from `size` pixels on."""
+  widths = [FIRST_WIDTH]
+  while size > LAST_SIZE or widths[-1] < MIN_FEATURES:
+    size = -(-size // 2)
+    widths.append(min(2 * widths[-1], MAX_FEATURES))
+  return widths
+
+
+class ClassifierNetwork(nn.Module):
+  """A small residual convolutional network (He et al. 2016) with group normalisation.
+
+  Attributes:
+    image_size: height and width of its images, which fix the stages: from 32
+      pixels on the stem is strided, so that the first stage has about 32.
+    num_classes: K.
+  """
+
+  image_size: int
+  num_classes: int
+
+  @property
+  def num_features(self) -> int:
+    """D."""
+    return _widths(-(-self.image_size // self._stem_stride))[-1]
+
+  @property
+  def _stem_stride(self) -> int:
+    return max(1, self.image_size // FIRST_SIZE)
+
+  @nn.compact
+  def __call__(
+    self, x: Float32[Array, "B H W C"]
+  ) -> tuple[Float32[Array, "B D"], Float32[Array, "B K"]]:
+    """(B, H, W, C) in [-1, 1] to the globally averaged features and the logits."""
+    stride = self._stem_stride
+    window = (2 * stride + 1,) * 2
+    x = nn.Conv(FIRST_WIDTH, window, strides=stride, use_bias=False, precision="highest")(x)
+    x = nn.relu(nn.GroupNorm(NORM_GROUPS)(x))
+    for i, width in enumerate(_widths(x.shape[1])):
+      x = _Block(width, stride=1 if i == 0 else 2)(x)
+    features = x.mean(axis=(1, 2))
+    return features, nn.Dense(self.num_classes, precision="highest")(features)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierSettings:
+  """How the classifier is trained. Runs that are compared must share these.
+
+  Attributes:
+    seed: of weights, order and augmentation.
+    num_steps: steps of AdamW under a cosine schedule; `default_num_steps` suits.
+    batch_size: images a step.
+    learning_rate: its peak, after a tenth of the steps.
+    weight_decay: AdamW's.
+    flip: mirror images left to right with probability one half.
+  """
+
+  seed: int
+  num_steps: int
+  batch_size: int = 64
+  learning_rate: float = 3e-3
+  weight_decay: float = 0.01
+  flip: bool = False
+
+
+def default_num_steps(num_examples: int, batch_size: int) -> int:
+  """About 20 epochs, at least 400 and at most 20,000 steps."""
+  return min(max(20 * num_examples // batch_size, 400), 20_000)
+
+
+def _to_network(images: UInt8[Array, "B H W C"]) -> Float32[Array, "B H W C"]:
+  return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def _shifted(images: UInt8[Array, "B H W C"], key: Key[Array, ""]) -> UInt8[Array, "B H W C"]:
+  """Each image moved by up to an eighth of its size, its edge repeated."""
+  batch, height, width, channels = images.shape
+  margin = max(1, height // 8)
+  padded = jnp.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)), "edge")
+  starts = jax.random.randint(key, (batch, 2), 0, 2 * margin + 1)
+
+  def crop(image, start):
+    return jax.lax.dynamic_slice(image, (start[0], start[1], 0), (height, width, channels))
+
+  return jax.vmap(crop)(padded, starts)
+
+
+def _make_train_step(
+  network: ClassifierNetwork, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[Any, Any]]:
+  """The jitted step: (params, opt_state, images, labels, key) to the new (params, opt_state)."""
+
+  def loss(params, images, labels, key):
+    _, logits = network.apply({"params": params}, _to_network(_shifted(images, key)))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+  def step(params, opt_state, images, labels, key):
+    gradients = jax.grad(loss)(params, images, labels, key)
+    updates, opt_state = optimizer.update(gradients, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  return jax.jit(step, donate_argnums=(0, 1))
+
+
+def _train(source: Source, settings: ClassifierSettings, network: ClassifierNetwork) -> Any:
+  """Trained parameters: on a CPU the same to the last bit for the same arguments."""
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, settings.learning_rate, settings.num_steps // 10, settings.num_steps
+  )
+  optimizer = optax.adamw(schedule, weight_decay=settings.weight_decay)
+  init_key, key = jax.random.split(jax.random.key(settings.seed))
+  example = jnp.zeros((1, *source.image_shape), jnp.float32)
+  params = jax.jit(network.init)(init_key, example)["params"]
+  opt_state = optimizer.init(params)
+  step = _make_train_step(network, optimizer)
+  batches = pipeline.train_batches(
+    source,
+    settings.seed,
+    np.arange(settings.batch_size)[None],
+    settings.batch_size,
+    range(settings.num_steps),
+    settings.flip,
+  )
+  with make_bar(settings.num_steps, 0, "step") as bar:
+    for number, batch in enumerate(batches):
+      images, labels = to_uint8(batch["image"][0]), batch["label"][0]
+      params, opt_state = step(params, opt_state, images, labels, jax.random.fold_in(key, number))
+      bar.update(1)
+  return jax.device_get(params)
+
+
+def flatten(params: Any) -> dict[str, np.ndarray]:
+  """A tree of parameters as arrays by their paths."""
+  return {
+    path: np.asarray(array)
+    for path, array in flax.traverse_util.flatten_dict(params, sep="/").items()
+  }
+
+
+class ClassifierExtractor:
+  """A classifier of the dataset's own images: its penultimate layer, and its predictions."""
+
+  name = "classifier"
+  batch_size = 256
+
+  def __init__(self, params: Any, image_size: int, num_channels: int, num_classes: int):
+    """Compiles at the first batch.
+
+    Args:
+      params: of `ClassifierNetwork`.
+      image_size: height and width.
+      num_channels: 3, or 1 for grey.
+      num_classes: K.
+
+    Raises:
+      UserError: weights are not finite.
+    """
+    network = ClassifierNetwork(image_size, num_classes)
+    self.params, self.num_features = params, network.num_features
+    self.held_out_accuracy: float | None = None
+    self._image_size, self._num_channels = image_size, num_channels
+    shape, weights = [image_size, image_size, num_channels], flatten(params)
+    check_finite(self.name, weights, "delete classifier.json where it is kept, to train it again")
+    description = {"extractor": self.name, "shape": shape, "num_classes": num_classes}
+    self.digest = digest_of(description, weights)
+
+    def apply(params, images):
+      features, logits = network.apply({"params": params}, _to_network(images))
+      return features, jnp.argmax(logits, axis=-1)
+
+    self._apply = jax.jit(apply)
+
+  def measure_held_out(self, held_out: Source) -> None:
+    """Sets `held_out_accuracy`: over all images of the held-out split."""
+    pairs = [
+      (self.extract(images).predictions, labels)
+      for images, labels in read_images(held_out, self.batch_size)
+    ]
+    predicted, labels = (np.concatenate(part) for part in zip(*pairs, strict=True))
+    self.held_out_accuracy = recognition_accuracy(predicted, labels)
+
+  def extract(self, images: UInt8[np.ndarray, "B H W 3"]) -> Extracted:
+    """(B, H, W, 3) uint8 to (B, D) features and (B,) predictions.
+
+    Batches are padded to one shape: it is compiled once, and an image's
+    features do not depend on how many others there are.
+    """
+    check_size(images, self.name, self._image_size)
+    images = images[..., : self._num_channels]
+    parts = [
+      self._extract_batch(images[start : start + self.batch_size])
+      for start in range(0, len(images), self.batch_size)
+    ]
+    features, predictions = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Extracted(features, predictions)
+
+  def _extract_batch(self, images: UInt8[np.ndarray, "b H W C"]) -> tuple[np.ndarray, np.ndarray]:
+    count = len(images)
+    padding = ((0, self.batch_size - count), (0, 0), (0, 0), (0, 0))
+    features, predictions = jax.device_get(self._apply(self.params, np.pad(images, padding)))
+    return features[:count], predictions[:count].astype(np.int32)
+
+
+def _describe(source: Source, held_out: Source, settings: ClassifierSettings) -> dict[str, Any]:
+  """What a kept classifier must agree with, as JSON gives it back."""
+  description = {
+    "format": 1,
+    "data": {"train": source.identity, "eval": held_out.identity},
+    "image_size": source.image_shape[0],
+    "num_channels": source.image_shape[2],
+    "num_classes": source.num_classes,
+    "settings": dataclasses.asdict(settings),
+  }
+  return json.loads(json.dumps(description))
+
+
+def _paths(directory: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+  return directory / "classifier.npz", directory / "classifier.json"
+
+
+def train_classifier(
+  source: Source, held_out: Source, settings: ClassifierSettings
+) -> ClassifierExtractor:
+  """A classifier trained on a dataset's own training split, on the default device.
+
+  The same arguments give the same weights on one kind of CPU; on a GPU the
+  gradients of convolutions are summed in any order.
+
+  Args:
+    source: the training split, of pixels.
+    held_out: the held-out split.
+    settings: how to train.
+
+  Raises:
+    UserError: the data has no labels.
+  """
+  size, _, channels = source.image_shape
+  if not source.num_classes:
+    raise UserError(
+      "the extractor 'classifier' is trained on labels, and the data has none: use the extractor "
+      "'inception' or 'pixel'"
+    )
+  start = time.perf_counter()
+  params = _train(source, settings, ClassifierNetwork(size, source.num_classes))
+  extractor = ClassifierExtractor(params, size, channels, source.num_classes)
+  extractor.measure_held_out(held_out)
+  log.info(
+    "classifier: %d steps on %d images in %.1f s; %.2f %% of %d held-out images recognised",
+    settings.num_steps,
+    len(source),
+    time.perf_counter() - start,
+    100 * extractor.held_out_accuracy,
+    len(held_out),
+  )
+  return extractor
+
+
+def open_classifier(
+  directory: pathlib.Path, source: Source, held_out: Source, settings: ClassifierSettings
+) -> ClassifierExtractor:
+  """The classifier kept in a directory; trained and kept there where there is none.
+
+  Args:
+    directory: holds classifier.npz (the weights) and classifier.json (what
+      they were trained on, their digest, the held-out accuracy).
+    source, held_out, settings: as for `train_classifier`.
+
+  Raises:
+    UserError: the data has no labels, or the kept classifier is damaged or was
+      trained on other data, images, classes or settings.
+  """
+  weights, record_path = _paths(directory)
+  description = _describe(source, held_out, settings)
+  if record_path.exists():
+    return _load_classifier(directory, description)
+  directory.mkdir(parents=True, exist_ok=True)
+  with owned(directory, "classifier", wait=True):
+    if record_path.exists():  # trained by the process that was waited for
+      return _load_classifier(directory, description)
+    extractor = train_classifier(source, held_out, settings)
+    with atomic_path(weights) as temporary, temporary.open("wb") as file:
+      np.savez(file, **flatten(extractor.params))
+    # Last: weights without a record do not count.
+    kept = {"digest": extractor.digest, "held_out_accuracy": extractor.held_out_accuracy}
+    write_json(record_path, description | kept)
+  return extractor
+
+
+def _load_classifier(directory: pathlib.Path, description: dict[str, Any]) -> ClassifierExtractor:
+  weights, record_path = _paths(directory)
+  again = f"delete {record_path} to train it again"
+  try:
+    record = json.loads(record_path.read_text())
+    digest, accuracy = record.pop("digest"), float(record.pop("held_out_accuracy"))
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(f"{record_path} is damaged: {again}") from error
+  if record != description:
+    raise UserError(
+      f"{record_path} is of a classifier of something else: "
+      f"{'; '.join(changes(description, record))}. Use another directory, or {again}"
+    )
+  try:
+    with weights.open("rb") as file, np.load(file) as arrays:
+      params = flax.traverse_util.unflatten_dict(dict(arrays), sep="/")
+  except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    raise UserError(f"{weights} is missing or damaged: {again}") from error
+  extractor = ClassifierExtractor(
+    params, description["image_size"], description["num_channels"], description["num_classes"]
+  )
+  if extractor.digest != digest:
+    raise UserError(f"{weights} has other weights than {record_path} says: {again}")
+  extractor.held_out_accuracy = accuracy
+  return extractor

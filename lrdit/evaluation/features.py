@@ -1,0 +1,156 @@
+"""What images are compared by: features, and where there are classes, predictions.
+
+What an extractor is, and the simplest: raw pixels. `classifier.py` and `inception.py` have the
+others. A figure over one of them carries its name.
+
+Axes: B images, H W image, C channels, D values of a feature.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32, Int, Int32, UInt8
+
+from lrdit.data import pipeline
+from lrdit.data.images import to_rgb, to_uint8
+from lrdit.data.source import Source
+from lrdit.runtime.errors import UserError
+
+EXTRACTORS = ("classifier", "inception", "pixel")
+
+MAX_PIXEL_VALUES = 4096
+
+
+class Extracted(NamedTuple):
+  """What one pass over a batch gives.
+
+  Attributes:
+    features: (B, D) float32.
+    predictions: (B,) int32 classes in [0, K); None where the extractor knows
+      none of the dataset's classes.
+  """
+
+  features: Float32[np.ndarray, "B D"]
+  predictions: Int32[np.ndarray, " B"] | None
+
+
+@runtime_checkable
+class Extractor(Protocol):
+  """Images to features.
+
+  Attributes:
+    name: the prefix of its figures.
+    digest: SHA-256, hexadecimal, of weights and preprocessing.
+    batch_size: images taken at once; a stream is cut into such batches.
+    num_features: D.
+    held_out_accuracy: share of real held-out images whose label it predicts;
+      None where it predicts none.
+  """
+
+  name: str
+  digest: str
+  batch_size: int
+  num_features: int
+  held_out_accuracy: float | None
+
+  def extract(self, images: UInt8[np.ndarray, "B H W 3"]) -> Extracted:
+    """Features and predictions of (B, H, W, 3) uint8, grey repeated to RGB."""
+    ...
+
+
+def digest_of(description: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
+  """SHA-256, hexadecimal, over a description and every array's name, dtype, shape and bytes."""
+  sha = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+  for name, array in sorted(arrays.items()):
+    sha.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
+    sha.update(np.ascontiguousarray(array))
+  return sha.hexdigest()
+
+
+def check_finite(name: str, arrays: dict[str, np.ndarray], mend: str) -> None:
+  """Refuse an extractor whose figures would mean nothing.
+
+  Args:
+    name: of the extractor.
+    arrays: its weights by name.
+    mend: what to do.
+
+  Raises:
+    UserError: some of the weights are not finite.
+  """
+  bad = sorted(key for key, array in arrays.items() if not np.isfinite(array).all())
+  if bad:
+    raise UserError(
+      f"the extractor {name!r} has weights that are not finite ({len(bad)} of {len(arrays)} "
+      f"arrays, {bad[0]} for one): {mend}"
+    )
+
+
+def check_size(images: UInt8[np.ndarray, "B H W 3"], name: str, image_size: int) -> None:
+  """Refuses images of another size than the named extractor is for.
+
+  Raises:
+    UserError: they are not `image_size` high and wide.
+  """
+  height, width = images.shape[1:3]
+  if (height, width) != (image_size, image_size):
+    raise UserError(
+      f"the images are {height}x{width} and the extractor {name!r} is for {image_size}x{image_size}"
+      ": measure samples of the same config"
+    )
+
+
+class PixelExtractor:
+  """Raw pixels in [-1, 1], row by row; on grey images one value a pixel."""
+
+  name = "pixel"
+  batch_size = 256
+  held_out_accuracy = None
+
+  def __init__(self, image_size: int, num_channels: int):
+    """Needs no training.
+
+    Args:
+      image_size: height and width.
+      num_channels: 3, or 1 for grey.
+
+    Raises:
+      UserError: more than `MAX_PIXEL_VALUES` values an image.
+    """
+    self.num_features = image_size * image_size * num_channels
+    if self.num_features > MAX_PIXEL_VALUES:
+      raise UserError(
+        f"the extractor 'pixel' takes at most {MAX_PIXEL_VALUES} values an image, as a covariance "
+        f"of raw pixels has that number squared, and {image_size}x{image_size}x{num_channels} has "
+        f"{self.num_features}: use the extractor 'classifier' or 'inception'"
+      )
+    self._image_size, self._num_channels = image_size, num_channels
+    shape = [image_size, image_size, num_channels]
+    self.digest = digest_of({"extractor": self.name, "shape": shape, "range": [-1, 1]}, {})
+
+  def extract(self, images: UInt8[np.ndarray, "B H W 3"]) -> Extracted:
+    """(B, H, W, 3) uint8 to (B, H W C) features."""
+    check_size(images, self.name, self._image_size)
+    pixels = images[..., : self._num_channels].reshape(len(images), -1)
+    return Extracted(pixels.astype(np.float32) / 127.5 - 1.0, None)
+
+
+def read_images(
+  source: Source, batch_size: int
+) -> Iterator[tuple[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, " B"]]]:
+  """All images of a split in order, quantised as generated ones are, and their labels.
+
+  Args:
+    source: the split, of pixels.
+    batch_size: images at once; the last batch is smaller.
+  """
+
+  def read(start: int) -> tuple[np.ndarray, np.ndarray]:
+    index = np.arange(start, min(start + batch_size, len(source)))
+    batch = source.gather(index, np.zeros(len(index), bool))
+    return to_rgb(to_uint8(batch["image"])), batch["label"]
+
+  return pipeline.read_ahead(read, range(0, len(source), batch_size))

@@ -1,0 +1,1 @@
+"""The low-rank diffusion transformer, its cost, and the VAE around it."""

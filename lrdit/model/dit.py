@@ -1,0 +1,433 @@
+"""Diffusion transformer with adaLN-Zero (Peebles and Xie 2023, arXiv:2212.09748).
+
+Layer for layer the published model: sin-cos position embedding, learned label
+embedding with a null class, blocks whose six modulations come from the
+timestep and label, and a zero-initialised output. Every dense layer may be
+factorised; `layer_shapes` names them.
+
+Axes: B batch, H W image, C channels, N tokens, P patch, D width, h heads.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from lrdit.model.low_rank import RankSelection, make_dense, uniform_selection
+from lrdit.model.matmul import matmul
+from lrdit.rank.plan import LayerRanks, RankPlan
+from lrdit.runtime.errors import UserError
+
+FREQUENCY_DIM = 256
+MLP_RATIO = 4
+LAYER_NORM_EPSILON = 1e-6
+
+# name: (hidden_size, depth, num_heads); table 1 of the paper, and "T" (tiny)
+# for the 8x8 digits.
+SIZES = {
+  "T": (128, 4, 4),
+  "S": (384, 12, 6),
+  "B": (768, 12, 12),
+  "L": (1024, 24, 16),
+  "XL": (1152, 28, 16),
+}
+
+
+def decode_variant(variant: str) -> dict[str, int]:
+  """Turns "S/2" (or "DiT-S/2") into hidden_size, depth, num_heads, patch_size.
+
+  Raises:
+    UserError: unknown size, or a patch that is not a whole number above 0.
+  """
+  size, _, patch = variant.removeprefix("DiT-").partition("/")
+  if size not in SIZES or not patch.isdecimal() or int(patch) == 0:
+    raise UserError(
+      f"variant={variant!r} is unknown: use SIZE/PATCH with SIZE one of "
+      f"{', '.join(SIZES)}, for example S/2"
+    )
+  hidden_size, depth, num_heads = SIZES[size]
+  return dict(hidden_size=hidden_size, depth=depth, num_heads=num_heads, patch_size=int(patch))
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTShape:
+  """What fixes the shapes of a DiT's parameters.
+
+  Attributes:
+    image_size: height and width of the input in pixels (or latent pixels).
+    channels: input channels C.
+    num_classes: number of classes; 0 makes the model unconditional.
+    hidden_size, depth, num_heads, patch_size: as in the paper.
+    learn_sigma: twice the output channels, the second half for the variance.
+  """
+
+  image_size: int
+  channels: int
+  num_classes: int
+  hidden_size: int
+  depth: int
+  num_heads: int
+  patch_size: int
+  learn_sigma: bool = False
+
+  @property
+  def num_tokens(self) -> int:
+    """N."""
+    return (self.image_size // self.patch_size) ** 2
+
+  @property
+  def out_channels(self) -> int:
+    """Channels of the output, C or 2 C."""
+    return self.channels * (2 if self.learn_sigma else 1)
+
+
+def layer_shapes(shape: DiTShape) -> dict[str, tuple[int, int]]:
+  """(D_in, D_out) of every dense layer by name, in order of use."""
+  d, patch_area = shape.hidden_size, shape.patch_size**2
+  shapes = {
+    "patch_embed": (patch_area * shape.channels, d),
+    "t_embedder/fc1": (FREQUENCY_DIM, d),
+    "t_embedder/fc2": (d, d),
+  }
+  for i in range(shape.depth):
+    shapes |= {
+      f"blocks_{i}/adaln": (d, 6 * d),
+      f"blocks_{i}/attn/qkv": (d, 3 * d),
+      f"blocks_{i}/attn/proj": (d, d),
+      f"blocks_{i}/mlp/fc1": (d, MLP_RATIO * d),
+      f"blocks_{i}/mlp/fc2": (MLP_RATIO * d, d),
+    }
+  return shapes | {
+    "final_layer/adaln": (d, 2 * d),
+    "final_layer/linear": (d, patch_area * shape.out_channels),
+  }
+
+
+def timestep_embedding(t: Int[Array, " B"]) -> Float[Array, "B 256"]:
+  """Sinusoidal features of t: (B,) to (B, 256) float32, cosines first."""
+  half = FREQUENCY_DIM // 2
+  frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+  angles = t.astype(jnp.float32)[:, None] * frequencies
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def position_embedding(hidden_size: int, grid_size: int) -> Float[np.ndarray, "N D"]:
+  """Fixed 2-D sin-cos embedding: (grid_size**2, hidden_size) float32.
+
+  The first half encodes the column, the second the row, as in the published
+  code (its meshgrid lists the width first).
+  """
+  quarter = hidden_size // 4
+  omega = 1.0 / 10000.0 ** (np.arange(quarter, dtype=np.float64) / quarter)
+  angles = np.arange(grid_size, dtype=np.float64)[:, None] * omega
+  axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+  column = np.tile(axis, (grid_size, 1))
+  row = np.repeat(axis, grid_size, axis=0)
+  return np.concatenate([column, row], axis=1).astype(np.float32)
+
+
+def patchify(x: Float[Array, "B H W C"], patch_size: int) -> Float[Array, "B N P"]:
+  """(B, H, W, C) to (B, N, patch_size**2 C), tokens in row-major order."""
+  b, h, w, c = x.shape
+  p = patch_size
+  x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(b, (h // p) * (w // p), p * p * c)
+
+
+def unpatchify(
+  tokens: Float[Array, "B N P"], patch_size: int, channels: int
+) -> Float[Array, "B H W C"]:
+  """(B, N, patch_size**2 C) to (B, H, W, C); inverse of `patchify`."""
+  b, n, _ = tokens.shape
+  p, grid = patch_size, math.isqrt(n)
+  x = tokens.reshape(b, grid, grid, p, p, channels).transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(b, grid * p, grid * p, channels)
+
+
+def layer_norm(x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+  """LayerNorm without scale or bias over the last axis, in float32."""
+  x32 = x.astype(jnp.float32)
+  mean = x32.mean(-1, keepdims=True)
+  centred = x32 - mean
+  variance = jnp.square(centred).mean(-1, keepdims=True)
+  return (centred * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)).astype(x.dtype)
+
+
+def modulate(
+  x: Float[Array, "B N D"], shift: Float[Array, "B D"], scale: Float[Array, "B D"]
+) -> Float[Array, "B N D"]:
+  """x (1 + scale) + shift, x (B, N, D), shift and scale (B, D)."""
+  return x * (1 + scale[:, None]) + shift[:, None]
+
+
+# Maps (qkv, num_heads), (B, N, 3 D), to (B, N, D).
+AttentionFunction = Callable[[Float[Array, "B N three_D"], int], Float[Array, "B N D"]]
+
+
+def choose_attention(
+  devices: Sequence[jax.Device], dtype: Any, head_width: int
+) -> AttentionFunction:
+  """Return the fastest attention that the devices and cuDNN's kernel allow.
+
+  Args:
+    devices: those the model will run on.
+    dtype: compute dtype.
+    head_width: D / h.
+
+  Returns:
+    `fused_attention` in bfloat16 on NVIDIA GPUs of compute capability 8.0 or more, for head
+    widths that are a multiple of 8 up to 128, which is what the kernel takes on all of them
+    in both directions; `plain_attention` otherwise.
+  """
+  fits = dtype == jnp.bfloat16 and head_width % 8 == 0 and head_width <= 128
+  if fits and devices and all(map(_has_fused_kernel, devices)):
+    return fused_attention
+  return plain_attention
+
+
+def _has_fused_kernel(device: jax.Device) -> bool:
+  if "cuda" not in device.client.platform_version.lower():
+    return False
+  return int(device.compute_capability.split(".")[0]) >= 8
+
+
+def fused_attention(qkv: Float[Array, "B N three_D"], num_heads: int) -> Float[Array, "B N D"]:
+  """Return attention by cuDNN's kernel, which keeps no (N, N) array; see `choose_attention`."""
+  b, n, _ = qkv.shape
+  q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, num_heads, -1), 2, 0)
+  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").reshape(b, n, -1)
+
+
+def plain_attention(qkv: Float[Array, "B N three_D"], num_heads: int) -> Float[Array, "B N D"]:
+  """Return attention by two products.
+
+  Heads are merged into the batch and the softmax's division is applied after
+  the values: fewer passes over (N, N) arrays, and plain batched products. Scores and sums
+  are float32 whatever the dtype: rounding a score s to bfloat16 would change its weight by
+  a factor of up to exp(2**-9 |s|).
+  """
+  b, n, _ = qkv.shape
+
+  def merge_heads(x: Float[Array, "B N D"]) -> Float[Array, "Bh N d"]:
+    return x.reshape(b, n, num_heads, -1).transpose(0, 2, 1, 3).reshape(b * num_heads, n, -1)
+
+  q, k, v = map(merge_heads, jnp.split(qkv, 3, axis=-1))
+  scores = matmul(q, k.mT, jnp.float32)
+  highest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+  weights = jnp.exp((scores - highest) * q.shape[-1] ** -0.5)
+  values = matmul(weights.astype(qkv.dtype), v, jnp.float32)
+  out = (values / weights.sum(-1, keepdims=True)).astype(qkv.dtype)
+  return out.reshape(b, num_heads, n, -1).transpose(0, 2, 1, 3).reshape(b, n, -1)
+
+
+def block_runs(plan: RankPlan, depth: int) -> list[tuple[int, int]]:
+  """(first block, number of blocks) of each run of blocks of the same ranks."""
+
+  def ranks(i: int) -> dict[str, LayerRanks]:
+    prefix = f"blocks_{i}/"
+    return {n.removeprefix(prefix): r for n, r in plan.layers if n.startswith(prefix)}
+
+  starts = [i for i in range(depth) if i == 0 or ranks(i) != ranks(i - 1)]
+  return [(a, b - a) for a, b in itertools.pairwise([*starts, depth])]
+
+
+class TimestepEmbedder(nn.Module):
+  """Two-layer MLP on the sinusoidal features of t."""
+
+  hidden_size: int
+  plan: RankPlan
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, t: Int[Array, " B"], selection: RankSelection) -> Float[Array, "B D"]:
+    """(B,) timesteps to (B, D)."""
+    init = nn.initializers.normal(0.02)
+    x = make_dense(self, "fc1", self.hidden_size, self.plan, self.dtype, init)(
+      timestep_embedding(t), selection
+    )
+    return make_dense(self, "fc2", self.hidden_size, self.plan, self.dtype, init)(
+      nn.silu(x), selection
+    )
+
+
+class Attention(nn.Module):
+  """Self-attention with its two projections."""
+
+  num_heads: int
+  plan: RankPlan
+  dtype: Any
+  attention: AttentionFunction
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B N D"], selection: RankSelection) -> Float[Array, "B N D"]:
+    """(B, N, D) to (B, N, D)."""
+    d = x.shape[-1]
+    qkv = make_dense(self, "qkv", 3 * d, self.plan, self.dtype)(x, selection)
+    y = self.attention(qkv, self.num_heads)
+    return make_dense(self, "proj", d, self.plan, self.dtype)(y, selection)
+
+
+class Mlp(nn.Module):
+  """Two layers with tanh-approximated GELU between them."""
+
+  plan: RankPlan
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B N D"], selection: RankSelection) -> Float[Array, "B N D"]:
+    """(B, N, D) to (B, N, D)."""
+    d = x.shape[-1]
+    y = make_dense(self, "fc1", MLP_RATIO * d, self.plan, self.dtype)(x, selection)
+    y = nn.gelu(y, approximate=True)
+    return make_dense(self, "fc2", d, self.plan, self.dtype)(y, selection)
+
+
+class Block(nn.Module):
+  """adaLN-Zero block: both branches start as the identity."""
+
+  num_heads: int
+  plan: RankPlan
+  dtype: Any
+  attention: AttentionFunction
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B N D"], c: Float[Array, "B D"], selection: RankSelection
+  ) -> Float[Array, "B N D"]:
+    """x (B, N, D) and silu(conditioning) c (B, D) to (B, N, D)."""
+    modulation = make_dense(
+      self, "adaln", 6 * x.shape[-1], self.plan, self.dtype, nn.initializers.zeros
+    )(c, selection)
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
+    attn = Attention(self.num_heads, self.plan, self.dtype, self.attention, name="attn")
+    x = x + gate_a[:, None] * attn(modulate(layer_norm(x), shift_a, scale_a), selection)
+    mlp = Mlp(self.plan, self.dtype, name="mlp")
+    return x + gate_m[:, None] * mlp(modulate(layer_norm(x), shift_m, scale_m), selection)
+
+
+class FinalLayer(nn.Module):
+  """Modulated norm and the zero-initialised projection to patches."""
+
+  features: int
+  plan: RankPlan
+  dtype: Any
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B N D"], c: Float[Array, "B D"], selection: RankSelection
+  ) -> Float[Array, "B N P"]:
+    """(B, N, D) to (B, N, features)."""
+    zeros = nn.initializers.zeros
+    modulation = make_dense(self, "adaln", 2 * x.shape[-1], self.plan, self.dtype, zeros)
+    shift, scale = jnp.split(modulation(c, selection), 2, axis=-1)
+    linear = make_dense(self, "linear", self.features, self.plan, self.dtype, zeros)
+    return linear(modulate(layer_norm(x), shift, scale), selection)
+
+
+class DiT(nn.Module):
+  """The diffusion transformer.
+
+  Attributes:
+    shape: sizes of the model.
+    plan: rank of every factorised layer per bucket; layers it does not name
+      are dense.
+    dtype: compute dtype, float32 or bfloat16; parameters are float32.
+    remat: compute each block again in the backward pass instead of keeping what
+      is inside it.
+    scan_blocks: compile equal blocks once and loop over them. The parameters
+      are the same either way.
+    attention: how attention is computed, from `choose_attention`.
+  """
+
+  shape: DiTShape
+  plan: RankPlan
+  dtype: Any = jnp.float32
+  remat: bool = False
+  scan_blocks: bool = False
+  attention: AttentionFunction = plain_attention
+
+  def setup(self):
+    """Names every part; the parameters' paths are these names."""
+    s, common = self.shape, (self.plan, self.dtype)
+    self.patch_embed = make_dense(self, "patch_embed", s.hidden_size, *common)
+    self.t_embedder = TimestepEmbedder(s.hidden_size, *common)
+    if s.num_classes:
+      self.y_embedder = nn.Embed(
+        s.num_classes + 1,
+        s.hidden_size,
+        dtype=self.dtype,
+        embedding_init=nn.initializers.normal(0.02),
+      )
+    block = nn.remat(Block) if self.remat else Block
+    self.blocks = [block(s.num_heads, *common, self.attention) for _ in range(s.depth)]
+    self.final_layer = FinalLayer(s.patch_size**2 * s.out_channels, *common)
+
+  def __call__(
+    self,
+    x_t: Float[Array, "B H W C"],
+    t: Int[Array, " B"],
+    y: Int[Array, " B"] | None,
+    selection: RankSelection,
+  ) -> Float[Array, "B H W C_out"]:
+    """Predicts eps or v (and, with learn_sigma, the variance's coordinate).
+
+    Args:
+      x_t: (B, H, W, C) noisy images.
+      t: (B,) timesteps in [0, T).
+      y: (B,) int labels in [0, num_classes], num_classes being the null class;
+        None exactly if the model is unconditional.
+      selection: the active rank of every example.
+
+    Returns:
+      (B, H, W, C or 2 C) float32, exactly zero at initialisation.
+    """
+    s = self.shape
+    x = self.patch_embed(patchify(x_t, s.patch_size), selection)
+    grid_size = s.image_size // s.patch_size
+    x = x + jnp.asarray(position_embedding(s.hidden_size, grid_size), self.dtype)
+    c = self.t_embedder(t, selection)
+    if s.num_classes:
+      c = c + self.y_embedder(y)
+    c = nn.silu(c)
+    scanned = self.scan_blocks and not self.is_initializing()
+    for first, length in block_runs(self.plan, s.depth) if scanned else ((0, s.depth),):
+      run = self._scan_run if scanned else self._apply_run
+      x = run(x, c, selection, first, length)
+    x = self.final_layer(x, c, selection)
+    return unpatchify(x, s.patch_size, s.out_channels).astype(jnp.float32)
+
+  def _apply_run(self, x, c, selection, first, length):
+    """Blocks one after another."""
+    for block in self.blocks[first : first + length]:
+      x = block(x, c, selection)
+    return x
+
+  def _scan_run(self, x, c, selection, first, length):
+    """Equal blocks as iterations of the first one, over their stacked parameters."""
+    blocks = [self.variables["params"][f"blocks_{first + i}"] for i in range(length)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    detached = self.clone(parent=None)
+
+    def step(x, params):
+      variables = {"params": {f"blocks_{first}": params}}
+      method = DiT._apply_run
+      return detached.apply(variables, x, c, selection, first, 1, method=method), None
+
+    return jax.lax.scan(step, x, stacked)[0]
+
+
+def init_params(model: DiT, rng: Key[Array, ""]) -> dict[str, Any]:
+  """Fresh float32 parameters."""
+  s = model.shape
+  x_t = jnp.zeros((1, s.image_size, s.image_size, s.channels))
+  label = jnp.zeros(1, jnp.int32)
+  y = label if s.num_classes else None
+  # One compiled call: op by op, the many small products would take far longer.
+  return jax.jit(lambda key: model.init(key, x_t, label, y, uniform_selection(1))["params"])(rng)

@@ -1,0 +1,215 @@
+"""The low-rank dense layer: init, masked/grouped/sliced product, parameter slicing.
+
+A layer computes y = (x @ down[:, :r]) @ up[:r] + bias. How many components r
+are active is said by a `RankSelection`: a static tuple of (group size, rank
+bucket), each group computed at its own static rank, and, where examples inside
+a group differ, a bucket per example from which a mask is made. Masked compute
+is one group at the top bucket with a bucket per example; sliced compute is one
+group and no buckets; grouped compute is the general case.
+
+Axes: B batch, N tokens, D_in / D_out width, R rank.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from lrdit.model.matmul import matmul
+from lrdit.rank.plan import LayerRanks, RankPlan
+
+Initializer = Callable[..., Array]
+XAVIER: Initializer = nn.initializers.xavier_uniform()
+# Singular values below this share of the largest are rounding.
+VANISHING = 1e-5
+
+
+@flax.struct.dataclass
+class RankSelection:
+  """The active rank of a batch of B examples.
+
+  Attributes:
+    groups: static ((size, rank bucket), ...); sizes sum to B, and no example
+      may need more than its group's bucket.
+    rank_bucket: (B,) int32 bucket of each example, or None where every example
+      uses its group's bucket.
+  """
+
+  groups: tuple[tuple[int, int], ...] = flax.struct.field(pytree_node=False)
+  rank_bucket: Int[Array, " B"] | None = None
+
+
+def uniform_selection(batch_size: int, bucket: int = 0) -> RankSelection:
+  """The whole batch at one bucket: what sampling and dense models use."""
+  return RankSelection(groups=((batch_size, bucket),))
+
+
+def svd_factors(
+  rng: Key[Array, ""], dim_in: int, dim_out: int, max_rank: int, kernel_init: Initializer
+) -> tuple[Float[Array, "D_in R"], Float[Array, "R D_out"]]:
+  """Truncated SVD of a freshly initialised dense kernel (design, section 2).
+
+  With W = U S V^T, down = U sqrt(S) and up = sqrt(S) V^T, cut to the largest
+  `max_rank` singular values, so every prefix is the best approximation of W of
+  its rank (Eckart and Young 1936).
+
+  A component whose factors are both zero gets no gradient and never learns. So where a
+  singular value vanishes, only `up` is zero: the product is W all the same. A kernel of
+  zeros, whatever initializer gives it, takes the `down` of a Xavier kernel.
+
+  Returns:
+    down (D_in, R) and up (R, D_out), float32.
+  """
+  kernel = kernel_init(rng, (dim_in, dim_out), jnp.float32)
+  is_zero = ~kernel.any()
+  kernel = jnp.where(is_zero, XAVIER(rng, (dim_in, dim_out), jnp.float32), kernel)
+  u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
+  root = jnp.sqrt(s[:max_rank])
+  vanishes = s[:max_rank] <= VANISHING * s[0]
+  down = u[:, :max_rank] * jnp.where(vanishes, root[0], root)
+  up = root[:, None] * vt[:max_rank]
+  return down, jnp.where((vanishes | is_zero)[:, None], 0.0, up)
+
+
+def low_rank_matmul(
+  x: Float[Array, "B *N D_in"],
+  down: Float[Array, "D_in R"],
+  up: Float[Array, "R D_out"],
+  groups: tuple[tuple[int, int], ...],
+  active_rank: Int[Array, " B"] | None = None,
+) -> Float[Array, "B *N D_out"]:
+  """Product with a factorised kernel at each example's active rank.
+
+  Components beyond an example's active rank contribute exactly zero to its
+  output and receive exactly zero gradient from it.
+
+  Args:
+    x: (B, D_in) or (B, N, D_in).
+    down: (D_in, R).
+    up: (R, D_out), of x's dtype like `down`.
+    groups: static ((group size, rank), ...), sizes summing to B, ranks <= R.
+    active_rank: (B,) int32, each at most its group's rank; None means every
+      example uses its group's rank.
+
+  Returns:
+    (B, D_out) or (B, N, D_out), x's dtype.
+  """
+  outputs, start = [], 0
+  for size, rank in groups:
+    part = x[start : start + size]
+    # Two-dimensional products: XLA's CPU backward pass is much faster on them.
+    hidden = matmul(part.reshape(-1, x.shape[-1]), down[:, :rank])
+    if active_rank is not None:
+      mask = jnp.arange(rank) < active_rank[start : start + size, None]
+      mask = mask.astype(hidden.dtype)[:, None]
+      hidden = (hidden.reshape(size, -1, rank) * mask).reshape(-1, rank)
+    outputs.append(matmul(hidden, up[:rank]).reshape(*part.shape[:-1], up.shape[-1]))
+    start += size
+  return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
+
+
+class Dense(nn.Module):
+  """y = x @ kernel + bias on the last axis; takes a selection and ignores it.
+
+  Attributes:
+    features: D_out.
+    dtype: compute dtype; parameters are float32.
+    kernel_init: initializer of the (D_in, D_out) kernel.
+  """
+
+  features: int
+  dtype: Any = jnp.float32
+  kernel_init: Initializer = XAVIER
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B *N D_in"], selection: RankSelection
+  ) -> Float[Array, "B *N D_out"]:
+    """Maps (B, ..., D_in) to (B, ..., features)."""
+    del selection
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    y = matmul(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel.astype(self.dtype))
+    return (y + bias.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
+
+
+class LowRankDense(nn.Module):
+  """Dense layer whose kernel is down @ up, at the selection's active rank.
+
+  Attributes:
+    features: D_out.
+    ranks: active rank per bucket; the largest is allocated.
+    dtype: compute dtype; parameters are float32.
+    kernel_init: initializer of the dense kernel that `svd_factors` factorises; of zeros
+      too, where the layer starts at zero and still learns.
+  """
+
+  features: int
+  ranks: LayerRanks
+  dtype: Any = jnp.float32
+  kernel_init: Initializer = XAVIER
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B *N D_in"], selection: RankSelection
+  ) -> Float[Array, "B *N D_out"]:
+    """Maps (B, D_in) or (B, N, D_in) to the same with `features`."""
+    down, up = self._factors(x.shape[-1])
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    active = self.ranks.active
+    groups = tuple((size, active[bucket]) for size, bucket in selection.groups)
+    active_rank = None
+    if selection.rank_bucket is not None:
+      active_rank = jnp.asarray(active, jnp.int32)[selection.rank_bucket]
+    y = low_rank_matmul(
+      x.astype(self.dtype), down.astype(self.dtype), up.astype(self.dtype), groups, active_rank
+    )
+    return y + bias.astype(self.dtype)
+
+  def _factors(self, dim_in: int) -> tuple[Float[Array, "D_in R"], Float[Array, "R D_out"]]:
+    """Both factors, initialised from the one SVD."""
+    rank = self.ranks.max_rank
+    if not self.is_initializing():
+      return (
+        self.param("down", nn.initializers.zeros, (dim_in, rank)),
+        self.param("up", nn.initializers.zeros, (rank, self.features)),
+      )
+    rng = self.make_rng("params")
+    down, up = svd_factors(rng, dim_in, self.features, rank, self.kernel_init)
+    return self.param("down", lambda _: down), self.param("up", lambda _: up)
+
+
+def make_dense(
+  parent: nn.Module,
+  name: str,
+  features: int,
+  plan: RankPlan,
+  dtype: Any,
+  kernel_init: Initializer = XAVIER,
+) -> Dense | LowRankDense:
+  """The layer `name` of `parent`, factorised if the plan names it."""
+  ranks = plan.by_name.get("/".join((*parent.path, name)))
+  common = dict(features=features, dtype=dtype, kernel_init=kernel_init, name=name)
+  return Dense(**common) if ranks is None else LowRankDense(ranks=ranks, **common)
+
+
+def slice_params(params: Mapping[str, Any], plan: RankPlan, bucket: int) -> dict[str, Any]:
+  """The parameters of `plan.at_bucket(bucket)`: each factor's active prefix.
+
+  Args:
+    params: parameters of a model built with `plan`.
+    plan: the rank plan.
+    bucket: rank bucket.
+
+  Returns:
+    A new tree; arrays of dense layers are shared with `params`.
+  """
+  flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
+  for name, ranks in plan.layers:
+    rank = ranks.active[bucket]
+    flat[f"{name}/down"] = flat[f"{name}/down"][:, :rank]
+    flat[f"{name}/up"] = flat[f"{name}/up"][:rank]
+  return flax.traverse_util.unflatten_dict(flat, sep="/")

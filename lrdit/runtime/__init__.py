@@ -1,0 +1,1 @@
+"""What every mode stands on: errors, devices and processes, files, logs; nothing of ours below."""

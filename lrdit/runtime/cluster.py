@@ -1,0 +1,277 @@
+"""The processes of a job: how they find each other, meet and stop together."""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lrdit.runtime.errors import RESTART_STATUS, UserError, tell
+from lrdit.runtime.parallel import AXIS
+
+log = logging.getLogger("lrdit")
+
+# A process that has been silent for so long is taken for dead, and the others end.
+HEARTBEAT_SECONDS = 20
+# Processes of a job are started within so long of each other.
+START_SECONDS = 300
+# A wait is logged after this long.
+SAID_AFTER_SECONDS = 5
+MOST_PROCESSES = 2**31 - 1
+# Variables by which launchers tell each process how many there are.
+COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+# The others wait at the end for the first one, which may have much to write.
+SHUTDOWN_SECONDS = 24 * 3600
+
+
+def cluster_method(environment: Mapping[str, str]) -> str | None:
+  """How one of several processes of a job learns of the others, by its environment.
+
+  Told by what MPI's mpirun, SLURM's srun and TPU pods (also on GKE) set.
+
+  Returns:
+    None for a process on its own; "jax" where jax finds the coordinator; "mpi4py"
+    where it needs that package to, as under all of MPI but Open MPI 4.
+
+  Raises:
+    UserError: a variable that counts processes is no number.
+  """
+
+  def count(name: str) -> int:
+    value = environment.get(name) or "1"  # set but empty, as by a script: not there
+    if not value.strip().isdecimal():
+      raise UserError(
+        f"{name}={value} in the environment is not a number of processes: correct or unset it, or "
+        "give --num_processes=1 to stay alone",
+        2,
+      )
+    return int(value)
+
+  # mpirun's processes may be a SLURM step's as well, but not the other way round;
+  # srun --mpi=pmi2 sets PMI_SIZE as MPICH and Intel MPI do, to the step's own size.
+  if count("OMPI_COMM_WORLD_SIZE") > 1:
+    return "jax" if "OMPI_MCA_orte_hnp_uri" in environment else "mpi4py"
+  if count("PMI_SIZE") > 1 and count("PMI_SIZE") != count("SLURM_STEP_NUM_TASKS"):
+    return "mpi4py"
+  if count("SLURM_STEP_NUM_TASKS") > 1:  # srun's; not of the batch script
+    return "jax"
+  if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
+    return "jax"
+  # The machines of a pod are alike, and told apart by the metadata server alone.
+  is_pod = "TPU_SKIP_MDS_QUERY" not in environment and _is_tpu_machine()
+  return "jax" if is_pod else None
+
+
+def _is_tpu_machine() -> bool:
+  has_chips = os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")
+  return has_chips and importlib.util.find_spec("libtpu") is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+  """Where the processes of a job meet; all None where jax finds it.
+
+  Attributes:
+    coordinator: "HOST:PORT" that the first process listens at.
+    num_processes: P.
+    process_id: this process, in [0, P).
+    detection: jax's `cluster_detection_method`.
+  """
+
+  coordinator: str | None = None
+  num_processes: int | None = None
+  process_id: int | None = None
+  detection: str | None = None
+
+  @property
+  def name_of_process(self) -> str:
+    """What this process' lines begin with before it has met the others."""
+    return "a process: " if self.process_id is None else f"process {self.process_id}: "
+
+  @property
+  def how_to_stay_alone(self) -> str:
+    """What to do where there are no others, as in an interactive shell of several tasks."""
+    if self.num_processes is not None:
+      return "leave out these flags to run this process alone"
+    counts = [f"{name}={os.environ[name]}" for name in COUNTS if os.environ.get(name)]
+    told = f" ({' '.join(counts)} told of them)" if counts else ""
+    return f"--num_processes=1 runs this process alone{told}"
+
+
+def find_cluster(
+  coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> Cluster | None:
+  """The cluster that the flags name, or else the environment; None to stay alone.
+
+  Args:
+    coordinator, num_processes, process_id: as in `Cluster`, all or none of them.
+      num_processes=1 stays alone, whatever the environment says.
+
+  Raises:
+    UserError: some are missing or do not fit, or the environment says too little.
+  """
+  given = (coordinator, num_processes, process_id)
+  if num_processes is not None and not 1 <= num_processes <= MOST_PROCESSES:
+    raise UserError(f"--num_processes={num_processes} must be in [1, {MOST_PROCESSES}]", 2)
+  if num_processes == 1 and process_id in (None, 0):
+    return None
+  if given == (None, None, None):
+    method = cluster_method(os.environ)
+    if method == "mpi4py":
+      try:
+        importlib.import_module("mpi4py.MPI")
+      except (ImportError, RuntimeError) as error:
+        raise UserError(
+          f"this MPI leaves it to mpi4py to find the first process, which does not work ({error}): "
+          "install mpi4py and the MPI it is for, or give --coordinator, --num_processes and "
+          "--process_id",
+          2,
+        ) from error
+    return method and Cluster(detection="mpi4py" if method == "mpi4py" else None)
+  if None in given:
+    raise UserError("--coordinator, --num_processes and --process_id go together: give all", 2)
+  if not 0 <= process_id < num_processes:
+    raise UserError(
+      f"--process_id={process_id} is not in [0, {num_processes}): it counts from 0, and "
+      f"--num_processes={num_processes}",
+      2,
+    )
+  host, _, port = coordinator.rpartition(":")
+  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    raise UserError(
+      f"--coordinator={coordinator} is not HOST:PORT, the address of process 0 with a port from 1 "
+      f"to {2**16 - 1}",
+      2,
+    )
+  return Cluster(*given)
+
+
+def connect(cluster: Cluster, shares_sigterm: bool) -> None:
+  """Joins the processes of a job; to be called before any device is used.
+
+  Args:
+    cluster: from `find_cluster`.
+    shares_sigterm: SIGTERM is for `is_preempted` to tell, and does not end the process.
+
+  Raises:
+    UserError: the others cannot be reached, or are not alike.
+  """
+  jax.config.update("jax_enable_preemption_service", shares_sigterm)
+  try:
+    with _watch_the_wait(cluster):
+      jax.distributed.initialize(
+        cluster.coordinator,
+        cluster.num_processes,
+        cluster.process_id,
+        cluster_detection_method=cluster.detection,
+        initialization_timeout=2 * START_SECONDS,  # `_watch_the_wait` gives up before
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+      )
+  except Exception as error:  # whatever a wrong address or variable leads jax to
+    cause = (str(error).splitlines() or [type(error).__name__])[0]
+    raise UserError(
+      f"the other processes cannot be reached ({cause}): check that all are started, and "
+      f"--coordinator, --num_processes and --process_id; {cluster.how_to_stay_alone}",
+      RESTART_STATUS,
+    ) from error
+  _open_connections()
+
+
+@contextlib.contextmanager
+def _watch_the_wait(cluster: Cluster) -> Iterator[None]:
+  """Says that a process waits for the others, and ends it after `START_SECONDS`.
+
+  jax would end it with a stack trace and status 134, from a thread of its own, which
+  leaves nothing to be caught.
+  """
+  met = threading.Event()
+
+  def watch() -> None:
+    if met.wait(SAID_AFTER_SECONDS):
+      return
+    log.warning(
+      "waiting for the other processes, up to %d s: %s", START_SECONDS, cluster.how_to_stay_alone
+    )
+    if met.wait(START_SECONDS - SAID_AFTER_SECONDS):
+      return
+    error = UserError(
+      f"the other processes cannot be reached (not all came within {START_SECONDS} s): check that "
+      "all are started, and --coordinator, --num_processes and --process_id; "
+      f"{cluster.how_to_stay_alone}",
+      RESTART_STATUS,
+    )
+    os._exit(tell(error, False, cluster.name_of_process))
+
+  threading.Thread(target=watch, daemon=True).start()
+  try:
+    yield
+  finally:
+    met.set()
+
+
+def _open_connections() -> None:
+  """Runs each kind of collective once.
+
+  On CPUs the first of a kind fails if a process is 30 s behind another, as one may
+  well be later on; those that follow wait as long as they must.
+  """
+  counts = multihost_utils.process_allgather(np.int32(jax.local_device_count()))
+  if len(set(counts.tolist())) > 1:
+    raise UserError(f"the processes have {counts.tolist()} devices: each must have as many")
+  multihost_utils.broadcast_one_to_all(np.int32(0))
+  ones = np.ones((jax.local_device_count(), 1), np.float32)
+  jax.block_until_ready(jax.pmap(lambda x: jax.lax.psum(x, AXIS), axis_name=AXIS)(ones))
+
+
+def num_processes() -> int:
+  """P."""
+  return jax.process_count()
+
+
+def name_of_process() -> str:
+  """What this process' lines begin with, one of several."""
+  return f"process {jax.process_index()}: "
+
+
+def process_id() -> int:
+  """This process, in [0, P)."""
+  return jax.process_index()
+
+
+def is_first() -> bool:
+  """Whether this is the process that reads and writes the workdir."""
+  return jax.process_index() == 0
+
+
+def from_first(tree: Any) -> Any:
+  """The first process's tree, on every process.
+
+  Args:
+    tree: numpy arrays or scalars; on the other processes anything of the same
+      structure, shapes and dtypes of at most 32 bits.
+  """
+  if jax.process_count() == 1:
+    return tree
+  return multihost_utils.broadcast_one_to_all(tree)
+
+
+def is_preempted(steps_asked: int) -> bool:
+  """Whether all processes stop now, as one of them got SIGTERM.
+
+  To be asked before every step by all; they get the same answer.
+
+  Args:
+    steps_asked: how often this start has asked before. jax answers at the number
+      after the highest that any has asked with, so counting from a run's step would
+      never meet it where the signal came before the first question.
+  """
+  return multihost_utils.reached_preemption_sync_point(steps_asked)

@@ -1,0 +1,119 @@
+"""Who writes a directory: one process at a time, and the others are told which.
+
+The kernel holds the lock and releases it when its process ends, however that ends, so no
+lock outlives its process and none has to be judged by its age. On NFS the server holds it.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import pathlib
+import socket
+import time
+from collections.abc import Iterator
+
+from lrdit.runtime.errors import UserError
+
+# Of file systems without locks.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+log = logging.getLogger("lrdit")
+
+
+def lock_path(directory: pathlib.Path, use: str) -> pathlib.Path:
+  """Return the file that stands for a use of a directory, there while it is in use."""
+  return directory / f".{use}.lock"
+
+
+@contextlib.contextmanager
+def owned(directory: pathlib.Path, use: str, wait: bool = False) -> Iterator[None]:
+  """Keep a use of a directory to this process.
+
+  Args:
+    directory: must be there.
+    use: what is written, by the name of the mode; other uses are locked apart.
+    wait: wait for the other process instead of raising.
+
+  Raises:
+    UserError: another process uses the directory so.
+  """
+  path = lock_path(directory, use)
+  file = _take(path, wait)
+  try:
+    yield
+  finally:
+    try:  # removed before it is released: whoever waits for it sees that it has gone
+      with contextlib.suppress(OSError):
+        if _is_at(file, path):
+          path.unlink()
+    finally:
+      os.close(file)
+
+
+def _take(path: pathlib.Path, wait: bool) -> int:
+  """Return the descriptor of the locked file."""
+  while True:
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+      _lock(file, path, wait)
+      if _is_at(file, path):
+        _sign(file, path)
+        return file
+    except BaseException:
+      os.close(file)
+      raise
+    os.close(file)  # removed by the process before, and perhaps made again by another
+
+
+def _lock(file: int, path: pathlib.Path, wait: bool) -> None:
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    holder = _describe(_read(file))
+    if not wait:
+      raise UserError(
+        f"{path.parent} is in use by {holder}: wait until that has ended, or name another directory"
+      ) from error
+    log.info("%s is in use by %s: waiting for it", path.parent, holder)
+    fcntl.flock(file, fcntl.LOCK_EX)
+  except OSError as error:
+    if error.errno not in NO_LOCKS:
+      raise
+    log.warning("%s cannot be locked (%s): start nothing twice", path.parent, error.strerror)
+
+
+def _is_at(file: int, path: pathlib.Path) -> bool:
+  try:
+    return os.path.samestat(os.fstat(file), os.stat(path))
+  except FileNotFoundError:
+    return False
+
+
+def _sign(file: int, path: pathlib.Path) -> None:
+  """Write who holds the lock, for the messages of others."""
+  before = _read(file)
+  if before:
+    log.info("%s was left by %s, which has ended", path.parent, _describe(before))
+  now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+  holder = {"host": socket.gethostname(), "process": os.getpid(), "since": now}
+  with contextlib.suppress(OSError):  # a full disk, which the first real write will tell of
+    os.ftruncate(file, 0)
+    os.pwrite(file, json.dumps(holder).encode(), 0)
+
+
+def _read(file: int) -> dict:
+  """Return what the holder wrote; {} where it has not come to that."""
+  try:
+    holder = json.loads(os.pread(file, 4096, 0))
+  except (ValueError, OSError):
+    return {}
+  return holder if isinstance(holder, dict) else {}
+
+
+def _describe(holder: dict) -> str:
+  if not holder:
+    return "another process"
+  return f"process {holder.get('process')} on {holder.get('host')} since {holder.get('since')}"

@@ -1,0 +1,1 @@
+"""The sliced sampler and the sample sets it writes."""

@@ -1,0 +1,1 @@
+"""The training step and the state, files and stages around it."""

@@ -1,0 +1,212 @@
+"""A run's files, which are the first process's: the others get from it what they need."""
+
+import contextlib
+import json
+import logging
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from lrdit.data import images
+from lrdit.runtime import cluster, parallel
+from lrdit.runtime.errors import UserError
+from lrdit.runtime.locks import owned
+from lrdit.runtime.metric_writer import MetricWriter
+from lrdit.runtime.progress import log_to_file
+from lrdit.runtime.workdir import (
+  begin_config,
+  changes,
+  check_data,
+  open_workdir,
+  read_data,
+  tell_process_fields,
+)
+from lrdit.train.checkpoints import Checkpoints
+from lrdit.train.train_state import TrainState
+
+log = logging.getLogger("lrdit")
+
+
+class RunFiles:
+  """What training reads and writes; as it stands, of a process that is not the first: nothing."""
+
+  def restore_state(self, template: TrainState) -> TrainState | None:
+    """The newest intact checkpoint's state on the host, or None; see `Checkpoints`."""
+    return None
+
+  def begin(self, first_step: int) -> None:
+    """Stores the config and opens the metrics, which go on after `first_step`."""
+
+  def write_metrics(self, step: int, scalars: Mapping[str, float]) -> None:
+    """A line of metrics."""
+
+  def write_grid(self, step: int, samples: np.ndarray, columns: int) -> None:
+    """A grid of (N, H, W, C) uint8 samples."""
+
+  def save(self, state: TrainState) -> None:
+    """Starts a checkpoint of a replicated state."""
+
+  def finish_saves(self) -> list[int]:
+    """Waits for checkpoints under way; steps of those known of, newest first."""
+    return []
+
+  def close(self) -> None:
+    """Waits for saves and closes everything, whatever happened before."""
+
+
+class FirstProcessFiles(RunFiles):
+  """A workdir that is read and written, by this process alone."""
+
+  def __init__(self, config: ConfigDict, workdir: str, identity: dict[str, Any]):
+    """Opens the workdir.
+
+    Args:
+      config: resolved.
+      workdir: the run's directory.
+      identity: of the data, by split.
+
+    Raises:
+      UserError: another run's workdir, other data, a place that cannot be written, or one that
+        another training has.
+    """
+    self._config, self._writer = config, None
+    self._workdir = pathlib.Path(workdir)
+    self._workdir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as opened:
+      opened.enter_context(owned(self._workdir, "train"))
+      open_workdir(workdir, config, create=True)
+      check_data(self._workdir, identity)
+      (self._workdir / "samples").mkdir(exist_ok=True)
+      self._checkpoints = Checkpoints(self._workdir, config.checkpoint.keep)
+      opened.callback(self._checkpoints.close)
+      opened.enter_context(log_to_file(self._workdir / "train.log"))
+      self._opened = opened.pop_all()
+
+  def restore_state(self, template: TrainState) -> TrainState | None:
+    """As `RunFiles` says."""
+    state = self._checkpoints.restore_state(template)
+    if state is not None:
+      log.info("resuming from the checkpoint of step %d", state.step)
+    return state
+
+  def begin(self, first_step: int) -> None:
+    """As `RunFiles` says."""
+    begin_config(self._workdir, self._config, first_step)
+    tensorboard = self._config.training.tensorboard
+    self._writer = MetricWriter(self._workdir, first_step, tensorboard)
+
+  def write_metrics(self, step: int, scalars: Mapping[str, float]) -> None:
+    """As `RunFiles` says."""
+    self._writer.write(step, scalars)
+
+  def write_grid(self, step: int, samples: np.ndarray, columns: int) -> None:
+    """As `RunFiles` says."""
+    images.write_grid(self._workdir / "samples" / f"step_{step:08d}.png", samples, columns)
+
+  def save(self, state: TrainState) -> None:
+    """As `RunFiles` says."""
+    self._checkpoints.save(parallel.read(state), self._config.to_dict())
+
+  def finish_saves(self) -> list[int]:
+    """As `RunFiles` says."""
+    self._checkpoints.wait()
+    return self._checkpoints.steps()
+
+  def close(self) -> None:
+    """As `RunFiles` says."""
+    if self._writer:
+      self._opened.callback(self._writer.close)
+    self._opened.close()
+
+
+def check_same(what: str, value: dict[str, Any]) -> None:
+  """Refuses processes that were started on different things.
+
+  Args:
+    what: the value's name.
+    value: this process's, as JSON.
+
+  Raises:
+    UserError: on every process, if any has another value than the first.
+  """
+  own = np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8)
+  size = int(cluster.from_first(np.int32(len(own))))
+  first = bytes(cluster.from_first(np.resize(own, size)))
+  differing = changes(json.loads(bytes(own)), json.loads(first))
+  others = np.flatnonzero(parallel.gather_rows(np.array([bool(differing)])))
+  if len(others):
+    says = "; ".join(differing) or "see its message"
+    raise UserError(
+      f"process {others[0]} has another {what} than process 0: {says}. Start all with the same "
+      "flags, on the same data"
+    )
+
+
+def open_trained(workdir: str, config: ConfigDict) -> pathlib.Path:
+  """The path of a trained run's workdir, which the first process checks.
+
+  Raises:
+    UserError: no workdir, another run's, or processes with different configs.
+  """
+  check_same("config", config.to_dict())
+  if cluster.is_first():
+    tell_process_fields(open_workdir(workdir, config, create=False), config)
+  return pathlib.Path(workdir)
+
+
+def check_run_data(workdir: pathlib.Path, split: str, identity: dict[str, Any]) -> None:
+  """Refuses to measure a run on other data than its own.
+
+  Args:
+    workdir: of the run.
+    split: "train" or "eval".
+    identity: of that split.
+
+  Raises:
+    UserError: it is other data.
+  """
+  check_same("data", identity)
+  if not cluster.is_first():
+    return
+  stored, found = read_data(workdir)[split], json.loads(json.dumps(identity))
+  if stored != found:
+    raise UserError(
+      f"{workdir} holds a run on other data: {'; '.join(changes(found, stored))}. Name the data of "
+      "that run"
+    )
+
+
+def restore_params(
+  workdir: pathlib.Path, template: Any, weights: Sequence[str]
+) -> tuple[int, dict[str, Any]]:
+  """(step, parameters on the host by name) of the newest intact checkpoint, on every process.
+
+  Args:
+    workdir: of the run.
+    template: parameters of the model's shapes.
+    weights: some of `checkpoints.WEIGHTS`, all of one checkpoint.
+
+  Raises:
+    UserError: there is no checkpoint, or none is intact.
+  """
+  if cluster.is_first():
+    checkpoints = Checkpoints(workdir)
+    step, params = checkpoints.restore_params(template, weights)
+    checkpoints.close()
+  else:
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
+    step, params = 0, dict.fromkeys(weights, zeros)
+  step, params = cluster.from_first((np.int32(step), params))
+  return int(step), params
+
+
+def read_vae_digest(workdir: pathlib.Path) -> str:
+  """Of the VAE that a run's latents were made with, on every process."""
+  digest = bytes(32)
+  if cluster.is_first():
+    digest = bytes.fromhex(read_data(workdir)["train"]["vae"])
+  return bytes(cluster.from_first(np.frombuffer(digest, np.uint8))).hex()

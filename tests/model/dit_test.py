@@ -1,0 +1,339 @@
+import json
+import math
+from unittest import mock
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lrdit import builders
+from lrdit.model import dit, low_rank
+from lrdit.rank import plan as rank_schedule
+from lrdit.rank import timesteps
+from lrdit.runtime.errors import UserError
+from tests.tiny import GOLDEN, tiny_config
+from tests.train.training_step_test import noisy_params
+
+ARMS = ["full", "static", "adaptive"]
+
+
+def inputs(shape, batch=6, seed=0):
+  keys = jax.random.split(jax.random.key(seed), 2)
+  x = jax.random.normal(keys[0], (batch, shape.image_size, shape.image_size, shape.channels))
+  t = jnp.linspace(0, 999, batch).astype(jnp.int32)
+  y = jax.random.randint(keys[1], (batch,), 0, shape.num_classes + 1)
+  return x, t, y if shape.num_classes else None
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("num_classes", [10, 0])
+def test_initial_output_is_exactly_zero(arm, num_classes):
+  model = builders.make_model(tiny_config(f"method={arm}", data__num_classes=num_classes))
+  params = dit.init_params(model, jax.random.key(0))
+  x, t, y = inputs(model.shape)
+  output = model.apply({"params": params}, x, t, y, low_rank.uniform_selection(6))
+  assert output.shape == x.shape
+  assert output.dtype == jnp.float32
+  assert (output == 0).all()
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_layer_shapes_name_the_real_parameters(arm):
+  config = tiny_config(f"method={arm}")
+  model = builders.make_model(config)
+  params = flax.traverse_util.flatten_dict(builders.params_template(config), sep="/")
+  for name, (d_in, d_out) in dit.layer_shapes(model.shape).items():
+    ranks = model.plan.by_name.get(name)
+    if ranks is None:
+      assert params.pop(f"{name}/kernel").shape == (d_in, d_out)
+    else:
+      assert params.pop(f"{name}/down").shape == (d_in, ranks.max_rank)
+      assert params.pop(f"{name}/up").shape == (ranks.max_rank, d_out)
+    assert params.pop(f"{name}/bias").shape == (d_out,)
+  assert list(params) == ["y_embedder/embedding"]
+
+
+# Table 1 of Peebles and Xie 2023 gives 33, 130, 458 and 675 million.
+PUBLISHED = {"S": 32.9e6, "B": 130.5e6, "L": 458.1e6, "XL": 675.1e6}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_published_sizes_have_the_published_parameters(size, patch):
+  shape = dit.DiTShape(32, 4, 1000, **dit.decode_variant(f"DiT-{size}/{patch}"), learn_sigma=True)
+  model = dit.DiT(shape, rank_schedule.dense_plan(1000))
+  params = jax.eval_shape(lambda: dit.init_params(model, jax.random.key(0)))
+  count = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
+  assert count == pytest.approx(PUBLISHED[size], rel=0.01)
+
+
+@pytest.mark.parametrize("variant", ["M/2", "S", "S/0", "S/x", "S/-2", ""])
+def test_unknown_variants_are_refused(variant):
+  with pytest.raises(UserError, match="variant"):
+    dit.decode_variant(variant)
+
+
+def official_to_ours(state, depth, channels):
+  """Weights of the published PyTorch layout in ours."""
+
+  def dense(ours, theirs):
+    return {f"{ours}/kernel": state[f"{theirs}.weight"].T, f"{ours}/bias": state[f"{theirs}.bias"]}
+
+  patch = state["x_embedder.proj.weight"]  # (D, C, p, p)
+  flat = {
+    "patch_embed/kernel": patch.transpose(2, 3, 1, 0).reshape(-1, patch.shape[0]),
+    "patch_embed/bias": state["x_embedder.proj.bias"],
+    "y_embedder/embedding": state["y_embedder.embedding_table.weight"],
+  }
+  flat |= dense("t_embedder/fc1", "t_embedder.mlp.0") | dense("t_embedder/fc2", "t_embedder.mlp.2")
+  names = {
+    "attn/qkv": "attn.qkv",
+    "attn/proj": "attn.proj",
+    "mlp/fc1": "mlp.fc1",
+    "mlp/fc2": "mlp.fc2",
+    "adaln": "adaLN_modulation.1",
+  }
+  for i in range(depth):
+    for ours, theirs in names.items():
+      flat |= dense(f"blocks_{i}/{ours}", f"blocks.{i}.{theirs}")
+  flat |= dense("final_layer/linear", "final_layer.linear")
+  flat |= dense("final_layer/adaln", "final_layer.adaLN_modulation.1")
+  return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def test_output_is_that_of_the_published_implementation():
+  with np.load(GOLDEN / "dit_official_layout.npz") as golden:
+    config = json.loads(str(golden["config"]))
+    prefix = "state_dict/"
+    state = {k.removeprefix(prefix): golden[k] for k in golden if k.startswith(prefix)}
+    x, t, y, expected = (golden[k] for k in ("x", "t", "y", "out"))
+  shape = dit.DiTShape(
+    config["input_size"],
+    config["in_channels"],
+    config["num_classes"],
+    config["hidden_size"],
+    config["depth"],
+    config["num_heads"],
+    config["patch_size"],
+    config["learn_sigma"],
+  )
+  np.testing.assert_allclose(
+    dit.position_embedding(shape.hidden_size, 4), state["pos_embed"][0], atol=1e-6
+  )
+  model = dit.DiT(shape, rank_schedule.dense_plan(1000))
+  params = jax.tree.map(jnp.asarray, official_to_ours(state, shape.depth, shape.channels))
+  output = model.apply(
+    {"params": params},
+    jnp.asarray(x.transpose(0, 2, 3, 1)),
+    jnp.asarray(t, jnp.int32),
+    jnp.asarray(y, jnp.int32),
+    low_rank.uniform_selection(len(x)),
+  )
+  np.testing.assert_allclose(output.transpose(0, 3, 1, 2), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_unpatchify_inverts_patchify():
+  x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+  tokens = dit.patchify(x, 4)
+  assert tokens.shape == (2, 4, 48)
+  np.testing.assert_array_equal(tokens[0, 1], x[0, :4, 4:].reshape(-1))
+  np.testing.assert_array_equal(dit.unpatchify(tokens, 4, 3), x)
+
+
+def test_attention_is_softmax_attention():
+  qkv = 3 * jax.random.normal(jax.random.key(0), (2, 5, 24))
+  q, k, v = (np.asarray(a, np.float64) for a in jnp.split(qkv, 3, axis=-1))
+  expected = np.zeros((2, 5, 8))
+  for b in range(2):
+    for head in (slice(0, 4), slice(4, 8)):
+      scores = q[b, :, head] @ k[b, :, head].T / 2.0
+      weights = np.exp(scores)
+      expected[b, :, head] = weights / weights.sum(-1, keepdims=True) @ v[b, :, head]
+  np.testing.assert_allclose(dit.plain_attention(qkv, 2), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("head_width", [32, 72])  # 1 / sqrt(72) is no bfloat16 number
+@pytest.mark.parametrize("spread", [1, 4, 16])
+def test_bfloat16_attention_loses_only_what_its_inputs_and_weights_are_rounded_by(
+  head_width, spread
+):
+  shape = (4, 64, 1, head_width)
+  q, k, v = (jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 3))
+  qkv = jnp.stack([spread * q, k, v], axis=2).reshape(4, 64, -1).astype(jnp.bfloat16)
+  q, k, v = np.moveaxis(np.asarray(qkv, np.float64).reshape(4, 64, 3, -1), 2, 0)
+  scores = q @ k.swapaxes(1, 2) / math.sqrt(head_width)
+  weights = np.exp(scores - scores.max(-1, keepdims=True))
+  expected = weights / weights.sum(-1, keepdims=True) @ v
+  error = np.asarray(dit.plain_attention(qkv, 1), np.float64) - expected
+  # 0.0013 to 0.0021; with scores rounded to bfloat16 0.014 at a spread of 16.
+  assert np.linalg.norm(error) < 0.003 * np.linalg.norm(expected)
+
+
+def gpu(compute_capability="9.0", platform_version="PJRT C API cuda 13000"):
+  device = mock.Mock(spec=jax.Device, compute_capability=compute_capability)
+  device.client.platform_version = platform_version
+  return device
+
+
+@pytest.mark.parametrize(
+  ("devices", "dtype", "head_width", "fused"),
+  [
+    ([gpu()], jnp.bfloat16, 64, True),
+    ([gpu(), gpu("8.0")], jnp.bfloat16, 72, True),
+    ([gpu("10.0")], jnp.bfloat16, 128, True),
+    ([gpu()], jnp.float32, 64, False),
+    ([gpu()], jnp.bfloat16, 60, False),
+    ([gpu()], jnp.bfloat16, 136, False),
+    ([gpu("7.5")], jnp.bfloat16, 64, False),
+    ([gpu(), gpu("7.5")], jnp.bfloat16, 64, False),
+    ([gpu(platform_version="rocm 60000")], jnp.bfloat16, 64, False),
+    ([], jnp.bfloat16, 64, False),
+    (jax.devices(), jnp.bfloat16, 64, False),
+  ],
+)
+def test_attention_is_chosen_by_the_devices_in_use_and_what_the_kernel_takes(
+  devices, dtype, head_width, fused
+):
+  expected = dit.fused_attention if fused else dit.plain_attention
+  assert dit.choose_attention(devices, dtype, head_width) is expected
+
+
+def test_the_fused_kernel_is_given_what_plain_attention_computes(monkeypatch):
+  """The kernel itself needs a GPU: XLA's attention stands in for it."""
+  qkv = jax.random.normal(jax.random.key(0), (2, 5, 24))
+  real = jax.nn.dot_product_attention
+  asked = []
+
+  def stand_in(q, k, v, implementation):
+    asked.append(implementation)
+    return real(q, k, v, implementation="xla")
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+  np.testing.assert_allclose(
+    dit.fused_attention(qkv, 2), dit.plain_attention(qkv, 2), rtol=1e-5, atol=1e-6
+  )
+  assert asked == ["cudnn"]
+
+
+@pytest.mark.parametrize(
+  ("arm", "fields"),
+  [
+    ("full", {"model__scan_blocks": True}),
+    ("adaptive", {"model__scan_blocks": True, "model__remat": True}),
+  ],
+)
+def test_scanned_and_recomputed_blocks_compute_the_same(arm, fields):
+  plain = builders.make_model(tiny_config(f"method={arm}", model__depth=3))
+  config = tiny_config(f"method={arm}", model__depth=3, **fields)
+  model, params = builders.make_model(config), noisy_params(config)
+  assert jax.tree.structure(params) == jax.tree.structure(dit.init_params(plain, jax.random.key(0)))
+  x, t, y = inputs(model.shape, batch=16)
+  bucket = None
+  groups = ((16, model.plan.num_buckets - 1),)
+  if arm == "adaptive":
+    strata = timesteps.uniform_strata(16, 1000)
+    t = timesteps.stratified_timesteps(jnp.full(16, 0.7), jnp.arange(16), strata)
+    bucket = jnp.asarray(model.plan.bucket_of_timestep)[t]
+    groups = timesteps.rank_groups(model.plan, "grouped", strata, 1)
+
+  def loss(model):
+    def mean_square(params):
+      selection = low_rank.RankSelection(groups, bucket)
+      return jnp.square(model.apply({"params": params}, x, t, y, selection)).mean()
+
+    return jax.jit(jax.value_and_grad(mean_square))(params)
+
+  got, expected = loss(model), loss(plain)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_equal_blocks_are_compiled_once():
+  def count_products(depth, **fields):
+    model = builders.make_model(tiny_config(model__depth=depth, **fields))
+    x, t, y = inputs(model.shape)
+    params = jax.eval_shape(lambda: dit.init_params(model, jax.random.key(0)))
+    selection = low_rank.uniform_selection(6)
+    program = jax.jit(lambda p: model.apply({"params": p}, x, t, y, selection)).lower(params)
+    return program.as_text().count("dot_general")
+
+  assert count_products(8) > count_products(4)
+  scanned = [count_products(depth, model__scan_blocks=True) for depth in (4, 8)]
+  assert scanned[0] == scanned[1]
+
+
+def test_attention_survives_large_scores():
+  assert np.isfinite(dit.plain_attention(1e3 * jnp.ones((1, 4, 24)), 2)).all()
+
+
+@pytest.mark.parametrize(
+  ("match", "schedule"),
+  [
+    ("activated", "logistic_decreasing"),
+    ("total", "midpeak"),
+    pytest.param("activated", "increasing", marks=pytest.mark.slow),
+    pytest.param("activated", "midpeak", marks=pytest.mark.slow),
+    pytest.param("total", "logistic_decreasing", marks=pytest.mark.slow),
+    pytest.param("total", "increasing", marks=pytest.mark.slow),
+  ],
+)
+def test_sliced_masked_and_grouped_models_agree(schedule, match):
+  config = tiny_config(rank__schedule=schedule, rank__match=match)
+  model = builders.make_model(config)
+  params, plan = noisy_params(config), model.plan
+  x, t, y = inputs(model.shape, batch=16)
+  strata = timesteps.uniform_strata(16, 1000)
+  t = timesteps.stratified_timesteps(jnp.full(16, 0.7), jnp.arange(16), strata)
+  bucket = jnp.asarray(plan.bucket_of_timestep)[t]
+  assert len(np.unique(bucket)) == plan.num_buckets > 1
+
+  def apply(groups):
+    return model.apply({"params": params}, x, t, y, low_rank.RankSelection(groups, bucket))
+
+  masked = apply(timesteps.rank_groups(plan, "masked", strata, 1))
+  grouped = apply(timesteps.rank_groups(plan, "grouped", strata, 1))
+  np.testing.assert_allclose(grouped, masked, rtol=1e-4, atol=1e-5)
+  for b in range(plan.num_buckets):
+    mine = np.flatnonzero(np.asarray(bucket) == b)
+    small = model.clone(plan=plan.at_bucket(b))
+    sliced = small.apply(
+      {"params": low_rank.slice_params(params, plan, b)},
+      x[mine],
+      t[mine],
+      y[mine],
+      low_rank.uniform_selection(len(mine)),
+    )
+    np.testing.assert_allclose(sliced, masked[mine], rtol=1e-4, atol=1e-5)
+
+
+def test_rank_changes_the_output():
+  """The comparison above would be empty if all ranks gave the same."""
+  config = tiny_config()
+  model, params = builders.make_model(config), noisy_params(config)
+  x, t, y = inputs(model.shape)
+  low, high = (
+    model.apply({"params": params}, x, t, y, low_rank.uniform_selection(6, b)) for b in (0, 2)
+  )
+  assert np.abs(low - high).max() > 1e-2
+
+
+def test_learn_sigma_doubles_the_channels():
+  model = builders.make_model(tiny_config(model__learn_sigma=True))
+  x, t, y = inputs(model.shape)
+  params = dit.init_params(model, jax.random.key(0))
+  assert model.apply({"params": params}, x, t, y, low_rank.uniform_selection(6)).shape[-1] == 2
+
+
+def test_bfloat16_is_close_to_float32_and_keeps_float32_parameters():
+  full = builders.make_model(tiny_config())
+  half = builders.make_model(tiny_config(model__dtype="bfloat16"))
+  params = dit.init_params(half, jax.random.key(0))
+  assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+  x, t, y = inputs(full.shape)
+  selection = low_rank.uniform_selection(6, 2)
+  params = noisy_params(tiny_config())
+  a, b = (m.apply({"params": params}, x, t, y, selection) for m in (full, half))
+  assert b.dtype == jnp.float32
+  assert 0 < np.abs(a - b).max() < 0.1 * np.abs(a).max()

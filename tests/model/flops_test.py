@@ -1,0 +1,220 @@
+"""Analytic counts against the published ones, the traced products, and XLA's."""
+
+import math
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.interpreters import partial_eval
+
+from lrdit import builders
+from lrdit.model import dit, flops, low_rank
+from lrdit.rank import plan as rank_schedule
+from lrdit.train import train_state
+from lrdit.train import training_step as step_module
+from tests.tiny import tiny_config
+
+DENSE = rank_schedule.dense_plan(1000)
+# name: (method, rank.compute)
+ARMS = {
+  "full": ("full", "grouped"),
+  "static": ("static", "grouped"),
+  "adaptive": ("adaptive", "grouped"),
+  "masked": ("adaptive", "masked"),
+}
+# Wide enough that what is elementwise stays below 2 %. One block: a loop over
+# blocks, whose body XLA counts once, counts right.
+WIDE = dict(
+  data__image_size=32,  # 256 tokens: attention's products are 4 %
+  model__hidden_size=1024,
+  model__num_heads=8,
+  model__depth=1,
+  rank__multiple_of=8,
+  rank__dense_layers=("patch_embed", "final_layer/linear"),
+)
+
+
+def arm_config(arm, **fields):
+  method, compute = ARMS[arm]
+  return tiny_config(f"method={method}", rank__compute=compute, **fields)
+
+
+def dot_macs(eqn):
+  (contracted, _), _ = eqn.params["dimension_numbers"]
+  lhs = eqn.invars[0].aval.shape
+  return math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[axis] for axis in contracted)
+
+
+def traced_macs(jaxpr):
+  """MACs of all products that a jaxpr's outputs need; a loop of unknown length counts once."""
+  jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  total = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "dot_general":
+      total += dot_macs(eqn)
+    assert eqn.primitive.name != "conv_general_dilated"
+    times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+    for inner in jax.tree.leaves(
+      list(eqn.params.values()),
+      is_leaf=lambda x: isinstance(x, (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr)),
+    ):
+      if isinstance(inner, jax.extend.core.ClosedJaxpr):
+        total += times * traced_macs(inner.jaxpr)
+      elif isinstance(inner, jax.extend.core.Jaxpr):
+        total += times * traced_macs(inner)
+  return total
+
+
+def structs(tree):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def forward(config, bucket, batch=4):
+  """The forward pass at one bucket, and its arguments."""
+  model = builders.make_model(config)
+  s = model.shape
+  x = jax.ShapeDtypeStruct((batch, s.image_size, s.image_size, s.channels), jnp.float32)
+  t = jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+  def function(params, x, t, y):
+    return model.apply({"params": params}, x, t, y, low_rank.uniform_selection(batch, bucket))
+
+  return function, (builders.params_template(config), x, t, t)
+
+
+def training(config, devices):
+  """The pmapped training step, its arguments, and its groups."""
+  objective = builders.make_objective(config, devices)
+  optimizer, _ = builders.make_optimizer(config)
+  curriculum = builders.make_curriculum(config)
+  n, local = len(devices), config.training.batch_size // len(devices)
+  state = jax.eval_shape(
+    lambda: train_state.create_train_state(
+      builders.init_params(config), optimizer, curriculum.num_groups
+    )
+  )
+  state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), state)
+  s = objective.model.shape
+  size = (s.image_size, s.image_size, s.channels)
+  batch = {
+    "image": jax.ShapeDtypeStruct((n, local, *size), jnp.float32),
+    "label": jax.ShapeDtypeStruct((n, local), jnp.int32),
+  }
+  key = structs(jax.random.key(0))
+  groups = step_module.select_ranks(objective, jnp.zeros(local, jnp.int32)).groups
+  return builders.make_train_step(config, devices, stage=0), (state, batch, key), groups
+
+
+# Giga-MACs at 32x32x4, from Peebles and Xie 2023, tables 1 and 4.
+PUBLISHED = {"S/2": 6.06, "B/2": 23.01, "L/2": 80.71, "XL/2": 118.64, "S/8": 0.36, "XL/4": 29.05}
+
+
+@pytest.mark.parametrize("variant", PUBLISHED)
+def test_published_sizes_take_the_published_macs(variant):
+  shape = dit.DiTShape(32, 4, 1000, **dit.decode_variant(variant), learn_sigma=True)
+  macs = flops.forward_macs(shape, DENSE, 0)
+  assert macs / 1e9 == pytest.approx(PUBLISHED[variant], rel=0.005, abs=0.005)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("num_classes", [10, 0])
+def test_parameters_are_those_of_the_model(arm, num_classes):
+  config = arm_config(arm, data__num_classes=num_classes)
+  counted = flops.num_parameters(builders.make_shape(config), builders.make_plan(config))
+  assert counted == sum(p.size for p in jax.tree.leaves(builders.params_template(config)))
+
+
+def test_a_bucket_has_the_parameters_of_its_slice():
+  config = tiny_config()
+  shape, plan = builders.make_shape(config), builders.make_plan(config)
+  params = jax.tree.map(lambda p: np.zeros(p.shape), builders.params_template(config))
+  for bucket in range(plan.num_buckets):
+    sliced = low_rank.slice_params(params, plan, bucket)
+    counted = flops.num_parameters(shape, plan.at_bucket(bucket))
+    assert counted == sum(p.size for p in jax.tree.leaves(sliced))
+
+
+@pytest.mark.parametrize("method", ["full", "static", "adaptive"])
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_forward_counts_every_traced_product(method, learn_sigma):
+  config = tiny_config(f"method={method}", model__learn_sigma=learn_sigma)
+  shape, plan = builders.make_shape(config), builders.make_plan(config)
+  assert plan.num_buckets == (3 if method == "adaptive" else 1)
+  for bucket in range(plan.num_buckets):
+    function, args = forward(config, bucket)
+    traced = traced_macs(jax.make_jaxpr(function)(*args).jaxpr)
+    assert traced == 4 * flops.forward_macs(shape, plan, bucket)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_training_counts_every_traced_product(arm, num_devices):
+  # The first layers, whose inputs need no gradient, are factorised here as well.
+  ranks = dict(rank__dense_layers=("blocks_0/mlp",), rank__match="total", rank__multiple_of=1)
+  config = arm_config(arm, training__batch_size=32, **ranks)
+  step, args, groups = training(config, jax.devices()[:num_devices])
+  assert len(groups) == (3 if arm == "adaptive" else 1)
+  counted = flops.training_macs(builders.make_shape(config), builders.make_plan(config), groups)
+  assert traced_macs(jax.make_jaxpr(step)(*args).jaxpr) == counted
+
+
+@pytest.mark.parametrize("method", ["full", "static", "adaptive"])
+def test_forward_is_xla_s_count_to_two_percent(method):
+  config = tiny_config(f"method={method}", **WIDE)
+  shape, plan = builders.make_shape(config), builders.make_plan(config)
+  for bucket in range(plan.num_buckets):
+    function, args = forward(config, bucket)
+    counted = flops.FLOPS_PER_MAC * 4 * flops.forward_macs(shape, plan, bucket)
+    assert counted == pytest.approx(xla_flops(jax.jit(function), args), rel=0.02)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_training_is_xla_s_count_to_two_percent(arm):
+  """A batch that outweighs the optimiser, whose work does not grow with it."""
+  config = arm_config(arm, training__batch_size=32, **WIDE)
+  step, args, groups = training(config, jax.devices()[:1])
+  macs = flops.training_macs(builders.make_shape(config), builders.make_plan(config), groups)
+  assert flops.FLOPS_PER_MAC * macs == pytest.approx(xla_flops(step, args), rel=0.02)
+
+
+def xla_flops(function, args):
+  """XLA's own count, elementwise operations included, before it optimises."""
+  return function.lower(*args).cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_solver_step_of_each_bucket_is_xla_s_count(guidance):
+  """XLA counts the body of the loop over solver steps once."""
+  config = tiny_config(sampling__guidance_scale=guidance, **WIDE)
+  sampler, batch = builders.make_sampler(config, jax.devices()[:1]), 4
+  template = builders.params_template(config)
+  plan, shape = sampler.model.plan, sampler.model.shape
+  x = jax.ShapeDtypeStruct((batch, 32, 32, 1), jnp.float32)
+  y, index = (jax.ShapeDtypeStruct((batch,), d) for d in (jnp.int32, jnp.uint32))
+  assert set(sampler.run_bucket) == {0, 1, 2}
+  for bucket, run in sampler.run_bucket.items():
+    sliced = jax.eval_shape(lambda p, b=bucket: low_rank.slice_params(p, plan, b), template)
+    step = np.zeros(1, np.int32)
+    counted = flops.sampling_macs(shape, plan.at_bucket(bucket), step, batch, guidance)
+    found = xla_flops(run, (sliced, (x, x), y, index, np.int32(0), np.int32(1)))
+    assert flops.FLOPS_PER_MAC * counted == pytest.approx(found, rel=0.02)
+
+
+def test_a_sampling_run_adds_up_its_steps():
+  config = tiny_config(sampling__num_steps=20)
+  sampler = builders.make_sampler(config, jax.devices()[:1])
+  shape, plan = sampler.model.shape, sampler.model.plan
+  per_step = [flops.forward_macs(shape, plan, b) for b in range(3)]
+  expected = sum(per_step[bucket] * (end - first) for bucket, first, end in sampler.segments)
+  assert flops.sampling_macs(shape, plan, sampler.table.t, 5, 4.0) == 10 * expected
+
+
+def test_matched_arms_take_equal_mean_macs():
+  """Activated match: the mean over timesteps is the static arm's, to within the multiple."""
+  static, adaptive = (
+    flops.mean_forward_macs(builders.make_shape(c), builders.make_plan(c))
+    for c in (tiny_config(f"method={m}", **WIDE) for m in ("static", "adaptive"))
+  )
+  assert adaptive == pytest.approx(static, rel=0.03)

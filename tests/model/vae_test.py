@@ -1,0 +1,117 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lrdit.model import vae, vae_weights
+from lrdit.runtime.errors import UserError
+from tests.tiny import GOLDEN
+
+# Written by diffusers, with its outputs.
+TINY = GOLDEN / "sd_vae_tiny"
+
+
+def random_images(count, side=16):
+  return np.random.default_rng(0).uniform(-1, 1, (count, side, side, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+  return vae_weights.read_vae(TINY)
+
+
+@pytest.fixture(scope="module")
+def codec(tiny):
+  """A batch of three, which neither the golden pair nor most counts fill."""
+  return vae.Codec(tiny, jax.devices()[:1], 3)
+
+
+@pytest.fixture(scope="module")
+def golden():
+  """Images, means, log-variances and decoded means, NHWC."""
+  with np.load(TINY / "io.npz") as stored:
+    names = ("image", "latent_mean", "latent_logvar", "decoded_mean")
+    return [stored[name].transpose(0, 2, 3, 1) for name in names]
+
+
+@pytest.mark.parametrize(("num_devices", "batch_size"), [(1, 1), (1, 3), (4, 4)])
+def test_outputs_are_those_of_diffusers(tiny, golden, num_devices, batch_size):
+  images, mean, log_variance, decoded = golden
+  made = vae.Codec(tiny, jax.devices()[:num_devices], batch_size)
+  encoded = made.encode(images)
+  assert encoded.dtype == np.float32
+  np.testing.assert_allclose(encoded[:, 0], mean, rtol=0, atol=2e-5)
+  np.testing.assert_allclose(encoded[:, 1], log_variance, rtol=0, atol=2e-5)
+  output = made.decode(mean)
+  assert output.dtype == np.float32
+  np.testing.assert_allclose(output, decoded, rtol=0, atol=5e-5)
+
+
+def test_results_do_not_depend_on_the_batch(tiny, codec):
+  images = random_images(7)
+  encoded = codec.encode(images)
+  decoded = codec.decode(encoded[:, 0])
+  four = vae.Codec(tiny, jax.devices(), 8)
+  np.testing.assert_allclose(four.encode(images), encoded, rtol=0, atol=1e-5)
+  np.testing.assert_allclose(four.decode(encoded[:, 0]), decoded, rtol=0, atol=1e-5)
+  # In another order and another count, so every image moves to another slot.
+  np.testing.assert_allclose(codec.encode(images[:5][::-1]), encoded[:5][::-1], rtol=0, atol=1e-5)
+
+
+def test_one_shape_is_compiled_whatever_the_count(tiny):
+  made = vae.Codec(tiny, jax.devices()[:2], 2)
+  for count in (0, 1, 2, 5):
+    encoded = made.encode(random_images(count))
+    assert encoded.shape == (count, 2, 2, 2, 4)
+    assert made.decode(encoded[:, 0]).shape == (count, 16, 16, 3)
+  assert made._encode._cache_size() == made._decode._cache_size() == 1
+
+
+def test_images_need_not_be_square(codec):
+  images = random_images(2)[:, :8]
+  encoded = codec.encode(images)
+  assert encoded.shape == (2, 2, 1, 2, 4)
+  assert codec.decode(encoded[:, 0]).shape == images.shape
+
+
+def test_group_norm_survives_a_large_mean():
+  x = 3000 + np.random.default_rng(0).normal(size=(1, 8, 8, 4)).astype(np.float32)
+  norm = vae._group_norm(2, "norm")
+  output = norm.apply(norm.init(jax.random.key(0), x), x)
+  groups = x.astype(np.float64).reshape(1, 64, 2, 2)
+  centred = groups - groups.mean((1, 3), keepdims=True)
+  expected = centred / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-6)
+  np.testing.assert_allclose(output, expected.reshape(x.shape), rtol=0, atol=1e-3)
+
+
+def test_log_variance_is_clipped(tiny):
+  params = jax.tree.map(np.copy, tiny.params)
+  params["encoder"]["quant_conv"]["bias"][4:] = [-100, 100, -29, 19]
+  params["encoder"]["quant_conv"]["kernel"][:] = 0
+  changed = dataclasses.replace(tiny, params=params)
+  encoded = vae.Codec(changed, jax.devices()[:1], 3).encode(random_images(1))
+  np.testing.assert_array_equal(encoded[0, 1, 0, 0], [-30, 20, -29, 19])
+
+
+@pytest.mark.parametrize("shape", [(1, 12, 16, 3), (1, 16, 20, 3), (1, 16, 16, 1)])
+def test_images_that_do_not_fit_are_refused(codec, shape):
+  with pytest.raises(UserError, match=r"multiples of 8|1 channels and the VAE encodes 3"):
+    codec.encode(np.zeros(shape, np.float32))
+
+
+def test_batch_must_divide_over_the_devices(tiny):
+  with pytest.raises(UserError, match=r"config.vae.batch_size=6 .* multiple of 4"):
+    vae.Codec(tiny, jax.devices(), 6)
+
+
+@pytest.mark.parametrize("library", [np, jnp])
+def test_scaling_and_its_inverse(library):
+  config = vae.VaeConfig(scaling_factor=0.5, shift_factor=3.0)
+  latents = library.asarray([1.0, 3.0, 7.0], library.float32)
+  scaled = vae.scale_latents(config, latents)
+  assert isinstance(scaled, type(latents))
+  assert scaled.dtype == np.float32
+  np.testing.assert_array_equal(scaled, [-1.0, 0.0, 2.0])
+  np.testing.assert_array_equal(vae.unscale_latents(config, scaled), latents)

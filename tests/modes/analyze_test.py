@@ -1,0 +1,176 @@
+"""`--mode=analyze` of a tiny run."""
+
+import dataclasses
+import json
+
+import flax
+import jax
+import numpy as np
+import pytest
+
+from lrdit import builders
+from lrdit.analysis import gradient_spectra
+from lrdit.evaluation import held_out
+from lrdit.model import flops
+from lrdit.modes import analyze, train
+from lrdit.runtime.errors import UserError
+from tests import tiny
+from tests.rank.measured_test import analysis_of
+
+FIELDS = {
+  "training__num_steps": 6,
+  "optimizer__learning_rate": 0.02,
+  "optimizer__warmup_steps": 0,
+  "optimizer__ema_decay": 0.5,
+  "curriculum__boundaries": (0, 400, 1000),
+  "analysis__batch_sizes": (2, 4),
+  "analysis__ranks": (2, 31),
+  "analysis__subspace_rank": 2,
+}
+FILES = {"flops.json", "weights.json", "gradients.json", "truncation.json"}
+PICTURES = (
+  "weights_spectra weights_ranks gradients_ranks gradients_layers gradients_overlap_left "
+  "gradients_overlap_right truncation losses"
+)
+
+
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("analyze") / "run"
+  config = tiny.tiny_config("method=full", **FIELDS)
+  train.train(config, str(workdir), jax.devices()[:1])
+  analyze.analyze(config, str(workdir), jax.devices()[:1])
+  return config, workdir
+
+
+def read(workdir, name):
+  return json.loads((workdir / "analysis" / f"{name}.json").read_text())
+
+
+def test_every_section_leaves_json_and_pictures(analysed):
+  _, workdir = analysed
+  names = {path.name for path in (workdir / "analysis").iterdir()}
+  assert names == FILES | {f"{name}.png" for name in PICTURES.split()}
+
+
+def test_losses_are_evaluation_s_of_the_whole_model_and_of_the_cut_one(analysed):
+  config, workdir = analysed
+  found = read(workdir, "truncation")
+  step = builders.make_eval_step(config, jax.devices()[:1])
+  run = analyze.Analysis(config, str(workdir), jax.devices()[:1])
+
+  def losses_of(params):
+    return held_out.held_out_losses(
+      step,
+      jax.tree.map(lambda x: x[None], params),
+      run.source("eval"),
+      np.arange(config.training.batch_size)[None],
+      config.training.batch_size,
+      config.evaluation.draws,
+    ).group_means
+
+  np.testing.assert_allclose(found["baseline"], losses_of(run.params), rtol=1e-6)
+  flat = flax.traverse_util.flatten_dict(run.params, sep="/")
+  for name in builders.factorised_layers(config):
+    u, sigma, vt = np.linalg.svd(flat[f"{name}/kernel"], full_matrices=False)
+    flat[f"{name}/kernel"] = (u[:, :2] * sigma[:2]) @ vt[:2]
+  expected = losses_of(flax.traverse_util.unflatten_dict(flat, sep="/"))
+  np.testing.assert_allclose(found["loss"][0], expected, rtol=1e-5)
+  assert np.abs(found["rise"][0]).min() > 1e-4  # so that cutting nothing would be seen
+
+
+def test_finished_sections_are_kept_until_their_settings_change(analysed, monkeypatch):
+  config, workdir = analysed
+  made = []
+  monkeypatch.setattr(
+    gradient_spectra, "analyse_gradients", lambda *args, **kwargs: made.append(args) or {}
+  )
+  monkeypatch.setattr(analyze.Analysis, "plot", lambda *args: None)
+  for plot in ("gradient_ranks", "gradient_layers", "gradient_overlap"):
+    monkeypatch.setattr(analyze.analysis_plots, plot, lambda *args: None)
+  before = read(workdir, "gradients")
+  analyze.analyze(config, str(workdir), jax.devices()[:1])
+  assert not made
+  fields = FIELDS | {"analysis__seed": 1, "analysis__sections": ("gradients",)}
+  analyze.analyze(tiny.tiny_config("method=full", **fields), str(workdir), jax.devices()[:1])
+  assert len(made) == 1
+  assert read(workdir, "gradients")["seed"] == 1
+  (workdir / "analysis" / "gradients.json").write_text(json.dumps(before))
+
+
+@pytest.mark.parametrize("damage", ["[]", '{"layout": 0}'])
+def test_damaged_files_are_made_again(analysed, damage):
+  _, workdir = analysed
+  before, path = read(workdir, "weights"), workdir / "analysis" / "weights.json"
+  path.write_text(damage)
+  fields = FIELDS | {"analysis__sections": ("weights",)}
+  analyze.analyze(tiny.tiny_config("method=full", **fields), str(workdir), jax.devices()[:1])
+  assert read(workdir, "weights") == before
+
+
+def test_ranks_that_cut_nothing_are_refused(analysed):
+  _, workdir = analysed
+  fields = FIELDS | {"analysis__sections": ("truncation",), "analysis__ranks": (2, 32)}
+  config = tiny.tiny_config("method=full", **fields)
+  with pytest.raises(UserError, match="must end below 32"):
+    analyze.analyze(config, str(workdir), jax.devices()[:1])
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_other_data_than_the_run_s_is_refused(analysed, monkeypatch, split):
+  config, workdir = analysed
+  other = dataclasses.replace(tiny.load_digits(split), identity={"name": "other"})
+  monkeypatch.setattr(builders, "make_source", lambda *args: other)
+  run = analyze.Analysis(config, str(workdir), jax.devices()[:1])
+  with pytest.raises(UserError, match="holds a run on other data"):
+    run.source(split)
+
+
+def test_r_of_t_on_the_heat_map_is_what_a_run_would_take():
+  config = tiny.tiny_config("method=full")
+  found, dense = analysis_of(config), builders.make_plan(config)
+  name, r = analyze.schedule_on_map(config, dense, found)
+  assert name.startswith("rank.schedule=measured at rank.ratio=0.5")
+  plan = builders.make_plan(tiny.tiny_config("method=static"))
+  assert r.mean() == pytest.approx(np.mean([ranks.static_rank for _, ranks in plan.layers]))
+  assert r.shape == (1000,)
+  assert r[0] > r[999]
+  assert analyze.schedule_on_map(config, dense, found | {"rise": [[None, 1.0]] * 3}) is None
+  assert analyze.schedule_on_map(config, dense, found | {"ranks": (30, 31, 31)}) is None
+
+
+def test_r_of_t_on_the_heat_map_of_an_adaptive_run_is_its_own():
+  config = tiny.tiny_config("method=adaptive")
+  plan = builders.make_plan(config)
+  name, r = analyze.schedule_on_map(config, plan, analysis_of(config))
+  assert "own" in name
+  for t in (0, 600, 999):
+    bucket = plan.bucket_of_timestep[t]
+    assert r[t] == np.mean([ranks.active[bucket] for _, ranks in plan.layers])
+
+
+def test_counts_of_every_arm_by_bucket_and_sampling_run():
+  config = tiny.tiny_config("method=static")
+  arms = analyze.count_flops(config)
+  adaptive = tiny.tiny_config("method=adaptive")
+  shape, plan = builders.make_shape(adaptive), builders.make_plan(adaptive)
+  buckets = arms["adaptive"]["buckets"]
+  assert [b["forward_macs"] for b in buckets] == [
+    flops.forward_macs(shape, plan, bucket) for bucket in range(plan.num_buckets)
+  ]
+  mean = sum(b["timesteps"] * b["forward_macs"] for b in buckets) / 1000
+  assert mean == pytest.approx(arms["adaptive"]["mean_forward_macs"])
+  assert arms["full"]["sampling_macs"] == 10 * arms["full"]["buckets"][0]["forward_macs"]
+  assert arms["static"]["parameters"] < arms["full"]["parameters"]
+  table = analyze.format_flops(arms).splitlines()
+  assert len(table) == 4 + plan.num_buckets
+  assert f"{arms['full']['parameters']:,}" in table[1]
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [("sections", ("weight",)), ("batch_sizes", (16, 16)), ("batch_sizes", ()), ("ranks", (8, 4))],
+)
+def test_settings_that_cannot_work_are_refused(field, value):
+  with pytest.raises(UserError, match=f"analysis.{field}"):
+    tiny.tiny_config(**{f"analysis__{field}": value})

@@ -1,0 +1,210 @@
+"""r(t) from an analysis: contours, their mean, and the run's own copy of it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lrdit import builders
+from lrdit.rank import measured
+from lrdit.runtime import workdir
+from lrdit.runtime.errors import UserError
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.floats
+
+BOUNDARIES = (0, 250, 1000)
+RANKS = (4, 8, 16)
+# Group 0 needs twice the ranks of group 1: rise = c / k, less what k = 32 leaves.
+RISE = [[2 / k - 2 / 32, 1 / k - 1 / 32] for k in RANKS]
+
+
+def test_a_contour_is_read_between_the_measured_ranks():
+  ranks, rise = np.array([4.0, 8.0, 16.0]), np.array([[4.0, 1.0], [2.0, 0.5], [0.0, 0.0]])
+  np.testing.assert_allclose(measured.contour(ranks, rise, 1.0), [12, 4])
+  np.testing.assert_allclose(measured.contour(ranks, rise, 3.0), [6, 4])
+  # A dip at rank 8 does not count, as rank 16 still has a rise of 1.
+  rise = np.array([[4.0], [0.5], [1.0]])
+  np.testing.assert_allclose(measured.contour(ranks, rise, 1.0), [8])
+  np.testing.assert_allclose(measured.contour(ranks, rise, 2.5), [6])
+
+
+@pytest.mark.parametrize("mean", [6.0, 11.5, 25.0])
+def test_the_mean_is_met_by_one_level_for_all_groups(mean):
+  found = measured.iso_loss_ranks(RANKS, RISE, 32, BOUNDARIES, mean)
+  assert found @ [0.25, 0.75] == pytest.approx(mean, rel=1e-9)
+  ranks, rise = np.array([*RANKS, 32.0]), np.array([*RISE, [0, 0]])
+  levels = [np.interp(r, ranks, column) for r, column in zip(found, rise.T, strict=True)]
+  assert levels[0] == pytest.approx(levels[1], rel=1e-6)
+  assert found[0] > found[1]
+
+
+@pytest.mark.parametrize("mean", [3.0, 33.0])
+def test_a_mean_beyond_the_analysis_is_refused(mean):
+  with pytest.raises(UserError, match="cannot meet a mean rank"):
+    measured.iso_loss_ranks(RANKS, RISE, 32, BOUNDARIES, mean)
+
+
+@pytest.mark.parametrize("mean", [4.0, 32.0])
+def test_a_mean_at_the_end_of_the_analysis_is_met_but_for_rounding(mean):
+  boundaries = (0, 44, 123, 234, 371, 520, 667, 796, 897, 966, 1000)
+  rise = [[0.3], [0.2], [0.1]] * np.ones(10)
+  for given in (mean, np.nextafter(mean, 0), np.nextafter(mean, 99)):
+    found = measured.iso_loss_ranks(RANKS, rise, 32, boundaries, given)
+    np.testing.assert_allclose(found, mean)
+
+
+@pytest.mark.parametrize("mean", [9.0, 12.0, 15.9])
+def test_the_mean_is_met_where_the_contour_jumps(mean):
+  """A dip at rank 8 lets the contour jump from 8 to 16 and beyond at one level."""
+  found = measured.iso_loss_ranks((4, 8, 16, 32), [[1.0], [0.2], [0.5], [0.1]], 64, (0, 1000), mean)
+  np.testing.assert_allclose(found, [mean])
+  rng = np.random.default_rng(0)
+  rise = np.linspace(1, 0.1, 8)[:, None] * np.linspace(2, 1, 10) + rng.normal(0, 0.1, (8, 10))
+  ranks, boundaries = tuple(range(8, 72, 8)), tuple(range(0, 1001, 100))
+  found = measured.iso_loss_ranks(ranks, rise, 128, boundaries, 4 * mean)
+  assert found.mean() == pytest.approx(4 * mean, rel=1e-6)
+
+
+def test_smoothing_keeps_the_mean_and_never_rises():
+  boundaries, ranks = (0, 100, 400, 1000), np.array([20.0, 8.0, 12.0])
+  smooth = measured.monotone(ranks, boundaries)
+  weights = np.diff(boundaries) / 1000
+  assert smooth @ weights == pytest.approx(ranks @ weights)
+  np.testing.assert_allclose(smooth, [20, 32 / 3, 32 / 3])
+
+
+def test_heights_are_linear_between_the_groups_middles():
+  height, least = measured.height((1.0, 0.25), (0, 101, 1001))
+  assert least == 0.25
+  assert (height[:51] == 1).all()
+  assert (height[551:] == 0).all()
+  share = least + (1 - least) * height
+  np.testing.assert_allclose(share[50:551], np.interp(np.arange(501), [0, 500.5], [1, 0.25]), 1e-2)
+  for second in (0.5, np.nextafter(0.5, 0)):
+    height, least = measured.height((0.5, second), BOUNDARIES)
+    assert (height == 1).all()
+    assert least == 1
+
+
+def analysis_of(config):
+  """As `--mode=analyze` writes it of a model."""
+  found = {"ranks": RANKS, "rise": RISE, "largest_rank": 32, "boundaries": BOUNDARIES}
+  layers = {"layers": builders.factorised_layers(config)}
+  return found | layers | builders.describe_analysed(config)
+
+
+def write_analysis(path, **changes):
+  path.write_text(json.dumps(analysis_of(tiny_config()) | changes))
+  return dict(rank__schedule="measured", rank__analysis=str(path))
+
+
+def test_a_config_takes_r_of_t_from_the_analysis_and_keeps_it(tmp_path):
+  path = tmp_path / "truncation.json"
+  config = tiny_config("method=adaptive", **write_analysis(path))
+  plan = builders.make_plan(config)
+  for name, ranks in plan.layers:
+    assert abs(plan.mean_active_rank(name) - ranks.static_rank) <= config.rank.multiple_of
+    assert ranks.active[plan.bucket_of_timestep[0]] > ranks.active[plan.bucket_of_timestep[999]]
+  # What is stored with the run is enough without the file.
+  path.unlink()
+  kept = {f"rank__{f}": config.rank[f] for f in ("measured_shares", "measured_boundaries")}
+  again = tiny_config("method=adaptive", rank__schedule="measured", **kept)
+  assert builders.make_plan(again) == plan
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"rise": [[None, 1.0]] * 3}, "without a measurement"),
+    ({"rise": [[float("inf"), 1.0], [2.0, 0.5], [1.0, 0.2]]}, "losses that are not finite"),
+    ({"num_buckets": 4}, "a run with an r\\(t\\) of its own"),
+    ({"ranks": []}, "not an analysis"),
+    ({"ranks": (4, 8, 500)}, "not an analysis"),
+    ({"rise": [[1.0, 1.0]] * 2}, "not an analysis"),
+    ({"rise": [[1.0, 2.0, 3.0]] * 3}, "not an analysis"),
+    ({"boundaries": "abc"}, "not an analysis"),
+    ({"layers": None}, "not an analysis"),
+    ({"layers": ["foo"]}, "is of another model: other layers are factorised"),
+    ({"model": {"depth": 28}}, "is of another model: .*model.depth"),
+    ({"diffusion": {"prediction": "epsilon"}}, "another model: diffusion.loss_weighting"),
+    ({"boundaries": (0, 500, 900)}, "must rise from 0 to 1000"),
+  ],
+)
+def test_an_analysis_that_does_not_fit_is_refused(tmp_path, changes, words):
+  fields = write_analysis(tmp_path / "truncation.json", **changes)
+  with pytest.raises(UserError, match=words):
+    tiny_config("method=adaptive", **fields)
+
+
+def test_smoothing_is_asked_for_by_the_config(tmp_path):
+  rise = [[x / 4, x] for x, _ in RISE]  # more rank at high timesteps
+  fields = write_analysis(tmp_path / "truncation.json", rise=rise)
+  rough = tiny_config("method=adaptive", **fields).rank.measured_shares
+  smooth = tiny_config("method=adaptive", rank__monotone=True, **fields).rank.measured_shares
+  assert rough[0] < rough[1]
+  assert smooth == (1, 1)
+
+
+@pytest.mark.parametrize(
+  ("shares", "boundaries", "words"),
+  [
+    (("a",), (0, 1000), r"measured_shares=.* must be numbers in \(0, 1\]"),
+    ((1.5,), (0, 1000), r"measured_shares=.* must be numbers in \(0, 1\]"),
+    ((1.0,), (0, 999.5), "measured_boundaries=.* must be whole numbers"),
+    ((1.0,), (0, 500, 1000), "measured_boundaries=.* must rise from 0 to 1000"),
+  ],
+)
+def test_shares_that_cannot_work_are_refused(shares, boundaries, words):
+  fields = {"rank__measured_shares": shares, "rank__measured_boundaries": boundaries}
+  with pytest.raises(UserError, match=words):
+    tiny_config("method=adaptive", rank__schedule="measured", **fields)
+
+
+def test_a_run_that_has_begun_keeps_its_r_of_t(tmp_path, caplog):
+  path, run = tmp_path / "truncation.json", tmp_path / "run"
+  fields = write_analysis(path)
+  asked = tiny_config("method=adaptive", **fields).unlock()
+  kept = asked.rank.measured_shares
+  asked.rank.measured_shares = asked.rank.measured_boundaries = ()
+
+  def shares():
+    return builders.resolve_for_run(asked, str(run)).rank.measured_shares
+
+  assert shares() == kept
+  (run / "checkpoints" / "4").mkdir(parents=True)
+  workdir.store_config(run, builders.resolve_for_run(asked, str(run)))
+  assert shares() == kept
+  assert not caplog.records
+  write_analysis(path, rise=[[x, 0.3 * x] for x, _ in RISE])
+  assert shares() == kept
+  path.unlink()
+  assert shares() == kept
+  assert ["has changed" in r.message or "cannot be used" in r.message for r in caplog.records] == [
+    True,
+    True,
+  ]
+  # Another analysis asks for another run, and so does one that has not come to a checkpoint.
+  write_analysis(tmp_path / "other.json", rise=[[x, 0.3 * x] for x, _ in RISE])
+  asked.rank.analysis = str(tmp_path / "other.json")
+  other = shares()
+  assert other != kept
+  asked.rank.analysis = str(path)
+  (run / "checkpoints" / "4").rmdir()
+  with pytest.raises(UserError, match="is not there"):
+    shares()
+
+
+def test_a_mean_that_is_not_met_is_refused(tmp_path):
+  fields = write_analysis(tmp_path / "truncation.json")
+  with pytest.raises(UserError, match=r"rank\.match='total' must be activated"):
+    tiny_config("method=adaptive", rank__match="total", **fields)
+
+
+def test_a_missing_analysis_is_refused(tmp_path):
+  with pytest.raises(UserError, match="is missing: name"):
+    tiny_config(rank__schedule="measured")
+  with pytest.raises(UserError, match="is not there"):
+    tiny_config(rank__schedule="measured", rank__analysis=str(tmp_path / "none.json"))
+  with pytest.raises(UserError, match=r"needs rank\.schedule=measured"):
+    tiny_config(rank__analysis="analysis.json")

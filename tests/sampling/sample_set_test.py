@@ -1,0 +1,471 @@
+"""The directory of an export, with samples that cost nothing."""
+
+import json
+import logging
+import os
+import pathlib
+import resource
+import shutil
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lrdit.runtime.errors import UserError
+from lrdit.sampling import sample_set
+
+SETTINGS = {"seed": 0, "rank_table": {"blocks_0/qkv": [2, 4]}, "checkpoint_digest": "ab"}
+SOFTWARE = {"jax": "1"}
+BATCH = 4
+
+
+class Killed(BaseException):
+  """What no handler of ours may hold up."""
+
+
+@pytest.fixture(autouse=True)
+def log_lines(caplog, monkeypatch):
+  # start_logging() in other tests keeps records from the root logger.
+  caplog.set_level(logging.DEBUG, logger="lrdit")
+  return lambda: [record.getMessage() for record in caplog.records]
+
+
+def label_rule(index):
+  return (index % 3).astype(np.int32)
+
+
+def draw(index, size, seed):
+  """Samples by their index, as a sampler's are: (B, size, size, 1) uint8."""
+  images = [np.random.default_rng((seed, i)).integers(0, 256, (size, size, 1)) for i in index]
+  return np.array(images, np.uint8)
+
+
+def write(
+  directory,
+  count=10,
+  settings=SETTINGS,
+  software=SOFTWARE,
+  png=True,
+  batch=BATCH,
+  rule=label_rule,
+  size=4,
+):
+  """What `--mode=sample` does; returns the indices that were drawn."""
+  drawn = []
+  with sample_set.ExportWriter(directory, settings, software, count, size, batch, png) as writer:
+    if not writer.is_finished:
+      for first in range(writer.num_done, count, batch):
+        index = range(first, min(first + batch, count))
+        writer.append(draw(index, size, settings["seed"]))
+        drawn += index
+      writer.finish(rule, {"num_devices": 1})
+  return drawn
+
+
+def contents(directory):
+  """Every file's bytes but the metadata's, which is parsed, without what a stop changes."""
+  files = {
+    str(path.relative_to(directory)): path.read_bytes()
+    for path in directory.rglob("*")
+    if path.is_file()
+  }
+  metadata = json.loads(files.pop("metadata.json"))
+  history = [metadata.pop(name) for name in ("num_drawn", "wall_clock_seconds", "num_starts")]
+  return files, metadata, history
+
+
+def assert_same_export(directory, reference):
+  (got, metadata, _), (expected, expected_metadata, _) = contents(directory), contents(reference)
+  assert got.keys() == expected.keys()
+  assert [name for name in expected if got[name] != expected[name]] == []
+  assert metadata == expected_metadata
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("undisturbed") / "export"
+  assert write(directory) == list(range(10))
+  return directory
+
+
+def read_all(directory, batch_size=3):
+  metadata, batches = sample_set.iterate_export(directory, batch_size)
+  samples, labels = zip(*batches, strict=True)
+  return metadata, samples, labels
+
+
+@pytest.mark.parametrize(
+  ("num_saturated", "share", "warns"), [(8, 0.5, False), (9, 0.5625, True), (0, 0.0, False)]
+)
+def test_saturated_pixels_are_told_of(tmp_path, log_lines, num_saturated, share, warns):
+  samples = np.full(16, 128, np.uint8)
+  samples[:num_saturated] = [0, 255] * (num_saturated // 2) + [0] * (num_saturated % 2)
+  samples = samples.reshape(4, 2, 2, 1)
+  with sample_set.ExportWriter(tmp_path, SETTINGS, SOFTWARE, 4, 2, 1, False) as writer:
+    writer.append(samples[:3])
+  # Stopped and gone on with: all images count, whichever start drew them.
+  with sample_set.ExportWriter(tmp_path, SETTINGS, SOFTWARE, 4, 2, 1, False) as writer:
+    writer.append(samples[writer.num_done :])
+    metadata = writer.finish(None, {})
+  assert (metadata["saturated_share"], metadata["is_mostly_saturated"]) == (share, warns)
+  assert any("% of all pixel values are 0 or 255" in line for line in log_lines()) == warns
+
+
+def test_other_tools_read_it(undisturbed):
+  expected = np.repeat(draw(range(10), 4, seed=0), 3, axis=-1)
+  with np.load(undisturbed / "samples.npz") as arrays:
+    assert list(arrays) == ["arr_0", "arr_1"]
+    np.testing.assert_array_equal(arrays["arr_0"], expected)
+    assert (arrays["arr_0"].dtype, arrays["arr_1"].dtype) == (np.uint8, np.int64)
+    assert arrays["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+  with zipfile.ZipFile(undisturbed / "samples.npz") as archive:
+    assert archive.testzip() is None
+    assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+  assert sorted(p.name for p in undisturbed.iterdir()) == [
+    "grid.png",
+    "metadata.json",
+    "png",
+    "samples.npz",
+  ]
+  assert len(list((undisturbed / "png").iterdir())) == 10
+  for i, image in enumerate(expected):
+    with Image.open(undisturbed / "png" / f"{i:06d}.png") as png:
+      np.testing.assert_array_equal(png, image)
+  metadata = json.loads((undisturbed / "metadata.json").read_text())
+  assert metadata.items() >= (SETTINGS | SOFTWARE | {"num_samples": 10, "num_starts": 1}).items()
+
+
+def test_it_is_read_back_by_batches(undisturbed):
+  metadata, samples, labels = read_all(undisturbed)
+  assert metadata["num_samples"] == 10
+  assert [len(batch) for batch in samples] == [len(batch) for batch in labels] == [3, 3, 3, 1]
+  with np.load(undisturbed / "samples.npz") as arrays:
+    np.testing.assert_array_equal(np.concatenate(samples), arrays["arr_0"])
+    np.testing.assert_array_equal(np.concatenate(labels), arrays["arr_1"])
+
+
+def test_without_classes_there_are_no_labels(tmp_path):
+  write(tmp_path, rule=None)
+  with np.load(tmp_path / "samples.npz") as arrays:
+    assert list(arrays) == ["arr_0"]
+  assert read_all(tmp_path)[2] == (None,) * 4
+
+
+class Mortal:
+  """A process that dies before its n-th change on the disk, or in the middle of a write."""
+
+  def __init__(self, monkeypatch, moment):
+    self.left = moment
+    for owner, name in (
+      (os, "replace"),
+      (os, "unlink"),
+      (pathlib.Path, "unlink"),
+      (pathlib.Path, "mkdir"),
+      (pathlib.Path, "touch"),
+      (shutil, "rmtree"),
+      (os, "truncate"),
+    ):
+      monkeypatch.setattr(owner, name, self.mortal(getattr(owner, name)))
+    monkeypatch.setattr(os, "fsync", self.mortal(lambda _: None))
+    whole = sample_set._write_all
+
+    def torn(file, data):
+      if self.left <= 0:
+        file.write(data.tobytes()[: data.nbytes // 2 + 1])
+      self.tick()
+      whole(file, data)
+
+    monkeypatch.setattr(sample_set, "_write_all", torn)
+
+  def tick(self):
+    self.left -= 1
+    if self.left < 0:  # and from now on: the dead clean nothing up
+      raise Killed
+
+  def mortal(self, function):
+    def wrapped(*args, **kwargs):
+      self.tick()
+      return function(*args, **kwargs)
+
+    return wrapped
+
+
+# id: (what is there before, images of it that are never drawn again, least number of changes).
+BEFORE = {
+  "nothing": (None, 0, 40),
+  "fewer": (dict(count=6), 4, 30),
+  "more": (dict(count=14), 10, 15),
+  "others": (dict(settings=SETTINGS | {"seed": 1}), 0, 40),
+  "no PNG files": (dict(png=False), 10, 10),
+}
+
+
+@pytest.mark.parametrize(("before", "kept", "least"), BEFORE.values(), ids=BEFORE.keys())
+def test_a_kill_at_any_moment_changes_nothing(
+  undisturbed, tmp_path, monkeypatch, log_lines, before, kept, least
+):
+  if before:
+    write(tmp_path / "before", **before)
+  moment, killed = 0, True
+  while killed:
+    directory = tmp_path / f"killed{moment}"
+    if before:
+      shutil.copytree(tmp_path / "before", directory)
+    with monkeypatch.context() as patch:
+      Mortal(patch, moment)
+      try:
+        write(directory)
+        killed = False
+      except Killed:
+        pass
+    if (directory / "metadata.json").exists():  # what looks finished is whole
+      metadata, samples, _ = read_all(directory)
+      assert sum(map(len, samples)) == metadata["num_samples"]
+    elif (directory / "samples.part").exists():
+      with pytest.raises(UserError, match=r"--mode=sample (again to go on|first)"):
+        sample_set.iterate_export(directory, 4)
+    assert min(write(directory), default=10) >= kept, "what was there is drawn again"
+    assert_same_export(directory, undisturbed)
+    assert not write(directory), "finished, and begun again"
+    shutil.rmtree(directory)
+    moment += 1
+  assert moment > least
+  if before != BEFORE["others"][0]:
+    assert not [line for line in log_lines() if "starting over" in line]
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8])
+def test_only_what_is_missing_is_drawn(undisturbed, tmp_path, monkeypatch, kept):
+  stop_after(monkeypatch, tmp_path, kept)
+  with (tmp_path / "samples.part").open("ab") as file:
+    file.write(b"a write that tore")
+  assert write(tmp_path) == list(range(kept, 10))
+  assert_same_export(tmp_path, undisturbed)
+  metadata = json.loads((tmp_path / "metadata.json").read_text())
+  assert (metadata["num_starts"], metadata["num_drawn"]) == (2, 10)
+
+
+def stop_after(monkeypatch, directory, kept, **arguments):
+  """An export that is killed when `kept` images are on the disk."""
+  append = sample_set.ExportWriter.append
+
+  def dying(writer, samples):
+    if writer.num_done >= kept:
+      raise Killed
+    append(writer, samples)
+
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(sample_set.ExportWriter, "append", dying)
+    write(directory, **arguments)
+
+
+def test_seconds_add_up(tmp_path, monkeypatch):
+  clock = iter(np.arange(0.0, 1000.0, 10.0))
+  monkeypatch.setattr(sample_set.time, "perf_counter", lambda: float(next(clock)))
+  stop_after(monkeypatch, tmp_path, 8)
+  write(tmp_path)
+  metadata = json.loads((tmp_path / "metadata.json").read_text())
+  assert metadata["wall_clock_seconds"] == 30.0  # three batches; what a kill lost is in no figure
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+  "changed",
+  [
+    dict(settings=SETTINGS | {"seed": 1}),
+    dict(settings=SETTINGS | {"rank_table": {"blocks_0/qkv": [2, 3]}}),
+    dict(settings=SETTINGS | {"checkpoint_digest": "cd"}),
+    dict(size=2),
+  ],
+  ids=["seed", "rank", "checkpoint", "size"],
+)
+def test_other_samples_start_over(tmp_path, monkeypatch, log_lines, changed, finished):
+  write(tmp_path / "reference", **changed)
+  if finished:
+    write(tmp_path / "export")
+  else:
+    stop_after(monkeypatch, tmp_path / "export", 4)
+  assert write(tmp_path / "export", **changed) == list(range(10))
+  assert len([line for line in log_lines() if "starting over" in line]) == 1
+  assert_same_export(tmp_path / "export", tmp_path / "reference")
+  assert contents(tmp_path / "export")[2][0] == 10
+
+
+def test_an_export_of_an_unknown_checkpoint_starts_over(undisturbed, tmp_path, log_lines):
+  write(tmp_path, settings={k: v for k, v in SETTINGS.items() if k != "checkpoint_digest"})
+  assert write(tmp_path) == list(range(10))
+  assert "checkpoint_digest (None there, 'ab' asked for)" in log_lines()[-1]
+  assert_same_export(tmp_path, undisturbed)
+
+
+def test_other_software_finishes_nothing_and_spoils_nothing(tmp_path, monkeypatch, log_lines):
+  stop_after(monkeypatch, tmp_path, 4)
+  assert write(tmp_path, software={"jax": "2"}) == list(range(10))
+  assert "holds other samples: jax ('1' there, '2' asked for)" in log_lines()[-1]
+  assert not write(tmp_path)
+  assert not write(tmp_path, 7)
+  assert json.loads((tmp_path / "metadata.json").read_text())["jax"] == "2"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(("count", "drawn"), [(15, range(8, 15)), (5, ()), (8, ())])
+def test_another_number_goes_on_or_is_cut(tmp_path, monkeypatch, count, drawn, finished):
+  if finished:
+    write(tmp_path / "export")
+  else:
+    stop_after(monkeypatch, tmp_path / "export", 8, count=9)
+  assert write(tmp_path / "export", count) == list(drawn)
+  write(tmp_path / "reference", count)
+  assert_same_export(tmp_path / "export", tmp_path / "reference")
+
+
+def test_another_batch_size_goes_on_at_a_multiple_of_it(undisturbed, tmp_path, monkeypatch):
+  stop_after(monkeypatch, tmp_path, 8)
+  assert write(tmp_path, batch=5) == list(range(5, 10))
+  assert_same_export(tmp_path, undisturbed)
+
+
+def test_a_finished_export_is_left_alone(tmp_path):
+  write(tmp_path)
+  before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+  assert not write(tmp_path)
+  assert not write(tmp_path, png=False)
+  assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_png_files_are_added_and_never_only_some(undisturbed, tmp_path, monkeypatch):
+  write(tmp_path / "a", png=False)
+  assert not (tmp_path / "a" / "png").exists()
+  assert not write(tmp_path / "a")
+  assert_same_export(tmp_path / "a", undisturbed)
+  stop_after(monkeypatch, tmp_path / "b", 4, png=False)
+  assert write(tmp_path / "b") == list(range(4, 10))
+  assert_same_export(tmp_path / "b", undisturbed)
+  stop_after(monkeypatch, tmp_path / "c", 4)
+  write(tmp_path / "c", png=False)
+  assert not (tmp_path / "c" / "png").exists()
+
+
+def damage(path, position):
+  data = bytearray(path.read_bytes())
+  data[int(position * len(data))] ^= 0x10
+  path.write_bytes(data)
+
+
+def test_no_changed_byte_changes_what_is_read(undisturbed, tmp_path):
+  """Some bytes of an archive say nothing; any other is noticed."""
+  directory = tmp_path / "export"
+  shutil.copytree(undisturbed, directory)
+  npz, noticed = directory / "samples.npz", 0
+  data, expected = npz.read_bytes(), read_all(directory)
+  for position in range(len(data)):
+    changed = bytearray(data)
+    changed[position] ^= 1 << position % 8
+    npz.write_bytes(changed)
+    try:
+      got = read_all(directory)
+    except UserError as error:
+      noticed += "are damaged" in str(error)
+      continue
+    np.testing.assert_equal(got, expected)
+  assert noticed > 0.8 * len(data)
+
+
+@pytest.mark.parametrize("position", [0.3, 0.6, "half", "empty", "none"])
+def test_damage_is_found_and_mended(undisturbed, tmp_path, log_lines, position):
+  directory = tmp_path / "export"
+  shutil.copytree(undisturbed, directory)
+  npz = directory / "samples.npz"
+  if position == "none":
+    npz.unlink()
+  elif isinstance(position, str):
+    os.truncate(npz, {"half": npz.stat().st_size // 2, "empty": 0}[position])
+  else:
+    damage(npz, position)
+  with pytest.raises(UserError, match=r"are damaged.*: run the same command with --mode=sample"):
+    read_all(directory)
+  assert write(directory) == list(range(10))
+  assert "starting over" in log_lines()[-1]
+  assert_same_export(directory, undisturbed)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "{}", '{"num_samples": "10"}'])
+def test_damaged_metadata_is_told_and_mended(undisturbed, tmp_path, text):
+  directory = tmp_path / "export"
+  shutil.copytree(undisturbed, directory)
+  (directory / "metadata.json").write_text(text)
+  with pytest.raises(UserError, match=r"metadata\.json is damaged"):
+    sample_set.iterate_export(directory, 4)
+  write(directory)
+  assert_same_export(directory, undisturbed)
+
+
+@pytest.mark.parametrize("name", ["samples.part", "progress.json"])
+@pytest.mark.parametrize("how", ["changed", "shorter", "missing"])
+def test_a_damaged_unfinished_export_starts_over(undisturbed, tmp_path, monkeypatch, name, how):
+  stop_after(monkeypatch, tmp_path, 8)
+  path = tmp_path / name
+  if how == "missing":
+    path.unlink()
+  elif how == "shorter":
+    os.truncate(path, path.stat().st_size - 5)
+  elif name == "samples.part":
+    damage(path, 0.5)
+  else:
+    path.write_text(path.read_text().replace('"num_done": 8', '"num_done": null'))
+  assert write(tmp_path) == list(range(10))
+  assert_same_export(tmp_path, undisturbed)
+
+
+def test_there_is_nothing_to_read(tmp_path):
+  with pytest.raises(UserError, match=r"no samples under .* --mode=sample first"):
+    sample_set.iterate_export(tmp_path / "none", 4)
+
+
+@pytest.mark.parametrize(
+  ("file", "kept"),
+  [("progress.json", 0), ("samples.part", 8), ("samples.npz", 10), ("grid.png", 10)],
+)
+def test_a_full_disk_is_told_in_one_line_and_keeps_what_is_there(undisturbed, tmp_path, file, kept):
+  """A limit on the size of files fails writes half-way, as a full disk does."""
+  sizes = {path.name: path.stat().st_size for path in undisturbed.iterdir()}
+  sizes |= {"progress.json": 100, "samples.part": 10 * 4 * 4 * 3}
+  limit = sizes[file] - 1
+  _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    with pytest.raises(UserError, match="File too large: make space or make it writable") as error:
+      write(tmp_path)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "metadata.json").exists()
+  assert write(tmp_path) == list(range(kept, 10))
+  assert_same_export(tmp_path, undisturbed)
+
+
+def test_memory_does_not_grow_with_the_number(tmp_path, monkeypatch):
+  """Neither writing, going on, finishing nor reading holds more than a chunk."""
+  monkeypatch.setattr(sample_set, "CHUNK_BYTES", 1 << 16)
+  monkeypatch.setattr(sample_set, "LABEL_CHUNK", 1 << 8)
+  batch = np.random.default_rng(0).integers(0, 256, (250, 8, 8, 3), np.uint8)
+
+  def peak(name, count):
+    tracemalloc.start()
+    for stop in (count // 2, count):
+      with sample_set.ExportWriter(tmp_path / name, {}, {}, count, 8, 250, False) as writer:
+        while writer.num_done < stop:
+          writer.append(batch)
+        if stop == count:
+          writer.finish(label_rule, {})
+    read = sum(len(samples) for samples, _ in sample_set.iterate_export(tmp_path / name, 250)[1])
+    assert read == count
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+  peak("warm", 500)
+  small, large = peak("small", 1000), peak("large", 20_000)
+  assert large < small + 50_000  # the images take 3.8 MB

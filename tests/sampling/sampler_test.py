@@ -1,0 +1,199 @@
+import dataclasses
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lrdit import builders
+from lrdit.diffusion import process, solvers
+from lrdit.model import dit
+from lrdit.model.low_rank import RankSelection
+from lrdit.sampling import sampler
+from tests.tiny import tiny_config
+from tests.train.training_step_test import noisy_params
+
+DEVICES = jax.devices()[:1]
+
+
+def balanced(index):
+  return sampler.balanced_labels(index, 10)
+
+
+def draw(config, num_samples, label_rule=balanced, num_devices=1):
+  made = builders.make_sampler(config, jax.devices()[:num_devices])
+  batches = list(made.sample(noisy_params(config), label_rule, num_samples))
+  return np.concatenate(batches), made
+
+
+def masked_trajectory(config, num_samples):
+  """The whole trajectory with the unsliced model and a mask, step by step."""
+  model, table = builders.make_model(config), builders.make_solver_table(config)
+  params, plan = noisy_params(config), model.plan
+  index = jnp.arange(num_samples, dtype=jnp.uint32)
+  y = jnp.asarray(sampler.balanced_labels(np.arange(num_samples), 10))
+  x = sampler._initial_noise(index, config.sampling.seed, (8, 8, 1))
+  x_0_last = jnp.zeros_like(x)
+  groups = ((num_samples, plan.num_buckets - 1),)
+
+  @jax.jit
+  def apply(x, t):
+    bucket = jnp.asarray(plan.bucket_of_timestep)[t]
+    selection = RankSelection(groups, jnp.full(num_samples, bucket))
+    return model.apply({"params": params}, x, jnp.full(num_samples, t), y, selection)
+
+  for i, t in enumerate(table.t):
+    x_0, eps = process.predict_x_0_eps(
+      config.diffusion.prediction, apply(x, t), x, table.signal[i], table.noise[i]
+    )
+    x_prev = table.on_x_t[i] * x + table.on_x_0[i] * x_0 + table.on_eps[i] * eps
+    x, x_0_last = x_prev + table.on_x_0_last[i] * x_0_last, x_0
+  return np.asarray(x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("solver", ["ddim", "dpm++"])
+@pytest.mark.parametrize("schedule", ["logistic_decreasing", "midpeak"])
+def test_sliced_trajectory_is_the_masked_one(solver, schedule):
+  config = tiny_config(
+    sampling__solver=solver,
+    rank__schedule=schedule,
+    sampling__num_steps=20,
+    sampling__clip_x_0=False,
+  )
+  expected = masked_trajectory(config, 4)
+  got, made = draw(config, 4)
+  assert {bucket for bucket, _, _ in made.segments} == set(range(3))
+  assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
+def test_a_sample_does_not_depend_on_its_company(solver):
+  settings = dict(sampling__solver=solver, sampling__eta=0.5 if solver == "ddim" else 0.0)
+  config = tiny_config(**settings)
+  ten, _ = draw(config, 10)
+  assert ten.shape == (10, 8, 8, 1)
+  seven, _ = draw(config, 7)
+  np.testing.assert_array_equal(seven, ten[:7])
+  larger, _ = draw(tiny_config(**settings, sampling__batch_size=8), 10)
+  np.testing.assert_allclose(larger, ten, atol=2e-5)
+  spread, _ = draw(config, 10, num_devices=4)
+  np.testing.assert_allclose(spread, ten, atol=2e-5)
+  assert len(np.unique(ten.reshape(10, -1), axis=0)) == 10
+
+
+def test_seed_label_and_steps_matter():
+  base, _ = draw(tiny_config(), 4)
+  for changed in (
+    draw(tiny_config(sampling__seed=1), 4)[0],
+    draw(tiny_config(), 4, label_rule=lambda index: np.full(len(index), 9, np.int32))[0],
+    draw(tiny_config(sampling__num_steps=11), 4)[0],
+  ):
+    assert np.abs(changed - base).max() > 1e-3
+
+
+@pytest.mark.parametrize("schedule", ["logistic_decreasing", "midpeak"])
+def test_each_bucket_is_traced_once_whatever_the_number(schedule):
+  config = tiny_config(rank__schedule=schedule, sampling__num_steps=20)
+  made = builders.make_sampler(config, DEVICES)
+  params = noisy_params(config)
+  for num_samples in (3, 4, 9):
+    got = np.concatenate(list(made.sample(params, balanced, num_samples)))
+    assert len(got) == num_samples
+  rest = np.concatenate(list(made.sample(params, balanced, 9, first=4)))
+  np.testing.assert_array_equal(rest, got[4:])
+  assert set(made.run_bucket) == {0, 1, 2}
+  assert [run._cache_size() for run in made.run_bucket.values()] == [1, 1, 1]
+
+
+def flops(config):
+  made = builders.make_sampler(config, DEVICES)
+  sliced = made.slice_params(noisy_params(config))
+  bucket, first, end = made.segments[0]
+  x = jnp.zeros((4, 8, 8, 1))
+  lowered = made.run_bucket[bucket].lower(
+    sliced[bucket], (x, x), jnp.zeros(4, jnp.int32), jnp.arange(4), np.int32(first), np.int32(end)
+  )
+  return lowered.compile().cost_analysis()["flops"]
+
+
+def test_guidance_costs_nothing_at_scale_one_and_twice_otherwise():
+  one, two = flops(tiny_config()), flops(tiny_config(sampling__guidance_scale=2.0))
+  unconditional = flops(tiny_config(data__num_classes=0))
+  assert one == pytest.approx(unconditional, rel=0.02)
+  assert two == pytest.approx(2 * one, rel=0.05)
+
+
+def test_a_lower_bucket_computes_less():
+  config = tiny_config(model__hidden_size=64)
+  made = builders.make_sampler(config, DEVICES)
+  shapes = {
+    bucket: sum(p.size for p in jax.tree.leaves(params))
+    for bucket, params in made.slice_params(noisy_params(config)).items()
+  }
+  assert shapes[0] < shapes[1] < shapes[2]
+
+
+def test_guidance_is_the_extrapolation_from_the_null_class():
+  config = tiny_config()
+  model = builders.make_model(config).clone(plan=builders.make_plan(config).at_bucket(2))
+  params, x = noisy_params(config), jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
+  y = jnp.array([1, 2, 3])
+
+  def output(y, scale):
+    return sampler.guided_output(model, params, x, jnp.int32(500), y, scale)
+
+  conditional, null = output(y, 1.0), output(jnp.full(3, 10), 1.0)
+  np.testing.assert_allclose(
+    output(y, 3.0), null + 3.0 * (conditional - null), rtol=1e-4, atol=1e-5
+  )
+
+
+def test_learned_variance_replaces_the_posterior_s():
+  """At coordinate -1 (posterior) and +1 (beta) the step's noise is known."""
+  config = tiny_config(model__learn_sigma=True, sampling__solver="ddpm")
+  table = builders.make_solver_table(config)
+  settings = builders.make_sampler(config, DEVICES).settings
+  x = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
+
+  def step(coordinate, table):
+    fake = mock.Mock(
+      spec=dit.DiT,
+      shape=builders.make_shape(config),
+      apply=lambda _, x_t, *__: jnp.concatenate([0 * x_t, jnp.full_like(x_t, coordinate)], axis=-1),
+    )
+    return sampler.solver_step(
+      jnp.int32(3),
+      (x, x),
+      model=fake,
+      params={},
+      y=None,
+      index=jnp.arange(4),
+      table=table,
+      settings=settings,
+    )[0]
+
+  silent = dataclasses.replace(table, on_noise=0 * table.on_noise)
+  mean = step(-1.0, silent)
+  small, large = step(-1.0, table) - mean, step(1.0, table) - mean
+  z = sampler._noise(0, jnp.arange(4), 4, (8, 8, 1))
+  np.testing.assert_allclose(small, table.on_noise[3] * z, rtol=1e-3, atol=1e-5)
+  beta = np.exp(table.log_variance_high[3])
+  np.testing.assert_allclose(large, beta**0.5 * z, rtol=1e-3, atol=1e-5)
+
+
+def test_labels():
+  assert sampler.balanced_labels(np.arange(12), 10).tolist() == [*range(10), 0, 1]
+  labels = sampler.random_labels(0, np.arange(1000), 10)
+  np.testing.assert_array_equal(labels[:10], sampler.random_labels(0, np.arange(10), 10))
+  assert np.bincount(labels, minlength=10).min() > 60
+  assert (labels != sampler.random_labels(1, np.arange(1000), 10)).any()
+
+
+def test_samples_are_clipped_only_if_asked():
+  config = dict(sampling__num_steps=3, diffusion__prediction="epsilon")
+  clipped, _ = draw(tiny_config(**config), 4)
+  free, _ = draw(tiny_config(**config, sampling__clip_x_0=False), 4)
+  assert np.abs(clipped).max() <= 1.0
+  assert np.abs(free).max() > 1.0

@@ -1,0 +1,63 @@
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lrdit.train import optimizer
+
+pytestmark = pytest.mark.floats
+
+
+def test_warm_up_reaches_the_peak_and_cosine_ends_at_zero():
+  schedule = optimizer.learning_rate_schedule(1.0, 10, 110, "cosine")
+  assert float(schedule(0, 0)) == pytest.approx(0.1)
+  assert float(schedule(9, 0)) == pytest.approx(1.0)
+  assert float(schedule(10, 0)) == pytest.approx(1.0)
+  assert float(schedule(60, 0)) == pytest.approx(0.5)
+  assert float(schedule(110, 0)) == pytest.approx(0.0, abs=1e-7)
+
+
+def test_constant_rate_stays_after_the_warm_up():
+  schedule = optimizer.learning_rate_schedule(2.0, 1, 100, "constant")
+  assert [float(schedule(s, 0)) for s in (0, 1, 50, 1000)] == pytest.approx([2] * 4)
+  assert float(optimizer.learning_rate_schedule(2.0, 0, 100, "constant")(0, 0)) == pytest.approx(2)
+
+
+def test_a_new_warm_up_leaves_the_cosine_alone():
+  schedule = optimizer.learning_rate_schedule(1.0, 10, 110, "cosine")
+  for step in (40, 44, 49, 70):
+    share = min(1.0, (step - 40 + 1) / 10)
+    assert float(schedule(step, 40)) == pytest.approx(share * float(schedule(step, 0)))
+
+
+def test_only_matrices_decay():
+  tx = optimizer.make_optimizer("adamw", 0.5, 0.0)
+  params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+  grads = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
+  updates, _ = tx.update(grads, tx.init(params), params)
+  np.testing.assert_allclose(updates["kernel"], -0.5, rtol=1e-6)
+  assert (updates["bias"] == 0).all()
+
+
+@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
+def test_the_gradient_is_clipped_before_the_optimiser(name):
+  """A clipped gradient and one of that very norm move the parameters alike."""
+  params = {"w": jnp.array([[1.0, 2.0]])}
+  clipped = optimizer.make_optimizer(name, 0.0, 1.0)
+  plain = optimizer.make_optimizer(name, 0.0, 0.0)
+  big, unit = {"w": jnp.array([[30.0, 40.0]])}, {"w": jnp.array([[0.6, 0.8]])}
+  a, state_a = clipped.update(big, clipped.init(params), params)
+  b, state_b = plain.update(unit, plain.init(params), params)
+  np.testing.assert_allclose(a["w"], b["w"], rtol=1e-6)
+  moments = [optax.tree.get(s, "mu")["w"] for s in (state_a, state_b)]
+  np.testing.assert_allclose(*moments, rtol=1e-6)
+
+
+def test_average_warms_up_then_keeps_its_decay():
+  params = {"w": jnp.array(1.0)}
+  ema = {"w": jnp.array(0.0)}
+  early = optimizer.update_ema(ema, params, jnp.int32(0), 0.999)["w"]
+  assert float(early) == pytest.approx(0.9)  # decay (1 + 0) / (10 + 0)
+  late = optimizer.update_ema(ema, params, jnp.int32(10**6), 0.999)["w"]
+  assert float(late) == pytest.approx(0.001, rel=1e-4)
+  assert float(optimizer.update_ema(params, params, jnp.int32(5), 0.9)["w"]) == pytest.approx(1)
