@@ -6,6 +6,11 @@ import logging
 import os
 import sys
 
+from lrdit.runtime import malloc
+
+if __name__ == "__main__":  # before anything else, as this may start the program again
+  malloc.restart_tuned()
+
 from lrdit.config.flags import MODES, SHARED_BY_PROCESSES, parse_flags, wants_tracebacks
 from lrdit.runtime import startup
 from lrdit.runtime.errors import UserError, tell
@@ -19,7 +24,7 @@ def run(argv: list[str]) -> int:
     if values.help:
       print(__doc__, values.get_help(), sep="\n")
       return 0
-    notes = startup.prepare(values.mode)
+    notes = startup.prepare()
     from lrdit import builders
     from lrdit.runtime import (
       cluster,
@@ -32,10 +37,10 @@ def run(argv: list[str]) -> int:
         raise UserError(
           f"--mode={values.mode} is for one process: start it once, or --num_processes=1", 2
         )
-      who = job.name_of_process
+      who = job.process_name
       progress.start_logging(debug, who, is_first=True)  # none has met another yet
       cluster.connect(job, shares_sigterm=values.mode == "train")
-      who = cluster.name_of_process()
+      who = cluster.process_name()
     startup.open_devices()
     progress.start_logging(debug, who, cluster.is_first())
     for note in notes:
@@ -44,8 +49,8 @@ def run(argv: list[str]) -> int:
     read = {"config": builders.resolve}
     if values.workdir:
       read["config"] = functools.partial(builders.resolve_for_run, run=values.workdir)
-    verb(*(read.get(f, lambda value: value)(values[f].value) for f in MODES[values.mode]))
-    return 0
+    arguments = (read.get(f, lambda value: value)(values[f].value) for f in MODES[values.mode])
+    return verb(*arguments) or 0
   except (Exception, KeyboardInterrupt) as error:
     status = tell(error, debug, who)
     if who:  # jax would have this process wait for the others, which wait for it

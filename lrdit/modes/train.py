@@ -20,7 +20,7 @@ from lrdit.data import pipeline
 from lrdit.data.source import report_classes
 from lrdit.evaluation.held_out import held_out_losses
 from lrdit.runtime import cluster, parallel
-from lrdit.runtime.errors import UserError
+from lrdit.runtime.errors import RESTART_STATUS, UserError
 from lrdit.runtime.progress import make_bar
 from lrdit.sampling import sampler
 from lrdit.train.checkpoints import directory_of
@@ -423,13 +423,16 @@ def run_steps(
   return state, step
 
 
-def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:
-  """Runs `--mode=train`: see the README's mode table for what it writes.
+def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> int:
+  """Run `--mode=train`: see the README's mode table for what it writes.
 
   Args:
     config: resolved.
     workdir: the run's directory.
     devices: devices to train on; all by default.
+
+  Returns:
+    the exit status: `RESTART_STATUS` if it was stopped before its last step, else 0.
 
   Raises:
     UserError: whatever the user can mend.
@@ -447,8 +450,9 @@ def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = N
       trainer.files.finish_saves()
     if step < config.training.num_steps:
       log.info("stopped by %s at step %d; the same command resumes", stop.signal_name, step)
-    else:
-      log.info("trained %d steps; checkpoints are under %s", step, directory_of(trainer.workdir))
-      trainer.warn_of_stages_left(state)
+      return RESTART_STATUS
+    log.info("trained %d steps; checkpoints are under %s", step, directory_of(trainer.workdir))
+    trainer.warn_of_stages_left(state)
+    return 0
   finally:
     trainer.files.close()

@@ -1,13 +1,8 @@
 """lrdit's side of `torch_benchmark`: the full arm as `--mode=benchmark` times it.
 
-Speaks as `torch_worker` does: one line of JSON, then for every line "step",
-"forward" or "peak" on standard input the seconds that takes.
+It speaks as `torch_worker` does: it writes one line of JSON, then for every line "step", "forward"
+or "peak" on standard input the seconds that this takes.
 """
-
-# ruff: noqa: E402  As in `main.py`, the allocator is set up before numpy and jax are imported.
-from lrdit.runtime import startup
-
-startup.keep_freed_memory()
 
 import argparse
 import json
@@ -26,7 +21,7 @@ from lrdit.modes import benchmark
 
 
 def make_config(args: argparse.Namespace) -> ConfigDict:
-  """The full arm on pixels; the data is random, so its name does not matter."""
+  """Return the full arm on pixels; the data is random, so its name does not matter."""
   config = cifar10.get_config(f"method=full,variant={args.variant}").unlock()
   config.data.image_size, config.data.num_channels = args.image_size, args.channels
   config.data.num_classes, config.training.batch_size = args.num_classes, args.batch_size
@@ -34,7 +29,7 @@ def make_config(args: argparse.Namespace) -> ConfigDict:
 
 
 def make_forward(config: ConfigDict) -> Callable[[], jax.Array]:
-  """The compiled forward pass on a batch."""
+  """Return a call of the compiled forward pass on a batch."""
   model, batch = builders.make_model(config), config.training.batch_size
   params = jax.device_put(benchmark.random_params(config))
   x = jax.device_put(benchmark.random_images(config, batch))
@@ -48,7 +43,7 @@ def make_forward(config: ConfigDict) -> Callable[[], jax.Array]:
 
 
 def main() -> None:
-  """Serves requests until standard input ends."""
+  """Serve requests until standard input ends."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--variant", required=True)
   for name in ("image_size", "channels", "num_classes", "batch_size"):

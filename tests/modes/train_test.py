@@ -133,7 +133,7 @@ def test_a_stopped_run_saves_and_resumes_to_the_bit(undisturbed, tmp_path, numbe
     wait_for_line(process, "step 13/60")
     process.send_signal(number)
     rest = process.stderr.read()
-  assert process.returncode == 0
+  assert process.returncode == 75
   stopped = re.search(rf"stopped by {number.name} at step (\d+)", rest)
   assert stopped, rest
   assert final_state(tmp_path).step == int(stopped[1])
@@ -168,7 +168,7 @@ def test_a_checkpoint_of_four_devices_resumes_on_one(undisturbed, tmp_path):
     wait_for_line(process, "step 8/60")
     process.terminate()
     process.communicate()
-  assert process.returncode == 0
+  assert process.returncode == 75
   tiny.run_main(tmp_path, *LONG, "--config.training.eval_every_steps=20")
   np.testing.assert_allclose(tiny.losses(tmp_path), tiny.losses(undisturbed), rtol=1e-3)
 
