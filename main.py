@@ -25,7 +25,7 @@ def run(argv: list[str]) -> int:
       print(__doc__, values.get_help(), sep="\n")
       return 0
     notes = startup.prepare()
-    from lrdit import builders
+    from lrdit.config import resolve
     from lrdit.runtime import (
       cluster,
       progress,  # now, as importing jax takes a while
@@ -46,9 +46,9 @@ def run(argv: list[str]) -> int:
     for note in notes:
       logging.getLogger("lrdit").warning(note)
     verb = getattr(importlib.import_module(f"lrdit.modes.{values.mode}"), values.mode)
-    read = {"config": builders.resolve}
+    read = {"config": resolve.resolve}
     if values.workdir:
-      read["config"] = functools.partial(builders.resolve_for_run, run=values.workdir)
+      read["config"] = functools.partial(resolve.resolve_for_run, run=values.workdir)
     arguments = (read.get(f, lambda value: value)(values[f].value) for f in MODES[values.mode])
     return verb(*arguments) or 0
   except (Exception, KeyboardInterrupt) as error:

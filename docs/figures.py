@@ -9,7 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from configs import digits
-from lrdit import builders
+from lrdit.config.resolve import resolve
+from lrdit.experiment import Experiment
 from lrdit.rank import schedules
 
 LAYER = "blocks_1/mlp/fc1"
@@ -17,8 +18,8 @@ LAYER = "blocks_1/mlp/fc1"
 
 def main() -> None:
   """Writes docs/rank_schedule.png."""
-  config = builders.resolve(digits.get_config())
-  plan = builders.make_plan(config)
+  config = resolve(digits.get_config())
+  plan = Experiment(config).plan
   ranks = plan.by_name[LAYER]
   t = np.arange(plan.num_train_timesteps)
   exact = schedules.active_rank(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrdit import builders
+from lrdit.experiment import Experiment
 from lrdit.model import dit, low_rank
 from lrdit.modes import train
 from tests import tiny
@@ -68,7 +68,7 @@ def test_fused_attention_is_plain_attention(head_width):
 def test_bfloat16_is_float32_rounded(arm):
   def output_and_gradient(dtype):
     config = tiny_config(f"method={arm}", **SHALLOW | {"model__dtype": dtype})
-    model, params = builders.make_model(config, jax.devices()[:1]), noisy_params(config)
+    model, params = Experiment(config).model(jax.devices()[:1]), noisy_params(config)
     x = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
     t, y = jnp.arange(8) * 120, jnp.arange(8)
 

@@ -18,8 +18,8 @@ MAY_IMPORT = {
   "evaluation": ("train", "data", "runtime"),
 }
 MAY_IMPORT["config"] = tuple(MAY_IMPORT)
-MAY_IMPORT["builders"] = (*MAY_IMPORT, "analysis")
-MAY_IMPORT["analysis"] = tuple(name for name in MAY_IMPORT if name != "builders")
+MAY_IMPORT["experiment"] = tuple(MAY_IMPORT)
+MAY_IMPORT["analysis"] = tuple(MAY_IMPORT)
 MAY_IMPORT["report"] = tuple(MAY_IMPORT)
 MAY_IMPORT["modes"] = tuple(MAY_IMPORT)
 

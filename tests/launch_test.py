@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 
-from lrdit.runtime.workdir import store_config
+from lrdit.config.run_config import store_config
 from tests import scripts, tiny
 
 ARMS = ("full", "static", "adaptive")

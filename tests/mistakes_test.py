@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from lrdit import builders
 from lrdit.config import flags as command_line
 from lrdit.config import schema as common
+from lrdit.experiment import Experiment
 from lrdit.runtime import cluster, startup
 from lrdit.runtime.errors import UserError, as_user_error
 from lrdit.runtime.paths import local_path
@@ -565,10 +565,10 @@ def test_the_default_directory_of_datasets_may_be_unset_or_empty_or_wrong(monkey
   monkeypatch.setenv("TFDS_DATA_DIR", "")
   monkeypatch.setenv("HOME", "/nowhere")
   with pytest.raises(UserError, match="no prepared cifar10 under /nowhere/tensorflow_datasets"):
-    builders.make_source(config, "train")
+    Experiment(config).source("train")
   monkeypatch.setenv("TFDS_DATA_DIR", "gs://bucket")
   with pytest.raises(UserError, match=r"^TFDS_DATA_DIR=gs://bucket is an address"):
-    builders.make_source(config, "train")
+    Experiment(config).source("train")
 
 
 # The environment: read while jax is imported, so that each needs a process.

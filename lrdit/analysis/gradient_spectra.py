@@ -155,7 +155,9 @@ def regression(
   alphas_cumprod = objective.alphas_cumprod
   signal, noise = _at(alphas_cumprod**0.5, t), _at((1 - alphas_cumprod) ** 0.5, t)
   target = process.training_target(objective.prediction, examples.x_0, examples.eps, signal, noise)
-  weights = process.loss_weights(objective.loss_weighting, objective.prediction, alphas_cumprod)
+  weights = process.loss_weights(
+    objective.loss_weighting, objective.prediction, alphas_cumprod, objective.min_snr_gamma
+  )
   batch = {
     "x_t": process.q_sample(examples.x_0, examples.eps, signal, noise),
     "t": t.astype(np.int32),

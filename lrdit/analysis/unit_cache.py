@@ -9,65 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from lrdit.runtime.errors import UserError
-from lrdit.runtime.workdir import atomic_path, has_begun, remove_directory, write_json
+from lrdit.runtime.workdir import atomic_path, remove_directory, write_json
 
 RECORD = "record.json"  # of a unit, beside its arrays
-
-
-def read_truncation(path: str) -> dict[str, Any]:
-  """What `--mode=analyze` found in the causal test.
-
-  Raises:
-    UserError: there is no such file, or it is something else or has gaps.
-  """
-  try:
-    found = json.loads(pathlib.Path(path).expanduser().read_text())
-    rise = _check_truncation(found)
-    if np.isfinite(rise).all():
-      return found
-    cause = "has timestep groups without a measurement: raise config.evaluation.draws there"
-    if any(None not in row for row in found["rise"]):
-      cause = "has losses that are not finite: analyze an intact run"
-  except (FileNotFoundError, IsADirectoryError):
-    cause = "is not there: it is analysis/truncation.json of a workdir after --mode=analyze"
-  except (ValueError, KeyError, TypeError):
-    cause = "is not an analysis: give analysis/truncation.json of a workdir"
-  raise UserError(f"config.rank.analysis={path!r} {cause}")
-
-
-def _check_truncation(found: dict[str, Any]) -> np.ndarray:
-  """(K, G) rises, NaN for what was not measured.
-
-  Raises:
-    ValueError, KeyError, TypeError: it is no causal test's result.
-  """
-  ranks = np.array([*found["ranks"], found["largest_rank"]], np.int64)
-  boundaries = np.array(found["boundaries"], np.int64)
-  rise = np.array(found["rise"], np.float64)  # None becomes NaN
-  rising = (np.diff(ranks) > 0).all() and (np.diff(boundaries) > 0).all() and ranks[0] > 0
-  if len(ranks) < 2 or not rising or rise.shape != (len(ranks) - 1, len(boundaries) - 1):
-    raise ValueError
-  if not isinstance(found["layers"], list):
-    raise TypeError
-  return rise
-
-
-def read_kept_schedule(workdir: str, analysis: str) -> tuple[tuple, tuple] | None:
-  """(shares, boundaries) of the r(t) that a run which has begun took from an analysis, or None.
-
-  Args:
-    workdir: of the run.
-    analysis: the path it was named by; another one asks for another run.
-  """
-  path = pathlib.Path(workdir)
-  try:
-    rank = json.loads((path / "config.json").read_text())["rank"]
-    if has_begun(path) and rank["analysis"] == analysis:
-      return tuple(rank["measured_shares"]), tuple(rank["measured_boundaries"])
-  except (OSError, ValueError, KeyError, TypeError):
-    pass  # no run, or one that cannot be read, which its mode will say
-  return None
 
 
 class Parts:

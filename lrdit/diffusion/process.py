@@ -80,17 +80,20 @@ def predict_x_0_eps(
 
 
 def loss_weights(
-  loss_weighting: str, prediction: str, alphas_cumprod: Float[np.ndarray, " T"]
+  loss_weighting: str,
+  prediction: str,
+  alphas_cumprod: Float[np.ndarray, " T"],
+  min_snr_gamma: float = MIN_SNR_GAMMA,
 ) -> Float[np.ndarray, " T"]:
   """(T,) float64 weight of an example's squared error at each timestep.
 
-  `min_snr`: Hang et al. 2023 (arXiv:2303.09556) with gamma = 5: min(SNR, gamma)
+  `min_snr`: Hang et al. 2023 (arXiv:2303.09556): min(SNR, min_snr_gamma)
   on the x_0 error, so / SNR for an epsilon target and / (SNR + 1) for v.
   """
   if loss_weighting == "uniform":
     return np.ones_like(alphas_cumprod)
   snr = alphas_cumprod / (1 - alphas_cumprod)
-  return np.minimum(snr, MIN_SNR_GAMMA) / (snr if prediction == "epsilon" else snr + 1)
+  return np.minimum(snr, min_snr_gamma) / (snr if prediction == "epsilon" else snr + 1)
 
 
 @dataclasses.dataclass(frozen=True)

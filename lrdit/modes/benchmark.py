@@ -21,12 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from lrdit import builders
+from lrdit.config.resolve import resolve
+from lrdit.config.run_config import log_process_fields, open_workdir
+from lrdit.experiment import Experiment
 from lrdit.model import flops
 from lrdit.runtime import parallel
 from lrdit.runtime.locks import owned
 from lrdit.runtime.progress import make_bar
-from lrdit.runtime.workdir import open_workdir, tell_process_fields, write_json
+from lrdit.runtime.workdir import write_json
 from lrdit.train import training_step
 from lrdit.train.train_state import create_train_state
 
@@ -68,7 +70,7 @@ def arm_config(config: ConfigDict, arm: str) -> ConfigDict:
   """
   copy = ConfigDict(config.to_dict())
   copy.method, copy.rank.compute = ARMS[arm]
-  return builders.resolve(copy)
+  return resolve(copy)
 
 
 def random_params(config: ConfigDict) -> Any:
@@ -77,7 +79,7 @@ def random_params(config: ConfigDict) -> Any:
   Not those of initialisation: their zeros make most gradients zero, and zeros
   can be multiplied faster than numbers.
   """
-  leaves, tree = jax.tree.flatten(builders.params_template(config))
+  leaves, tree = jax.tree.flatten(Experiment(config).params_template)
   ends = np.cumsum([leaf.size for leaf in leaves])
   # One draw, which compiles in a moment, and a barrier, or every slice would draw for itself.
   flat = 0.02 * jax.random.normal(jax.random.key(0), (int(ends[-1]),))
@@ -87,7 +89,7 @@ def random_params(config: ConfigDict) -> Any:
 
 def random_images(config: ConfigDict, *batch_axes: int) -> np.ndarray:
   """(*batch_axes, H, W, C) float32 standard normal."""
-  s = builders.make_shape(config)
+  s = Experiment(config).shape
   shape = (*batch_axes, s.image_size, s.image_size, s.channels)
   return np.random.default_rng(1).standard_normal(shape, np.float32)
 
@@ -113,7 +115,7 @@ class MatmulPeak:
     self.size = config.benchmark.matmul_size or default
     self.flops = flops.FLOPS_PER_MAC * MATMUL_COUNT * len(devices) * self.size**3
     split, replicated = parallel.shardings(devices)
-    dtype = builders.DTYPES[config.model.dtype]
+    dtype = Experiment(config).dtype
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((len(devices) * self.size, self.size), np.float32)
     # Products of this scale neither grow nor vanish.
@@ -146,10 +148,10 @@ class TrainingArm:
 
   def __init__(self, config: ConfigDict, devices: parallel.Devices):
     """Makes the state and compiles the step."""
-    objective = builders.make_objective(config, devices)
-    optimizer, _ = builders.make_optimizer(config)
-    curriculum = builders.make_curriculum(config)
-    self._step = builders.make_train_step(config, devices, len(curriculum.stages) - 1)
+    objective = Experiment(config).objective(devices)
+    optimizer = Experiment(config).optimizer
+    curriculum = Experiment(config).curriculum
+    self._step = Experiment(config).train_step(devices, len(curriculum.stages) - 1)
     self._count = config.benchmark.steps
     self._key = jax.random.key(config.seed)
     self._batch = self._make_batch(config, devices)
@@ -207,7 +209,7 @@ class SamplingArm:
 
   def __init__(self, config: ConfigDict, devices: parallel.Devices):
     """Slices the parameters and compiles every bucket."""
-    self.sampler = builders.make_sampler(config, devices)
+    self.sampler = Experiment(config).sampler(devices)
     params = jax.jit(functools.partial(random_params, config))()
     self.sliced_params = self.sampler.slice_params(params)
     size, classes = self.sampler.settings.batch_size, config.data.num_classes
@@ -411,7 +413,7 @@ def sampling_report(
 
 def describe(config: ConfigDict, devices: parallel.Devices) -> dict[str, Any]:
   """What the figures must be quoted with."""
-  shape, s = builders.make_shape(config), config.sampling
+  shape, s = Experiment(config).shape, config.sampling
   return {
     "jax": jax.__version__,
     "backend": devices[0].platform,
@@ -431,7 +433,7 @@ def describe(config: ConfigDict, devices: parallel.Devices) -> dict[str, Any]:
     "guidance_scale": s.guidance_scale,
     "rounds": config.benchmark.rounds,
     "steps": config.benchmark.steps,
-    "sampling_runs": config.benchmark.sampling_runs,
+    "sampling_runs": config.benchmark.sampling_runs or 0,
     "compile_threads": config.benchmark.compile_threads,
     "memory_bytes_are": MEMORY_MEANING,
   }
@@ -459,7 +461,7 @@ def bytes_of_other_arms(config: ConfigDict) -> int:
   arrays = 0
   for arm in ARMS:
     fields = arm_config(config, arm)
-    shape, plan = builders.make_shape(fields), builders.make_plan(fields)
+    shape, plan = Experiment(fields).shape, Experiment(fields).plan
     if arm != "full":
       arrays += STATE_ARRAYS * flops.num_parameters(shape, plan)
     if arm in SAMPLING_ARMS:
@@ -531,7 +533,7 @@ def measure(config: ConfigDict, devices: parallel.Devices) -> dict[str, Any]:
       tasks["bucket", name, bucket] = functools.partial(arm.time_bucket, bucket)
   for task in tasks.values():
     task(0)  # not counted: first calls touch memory for the first time
-  for number in range(config.benchmark.sampling_runs):
+  for number in range(config.benchmark.sampling_runs or 0):
     tasks |= {("run", name, number): arm.make_run() for name, arm in sampling.items()}
   with make_bar(config.benchmark.rounds, 0, "round") as bar:
     seconds = interleave(tasks, config.benchmark.rounds, bar.update)
@@ -676,7 +678,7 @@ def benchmark(config: ConfigDict, workdir: str, devices: parallel.Devices | None
   parallel.check_divisible("config.training.batch_size", config.training.batch_size, devices)
   parallel.check_divisible("config.sampling.batch_size", config.sampling.batch_size, devices)
   path = open_workdir(workdir, config, create=True)
-  tell_process_fields(path, config)
+  log_process_fields(path, config)
   # Programs compiled side by side are not timed, and may come from the cache.
   is_timed = config.benchmark.compile_threads == 1
   with (

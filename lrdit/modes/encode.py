@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lrdit import builders
 from lrdit.data import latents, pipeline
 from lrdit.data.source import Source, report_classes
+from lrdit.experiment import Experiment
 from lrdit.model.vae import Codec
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
@@ -101,8 +101,8 @@ def encode(config: ConfigDict, output: str, devices: parallel.Devices | None = N
   Raises:
     UserError: whatever the user can mend.
   """
-  codec = builders.make_codec(config, devices or jax.local_devices())
-  sources = {split: builders.make_image_source(config, split) for split in latents.SPLITS}
+  codec = Experiment(config).vae_runner(devices or jax.local_devices())
+  sources = {split: Experiment(config).image_source(split) for split in latents.SPLITS}
   report_classes(sources["train"], config.data.num_classes)
   directory = pathlib.Path(output)
   directory.mkdir(parents=True, exist_ok=True)

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from lrdit import builders
+from lrdit.config.run_config import open_trained
 from lrdit.data.source import Source
 from lrdit.evaluation import held_out, references
 from lrdit.evaluation.features import Extractor
+from lrdit.experiment import Experiment
 from lrdit.modes.sample import make_settings
 from lrdit.runtime import cluster, parallel
 from lrdit.runtime.errors import UserError
@@ -44,7 +45,7 @@ def held_out_figures(
     how they were measured, and the losses by the name of the weights.
   """
   batch_size = config.training.batch_size
-  step, slots = builders.make_eval_step(config, devices), parallel.batch_slots(batch_size, devices)
+  step, slots = Experiment(config).eval_step(devices), parallel.batch_slots(batch_size, devices)
   draws = config.evaluation.draws
   figures: dict[str, Any] = {
     "draws": draws,
@@ -54,7 +55,7 @@ def held_out_figures(
     "dtype": config.model.dtype,
     "data": source.identity,
   }
-  edges = list(itertools.pairwise(builders.make_curriculum(config).boundaries))
+  edges = list(itertools.pairwise(Experiment(config).curriculum.boundaries))
   for name, params in weights.items():
     losses = held_out.held_out_losses(
       step, parallel.replicate(params, devices), source, slots, batch_size, draws
@@ -87,7 +88,7 @@ def check_export(
     UserError: the export is missing, unfinished, or of something else.
   """
   metadata, _ = sample_set.iterate_export(directory, 1)
-  drawn = builders.make_sampler(config, parallel.all_devices())
+  drawn = Experiment(config).sampler(parallel.all_devices())
   asked = make_settings(config, drawn, step, params, vae_digest)
   asked = json.loads(json.dumps(asked | {"num_samples": config.sampling.num_samples}))
   differing = [name for name in asked if metadata.get(name) != asked[name]]
@@ -115,7 +116,7 @@ def sample_figures(
       of something else.
   """
   e = config.evaluation
-  source = builders.make_image_source(config, e.reference_split)
+  source = Experiment(config).image_source(e.reference_split)
   result: dict[str, Any] = {"figures": {}, "extractors": {}}
   for extractor in extractors:
     path = features / f"reference_{extractor.name}_{e.reference_split}.npz"
@@ -184,7 +185,7 @@ def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None 
   Raises:
     UserError: no checkpoint or no export, other data, and the like.
   """
-  path = run_files.open_trained(workdir, config)
+  path = open_trained(workdir, config)
   with contextlib.ExitStack() as opened:
     if cluster.is_first():
       opened.enter_context(owned(path, "evaluate"))
@@ -197,9 +198,9 @@ def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None 
 def _evaluate(config: ConfigDict, path: pathlib.Path, devices: parallel.Devices) -> None:
   """Measure the newest checkpoint and its export, which nobody else writes meanwhile."""
   e = config.evaluation
-  template = builders.params_template(config)
+  template = Experiment(config).params_template
   step, weights = run_files.restore_params(path, template, ("raw", "ema"))
-  source = builders.make_source(config, "eval")
+  source = Experiment(config).source("eval")
   run_files.check_run_data(path, "eval", source.identity)
   vae_digest = run_files.read_vae_digest(path) if config.vae.downsample_factor else ""
   directory = path / "samples" / config.sampling.name
@@ -208,7 +209,7 @@ def _evaluate(config: ConfigDict, path: pathlib.Path, devices: parallel.Devices)
   if e.extractors and cluster.is_first():  # checked before anything takes long
     params = weights["ema" if config.sampling.use_ema else "raw"]
     check_export(config, directory, step, params, vae_digest)
-    extractors = builders.make_extractors(config, features)
+    extractors = Experiment(config).extractors(features)
   losses = held_out_figures(config, source, weights, devices)
   if not cluster.is_first():
     return

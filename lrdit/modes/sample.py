@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from lrdit import builders
+from lrdit.config.run_config import open_trained
+from lrdit.experiment import Experiment, ToPixels
 from lrdit.runtime import cluster, parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.progress import make_bar
@@ -77,7 +78,7 @@ def draw(
   config: ConfigDict,
   drawn: sampler.Sampler,
   params: Any,
-  to_pixels: builders.ToPixels,
+  to_pixels: ToPixels,
   step: int,
   first: int,
 ) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
@@ -87,7 +88,7 @@ def draw(
     config: resolved.
     drawn: what draws the samples.
     params: its weights.
-    to_pixels: from `builders.make_to_pixels`.
+    to_pixels: from `Experiment.to_pixels`.
     step: of the weights' checkpoint.
     first: index of the first sample.
 
@@ -187,13 +188,13 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
     UserError: no checkpoint, another model's workdir, a full disk, and the like.
   """
   devices, s = devices or parallel.all_devices(), config.sampling
-  drawn = builders.make_sampler(config, devices)
-  path = run_files.open_trained(workdir, config)
+  drawn = Experiment(config).sampler(devices)
+  path = open_trained(workdir, config)
   weights = "ema" if s.use_ema else "raw"
-  step, restored = run_files.restore_params(path, builders.params_template(config), [weights])
+  step, restored = run_files.restore_params(path, Experiment(config).params_template, [weights])
   params = restored[weights]
   vae_digest = run_files.read_vae_digest(path) if config.vae.downsample_factor else ""
-  to_pixels = builders.make_to_pixels(config, devices, vae_digest)
+  to_pixels = Experiment(config).to_pixels(devices, vae_digest)
   batches = functools.partial(draw, config, drawn, params, to_pixels, step)
   compile_all = functools.partial(
     drawn.compile, params, make_label_rule(config), parallel.own_rows(s.batch_size)

@@ -15,10 +15,11 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from lrdit import builders
+from lrdit.config.run_config import begin_config, open_workdir
 from lrdit.data import pipeline
 from lrdit.data.source import report_classes
 from lrdit.evaluation.held_out import held_out_losses
+from lrdit.experiment import Experiment
 from lrdit.runtime import cluster, parallel
 from lrdit.runtime.errors import RESTART_STATUS, UserError
 from lrdit.runtime.progress import make_bar
@@ -124,23 +125,25 @@ class Trainer:
     """
     check_same("config", config.to_dict())
     self.config, self.workdir, self.devices = config, pathlib.Path(workdir), devices
-    self.curriculum = builders.make_curriculum(config)
+    self.experiment = Experiment(config)
+    self.curriculum = self.experiment.curriculum
     self._warn_of_too_few_steps()
-    self.source = builders.make_source(config, "train")
-    self.eval_source = builders.make_source(config, "eval")
-    self.optimizer, _ = builders.make_optimizer(config)
+    self.source = self.experiment.source("train")
+    self.eval_source = self.experiment.source("eval")
+    self.optimizer = self.experiment.optimizer
     own = parallel.own_devices(devices)  # the first process draws grids alone
     grid_batch = -(-GRID_ROWS * GRID_COLUMNS // len(own)) * len(own)
-    self.grid_sampler = builders.make_sampler(config, own, grid_batch)
+    self.grid_sampler = self.experiment.sampler(own, grid_batch)
     self.to_pixels = self._make_to_pixels()
     self.slots = parallel.batch_slots(config.training.batch_size, devices)
     self.key = jax.random.key(config.seed)
-    self.eval_step = builders.make_eval_step(config, devices)
+    self.eval_step = self.experiment.eval_step(devices)
     identity = {"train": self.source.identity, "eval": self.eval_source.identity}
     check_same("data", identity)
-    self.files: RunFiles = (
-      FirstProcessFiles(config, workdir, identity) if cluster.is_first() else RunFiles()
-    )
+    self.files = RunFiles()
+    if cluster.is_first():
+      open_workdir(workdir, config, create=True)
+      self.files = FirstProcessFiles(config, workdir, identity)
     report_classes(self.source, config.data.num_classes)
 
   def _make_to_pixels(self) -> Any:
@@ -148,13 +151,13 @@ class Trainer:
     if not (self.config.training.sample_every_steps or self.config.vae.path):
       return None
     vae_digest = self.source.identity.get("vae", "")
-    return builders.make_to_pixels(self.config, self.devices, vae_digest)
+    return self.experiment.to_pixels(self.devices, vae_digest)
 
   def initial_state(self) -> TrainState:
     """The newest checkpoint's state, on the host, or a fresh one; the first process's."""
 
     def fresh() -> TrainState:
-      params = builders.init_params(self.config)
+      params = self.experiment.init_params()
       return create_train_state(params, self.optimizer, self.curriculum.num_groups)
 
     template = jax.eval_shape(fresh).replace(
@@ -174,7 +177,7 @@ class Trainer:
       low, high = self.curriculum.timesteps_of(stage)
       text = "stage %d/%d: timesteps %d to %d, from step %d"
       log.info(text, stage + 1, count, low, high - 1, progress.first_step)
-    return stage, builders.make_train_step(self.config, self.devices, stage)
+    return stage, self.experiment.train_step(self.devices, stage)
 
   def has_left_stage(self, stage: int, state: TrainState, step: int) -> bool:
     """Whether the state after `step` updates is of a later stage.
@@ -442,6 +445,8 @@ def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = N
     with StopRequest() if cluster.num_processes() == 1 else SharedStopRequest() as stop:
       state = trainer.initial_state()
       first_step = int(state.step)
+      if cluster.is_first():
+        begin_config(trainer.workdir, config, first_step)
       trainer.files.begin(first_step)
       state = parallel.replicate(state, trainer.devices)
       state, step = run_steps(trainer, state, first_step, stop)

@@ -206,8 +206,8 @@ def select_layers(
       nothing is left.
   """
   for field, n in (("first_n_blocks", first_n_blocks), ("last_n_blocks", last_n_blocks)):
-    if not 0 <= n <= depth:
-      raise UserError(f"rank.{field}={n} must lie in [0, {depth}] (model.depth); 0 means no limit")
+    if n > depth:
+      raise UserError(f"rank.{field}={n} must be at most {depth} (model.depth)")
 
   def covered(name, pattern):
     parts = name.split("/")

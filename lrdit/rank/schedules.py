@@ -16,22 +16,24 @@ SCHEDULES = (
   "logistic_increasing",
 )
 
-LOGISTIC_STEEPNESS = 8.0
-LOGISTIC_MIDPOINT = 0.6
+LOGISTIC = (8.0, 0.6)  # steepness and midpoint
 
 
-def _logistic(u: np.ndarray) -> np.ndarray:
+def _logistic(u: np.ndarray, steepness: float, midpoint: float) -> np.ndarray:
   """The logistic curve on [0, 1], rescaled to start at 0 and end at 1."""
 
   def sigmoid(x):
-    return 1.0 / (1.0 + np.exp(-LOGISTIC_STEEPNESS * (x - LOGISTIC_MIDPOINT)))
+    return 1.0 / (1.0 + np.exp(-steepness * (x - midpoint)))
 
   low, high = sigmoid(0.0), sigmoid(1.0)
   return (sigmoid(u) - low) / (high - low)
 
 
 def _progress(
-  schedule: str, t: np.ndarray, num_train_timesteps: int
+  schedule: str,
+  t: np.ndarray,
+  num_train_timesteps: int,
+  logistic: tuple[float, float] = LOGISTIC,
 ) -> tuple[np.ndarray, np.ndarray]:
   """How far each timestep is along its ramp, and which way the ramp goes.
 
@@ -39,6 +41,7 @@ def _progress(
     schedule: one of `SCHEDULES`.
     t: integer timesteps, any shape.
     num_train_timesteps: T.
+    logistic: steepness and midpoint of the logistic ramps.
 
   Returns:
     (numerator / denominator in [0, 1] as float64, direction): direction +1 on
@@ -53,7 +56,7 @@ def _progress(
     return np.zeros(t.shape), held
   if schedule in ("increasing", "logistic_increasing"):
     u = t / steps
-    return (_logistic(u) if schedule.startswith("logistic") else u), rising
+    return (_logistic(u, *logistic) if schedule.startswith("logistic") else u), rising
   if schedule == "midpeak":
     first = 2 * t <= steps
     return (
@@ -63,7 +66,7 @@ def _progress(
   if schedule in ("decreasing", "logistic_decreasing"):
     # The first 5 % of timesteps hold the full rank.
     u = np.maximum(20 * t - steps, 0) / (19 * steps)
-    u = _logistic(u) if schedule.startswith("logistic") else u
+    u = _logistic(u, *logistic) if schedule.startswith("logistic") else u
     return u, np.where(20 * t < steps, held, -rising)
   raise UserError(f"rank.schedule={schedule!r} is unknown: use one of {', '.join(SCHEDULES)}")
 
@@ -105,13 +108,17 @@ def active_rank(
   return np.clip(rank, min_rank, max_rank)
 
 
-def schedule_height(schedule: str, num_train_timesteps: int) -> Float[np.ndarray, " T"]:
+def schedule_height(
+  schedule: str, num_train_timesteps: int, logistic: tuple[float, float] = LOGISTIC
+) -> Float[np.ndarray, " T"]:
   """Where r(t) stands between its least rank (0) and the full one (1), (T,) float64.
 
   Args:
     schedule: one of `SCHEDULES`.
     num_train_timesteps: T.
+    logistic: steepness and midpoint of the logistic schedules.
   """
-  progress, direction = _progress(schedule, np.arange(num_train_timesteps), num_train_timesteps)
+  t = np.arange(num_train_timesteps)
+  progress, direction = _progress(schedule, t, num_train_timesteps, logistic)
   height = np.where(direction > 0, progress, 1.0 - progress)
   return np.where(direction == 0, 1.0, height)

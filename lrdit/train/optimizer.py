@@ -1,5 +1,6 @@
 """The optimiser and the moving average of the parameters."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,13 @@ def learning_rate_schedule(
 
 
 def make_optimizer(
-  name: str, weight_decay: float, grad_clip_norm: float
+  name: str,
+  weight_decay: float,
+  grad_clip_norm: float | None,
+  *,
+  beta1: float = 0.9,
+  beta2: float | None = None,
+  epsilon: float = 1e-8,
 ) -> optax.GradientTransformation:
   """Clips the global gradient norm, then applies the named optimiser.
 
@@ -54,11 +61,15 @@ def make_optimizer(
   Args:
     name: one of `OPTIMIZERS`.
     weight_decay: decoupled decay of matrices; vectors (biases) do not decay.
-    grad_clip_norm: largest global norm; 0 turns clipping off.
+    grad_clip_norm: largest global norm; None turns clipping off.
+    beta1, beta2: decays of the moments; None is the optimizer's own default.
+    epsilon: of AdamW; Lion has none.
   """
-  make = {"adamw": optax.adamw, "lion": optax.lion}[name]
+  make = {"adamw": functools.partial(optax.adamw, eps=epsilon), "lion": optax.lion}[name]
+  decays = {"b1": beta1} | ({} if beta2 is None else {"b2": beta2})
   update = make(
     learning_rate=1.0,
+    **decays,
     weight_decay=weight_decay,
     mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
   )

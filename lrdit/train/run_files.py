@@ -17,14 +17,7 @@ from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from lrdit.runtime.metric_writer import MetricWriter
 from lrdit.runtime.progress import log_to_file
-from lrdit.runtime.workdir import (
-  begin_config,
-  changes,
-  check_data,
-  open_workdir,
-  read_data,
-  tell_process_fields,
-)
+from lrdit.runtime.workdir import changes, check_data, read_data
 from lrdit.train.checkpoints import Checkpoints
 from lrdit.train.train_state import TrainState
 
@@ -39,7 +32,7 @@ class RunFiles:
     return None
 
   def begin(self, first_step: int) -> None:
-    """Stores the config and opens the metrics, which go on after `first_step`."""
+    """Opens the metrics, which go on after `first_step`."""
 
   def write_metrics(self, step: int, scalars: Mapping[str, float]) -> None:
     """A line of metrics."""
@@ -70,7 +63,7 @@ class FirstProcessFiles(RunFiles):
       identity: of the data, by split.
 
     Raises:
-      UserError: another run's workdir, other data, a place that cannot be written, or one that
+      UserError: other data, a place that cannot be written, or one that
         another training has.
     """
     self._config, self._writer = config, None
@@ -78,7 +71,6 @@ class FirstProcessFiles(RunFiles):
     self._workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as opened:
       opened.enter_context(owned(self._workdir, "train"))
-      open_workdir(workdir, config, create=True)
       check_data(self._workdir, identity)
       (self._workdir / "samples").mkdir(exist_ok=True)
       self._checkpoints = Checkpoints(self._workdir, config.checkpoint.keep)
@@ -95,7 +87,6 @@ class FirstProcessFiles(RunFiles):
 
   def begin(self, first_step: int) -> None:
     """As `RunFiles` says."""
-    begin_config(self._workdir, self._config, first_step)
     tensorboard = self._config.training.tensorboard
     self._writer = MetricWriter(self._workdir, first_step, tensorboard)
 
@@ -144,18 +135,6 @@ def check_same(what: str, value: dict[str, Any]) -> None:
       f"process {others[0]} has another {what} than process 0: {says}. Start all with the same "
       "flags, on the same data"
     )
-
-
-def open_trained(workdir: str, config: ConfigDict) -> pathlib.Path:
-  """The path of a trained run's workdir, which the first process checks.
-
-  Raises:
-    UserError: no workdir, another run's, or processes with different configs.
-  """
-  check_same("config", config.to_dict())
-  if cluster.is_first():
-    tell_process_fields(open_workdir(workdir, config, create=False), config)
-  return pathlib.Path(workdir)
 
 
 def check_run_data(workdir: pathlib.Path, split: str, identity: dict[str, Any]) -> None:

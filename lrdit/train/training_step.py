@@ -35,6 +35,7 @@ class Objective:
     alphas_cumprod: (T,) float64.
     prediction: one of `diffusion.PREDICTIONS`.
     loss_weighting: one of `diffusion.LOSS_WEIGHTINGS`.
+    min_snr_gamma: of the weighting `min_snr`.
     class_dropout_rate: probability of replacing a label by the null class.
     compute: one of `timesteps.COMPUTES`.
     strata: how the global batch B is spread over timesteps.
@@ -45,6 +46,7 @@ class Objective:
   alphas_cumprod: Float[np.ndarray, " T"]
   prediction: str
   loss_weighting: str
+  min_snr_gamma: float
   class_dropout_rate: float
   compute: str
   strata: timesteps.Strata
@@ -145,7 +147,9 @@ def example_losses(
   prediction, coordinate = output[..., : shape.channels], output[..., shape.channels :]
   target = process.training_target(objective.prediction, x_0, draws.eps, signal, noise)
   losses = jnp.square(prediction - target).mean(axis=(1, 2, 3))
-  weights = process.loss_weights(objective.loss_weighting, objective.prediction, alphas_cumprod)
+  weights = process.loss_weights(
+    objective.loss_weighting, objective.prediction, alphas_cumprod, objective.min_snr_gamma
+  )
   losses = losses * at_t(weights)[:, 0, 0, 0]
   if not shape.learn_sigma:
     return losses

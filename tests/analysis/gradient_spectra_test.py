@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrdit import builders
 from lrdit.analysis import gradient_spectra, spectra
 from lrdit.analysis.unit_cache import Parts
+from lrdit.experiment import Experiment
 from lrdit.model import dit, low_rank
 from lrdit.rank import plan as rank_schedule
 from lrdit.runtime.errors import UserError
@@ -35,7 +35,7 @@ def make_objective(arm="adaptive", **overrides):
     rank__dense_layers=("patch_embed", "final_layer/linear"),
     **overrides,
   )
-  return builders.make_objective(config, jax.devices()[:1]).without_augmentation()
+  return Experiment(config).objective(jax.devices()[:1]).without_augmentation()
 
 
 @functools.cache

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from configs import cifar10
-from lrdit import builders
+from lrdit.config.resolve import resolve
+from lrdit.experiment import Experiment
 from lrdit.model import flops, low_rank
 from lrdit.modes import benchmark
 
@@ -25,12 +26,12 @@ def make_config(args: argparse.Namespace) -> ConfigDict:
   config = cifar10.get_config(f"method=full,variant={args.variant}").unlock()
   config.data.image_size, config.data.num_channels = args.image_size, args.channels
   config.data.num_classes, config.training.batch_size = args.num_classes, args.batch_size
-  return builders.resolve(config)
+  return resolve(config)
 
 
 def make_forward(config: ConfigDict) -> Callable[[], jax.Array]:
   """Return a call of the compiled forward pass on a batch."""
-  model, batch = builders.make_model(config), config.training.batch_size
+  model, batch = Experiment(config).model(), config.training.batch_size
   params = jax.device_put(benchmark.random_params(config))
   x = jax.device_put(benchmark.random_images(config, batch))
   t, y = jnp.arange(batch), jnp.arange(batch) % config.data.num_classes
@@ -60,11 +61,11 @@ def main() -> None:
   for task in tasks.values():  # first calls compile and allocate
     task()
     task()
-  shape, plan = builders.make_shape(config), builders.make_plan(config)
+  shape, plan = Experiment(config).shape, Experiment(config).plan
   forward_macs = config.training.batch_size * flops.forward_macs(shape, plan, 0)
   about = {
     "name": f"lrdit on jax {jax.__version__}",
-    "num_parameters": sum(p.size for p in jax.tree.leaves(builders.params_template(config))),
+    "num_parameters": sum(p.size for p in jax.tree.leaves(Experiment(config).params_template)),
     "flops": {
       "step": arm.flops,
       "forward": flops.FLOPS_PER_MAC * forward_macs,

@@ -18,7 +18,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import cifar10
-from lrdit import builders
+from lrdit.config.resolve import resolve
+from lrdit.experiment import Experiment
 from lrdit.modes import benchmark
 from lrdit.runtime import cluster, parallel, startup
 from lrdit.train.train_state import create_train_state
@@ -29,7 +30,7 @@ def make_config(args: argparse.Namespace) -> ConfigDict:
   config = cifar10.get_config(f"method={args.method},variant={args.variant}").unlock()
   config.data.image_size, config.training.batch_size = args.image_size, args.batch_size
   config.training.log_every_steps = 10**9
-  return builders.resolve(config)
+  return resolve(config)
 
 
 def own_batch(config: ConfigDict, devices: parallel.Devices) -> dict[str, np.ndarray]:
@@ -50,9 +51,9 @@ class Worker:
 
   def __init__(self, config: ConfigDict, devices: parallel.Devices):
     """Make the state and run two steps, as first calls compile and allocate."""
-    curriculum = builders.make_curriculum(config)
-    self._step = builders.make_train_step(config, devices, len(curriculum.stages) - 1)
-    optimizer, _ = builders.make_optimizer(config)
+    curriculum = Experiment(config).curriculum
+    self._step = Experiment(config).train_step(devices, len(curriculum.stages) - 1)
+    optimizer = Experiment(config).optimizer
     state = create_train_state(benchmark.random_params(config), optimizer, curriculum.num_groups)
     self._state = parallel.replicate(parallel.to_host(state), devices)
     self._batches: Iterator[Any] = parallel.prefetch(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrdit import builders
+from lrdit.experiment import Experiment
 from lrdit.model import dit, flops, low_rank
 from lrdit.modes import benchmark
 from lrdit.rank import plan as rank_schedule
@@ -204,10 +204,10 @@ def test_bytes_of_other_arms_are_those_of_their_states_and_sampling_parameters()
   expected = 0
   for arm in benchmark.ARMS:
     fields = benchmark.arm_config(config, arm)
-    template = builders.params_template(fields)
+    template = Experiment(fields).params_template
     expected += 16 * sum(p.size for p in jax.tree.leaves(template)) if arm != "full" else 0
     if arm in benchmark.SAMPLING_ARMS:
-      made = builders.make_sampler(fields, devices)
+      made = Experiment(fields).sampler(devices)
       sliced = made.slice_params(jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), template))
       expected += sum(p.nbytes for p in jax.tree.leaves(sliced))
   assert benchmark.bytes_of_other_arms(config) == expected
@@ -267,7 +267,7 @@ def test_a_run_by_parts_ends_where_the_sampler_does():
 def test_gradients_of_the_random_parameters_are_not_zero():
   """Zeros would flatter: fresh parameters leave most gradients exactly zero."""
   config = tiny_config(model__depth=1)
-  model = builders.make_model(config)
+  model = Experiment(config).model()
   params = jax.jit(lambda: benchmark.random_params(config))()
   x = jnp.asarray(benchmark.random_images(config, 4))
   t = y = jnp.arange(4)

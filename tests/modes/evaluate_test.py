@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from lrdit import builders
 from lrdit.data import pipeline
 from lrdit.evaluation import held_out
+from lrdit.experiment import Experiment
 from lrdit.modes import analyze, benchmark, evaluate, sample
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
@@ -42,12 +42,13 @@ def losses(config, num_devices, draws=2, seed=3):
   devices = jax.devices()[:num_devices]
   keys = iter(jax.random.split(jax.random.key(seed), 1000))
   params = jax.tree.map(
-    lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), builders.init_params(config_of())
+    lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape),
+    Experiment(config_of()).init_params(),
   )
   return held_out.held_out_losses(
-    builders.make_eval_step(config, devices),
+    Experiment(config).eval_step(devices),
     parallel.replicate(jax.device_get(params), devices),
-    builders.make_source(config, "eval"),
+    Experiment(config).source("eval"),
     parallel.batch_slots(config.training.batch_size, devices),
     config.training.batch_size,
     draws,

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from lrdit import builders
+from lrdit.config.run_config import store_config
+from lrdit.experiment import Experiment
 from lrdit.modes import sample
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
-from lrdit.runtime.workdir import store_config
 from lrdit.sampling.sampler import Sampler, random_labels
 from lrdit.train.checkpoints import Checkpoints
 from lrdit.train.train_state import create_train_state
@@ -24,8 +24,8 @@ from tests.train.training_step_test import noisy_params
 
 
 def save_checkpoint(workdir, config, step=8, scale=1.0):
-  optimizer, _ = builders.make_optimizer(config)
-  groups = builders.make_curriculum(config).num_groups
+  optimizer = Experiment(config).optimizer
+  groups = Experiment(config).curriculum.num_groups
   params = jax.tree.map(lambda x: scale * x, noisy_params(config))
   state = parallel.to_host(create_train_state(params, optimizer, groups))
   checkpoints = Checkpoints(workdir, keep=1)
@@ -207,7 +207,7 @@ def test_every_field_that_defines_a_sample_is_among_the_settings():
 
   def settings(step=8, params=None, vae_digest="", **fields):
     config = tiny.tiny_config(**fields)
-    drawn = builders.make_sampler(config, jax.devices()[:1])
+    drawn = Experiment(config).sampler(jax.devices()[:1])
     params = {"a": np.zeros(3, np.float32)} if params is None else params
     return sample.make_settings(config, drawn, step, params, vae_digest)
 

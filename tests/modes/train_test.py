@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lrdit import builders
+from lrdit.config.run_config import read_changes
+from lrdit.experiment import Experiment
 from lrdit.modes import evaluate, train
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
-from lrdit.runtime.workdir import read_changes
 from lrdit.train import optimizer
 from lrdit.train.checkpoints import Checkpoints
 from lrdit.train.train_state import create_train_state
@@ -38,10 +38,10 @@ LONG = ("--config.training.num_steps=60", "--config.checkpoint.every_steps=10")
 def final_state(workdir, arg="", **overrides):
   """The newest checkpoint of a tiny run."""
   config = tiny.tiny_config(arg, **overrides)
-  made, _ = builders.make_optimizer(config)
-  num_groups = builders.make_curriculum(config).num_groups
+  made = Experiment(config).optimizer
+  num_groups = Experiment(config).curriculum.num_groups
   template = jax.eval_shape(
-    lambda: create_train_state(builders.init_params(config), made, num_groups)
+    lambda: create_train_state(Experiment(config).init_params(), made, num_groups)
   )
   return Checkpoints(workdir).restore_state(template)
 
@@ -326,11 +326,11 @@ def test_a_workdir_in_training_is_refused_to_another_training(tmp_path):
 
 def test_a_nan_in_the_data_is_told_with_its_step(tmp_path, monkeypatch):
   config = tiny.tiny_config(training__num_steps=200)
-  clean = builders.make_source(config, "train")
+  clean = Experiment(config).source("train")
   images = clean.images.copy()
   images[7, 2, 5] = np.nan
   spoilt = {"train": dataclasses.replace(clean, images=images), "eval": clean}
-  monkeypatch.setattr(builders, "make_source", lambda config, split: spoilt[split])
+  monkeypatch.setattr(Experiment, "source", lambda self, split: spoilt[split])
   devices = jax.devices()[:2]
   batches = train.Trainer(config, str(tmp_path), devices).batches(range(200))
   step = next(i for i, b in enumerate(batches, start=1) if np.isnan(b["image"]).any())
@@ -465,7 +465,7 @@ def test_a_grid_that_is_not_finite_is_told_of(monkeypatch, caplog):
   trainer = types.SimpleNamespace(
     config=config,
     grid_sampler=types.SimpleNamespace(sample=lambda *_: [batch]),
-    to_pixels=builders.make_to_pixels(config, jax.devices()[:1], ""),
+    to_pixels=Experiment(config).to_pixels(jax.devices()[:1], ""),
     files=types.SimpleNamespace(write_grid=lambda step, pixels, _: written.append(pixels)),
   )
   train.Trainer.write_grid(trainer, types.SimpleNamespace(ema_params={}), 7)

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from lrdit import builders
+from lrdit.config import measured_schedule, run_config
+from lrdit.config.resolve import resolve_for_run
+from lrdit.experiment import Experiment
 from lrdit.rank import measured
-from lrdit.runtime import workdir
 from lrdit.runtime.errors import UserError
 from tests.tiny import tiny_config
 
@@ -90,8 +91,8 @@ def test_heights_are_linear_between_the_groups_middles():
 def analysis_of(config):
   """As `--mode=analyze` writes it of a model."""
   found = {"ranks": RANKS, "rise": RISE, "largest_rank": 32, "boundaries": BOUNDARIES}
-  layers = {"layers": builders.factorised_layers(config)}
-  return found | layers | builders.describe_analysed(config)
+  layers = {"layers": Experiment(config).factorised_layers}
+  return found | layers | measured_schedule.describe_model(config)
 
 
 def write_analysis(path, **changes):
@@ -102,7 +103,7 @@ def write_analysis(path, **changes):
 def test_a_config_takes_r_of_t_from_the_analysis_and_keeps_it(tmp_path):
   path = tmp_path / "truncation.json"
   config = tiny_config("method=adaptive", **write_analysis(path))
-  plan = builders.make_plan(config)
+  plan = Experiment(config).plan
   for name, ranks in plan.layers:
     assert abs(plan.mean_active_rank(name) - ranks.static_rank) <= config.rank.multiple_of
     assert ranks.active[plan.bucket_of_timestep[0]] > ranks.active[plan.bucket_of_timestep[999]]
@@ -110,7 +111,7 @@ def test_a_config_takes_r_of_t_from_the_analysis_and_keeps_it(tmp_path):
   path.unlink()
   kept = {f"rank__{f}": config.rank[f] for f in ("measured_shares", "measured_boundaries")}
   again = tiny_config("method=adaptive", rank__schedule="measured", **kept)
-  assert builders.make_plan(again) == plan
+  assert Experiment(again).plan == plan
 
 
 @pytest.mark.parametrize(
@@ -169,11 +170,11 @@ def test_a_run_that_has_begun_keeps_its_r_of_t(tmp_path, caplog):
   asked.rank.measured_shares = asked.rank.measured_boundaries = ()
 
   def shares():
-    return builders.resolve_for_run(asked, str(run)).rank.measured_shares
+    return resolve_for_run(asked, str(run)).rank.measured_shares
 
   assert shares() == kept
   (run / "checkpoints" / "4").mkdir(parents=True)
-  workdir.store_config(run, builders.resolve_for_run(asked, str(run)))
+  run_config.store_config(run, resolve_for_run(asked, str(run)))
   assert shares() == kept
   assert not caplog.records
   write_analysis(path, rise=[[x, 0.3 * x] for x, _ in RISE])

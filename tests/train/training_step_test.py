@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from lrdit import builders
 from lrdit.data import pipeline
+from lrdit.experiment import Experiment
 from lrdit.model import dit
 from lrdit.model.low_rank import RankSelection
 from lrdit.runtime import parallel
@@ -29,7 +29,7 @@ KEY = jax.random.key(7)
 
 def noisy_params(config):
   """Parameters away from the zero output of initialisation."""
-  return _noisy_params(builders.make_model(config).clone(dtype=jnp.float32))
+  return _noisy_params(Experiment(config).model().clone(dtype=jnp.float32))
 
 
 @functools.cache
@@ -43,12 +43,12 @@ def _noisy_params(model):
 
 def make_step(config, devices, stage=0, **changes):
   """The pmapped training step of a stage."""
-  tx, rate = builders.make_optimizer(config)
+  tx, rate = Experiment(config).optimizer
   settings = dict(
-    objective=builders.make_objective(config, devices),
+    objective=Experiment(config).objective(devices),
     optimizer=tx,
     learning_rate=rate,
-    curriculum=builders.make_curriculum(config),
+    curriculum=Experiment(config).curriculum,
     stage=stage,
     ema_decay=config.optimizer.ema_decay,
     log_every_steps=config.training.log_every_steps,
@@ -58,9 +58,9 @@ def make_step(config, devices, stage=0, **changes):
 
 def make_state(config, devices, params=None, stage=0):
   """A replicated state before the first step of a stage."""
-  tx, _ = builders.make_optimizer(config)
-  num_groups = builders.make_curriculum(config).num_groups
-  state = create_train_state(params or builders.init_params(config), tx, num_groups)
+  tx = Experiment(config).optimizer
+  num_groups = Experiment(config).curriculum.num_groups
+  state = create_train_state(params or Experiment(config).init_params(), tx, num_groups)
   return parallel.replicate(state.replace(stage=StageProgress.begin(stage, 0)), devices)
 
 
@@ -71,7 +71,7 @@ def run_steps(config, num_devices, num_steps, params=None, stage=0):
   state = make_state(config, devices, params, stage)
   size = config.training.batch_size
   batches = pipeline.train_batches(
-    builders.make_source(config, "train"),
+    Experiment(config).source("train"),
     config.seed,
     parallel.batch_slots(size, devices),
     size,
@@ -101,9 +101,9 @@ def test_one_and_four_devices_give_the_same_losses(arm):
 def gradients(config, num_devices=1, seed_key=KEY, strata=None):
   """Mean gradient of the training loss over `num_devices` devices."""
   devices = jax.devices()[:num_devices]
-  objective = builders.make_objective(config, devices)
+  objective = Experiment(config).objective(devices)
   objective = objective.with_strata(strata or objective.strata)
-  source = builders.make_source(config, "train")
+  source = Experiment(config).source("train")
   slots = parallel.batch_slots(config.training.batch_size, devices)
   size = config.training.batch_size
   batch = next(pipeline.train_batches(source, 0, slots, size, range(1), False))
@@ -141,7 +141,7 @@ CURRICULUM = {
 @pytest.mark.parametrize(("stage", "num_devices"), [(0, 4), (1, 1)])
 def test_grouped_gradients_are_masked_gradients_in_a_stage(stage, num_devices):
   config = tiny_config(**CURRICULUM)
-  strata = builders.make_curriculum(config).stages[stage].strata
+  strata = Experiment(config).curriculum.stages[stage].strata
   got, masked = (
     gradients(tiny_config(rank__compute=compute), n, strata=strata)
     for compute, n in (("grouped", num_devices), ("masked", 1))
@@ -172,7 +172,7 @@ def test_losses_by_group_are_means_over_their_examples():
   # Parameters stay: the learning rate is zero.
   step = make_step(config, devices, learning_rate=lambda step, start: jnp.float32(0))
   state = make_state(config, devices, noisy_params(config))
-  objective = builders.make_objective(config, devices)
+  objective = Experiment(config).objective(devices)
   evaluate = parallel.pmap(lambda p, b, k: training_step.batch_losses(p, objective, k, b), devices)
   batch = {name: rows.reshape(2, 8, *rows.shape[2:]) for name, rows in digits_batch().items()}
   losses, t = [], []
@@ -221,7 +221,7 @@ def test_a_stage_restarts_the_optimiser_and_its_warm_up_if_asked_to(restart):
 
 
 def test_evaluation_stays_on_all_timesteps():
-  objective = builders.make_objective(tiny_config(**CURRICULUM), jax.devices()[:1])
+  objective = Experiment(tiny_config(**CURRICULUM)).objective(jax.devices()[:1])
   assert objective.strata.ranges == ((0, 1000, 16),)
   assert objective.without_augmentation().strata == objective.strata
 
@@ -231,7 +231,7 @@ def test_evaluation_stays_on_all_timesteps():
 def test_components_no_example_uses_get_exactly_zero_gradient(compute):
   """All timesteps at the lowest bucket: nothing above it may learn."""
   config = tiny_config(rank__compute=compute)
-  model = builders.make_model(config)
+  model = Experiment(config).model()
   params = noisy_params(config)
   x = jax.random.normal(KEY, (8, 8, 8, 1))
   t = jnp.full(8, 999)
@@ -252,7 +252,7 @@ def test_components_no_example_uses_get_exactly_zero_gradient(compute):
 
 
 def draws(config, num_devices, key=KEY):
-  objective = builders.make_objective(config, jax.devices()[:num_devices])
+  objective = Experiment(config).objective(jax.devices()[:num_devices])
   local = config.training.batch_size // num_devices
   parts = []
   for device in range(num_devices):
@@ -290,14 +290,14 @@ def test_draws_have_their_distributions():
 
 def losses_of(config, batch, num_devices=1):
   devices = jax.devices()[:num_devices]
-  objective = builders.make_objective(config, devices)
+  objective = Experiment(config).objective(devices)
   run = parallel.pmap(lambda p, b, k: training_step.batch_losses(p, objective, k, b)[0], devices)
   params = parallel.replicate(noisy_params(config), devices)
   return np.asarray(run(params, batch, KEY)).reshape(-1)
 
 
 def digits_batch(size=16, devices=1):
-  batch = builders.make_source(tiny_config(), "train").gather(np.arange(size), np.zeros(size, bool))
+  batch = Experiment(tiny_config()).source("train").gather(np.arange(size), np.zeros(size, bool))
   return {name: rows.reshape(devices, -1, *rows.shape[1:]) for name, rows in batch.items()}
 
 
@@ -333,7 +333,7 @@ def test_learned_variance_trains_by_the_bound_alone(prediction):
   config = tiny_config(
     "method=full", model__learn_sigma=True, diffusion__prediction=prediction, seed=3
   )
-  objective = builders.make_objective(config, jax.devices()[:1])
+  objective = Experiment(config).objective(jax.devices()[:1])
   x_0 = jnp.asarray(digits_batch()["image"][0])
   batch_draws = training_step.draw(KEY, jnp.arange(16), (8, 8, 1), objective)
 
@@ -365,7 +365,7 @@ def test_min_snr_reweights_each_example():
   uniform = losses_of(tiny_config(), batch)
   weighted = losses_of(tiny_config(diffusion__loss_weighting="min_snr"), batch)
   t = draws(tiny_config(), 1)["t"]
-  alpha_bar = builders.make_alphas_cumprod(tiny_config())[t]
+  alpha_bar = Experiment(tiny_config()).alphas_cumprod[t]
   snr = alpha_bar / (1 - alpha_bar)
   np.testing.assert_allclose(weighted, uniform * np.minimum(snr, 5) / (snr + 1), rtol=1e-4)
 
