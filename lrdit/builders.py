@@ -481,17 +481,17 @@ def _check_origin(config: ConfigDict, source: latents.LatentSource, split: str) 
   data = config.data
   side = tfds.DATASETS[data.name].crop_size if data.name in tfds.DATASETS else 0
   expected = {"name": data.name, "crop": images.crop_name(side, data.image_size)}
-  _check_identity(config, source.identity, expected)
+  _check_fingerprint(config, source.fingerprint, expected)
   if data.data_dir and os.path.exists(os.path.expanduser(data.data_dir)):
-    expected = pipeline.LOADERS[data.name].identify(split, _data_options(config))
-    if "num_classes" in source.identity:  # of the first classes only
+    expected = pipeline.LOADERS[data.name].fingerprint(split, _data_options(config))
+    if "num_classes" in source.fingerprint:  # of the first classes only
       expected.pop("num_examples", None)
-    _check_identity(config, source.identity, expected)
+    _check_fingerprint(config, source.fingerprint, expected)
   elif data.data_dir:
     log.warning("the latents are not compared with their images: no %s", data.data_dir)
 
 
-def _check_identity(config: ConfigDict, found: dict[str, Any], expected: dict[str, Any]) -> None:
+def _check_fingerprint(config: ConfigDict, found: dict[str, Any], expected: dict[str, Any]) -> None:
   for field, value in expected.items():
     if found.get(field) != value:
       raise UserError(

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from lrdit.runtime.errors import UserError
-from lrdit.runtime.locks import lock_path
 from lrdit.data.source import Source
 from lrdit.model.vae import VaeConfig, scale_latents
+from lrdit.runtime.errors import UserError
+from lrdit.runtime.locks import lock_path
 from lrdit.runtime.workdir import write_json
 
 SPLITS = ("train", "eval")
@@ -239,7 +239,7 @@ def open_latents(directory: str, split: str) -> LatentSource:
   rows, labels = arrays
   # Rows are asked for at random: reading ahead in the file would be wasted.
   rows._mmap.madvise(mmap.MADV_RANDOM)
-  identity = {
+  fingerprint = {
     **description["sources"][split],
     "vae": description["vae_digest"],
     "crc32": entry["crc32"],
@@ -248,7 +248,7 @@ def open_latents(directory: str, split: str) -> LatentSource:
     images=rows,
     labels=np.asarray(labels),
     num_classes=description["num_classes"],
-    identity=identity,
+    fingerprint=fingerprint,
     vae_config=VaeConfig(**_as_fields(description["vae_config"])),
   )
 

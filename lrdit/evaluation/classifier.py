@@ -267,7 +267,7 @@ def _describe(source: Source, held_out: Source, settings: ClassifierSettings) ->
   """What a kept classifier must agree with, as JSON gives it back."""
   description = {
     "format": 1,
-    "data": {"train": source.identity, "eval": held_out.identity},
+    "data": {"train": source.fingerprint, "eval": held_out.fingerprint},
     "image_size": source.image_shape[0],
     "num_channels": source.image_shape[2],
     "num_classes": source.num_classes,

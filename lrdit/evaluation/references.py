@@ -44,29 +44,29 @@ class Reference:
     mean: (D,) of all N images.
     covariance: (D, D) of all N images, unbiased.
     features: (M, D) of a random choice of them, in random order.
-    identity: which images under which extractor, as JSON; see `describe`.
+    fingerprint: which images under which extractor, as JSON; see `describe`.
   """
 
   mean: Float64[np.ndarray, " D"]
   covariance: Float64[np.ndarray, "D D"]
   features: Float32[np.ndarray, "M D"]
-  identity: dict[str, Any]
+  fingerprint: dict[str, Any]
 
 
 def describe(source: Source, extractor: Extractor, max_features: int) -> dict[str, Any]:
-  """The identity of a reference, without reading an image.
+  """The fingerprint of a reference, without reading an image.
 
-  "data" is the source's own identity, which names split and crop.
+  "data" is the source's own fingerprint, which names split and crop.
   """
-  identity = {
+  fingerprint = {
     "format": 1,
-    "data": source.identity,
+    "data": source.fingerprint,
     "image_shape": source.image_shape,
     "num_images": len(source),
     "num_features": min(max_features, len(source)),
     "extractor": {"name": extractor.name, "digest": extractor.digest},
   }
-  return json.loads(json.dumps(identity))  # as it will be read
+  return json.loads(json.dumps(fingerprint))  # as it will be read
 
 
 def compute_reference(source: Source, extractor: Extractor, max_features: int) -> Reference:
@@ -112,18 +112,18 @@ def _check_count(kind: str, count: int) -> None:
 
 def save_reference(path: pathlib.Path, reference: Reference) -> None:
   """Writes an .npz, whole or not at all."""
-  arrays = {f.name: getattr(reference, f.name) for f in dataclasses.fields(reference)}
-  arrays["identity"] = np.array(json.dumps(reference.identity))
+  arrays = {name: getattr(reference, name) for name in ("mean", "covariance", "features")}
+  arrays["identity"] = np.array(json.dumps(reference.fingerprint))
   with atomic_path(path) as temporary, temporary.open("wb") as file:
     np.savez(file, **arrays)
 
 
-def load_reference(path: pathlib.Path, identity: dict[str, Any]) -> Reference:
+def load_reference(path: pathlib.Path, fingerprint: dict[str, Any]) -> Reference:
   """Reads what `save_reference` wrote.
 
   Args:
     path: the file.
-    identity: what it must be of, from `describe`.
+    fingerprint: what it must be of, from `describe`.
 
   Raises:
     UserError: it is missing, damaged, or of other images or another extractor.
@@ -132,8 +132,8 @@ def load_reference(path: pathlib.Path, identity: dict[str, Any]) -> Reference:
     with path.open("rb") as file, np.load(file) as arrays:
       stored = dict(arrays)
     found = json.loads(str(stored.pop("identity")))
-    differences = changes(identity, found)
-    reference = Reference(**stored, identity=found)
+    differences = changes(fingerprint, found)
+    reference = Reference(**stored, fingerprint=found)
   except FileNotFoundError as error:
     raise UserError(f"there are no reference statistics at {path}") from error
   except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
@@ -210,7 +210,7 @@ def measure(
   Raises:
     UserError: the reference is of another extractor, or too few images.
   """
-  if reference.identity["extractor"]["digest"] != extractor.digest:
+  if reference.fingerprint["extractor"]["digest"] != extractor.digest:
     raise UserError(f"the reference is of another extractor than this {extractor.name!r}")
   kept = np.empty_like(reference.features)
   seen, num_samples, labelled = None, 0, []

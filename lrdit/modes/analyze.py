@@ -118,7 +118,7 @@ class Analysis:
   def source(self, split: str) -> Source:
     """The split's images or latents; refused if they are not the run's."""
     source = builders.make_source(self.config, split)
-    run_files.check_run_data(self._path, split, source.identity)
+    run_files.check_run_data(self._path, split, source.fingerprint)
     return source
 
   def run(self, name: str, settings: dict[str, Any], make: Callable[[Parts], dict]) -> dict:
@@ -171,7 +171,7 @@ def analyse_gradients(analysis: Analysis) -> None:
     "batch_sizes": list(a.batch_sizes),
     "subspace_rank": a.subspace_rank,
     "seed": a.seed,
-    "data": source.identity,
+    "data": source.fingerprint,
   }
 
   def make(parts: Parts) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def analyse_truncation(analysis: Analysis) -> None:
     "draws": draws,
     "seed": held_out.SEED,
     "batch_size": batch_size,
-    "data": source.identity,
+    "data": source.fingerprint,
   }
 
   def make(parts: Parts) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def describe(config: ConfigDict, codec: Codec, sources: dict[str, Source]) -> di
   copies = 2 if config.data.flip else 1
   return {
     "format": 1,
-    "sources": {split: source.identity for split, source in sources.items()},
+    "sources": {split: source.fingerprint for split, source in sources.items()},
     "num_classes": sources["train"].num_classes,
     "latent_shape": [copies, 2, size, size, config.vae.latent_channels],
     "vae_digest": codec.digest,

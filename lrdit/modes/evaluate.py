@@ -52,7 +52,7 @@ def held_out_figures(
     "seed": held_out.SEED,
     "batch_size": batch_size,
     "dtype": config.model.dtype,
-    "data": source.identity,
+    "data": source.fingerprint,
   }
   edges = list(itertools.pairwise(builders.make_curriculum(config).boundaries))
   for name, params in weights.items():
@@ -124,10 +124,10 @@ def sample_figures(
     figures = references.measure(batches, extractor, reference)
     for name, value in figures.items():
       log.info("%s %.6g", name, value)
-    identity = dict(reference.identity)
-    result["extractors"][extractor.name] = identity.pop("extractor")
+    fingerprint = dict(reference.fingerprint)
+    result["extractors"][extractor.name] = fingerprint.pop("extractor")
     result["figures"] |= figures
-    result |= {"metadata": metadata, "reference": identity | {"split": e.reference_split}}
+    result |= {"metadata": metadata, "reference": fingerprint | {"split": e.reference_split}}
   return result
 
 
@@ -200,7 +200,7 @@ def _evaluate(config: ConfigDict, path: pathlib.Path, devices: parallel.Devices)
   template = builders.params_template(config)
   step, weights = run_files.restore_params(path, template, ("raw", "ema"))
   source = builders.make_source(config, "eval")
-  run_files.check_run_data(path, "eval", source.identity)
+  run_files.check_run_data(path, "eval", source.fingerprint)
   vae_digest = run_files.read_vae_digest(path) if config.vae.downsample_factor else ""
   directory = path / "samples" / config.sampling.name
   features = pathlib.Path(e.features_dir).expanduser() if e.features_dir else path / "features"

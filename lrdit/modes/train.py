@@ -136,10 +136,10 @@ class Trainer:
     self.slots = parallel.batch_slots(config.training.batch_size, devices)
     self.key = jax.random.key(config.seed)
     self.eval_step = builders.make_eval_step(config, devices)
-    identity = {"train": self.source.identity, "eval": self.eval_source.identity}
-    check_same("data", identity)
+    fingerprint = {"train": self.source.fingerprint, "eval": self.eval_source.fingerprint}
+    check_same("data", fingerprint)
     self.files: RunFiles = (
-      FirstProcessFiles(config, workdir, identity) if cluster.is_first() else RunFiles()
+      FirstProcessFiles(config, workdir, fingerprint) if cluster.is_first() else RunFiles()
     )
     report_classes(self.source, config.data.num_classes)
 
@@ -147,7 +147,7 @@ class Trainer:
     """What turns samples into pixels: for grids, and to check a VAE that is named."""
     if not (self.config.training.sample_every_steps or self.config.vae.path):
       return None
-    vae_digest = self.source.identity.get("vae", "")
+    vae_digest = self.source.fingerprint.get("vae", "")
     return builders.make_to_pixels(self.config, self.devices, vae_digest)
 
   def initial_state(self) -> TrainState:

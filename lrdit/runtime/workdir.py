@@ -244,12 +244,12 @@ def store_config(workdir: pathlib.Path, config: ConfigDict) -> None:
   write_json(workdir / "config.json", config.to_dict())
 
 
-def check_data(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
+def check_data(workdir: pathlib.Path, fingerprint: dict[str, Any]) -> None:
   """Keeps a run to the data it began with.
 
   Args:
     workdir: of the run.
-    identity: what its splits are made from, as JSON.
+    fingerprint: what its splits are made from, as JSON.
 
   Raises:
     UserError: checkpoints are there, and were trained on other data.
@@ -261,12 +261,12 @@ def check_data(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
       stored = read_data(workdir)
     except UserError:  # it says to train, which is this
       log.warning("%s is damaged, and made again: the data cannot be compared", path)
-  if stored is not None and stored != identity:
+  if stored is not None and stored != fingerprint:
     raise UserError(
-      f"{workdir} holds a run on other data: {'; '.join(changes(identity, stored))}. Use "
+      f"{workdir} holds a run on other data: {'; '.join(changes(fingerprint, stored))}. Use "
       "another --workdir, or the data of that run"
     )
-  write_json(path, identity)
+  write_json(path, fingerprint)
 
 
 def read_data(workdir: pathlib.Path) -> dict[str, Any]:

@@ -61,13 +61,13 @@ class RunFiles:
 class FirstProcessFiles(RunFiles):
   """A workdir that is read and written, by this process alone."""
 
-  def __init__(self, config: ConfigDict, workdir: str, identity: dict[str, Any]):
+  def __init__(self, config: ConfigDict, workdir: str, fingerprint: dict[str, Any]):
     """Opens the workdir.
 
     Args:
       config: resolved.
       workdir: the run's directory.
-      identity: of the data, by split.
+      fingerprint: of the data, by split.
 
     Raises:
       UserError: another run's workdir, other data, a place that cannot be written, or one that
@@ -79,7 +79,7 @@ class FirstProcessFiles(RunFiles):
     with contextlib.ExitStack() as opened:
       opened.enter_context(owned(self._workdir, "train"))
       open_workdir(workdir, config, create=True)
-      check_data(self._workdir, identity)
+      check_data(self._workdir, fingerprint)
       (self._workdir / "samples").mkdir(exist_ok=True)
       self._checkpoints = Checkpoints(self._workdir, config.checkpoint.keep)
       opened.callback(self._checkpoints.close)
@@ -158,21 +158,21 @@ def open_trained(workdir: str, config: ConfigDict) -> pathlib.Path:
   return pathlib.Path(workdir)
 
 
-def check_run_data(workdir: pathlib.Path, split: str, identity: dict[str, Any]) -> None:
+def check_run_data(workdir: pathlib.Path, split: str, fingerprint: dict[str, Any]) -> None:
   """Refuses to measure a run on other data than its own.
 
   Args:
     workdir: of the run.
     split: "train" or "eval".
-    identity: of that split.
+    fingerprint: of that split.
 
   Raises:
     UserError: it is other data.
   """
-  check_same("data", identity)
+  check_same("data", fingerprint)
   if not cluster.is_first():
     return
-  stored, found = read_data(workdir)[split], json.loads(json.dumps(identity))
+  stored, found = read_data(workdir)[split], json.loads(json.dumps(fingerprint))
   if stored != found:
     raise UserError(
       f"{workdir} holds a run on other data: {'; '.join(changes(found, stored))}. Name the data of "

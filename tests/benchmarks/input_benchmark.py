@@ -50,9 +50,9 @@ def report_pixels(data_dir: str, num_epochs: int) -> None:
 def write_random_latents(directory: pathlib.Path, num_examples: int, copies: int) -> None:
   """A directory as `--mode=encode` writes it, of random numbers."""
   size = 128
-  identity = {"name": "imagenet2012", "crop": images.crop_name(0, size)}
+  fingerprint = {"name": "imagenet2012", "crop": images.crop_name(0, size)}
   description = {
-    "sources": dict.fromkeys(latents.SPLITS, identity),
+    "sources": dict.fromkeys(latents.SPLITS, fingerprint),
     "num_classes": 1000,
     "latent_shape": [copies, *SHAPE],
     "vae_digest": "random",

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lrdit.data import latents
-from lrdit.runtime.errors import UserError
 from lrdit.model.vae import VaeConfig
+from lrdit.runtime.errors import UserError
 
 COUNTS = {"train": 7, "eval": 3}
 VAE = VaeConfig(
@@ -107,17 +107,17 @@ def test_the_first_classes_are_rows_of_the_same_file(directory):
   for name in ("image", "std", "label"):
     np.testing.assert_array_equal(got[name], expected[name])
   assert (len(kept), kept.num_classes, kept.image_shape) == (5, 2, (2, 3, 4))
-  assert kept.identity != whole.identity
-  assert json.loads(json.dumps(kept.identity)) == kept.identity
+  assert kept.fingerprint != whole.fingerprint
+  assert json.loads(json.dumps(kept.fingerprint)) == kept.fingerprint
 
 
-def test_identity_tells_vae_source_and_contents(directory, tmp_path):
-  identity = latents.open_latents(str(directory), "train").identity
+def test_fingerprint_tells_vae_source_and_contents(directory, tmp_path):
+  fingerprint = latents.open_latents(str(directory), "train").fingerprint
   again = write(tmp_path / "again")
-  assert latents.open_latents(str(again), "train").identity == identity
-  assert identity | DESCRIPTION["sources"]["train"] | {"vae": "abc"} == identity
+  assert latents.open_latents(str(again), "train").fingerprint == fingerprint
+  assert fingerprint | DESCRIPTION["sources"]["train"] | {"vae": "abc"} == fingerprint
   other = write(tmp_path / "other", description=DESCRIPTION | {"vae_digest": "abd"})
-  assert latents.open_latents(str(other), "train").identity != identity
+  assert latents.open_latents(str(other), "train").fingerprint != fingerprint
 
 
 def test_several_sittings_write_the_same_bytes_as_one(directory, tmp_path):

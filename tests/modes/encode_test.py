@@ -164,7 +164,7 @@ def test_the_directory_holds_the_source_s_images_encoded(images, encoded):
     assert labels.dtype == np.int32
     assert manifest["splits"][split]["done"] == len(source)
     assert manifest["splits"][split]["crc32"][0] == zlib.crc32(rows.tobytes())
-    assert manifest["description"]["sources"][split] == source.identity
+    assert manifest["description"]["sources"][split] == source.fingerprint
     total += len(source)
   assert total == NUM_IMAGES
   description = manifest["description"]
