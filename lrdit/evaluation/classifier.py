@@ -30,7 +30,7 @@ from lrdit.evaluation.metrics import recognition_accuracy
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from lrdit.runtime.progress import make_bar
-from lrdit.runtime.workdir import atomic_path, changes, write_json
+from lrdit.runtime.store import atomic_path, changes, write_json
 
 # The classifier's widths: of the first stage, at least and at most of the last one.
 FIRST_WIDTH, MIN_FEATURES, MAX_FEATURES = 32, 128, 256

@@ -25,7 +25,7 @@ from lrdit.evaluation.features import Extractor, read_images
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from lrdit.runtime.progress import make_bar
-from lrdit.runtime.workdir import atomic_path, changes
+from lrdit.runtime.store import atomic_path, changes
 
 # Images (B, H, W, 3) and labels (B,); the batches of a stream differ in B.
 Batch = tuple[UInt8[np.ndarray, "_ _ _ 3"], Int[np.ndarray, " _"] | None]
