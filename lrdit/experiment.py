@@ -327,16 +327,16 @@ class Experiment:
     expected = {"name": data.name, "crop": images.crop_name(side, data.image_size)}
     if data.data_dir and os.path.exists(os.path.expanduser(data.data_dir)):
       found = pipeline.LOADERS[data.name].identify(split, self._data_options)
-      if "num_classes" in source.identity:  # of the first classes only
+      if "num_classes" in source.fingerprint:  # of the first classes only
         found.pop("num_examples", None)
       expected |= found
     elif data.data_dir:
       log.warning("the latents are not compared with their images: no %s", data.data_dir)
     for field, value in expected.items():
-      if source.identity.get(field) != value:
+      if source.fingerprint.get(field) != value:
         raise UserError(
           f"the latents under {self.config.vae.latents_dir} are of other images: {field} is "
-          f"{source.identity.get(field)!r} there and {value!r} here; encode again, with another "
+          f"{source.fingerprint.get(field)!r} there and {value!r} here; encode again, with another "
           "--output"
         )
 

@@ -10,7 +10,7 @@ import shlex
 import pytest
 
 from lrdit.config import flags, recipe
-from lrdit.runtime.workdir import flatten
+from lrdit.runtime.store import flatten
 from tests.tiny import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -19,7 +19,7 @@ from lrdit.experiment import Experiment
 from lrdit.model import dit, flops
 from lrdit.rank import plan as rank_schedule
 from lrdit.runtime.errors import UserError
-from lrdit.runtime.workdir import flatten
+from lrdit.runtime.store import flatten
 from lrdit.sampling import sample_set
 
 # Whatever a damaged or older file of a workdir can raise when it is read.
@@ -331,7 +331,7 @@ def read_samples(
   """(first images, their labels or None) of an export; None and a note if damaged."""
   directory = pathlib.Path(run["workdir"]).expanduser() / "samples" / name
   try:
-    _, batches = sample_set.iterate_export(directory, count)
+    _, batches = sample_set.read_sample_set(directory, count)
     return next(batches)
   except (UserError, OSError, StopIteration) as error:
     run["notes"].append(f"the export {name!r} cannot be shown: {error or 'it is empty'}")

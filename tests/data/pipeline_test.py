@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from lrdit.data import pipeline
-from lrdit.runtime import parallel
 from lrdit.data import source as sources
-from lrdit.runtime.errors import UserError
 from lrdit.data.source import DataOptions
+from lrdit.runtime import parallel
+from lrdit.runtime.errors import UserError
 
 
 def load_digits(split):
@@ -36,8 +36,8 @@ def test_digits_are_split_without_overlap():
     assert source.images.min() == -1
     assert source.images.max() == 1
     assert set(source.labels) == set(range(10))
-  assert held_out.identity == {"name": "digits", "split": "eval", "num_examples": 299}
-  assert train.identity == {"name": "digits", "split": "train", "num_examples": 1498}
+  assert held_out.fingerprint == {"name": "digits", "split": "eval", "num_examples": 299}
+  assert train.fingerprint == {"name": "digits", "split": "train", "num_examples": 1498}
 
 
 def test_every_epoch_reads_every_example_once_in_its_own_order():

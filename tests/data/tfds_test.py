@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lrdit.data import images
-from lrdit.data import tfds
-from lrdit.runtime.errors import UserError, as_user_error
+from lrdit.data import images, tfds
 from lrdit.data.source import DataOptions
+from lrdit.runtime.errors import UserError, as_user_error
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -181,7 +180,7 @@ def test_a_split_is_what_pil_decodes_crops_and_resizes(
     np.testing.assert_array_equal(got[i], expected_image(name, used, i, size))
   expected = [label_of(name, i) if source.num_classes else 0 for i in range(count)]
   assert labels.tolist() == expected
-  assert json.loads(json.dumps(source.identity)) == {
+  assert json.loads(json.dumps(source.fingerprint)) == {
     "name": name,
     "version": VERSIONS[name],
     "split": used,

@@ -119,7 +119,7 @@ def test_ranks_that_cut_nothing_are_refused(analysed):
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_other_data_than_the_run_s_is_refused(analysed, monkeypatch, split):
   config, workdir = analysed
-  other = dataclasses.replace(tiny.load_digits(split), identity={"name": "other"})
+  other = dataclasses.replace(tiny.load_digits(split), fingerprint={"name": "other"})
   monkeypatch.setattr(Experiment, "source", lambda *args: other)
   run = analyze.Analysis(config, str(workdir), jax.devices()[:1])
   with pytest.raises(UserError, match="holds a run on other data"):
