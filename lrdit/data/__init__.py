@@ -1,0 +1,1 @@
+"""Datasets as random access, and batches of them."""
