@@ -13,11 +13,10 @@ import pytest
 
 import main
 from lrdit import builders
-from lrdit.analysis import plots
 from lrdit.model import flops
 from lrdit.modes import analyze, report
 from lrdit.report import claim as report_claim
-from lrdit.report import commands
+from lrdit.report import commands, plots
 from lrdit.report import compare as report_compare
 from lrdit.report import page as report_page
 from lrdit.report import runs as report_runs
