@@ -23,7 +23,7 @@ from lrdit.data.source import DataOptions, Source
 from lrdit.diffusion import process, solvers
 from lrdit.evaluation import classifier, features, inception
 from lrdit.model import dit, vae, vae_weights
-from lrdit.rank import measured, plan, schedules, timesteps
+from lrdit.rank import measured, plan, schedules, strata
 from lrdit.runtime import parallel, workdir
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.paths import local_path
@@ -54,7 +54,7 @@ def _check_choices(config: ConfigDict) -> None:
     "model.dtype": tuple(DTYPES),
     "rank.schedule": (*schedules.SCHEDULES, MEASURED),
     "rank.match": plan.MATCHES,
-    "rank.compute": timesteps.COMPUTES,
+    "rank.compute": strata.COMPUTES,
     "diffusion.noise_schedule": process.NOISE_SCHEDULES,
     "diffusion.prediction": process.PREDICTIONS,
     "diffusion.loss_weighting": process.LOSS_WEIGHTINGS,
@@ -353,7 +353,7 @@ def measured_ranks(config: ConfigDict, found: dict[str, Any]) -> np.ndarray:
       f"config.rank.analysis={config.rank.analysis!r} is of a run with an r(t) of its own, above "
       "which no loss rises: analyze a run of the full arm"
     )
-  ranks = measured.iso_loss_ranks(
+  ranks = measured.match_mean_rank(
     found["ranks"], found["rise"], found["largest_rank"], boundaries, float(mean)
   )
   return measured.monotone(ranks, boundaries) if config.rank.monotone else ranks
@@ -706,9 +706,7 @@ def make_objective(config: ConfigDict, devices: parallel.Devices) -> training_st
     loss_weighting=config.diffusion.loss_weighting,
     class_dropout_rate=config.model.class_dropout_rate,
     compute=config.rank.compute,
-    strata=timesteps.uniform_strata(
-      config.training.batch_size, config.diffusion.num_train_timesteps
-    ),
+    strata=strata.uniform_strata(config.training.batch_size, config.diffusion.num_train_timesteps),
     num_devices=len(devices),
   )
 
