@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from lrdit import builders
 from lrdit.analysis import figures, gradient_spectra, truncation, weight_spectra
-from lrdit.analysis.unit_cache import Parts
+from lrdit.analysis.unit_cache import UnitCache
 from lrdit.data.source import Source
 from lrdit.evaluation import held_out
 from lrdit.model import flops
@@ -23,7 +23,7 @@ from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from lrdit.runtime.progress import make_bar
-from lrdit.runtime.workdir import write_json
+from lrdit.runtime.store import write_json
 from lrdit.train import checkpoints, run_files
 
 log = logging.getLogger("lrdit")
@@ -121,7 +121,7 @@ class Analysis:
     run_files.check_run_data(self._path, split, source.fingerprint)
     return source
 
-  def run(self, name: str, settings: dict[str, Any], make: Callable[[Parts], dict]) -> dict:
+  def run(self, name: str, settings: dict[str, Any], make: Callable[[UnitCache], dict]) -> dict:
     """A section's result, computed where its file is not of the same checkpoint and settings.
 
     Args:
@@ -137,7 +137,7 @@ class Analysis:
         return result
     except (FileNotFoundError, ValueError, KeyError, TypeError):
       pass  # missing, damaged, or of an older layout: it is made again
-    parts = Parts(self.directory / "parts" / name, key)
+    parts = UnitCache(self.directory / "parts" / name, key)
     result = key | make(parts)
     write_json(path, result)
     parts.remove()
@@ -152,7 +152,7 @@ class Analysis:
 def analyse_weights(analysis: Analysis) -> None:
   """Writes weights.json and its plots."""
 
-  def make(parts: Parts) -> dict[str, Any]:
+  def make(parts: UnitCache) -> dict[str, Any]:
     a = analysis
     return weight_spectra.analyse_weights(a.params, a.plan, a.shape, a.boundaries, parts, make_bar)
 
@@ -174,7 +174,7 @@ def analyse_gradients(analysis: Analysis) -> None:
     "data": source.fingerprint,
   }
 
-  def make(parts: Parts) -> dict[str, Any]:
+  def make(parts: UnitCache) -> dict[str, Any]:
     objective = builders.make_objective(config, analysis.devices[:1])
     return gradient_spectra.analyse_gradients(
       objective,
@@ -221,7 +221,7 @@ def analyse_truncation(analysis: Analysis) -> None:
     "data": source.fingerprint,
   }
 
-  def make(parts: Parts) -> dict[str, Any]:
+  def make(parts: UnitCache) -> dict[str, Any]:
     step = builders.make_eval_step(config, devices)
     slots = parallel.batch_slots(batch_size, devices)
 

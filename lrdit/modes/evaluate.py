@@ -20,7 +20,7 @@ from lrdit.modes.sample import make_settings
 from lrdit.runtime import cluster, parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
-from lrdit.runtime.workdir import write_json
+from lrdit.runtime.store import write_json
 from lrdit.sampling import sample_set
 from lrdit.train import checkpoints, run_files
 
@@ -86,7 +86,7 @@ def check_export(
   Raises:
     UserError: the export is missing, unfinished, or of something else.
   """
-  metadata, _ = sample_set.iterate_export(directory, 1)
+  metadata, _ = sample_set.read_sample_set(directory, 1)
   drawn = builders.make_sampler(config, parallel.all_devices())
   asked = make_settings(config, drawn, step, params, vae_digest)
   asked = json.loads(json.dumps(asked | {"num_samples": config.sampling.num_samples}))
@@ -120,7 +120,7 @@ def sample_figures(
   for extractor in extractors:
     path = features / f"reference_{extractor.name}_{e.reference_split}.npz"
     reference = references.open_reference(path, source, extractor, e.max_features)
-    metadata, batches = sample_set.iterate_export(directory, extractor.batch_size)
+    metadata, batches = sample_set.read_sample_set(directory, extractor.batch_size)
     figures = references.measure(batches, extractor, reference)
     for name, value in figures.items():
       log.info("%s %.6g", name, value)

@@ -5,13 +5,13 @@ import json
 import logging
 import os
 import pathlib
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from lrdit.runtime.errors import UserError
+from lrdit.runtime.store import atomic_path, changes, flatten, read_json, write_json
 
 # A mode may differ from the workdir's config only in these...
 FREE_FIELDS = (
@@ -52,57 +52,6 @@ TUNABLE_FIELDS = (
 CHANGES = "changes.jsonl"
 
 log = logging.getLogger("lrdit")
-
-
-@contextlib.contextmanager
-def atomic_path(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a temporary path beside `path`, renamed to it on success."""
-  temporary = path.with_name(path.name + ".tmp")
-  try:
-    yield temporary
-    os.replace(temporary, path)
-  except BaseException:
-    temporary.unlink(missing_ok=True)
-    raise
-
-
-def remove_directory(path: pathlib.Path) -> None:
-  """Remove a directory, or what a link in its place points to and the link."""
-  if path.is_symlink() and path.is_dir():
-    for entry in path.iterdir():
-      shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    path.unlink()
-  elif path.exists():
-    shutil.rmtree(path)
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes indented JSON, on the disk and whole before it takes its name."""
-  with atomic_path(path) as temporary, temporary.open("w") as file:
-    file.write(json.dumps(value, indent=2) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """{"group.field": value} of a nested config; tuples become lists, as JSON has them."""
-  flat = {}
-  for key, value in config.items():
-    if isinstance(value, dict):
-      flat |= flatten(value, f"{prefix}{key}.")
-    else:
-      flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-  return flat
-
-
-def changes(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-  """ "field (stored value there, given value asked for)" of fields that differ."""
-  ours, theirs = flatten(ours), flatten(theirs)
-  return [
-    f"{field} ({theirs.get(field)!r} there, {ours.get(field)!r} asked for)"
-    for field in sorted(ours.keys() | theirs.keys())
-    if ours.get(field) != theirs.get(field)
-  ]
 
 
 def is_one_of(field: str, fields: Sequence[str]) -> bool:
@@ -275,13 +224,8 @@ def read_data(workdir: pathlib.Path) -> dict[str, Any]:
   Raises:
     UserError: it is missing or damaged.
   """
-  path = workdir / "data.json"
-  try:
-    return json.loads(path.read_text())
-  except (FileNotFoundError, ValueError) as error:
-    raise UserError(
-      f"{path} is missing or damaged: run --mode=train with the same --workdir, which writes it"
-    ) from error
+  fix = "run --mode=train with the same --workdir, which writes it"
+  return read_json(workdir / "data.json", fix)
 
 
 def _read_config(workdir: pathlib.Path) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from lrdit.runtime.metric_writer import MetricWriter
 from lrdit.runtime.progress import log_to_file
+from lrdit.runtime.store import changes
 from lrdit.runtime.workdir import (
   begin_config,
-  changes,
   check_data,
   open_workdir,
   read_data,

@@ -6,7 +6,7 @@ import pytest
 
 from lrdit import builders
 from lrdit.analysis import truncation
-from lrdit.analysis.unit_cache import Parts
+from lrdit.analysis.unit_cache import UnitCache
 from lrdit.evaluation.held_out import HeldOutLosses
 from lrdit.model import low_rank
 from lrdit.runtime.progress import make_bar
@@ -75,7 +75,7 @@ def test_rises_are_over_the_whole_model_and_are_kept(tmp_path):
     return HeldOutLosses(np.array([asked[-1], 0.0]), np.array([2, 0]))
 
   for _ in range(2):
-    parts = Parts(tmp_path / "parts", {"of": "these"})
+    parts = UnitCache(tmp_path / "parts", {"of": "these"})
     found = truncation.analyse_truncation(
       truncator, (4, 16), np.asarray, losses_of, parts, make_bar
     )
