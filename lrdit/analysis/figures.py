@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lrdit.analysis.plots import COLOURS, FONT_SIZE, LINE_STYLES, plain_ticks
+from lrdit.analysis.plot_style import COLOURS, FONT_SIZE, LINE_STYLES, plain_ticks
 from lrdit.analysis.spectra import ENERGIES, MEASURES
 from lrdit.analysis.weight_spectra import KINDS
 from lrdit.runtime.store import atomic_path

@@ -111,7 +111,7 @@ def measured_ranks(config: ConfigDict, found: dict[str, Any]) -> Float[np.ndarra
       "full arm"
     )
   mean = np.mean([plan.static_rank(config.rank.ratio, *shapes[name]) for name in names])
-  ranks = measured.iso_loss_ranks(
+  ranks = measured.match_mean_rank(
     found["ranks"], found["rise"], found["largest_rank"], boundaries, float(mean)
   )
   return measured.monotone(ranks, boundaries) if config.rank.monotone else ranks

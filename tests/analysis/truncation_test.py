@@ -11,7 +11,7 @@ from lrdit.experiment import Experiment
 from lrdit.model import low_rank
 from lrdit.runtime.progress import make_bar
 from tests.tiny import tiny_config
-from tests.train.training_step_test import noisy_params
+from tests.trained import noisy_params
 
 NAME = "blocks_1/attn/qkv"
 

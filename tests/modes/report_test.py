@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 
 import main
-from lrdit.analysis import plots
 from lrdit.config.resolve import resolve
 from lrdit.experiment import Experiment
 from lrdit.model import flops
 from lrdit.modes import analyze, report
 from lrdit.report import claim as report_claim
-from lrdit.report import commands
+from lrdit.report import commands, plots
 from lrdit.report import compare as report_compare
 from lrdit.report import page as report_page
 from lrdit.report import runs as report_runs
