@@ -28,7 +28,8 @@ from lrdit.runtime import parallel, workdir
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.paths import local_path
 from lrdit.sampling.sampler import Sampler, SamplerSettings
-from lrdit.train import curriculum, optimizer, training_step
+from lrdit.train import curriculum, loss, optimizer
+from lrdit.train import step as step_module
 
 log = logging.getLogger("lrdit")
 
@@ -696,10 +697,10 @@ def make_solver_table(config: ConfigDict) -> solvers.SolverTable:
   return solvers.solver_table(s.solver, make_alphas_cumprod(config), s.num_steps, s.eta, prediction)
 
 
-def make_objective(config: ConfigDict, devices: parallel.Devices) -> training_step.Objective:
+def make_objective(config: ConfigDict, devices: parallel.Devices) -> loss.Objective:
   """What training minimises, with its batch spread over `devices`."""
   parallel.check_divisible("config.training.batch_size", config.training.batch_size, devices)
-  return training_step.Objective(
+  return loss.Objective(
     model=make_model(config, devices),
     alphas_cumprod=make_alphas_cumprod(config),
     prediction=config.diffusion.prediction,
@@ -742,7 +743,7 @@ def make_train_step(config: ConfigDict, devices: parallel.Devices, stage: int) -
   """The pmapped training step of a stage of the curriculum, which donates its state."""
   gradient_transformation, learning_rate = make_optimizer(config)
   step = functools.partial(
-    training_step.train_step,
+    step_module.train_step,
     objective=make_objective(config, devices),
     optimizer=gradient_transformation,
     learning_rate=learning_rate,
@@ -757,7 +758,7 @@ def make_train_step(config: ConfigDict, devices: parallel.Devices, stage: int) -
 def make_eval_step(config: ConfigDict, devices: parallel.Devices) -> Callable:
   """The pmapped evaluation step, for `held_out.held_out_losses`."""
   step = functools.partial(
-    training_step.eval_step,
+    step_module.eval_step,
     objective=make_objective(config, devices).without_augmentation(),
     boundaries=make_curriculum(config).boundaries,
   )

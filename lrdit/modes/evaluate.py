@@ -16,12 +16,12 @@ from lrdit import builders
 from lrdit.data.source import Source
 from lrdit.evaluation import held_out, references
 from lrdit.evaluation.features import Extractor
-from lrdit.modes.sample import make_settings
 from lrdit.runtime import cluster, parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from lrdit.runtime.workdir import write_json
 from lrdit.sampling import sample_set
+from lrdit.sampling.settings import make_settings
 from lrdit.train import checkpoints, run_files
 
 log = logging.getLogger("lrdit")
@@ -88,7 +88,7 @@ def check_export(
   """
   metadata, _ = sample_set.iterate_export(directory, 1)
   drawn = builders.make_sampler(config, parallel.all_devices())
-  asked = make_settings(config, drawn, step, params, vae_digest)
+  asked = make_settings(config, drawn, step, checkpoints.digest(params), vae_digest)
   asked = json.loads(json.dumps(asked | {"num_samples": config.sampling.num_samples}))
   differing = [name for name in asked if metadata.get(name) != asked[name]]
   if differing:

@@ -24,9 +24,9 @@ from ml_collections import ConfigDict
 
 from configs import cifar10
 from lrdit import builders
-from lrdit.modes import benchmark
+from lrdit.benchmark import arms
 from lrdit.runtime import cluster, parallel
-from lrdit.train.train_state import create_train_state
+from lrdit.train.state import create_train_state
 
 
 def make_config(args: argparse.Namespace) -> ConfigDict:
@@ -40,7 +40,7 @@ def make_config(args: argparse.Namespace) -> ConfigDict:
 def own_batch(config: ConfigDict, devices: parallel.Devices) -> dict[str, np.ndarray]:
   """This process's (n, b) slots of one global batch, the same for every topology."""
   slots = parallel.batch_slots(config.training.batch_size, devices)
-  images = benchmark.random_images(config, config.training.batch_size)
+  images = arms.random_images(config, config.training.batch_size)
   return {"image": images[slots], "label": (slots % config.data.num_classes).astype(np.int32)}
 
 
@@ -58,7 +58,7 @@ class Worker:
     curriculum = builders.make_curriculum(config)
     self._step = builders.make_train_step(config, devices, len(curriculum.stages) - 1)
     optimizer, _ = builders.make_optimizer(config)
-    state = create_train_state(benchmark.random_params(config), optimizer, curriculum.num_groups)
+    state = create_train_state(arms.random_params(config), optimizer, curriculum.num_groups)
     self._state = parallel.replicate(parallel.to_host(state), devices)
     self._batches: Iterator[Any] = parallel.prefetch(
       itertools.repeat(own_batch(config, devices)), devices
