@@ -40,7 +40,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ANNOTATED = [
   ".".join(path.relative_to(ROOT).with_suffix("").parts)
   for path in sorted(ROOT.glob("lrdit/**/*.py"))
-  if "from jaxtyping import" in path.read_text() and path.stem != "train_state"
+  if "from jaxtyping import" in path.read_text() and path != ROOT / "lrdit/train/state.py"
 ]
 jaxtyping.install_import_hook(ANNOTATED, "beartype.beartype")
 

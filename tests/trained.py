@@ -9,7 +9,7 @@ import numpy as np
 from lrdit.experiment import Experiment
 from lrdit.model import dit
 from lrdit.train.checkpoints import Checkpoints
-from lrdit.train.train_state import create_train_state
+from lrdit.train.state import create_train_state
 from tests import tiny
 
 

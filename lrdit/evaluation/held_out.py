@@ -62,7 +62,7 @@ def held_out_losses(
   meets another stratum each time.
 
   Args:
-    eval_step: pmapped `training_step.eval_step`.
+    eval_step: pmapped `step.eval_step`.
     params: replicated parameters.
     source: the held-out split.
     slots: of the global batch, from `parallel.batch_slots`.

@@ -17,12 +17,12 @@ from lrdit.data.source import Source
 from lrdit.evaluation import held_out, references
 from lrdit.evaluation.features import Extractor
 from lrdit.experiment import Experiment
-from lrdit.modes.sample import make_settings
 from lrdit.runtime import cluster, parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from lrdit.runtime.store import write_json
 from lrdit.sampling import sample_set
+from lrdit.sampling.settings import make_settings
 from lrdit.train import checkpoints, run_files
 
 log = logging.getLogger("lrdit")
@@ -87,9 +87,9 @@ def check_export(
   Raises:
     UserError: the export is missing, unfinished, or of something else.
   """
-  metadata, _ = sample_set.read_sample_set(directory, 1)
+  metadata, _ = sample_set.iterate_export(directory, 1)
   drawn = Experiment(config).sampler(parallel.all_devices())
-  asked = make_settings(config, drawn, step, params, vae_digest)
+  asked = make_settings(config, drawn, step, checkpoints.digest(params), vae_digest)
   asked = json.loads(json.dumps(asked | {"num_samples": config.sampling.num_samples}))
   differing = [name for name in asked if metadata.get(name) != asked[name]]
   if differing:

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from configs import cifar10
+from lrdit.benchmark import arms
 from lrdit.config.resolve import resolve
 from lrdit.experiment import Experiment
 from lrdit.model import flops, low_rank
-from lrdit.modes import benchmark
 
 
 def make_config(args: argparse.Namespace) -> ConfigDict:
@@ -30,10 +30,10 @@ def make_config(args: argparse.Namespace) -> ConfigDict:
 
 
 def make_forward(config: ConfigDict) -> Callable[[], jax.Array]:
-  """Return a call of the compiled forward pass on a batch."""
+  """The compiled forward pass on a batch."""
   model, batch = Experiment(config).model(), config.training.batch_size
-  params = jax.device_put(benchmark.random_params(config))
-  x = jax.device_put(benchmark.random_images(config, batch))
+  params = jax.device_put(arms.random_params(config))
+  x = jax.device_put(arms.random_images(config, batch))
   t, y = jnp.arange(batch), jnp.arange(batch) % config.data.num_classes
 
   @jax.jit
@@ -51,11 +51,11 @@ def main() -> None:
     parser.add_argument(f"--{name}", type=int, required=True)
   config = make_config(parser.parse_args())
   devices = jax.local_devices()[:1]
-  arm, peak = benchmark.TrainingArm(config, devices), benchmark.MatmulPeak(config, devices)
+  arm, peak = arms.TrainingArm(config, devices), arms.MatmulPeak(config, devices)
   forward = make_forward(config)
   tasks = {
     "step": lambda: arm.time(0),
-    "forward": lambda: benchmark.seconds_of(forward)[0],
+    "forward": lambda: arms.seconds_of(forward)[0],
     "peak": lambda: peak.time(0),
   }
   for task in tasks.values():  # first calls compile and allocate

@@ -18,11 +18,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import cifar10
+from lrdit.benchmark import arms
 from lrdit.config.resolve import resolve
 from lrdit.experiment import Experiment
-from lrdit.modes import benchmark
 from lrdit.runtime import cluster, parallel, startup
-from lrdit.train.train_state import create_train_state
+from lrdit.train.state import create_train_state
 
 
 def make_config(args: argparse.Namespace) -> ConfigDict:
@@ -36,7 +36,7 @@ def make_config(args: argparse.Namespace) -> ConfigDict:
 def own_batch(config: ConfigDict, devices: parallel.Devices) -> dict[str, np.ndarray]:
   """Return this process's (n, b) slots of one global batch, the same for every topology."""
   slots = parallel.batch_slots(config.training.batch_size, devices)
-  images = benchmark.random_images(config, config.training.batch_size)
+  images = arms.random_images(config, config.training.batch_size)
   return {"image": images[slots], "label": (slots % config.data.num_classes).astype(np.int32)}
 
 
@@ -50,11 +50,11 @@ class Worker:
   """This process's share of a training, from step to step."""
 
   def __init__(self, config: ConfigDict, devices: parallel.Devices):
-    """Make the state and run two steps, as first calls compile and allocate."""
+    """Makes the state and runs two steps: first calls compile and allocate."""
     curriculum = Experiment(config).curriculum
     self._step = Experiment(config).train_step(devices, len(curriculum.stages) - 1)
     optimizer = Experiment(config).optimizer
-    state = create_train_state(benchmark.random_params(config), optimizer, curriculum.num_groups)
+    state = create_train_state(arms.random_params(config), optimizer, curriculum.num_groups)
     self._state = parallel.replicate(parallel.to_host(state), devices)
     self._batches: Iterator[Any] = parallel.prefetch(
       itertools.repeat(own_batch(config, devices)), devices

@@ -27,7 +27,7 @@ from lrdit.modes import encode, sample, train
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
-from lrdit.train import training_step
+from lrdit.train import loss as loss_module
 from tests import tiny
 from tests.trained import noisy_params
 
@@ -234,7 +234,7 @@ def first_batch(config, devices):
 def losses_of(config, batch, devices):
   """(n, b) losses under the key."""
   objective = Experiment(config).objective(devices)
-  made = parallel.pmap(lambda p, b, k: training_step.batch_losses(p, objective, k, b)[0], devices)
+  made = parallel.pmap(lambda p, b, k: loss_module.batch_losses(p, objective, k, b)[0], devices)
   return np.asarray(made(parallel.replicate(noisy_params(config), devices), batch, KEY))
 
 
@@ -254,7 +254,7 @@ def test_training_draws_from_the_posterior_by_the_global_index(images, encoded):
   none = losses_of(config, batch | {"std": np.zeros_like(batch["std"])}, one_device())
   np.testing.assert_allclose(none, without, rtol=1e-6)
   objective = Experiment(config).objective(one_device())
-  draws = training_step.draw(KEY, jnp.arange(16), (4, 4, 4), objective)
+  draws = loss_module.draw_step_noise(KEY, jnp.arange(16), (4, 4, 4), objective)
   noise = np.asarray(draws.posterior_noise)
   drawn = plain | {"image": batch["image"] + batch["std"] * noise[None]}
   np.testing.assert_allclose(
