@@ -8,7 +8,7 @@ import sys
 
 from lrdit.config.flags import MODES, SHARED_BY_PROCESSES, parse_flags, wants_tracebacks
 from lrdit.runtime import startup
-from lrdit.runtime.errors import UserError, tell
+from lrdit.runtime.errors import UserError, print_error
 
 
 def run(argv: list[str]) -> int:
@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
     verb(*(read.get(f, lambda value: value)(values[f].value) for f in MODES[values.mode]))
     return 0
   except (Exception, KeyboardInterrupt) as error:
-    status = tell(error, debug, who)
+    status = print_error(error, debug, who)
     if who:  # jax would have this process wait for the others, which wait for it
       os._exit(status)
     return status

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lrdit.runtime.errors import RESTART_STATUS, UserError, tell
+from lrdit.runtime.errors import RESTART_STATUS, UserError, print_error
 from lrdit.runtime.parallel import AXIS
 
 log = logging.getLogger("lrdit")
@@ -209,7 +209,7 @@ def _watch_the_wait(cluster: Cluster) -> Iterator[None]:
       f"{cluster.how_to_stay_alone}",
       RESTART_STATUS,
     )
-    os._exit(tell(error, False, cluster.name_of_process))
+    os._exit(print_error(error, False, cluster.name_of_process))
 
   threading.Thread(target=watch, daemon=True).start()
   try:
