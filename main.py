@@ -13,7 +13,7 @@ if __name__ == "__main__":  # before anything else, as this may start the progra
 
 from lrdit.config.flags import MODES, SHARED_BY_PROCESSES, parse_flags, wants_tracebacks
 from lrdit.runtime import startup
-from lrdit.runtime.errors import UserError, tell
+from lrdit.runtime.errors import UserError, print_error
 
 
 def run(argv: list[str]) -> int:
@@ -52,7 +52,7 @@ def run(argv: list[str]) -> int:
     arguments = (read.get(f, lambda value: value)(values[f].value) for f in MODES[values.mode])
     return verb(*arguments) or 0
   except (Exception, KeyboardInterrupt) as error:
-    status = tell(error, debug, who)
+    status = print_error(error, debug, who)
     if who:  # jax would have this process wait for the others, which wait for it
       os._exit(status)
     return status

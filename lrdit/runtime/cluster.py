@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lrdit.runtime.errors import RESTART_STATUS, UserError, tell
+from lrdit.runtime.errors import RESTART_STATUS, UserError, print_error
 from lrdit.runtime.parallel import AXIS
 
 log = logging.getLogger("lrdit")
@@ -199,7 +199,7 @@ def _limited_wait(cluster: Cluster) -> Iterator[None]:
       return
     cause = f"not all came within {START_SECONDS} s"
     error = UserError(NOT_REACHED.format(cause, cluster.how_to_stay_alone), RESTART_STATUS)
-    os._exit(tell(error, False, cluster.process_name))
+    os._exit(print_error(error, False, cluster.process_name))
 
   threading.Thread(target=watch, daemon=True).start()
   try:
