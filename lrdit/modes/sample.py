@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,9 +13,11 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from lrdit import builders
+from lrdit.data import images
 from lrdit.runtime import cluster, parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.progress import make_bar
+from lrdit.runtime.workdir import write_json
 from lrdit.sampling import sampler
 from lrdit.sampling.sample_set import ExportWriter
 from lrdit.train import checkpoints, run_files
@@ -104,6 +107,36 @@ def draw(
     yield pixels
 
 
+PATH_STEPS = 10  # solver steps that the path of a sample shows
+
+
+def write_path(
+  config: ConfigDict,
+  drawn: sampler.Sampler,
+  params: Any,
+  to_pixels: builders.ToPixels,
+  directory: pathlib.Path,
+) -> None:
+  """Write path.png, the clean images predicted on the way to sample 0, and path.json.
+
+  path.json holds the label, the solver steps, their timesteps, and the active ranks of each
+  factorised layer there.
+  """
+  label_rule, t = make_label_rule(config), drawn.table.t
+  steps = np.unique(np.linspace(0, len(t) - 1, PATH_STEPS).round().astype(int)).tolist()
+  x_0 = drawn.path(params, label_rule, parallel.own_rows(config.sampling.batch_size), steps)
+  images.write_grid(directory / "path.png", to_pixels(x_0)[0], len(steps))
+  plan = drawn.model.plan
+  buckets = plan.bucket_of_timestep[t[steps]]
+  record = {
+    "label": None if label_rule is None else int(label_rule(np.arange(1))[0]),
+    "steps": steps,
+    "timesteps": t[steps].tolist(),
+    "ranks": {name: [ranks.active[bucket] for bucket in buckets] for name, ranks in plan.layers},
+  }
+  write_json(directory / "path.json", record)
+
+
 def _non_finite(config: ConfigDict, step: int, index: int) -> UserError:
   """Return what to say of a sample that is not finite."""
   s, mends = config.sampling, []
@@ -127,6 +160,7 @@ def write_samples(
   compile_all: Callable[[], None],
   batches: Callable[[int], Iterator],
   num_devices: int,
+  write_path: Callable[[pathlib.Path], None],
 ) -> None:
   """Exports what is missing; the first process's part.
 
@@ -136,6 +170,7 @@ def write_samples(
     compile_all: what draws them, before the export's clock starts.
     batches: samples from an index on.
     num_devices: they are drawn on.
+    write_path: writes the path of a sample into a directory.
   """
   s = config.sampling
   cluster.from_first((np.int32(writer.num_done), np.bool_(writer.is_finished)))
@@ -153,6 +188,7 @@ def write_samples(
     for batch in batches(writer.num_done):
       writer.append(batch)
       bar.update(len(batch))
+  write_path(writer.directory)
   machine = {"batch_size": s.batch_size, "num_devices": num_devices}
   metadata = writer.finish(make_label_rule(config), machine | {"compile_seconds": compile_seconds})
   text = "%d samples of step %d in %.1f s: %s"
@@ -198,6 +234,7 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
   compile_all = functools.partial(
     drawn.compile, params, make_label_rule(config), parallel.own_rows(s.batch_size)
   )
+  path_writer = functools.partial(write_path, config, drawn, params, to_pixels)
   if not cluster.is_first():
     help_to_draw(compile_all, batches)
     return
@@ -214,4 +251,4 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
     batch_size=s.batch_size,
     png_files=s.png_files,
   ) as writer:
-    write_samples(config, writer, compile_all, batches, len(devices))
+    write_samples(config, writer, compile_all, batches, len(devices), path_writer)
