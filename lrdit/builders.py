@@ -532,7 +532,7 @@ def make_source(config: ConfigDict, split: str) -> Source:
   return _with_classes(config, source)
 
 
-def make_codec(config: ConfigDict, devices: parallel.Devices) -> vae.Codec:
+def make_codec(config: ConfigDict, devices: parallel.Devices) -> vae.VaeRunner:
   """The VAE at `vae.path`.
 
   Raises:
@@ -561,7 +561,7 @@ def make_codec(config: ConfigDict, devices: parallel.Devices) -> vae.Codec:
     _require(
       _get(config, field) == value, field, _get(config, field), f"does not fit the VAE: use {value}"
     )
-  return vae.Codec(read, devices, config.vae.batch_size)
+  return vae.VaeRunner(read, devices, config.vae.batch_size)
 
 
 def make_to_pixels(config: ConfigDict, devices: parallel.Devices, vae_digest: str) -> ToPixels:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from lrdit import builders
 from lrdit.data import latents, pipeline
 from lrdit.data.source import Source, report_classes
-from lrdit.model.vae import Codec
+from lrdit.model.vae import VaeRunner
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
@@ -24,7 +24,7 @@ log = logging.getLogger("lrdit")
 KEEP_EVERY_IMAGES = 1024  # a kill loses at most about this much work
 
 
-def describe(config: ConfigDict, codec: Codec, sources: dict[str, Source]) -> dict[str, Any]:
+def describe(config: ConfigDict, codec: VaeRunner, sources: dict[str, Source]) -> dict[str, Any]:
   """What a directory of latents is made from: the part of its manifest that a
   later run must agree with."""
   size = config.data.image_size // config.vae.downsample_factor
@@ -40,7 +40,7 @@ def describe(config: ConfigDict, codec: Codec, sources: dict[str, Source]) -> di
 
 
 def encode_split(
-  codec: Codec,
+  codec: VaeRunner,
   source: Source,
   split: str,
   writer: latents.LatentWriter,
@@ -112,7 +112,7 @@ def encode(config: ConfigDict, output: str, devices: parallel.Devices | None = N
 
 
 def _encode_into(
-  directory: pathlib.Path, config: ConfigDict, codec: Codec, sources: dict[str, Source]
+  directory: pathlib.Path, config: ConfigDict, codec: VaeRunner, sources: dict[str, Source]
 ) -> None:
   """Write what a directory, which is this process's alone, still lacks."""
   writer = latents.LatentWriter(
