@@ -192,7 +192,7 @@ class Experiment:
     )
     return Sampler(self.model(devices), self.solver_table, settings, devices)
 
-  def vae_runner(self, devices: parallel.Devices) -> vae.Codec:
+  def vae_runner(self, devices: parallel.Devices) -> vae.VaeRunner:
     """Return the VAE at `vae.path`.
 
     Raises:
@@ -215,7 +215,7 @@ class Experiment:
     for field, value in found.items():
       asked = get(self.config, field)
       require(asked == value, field, asked, f"does not fit the VAE: use {value}")
-    return vae.Codec(read, devices, self.config.vae.batch_size)
+    return vae.VaeRunner(read, devices, self.config.vae.batch_size)
 
   def to_pixels(self, devices: parallel.Devices, vae_digest: str) -> ToPixels:
     """Return what takes (B, H, W, C) samples of the model to uint8 pixels.
