@@ -326,7 +326,7 @@ class Experiment:
     side = tfds.DATASETS[data.name].crop_size if data.name in tfds.DATASETS else 0
     expected = {"name": data.name, "crop": images.crop_name(side, data.image_size)}
     if data.data_dir and os.path.exists(os.path.expanduser(data.data_dir)):
-      found = pipeline.LOADERS[data.name].identify(split, self._data_options)
+      found = pipeline.LOADERS[data.name].fingerprint(split, self._data_options)
       if "num_classes" in source.fingerprint:  # of the first classes only
         found.pop("num_examples", None)
       expected |= found
