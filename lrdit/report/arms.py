@@ -6,9 +6,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from lrdit.config.resolve import resolve
+from lrdit.config.run_config import as_config
 from lrdit.experiment import Experiment
 from lrdit.model import dit, flops
 from lrdit.report.fields import describe_difference, differing_fields, unique
@@ -107,21 +106,10 @@ def _naming_fields(keys: Sequence[dict[str, Any]]) -> list[str]:
   return fields
 
 
-def stored_config(config: dict[str, Any]) -> ConfigDict:
-  """Return a config.json as a config, with tuples for JSON's lists."""
-
-  def tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-      return {key: tuples(item) for key, item in value.items()}
-    return tuple(map(tuples, value)) if isinstance(value, list) else value
-
-  return ConfigDict(tuples(config))
-
-
 def _describe_model(run: Run) -> Model | None:
   """Return the model of a run's config; None, with a note, if it does not fit this version."""
   try:
-    resolved = resolve(stored_config(run.config))
+    resolved = resolve(as_config(run.config))
     shape, plan = Experiment(resolved).shape, Experiment(resolved).plan
   except (UserError, *DAMAGED) as error:
     run.notes.append(f"config.json does not fit this version of lrdit ({error})")

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lrdit.config.resolve import resolve
+from lrdit.config.run_config import as_config
 from lrdit.experiment import Experiment
 from lrdit.model import flops
-from lrdit.report.arms import Arm, held_out_protocol, stored_config
+from lrdit.report.arms import Arm, held_out_protocol
 from lrdit.report.compare import Cell, Measurement, Row, mark_protocols, summarise
 from lrdit.report.fields import unique
 from lrdit.report.runs import DAMAGED, Run, SampleSet, as_dict, finite
@@ -141,7 +142,7 @@ def _sample_rows(arms: Sequence[Arm]) -> Iterator[Row]:
 def sampling_macs(run: Run, settings: dict[str, Any]) -> int | None:
   """Return the MACs of sampling one image of a run's model; None if they cannot be known."""
   try:
-    config = stored_config(run.config)
+    config = as_config(run.config)
     for field in ("solver", "num_steps", "eta", "guidance_scale"):
       config.sampling[field] = settings[field]
     resolved = resolve(config)
