@@ -183,7 +183,7 @@ def test_a_reference_of_another_extractor_is_refused(tmp_path):
     references.measure([(generated(), None)], other, reference)
 
 
-def test_damaged_and_missing_references_are_told(pixel, tmp_path):
+def test_damaged_and_missing_references_are_refused(pixel, tmp_path):
   path, source = tmp_path / "reference.npz", made_source()
   with pytest.raises(UserError, match="is missing: delete it"):
     references.load_reference(path, {})
@@ -196,7 +196,7 @@ def test_damaged_and_missing_references_are_told(pixel, tmp_path):
     references.open_reference(path, source, pixel, 25)
 
 
-def test_too_few_images_are_told(pixel):
+def test_too_few_images_are_refused(pixel):
   reference = references.compute_reference(made_source(), pixel, 25)
   with pytest.raises(UserError, match="more than 3 generated images, and there are 3"):
     references.measure([(generated(3), None)], pixel, reference)
