@@ -333,7 +333,7 @@ def read_samples(
   """(first images, their labels or None) of an export; None and a note if damaged."""
   directory = pathlib.Path(run["workdir"]).expanduser() / "samples" / name
   try:
-    _, batches = sample_set.iterate_export(directory, count)
+    _, batches = sample_set.read_sample_set(directory, count)
     return next(batches)
   except (UserError, OSError, StopIteration) as error:
     run["notes"].append(f"the export {name!r} cannot be shown: {error or 'it is empty'}")
