@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from lrdit.data import folder as image_files
-from lrdit.runtime.errors import UserError
 from lrdit.data.source import DataOptions
+from lrdit.runtime.errors import UserError
 from tests.data.images_test import tiff
 
 SIZE = 8

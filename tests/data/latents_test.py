@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lrdit.data import latents
-from lrdit.runtime.errors import UserError
 from lrdit.model.vae import VaeConfig
+from lrdit.runtime.errors import UserError
 
 COUNTS = {"train": 7, "eval": 3}
 VAE = VaeConfig(

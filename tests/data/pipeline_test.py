@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from lrdit.data import pipeline
-from lrdit.runtime import parallel
 from lrdit.data import source as sources
-from lrdit.runtime.errors import UserError
 from lrdit.data.source import DataOptions
+from lrdit.runtime import parallel
+from lrdit.runtime.errors import UserError
 
 
 def load_digits(split):

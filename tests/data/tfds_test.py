@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lrdit.data import images
-from lrdit.data import tfds
-from lrdit.runtime.errors import UserError, as_user_error
+from lrdit.data import images, tfds
 from lrdit.data.source import DataOptions
+from lrdit.runtime.errors import UserError, as_user_error
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

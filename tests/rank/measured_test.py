@@ -128,7 +128,7 @@ def test_a_config_takes_r_of_t_from_the_analysis_and_keeps_it(tmp_path):
     ({"layers": None}, "not an analysis"),
     ({"layers": ["foo"]}, "is of another model: other layers are factorised"),
     ({"model": {"depth": 28}}, "is of another model: .*model.depth"),
-    ({"diffusion": {"prediction": "epsilon"}}, "another model: diffusion.loss_weighting"),
+    ({"diffusion": {"prediction": "epsilon"}}, "another model: diffusion.prediction"),
     ({"boundaries": (0, 500, 900)}, "must rise from 0 to 1000"),
   ],
 )
