@@ -1,4 +1,4 @@
-"""Draw the picture of r(t): python -m docs.figures."""
+"""Draws the README's picture of r(t): python -m docs.figures."""
 
 import pathlib
 
@@ -17,14 +17,13 @@ LAYER = "blocks_1/mlp/fc1"
 
 
 def main() -> None:
-  """Write docs/rank_schedule.png."""
+  """Writes docs/rank_schedule.png."""
   config = resolve(digits.get_config())
   plan = Experiment(config).plan
   ranks = plan.by_name[LAYER]
   t = np.arange(plan.num_train_timesteps)
-  least = config.rank.min_ratio * ranks.max_rank
   height = schedules.schedule_height(config.rank.schedule, len(t))
-  exact = least + height * (ranks.max_rank - least)
+  exact = ranks.max_rank * (config.rank.min_ratio + (1 - config.rank.min_ratio) * height)
   figure, axes = plt.subplots(figsize=(6, 3.2), dpi=120, layout="constrained")
   axes.plot(t, exact, color="tab:gray", linewidth=1, label="r(t), logistic_decreasing")
   buckets = np.asarray(ranks.active)[plan.bucket_of_timestep]

@@ -23,8 +23,8 @@ from lrdit.data.source import DataOptions, Source
 from lrdit.diffusion import solvers
 from lrdit.evaluation import classifier, features, inception
 from lrdit.model import dit, vae, vae_weights
-from lrdit.rank import timesteps
 from lrdit.rank.plan import RankPlan
+from lrdit.rank.strata import uniform_strata
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.sampling.sampler import Sampler, SamplerSettings
@@ -144,7 +144,7 @@ class Experiment:
       min_snr_gamma=config.diffusion.min_snr_gamma,
       class_dropout_rate=config.model.class_dropout_rate,
       compute=config.rank.compute,
-      strata=timesteps.uniform_strata(batch_size, config.diffusion.num_train_timesteps),
+      strata=uniform_strata(batch_size, config.diffusion.num_train_timesteps),
       num_devices=len(devices),
     )
 
@@ -326,17 +326,17 @@ class Experiment:
     side = tfds.DATASETS[data.name].crop_size if data.name in tfds.DATASETS else 0
     expected = {"name": data.name, "crop": images.crop_name(side, data.image_size)}
     if data.data_dir and os.path.exists(os.path.expanduser(data.data_dir)):
-      found = pipeline.LOADERS[data.name].identify(split, self._data_options)
-      if "num_classes" in source.identity:  # of the first classes only
+      found = pipeline.LOADERS[data.name].fingerprint(split, self._data_options)
+      if "num_classes" in source.fingerprint:  # of the first classes only
         found.pop("num_examples", None)
       expected |= found
     elif data.data_dir:
       log.warning("the latents are not compared with their images: no %s", data.data_dir)
     for field, value in expected.items():
-      if source.identity.get(field) != value:
+      if source.fingerprint.get(field) != value:
         raise UserError(
           f"the latents under {self.config.vae.latents_dir} are of other images: {field} is "
-          f"{source.identity.get(field)!r} there and {value!r} here; encode again, with another "
+          f"{source.fingerprint.get(field)!r} there and {value!r} here; encode again, with another "
           "--output"
         )
 

@@ -34,7 +34,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lrdit.analysis import spectra
-from lrdit.analysis.unit_cache import Parts
+from lrdit.analysis.unit_cache import UnitCache
 from lrdit.analysis.weight_spectra import layer_kind
 from lrdit.data import pipeline
 from lrdit.data.source import Source
@@ -495,7 +495,7 @@ def _measure_missing(
   batch_sizes: Sequence[int],
   subspace_rank: int,
   microbatch: int,
-  parts: Parts,
+  parts: UnitCache,
 ) -> None:
   """Makes the units that are not there yet."""
   gradients = KernelGradients(objective.model, params, microbatch)
@@ -519,7 +519,7 @@ def analyse_gradients(
   subspace_rank: int,
   microbatch: int,
   seed: int,
-  parts: Parts,
+  parts: UnitCache,
 ) -> dict[str, Any]:
   """Ranks of every group's gradient and overlaps of their subspaces, in all conditions.
 

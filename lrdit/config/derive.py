@@ -61,8 +61,12 @@ def rank_plan(config: ConfigDict) -> plan.RankPlan:
   elif rank.schedule == MEASURED:
     height, fields["min_ratio"] = measured.height(rank.measured_shares, rank.measured_boundaries)
   else:
-    logistic = rank.logistic_steepness, rank.logistic_midpoint
-    height = schedules.schedule_height(rank.schedule, steps, logistic)
+    height = schedules.schedule_height(
+      rank.schedule,
+      steps,
+      logistic_steepness=rank.logistic_steepness,
+      logistic_midpoint=rank.logistic_midpoint,
+    )
   layers = {name: shapes[name] for name in chosen}
   return plan.make_plan(layers, height=height, ratio=rank.ratio, **fields)
 

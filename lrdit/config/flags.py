@@ -11,7 +11,7 @@ from lrdit.config import recipe
 from lrdit.config.schema import FIELDS
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.paths import local_path
-from lrdit.runtime.workdir import flatten
+from lrdit.runtime.store import flatten
 
 # Each is a function in the module of its name, of the values of these flags.
 MODES = dict.fromkeys(

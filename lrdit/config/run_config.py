@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from lrdit.config.schema import Role, fields_of, upgrade
 from lrdit.runtime import cluster
 from lrdit.runtime.errors import UserError
-from lrdit.runtime.workdir import atomic_path, changes, flatten, has_begun, write_json
+from lrdit.runtime.store import atomic_path, changes, flatten, write_json
+from lrdit.runtime.workdir import has_begun
 from lrdit.train.run_files import check_same
 
 CHANGES = "changes.jsonl"

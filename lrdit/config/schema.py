@@ -151,7 +151,7 @@ FIELDS: dict[str, Field] = {
     compute=Field(
       "grouped",
       "Training's layers: sliced by rank (`grouped`), or the `masked` reference",
-      Choice(names="rank.timesteps.COMPUTES"),
+      Choice(names="rank.strata.COMPUTES"),
       role=Role.PROCESS,
     ),
   ),

@@ -1,15 +1,8 @@
 """The digits of scikit-learn, which need no files."""
 
-import dataclasses
-import itertools
-import logging
-import os
-import tarfile
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int, Shaped
 
 from lrdit.data.source import DataOptions, Source
 from lrdit.runtime.errors import UserError
@@ -17,8 +10,8 @@ from lrdit.runtime.errors import UserError
 DIGITS_EVAL_EVERY = 6  # of the digits, every sixth is held out
 
 
-def identify_digits(split: str, options: DataOptions) -> dict[str, Any]:
-  """The identity of `load_digits`' source, but for the number of its examples."""
+def fingerprint_digits(split: str, options: DataOptions) -> dict[str, Any]:
+  """The fingerprint of `load_digits`' source, but for the number of its examples."""
   del options
   return {"name": "digits", "split": split}
 
@@ -53,5 +46,5 @@ def load_digits(split: str, options: DataOptions) -> Source:
   held_out = np.arange(len(digits.target)) % DIGITS_EVAL_EVERY == DIGITS_EVAL_EVERY - 1
   keep = held_out if split == "eval" else ~held_out
   scans = (digits.images[keep, :, :, None] / 8.0 - 1.0).astype(np.float32)
-  identity = identify_digits(split, options) | {"num_examples": len(scans)}
-  return Source(scans, digits.target[keep].astype(np.int32), 10, identity)
+  fingerprint = fingerprint_digits(split, options) | {"num_examples": len(scans)}
+  return Source(scans, digits.target[keep].astype(np.int32), 10, fingerprint)

@@ -22,9 +22,9 @@ from jaxtyping import Int, Int32, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lrdit.data import images
+from lrdit.data.source import DataOptions, DecodedImages, Source, describe_path
 from lrdit.runtime.errors import UserError, system_limit
 from lrdit.runtime.progress import make_bar
-from lrdit.data.source import DataOptions, DecodedImages, Source, describe_path
 
 HELD_OUT_ONE_IN = 20
 EVAL_FOLDERS = ("eval", "val", "valid", "validation", "test")
@@ -349,22 +349,22 @@ def _leave_out(problems: Sequence[str], total: int, options: DataOptions) -> Non
 
 
 def _describe(split: str, classes: Sequence[str], options: DataOptions) -> dict[str, Any]:
-  """What a folder's identity says besides its files."""
-  identity = {"name": "folder", "split": split, "crop": images.crop_name(0, options.image_size)}
-  return identity | ({"classes": [_printable(name) for name in classes]} if classes else {})
+  """What a folder's fingerprint says besides its files."""
+  fingerprint = {"name": "folder", "split": split, "crop": images.crop_name(0, options.image_size)}
+  return fingerprint | ({"classes": [_printable(name) for name in classes]} if classes else {})
 
 
-def identify_folder(split: str, options: DataOptions) -> dict[str, Any]:
-  """The identity of `load_folder`'s source, as far as it is known without decoding.
+def fingerprint_folder(split: str, options: DataOptions) -> dict[str, Any]:
+  """The fingerprint of `load_folder`'s source, as far as it is known without decoding.
 
   Where unreadable files may be left out, that is not which files are used.
   """
   folder = _given_path(options, "folder", "the folder of your images")
   _, names, classes = _layout(folder, split)
-  identity = _describe(split, classes, options)
+  fingerprint = _describe(split, classes, options)
   if options.skip_unreadable:
-    return identity
-  return identity | {"digest": _digest(folder, names), "num_examples": len(names)}
+    return fingerprint
+  return fingerprint | {"digest": _digest(folder, names), "num_examples": len(names)}
 
 
 def load_folder(split: str, options: DataOptions) -> Source:
@@ -487,8 +487,8 @@ def _fitted(scans: UInt8[np.ndarray, "N H W C"], options: DataOptions) -> Decode
   return DecodedImages(decode, (len(scans), size, size, num_channels), options.cache_bytes)
 
 
-def identify_npz(split: str, options: DataOptions) -> dict[str, Any]:
-  """The identity of `load_npz`'s source, but for the number of its examples."""
+def fingerprint_npz(split: str, options: DataOptions) -> dict[str, Any]:
+  """The fingerprint of `load_npz`'s source, but for the number of its examples."""
   path = _given_path(options, "npz", "the .npz file of your images")
   _check_is_npz(path)
   with open(path, "rb") as file:
@@ -524,7 +524,7 @@ def load_npz(split: str, options: DataOptions) -> Source:
   keys = (str(i).encode() for i in range(len(scans)))
   chosen = _choose(keys, split, "add images")
   rows, size = scans[chosen], options.image_size
-  identity = identify_npz(split, options) | {"num_examples": len(chosen)}
+  fingerprint = fingerprint_npz(split, options) | {"num_examples": len(chosen)}
   if rows.shape[1:] != (size, size, options.num_channels):
     rows = _fitted(rows, options)
-  return Source(rows, labels[chosen], num_classes, identity)
+  return Source(rows, labels[chosen], num_classes, fingerprint)

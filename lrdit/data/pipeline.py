@@ -17,11 +17,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from lrdit.data import folder
-from lrdit.data import digits
-from lrdit.data import tfds
-from lrdit.runtime.errors import UserError
+from lrdit.data import digits, folder, tfds
 from lrdit.data.source import DataOptions, Source
+from lrdit.runtime.errors import UserError
 
 # Reading is spread over at most this many threads, each making a batch: the
 # decoders let go of the interpreter's lock, the rest of the work does not.
@@ -34,24 +32,24 @@ class Loader:
 
   Attributes:
     load: opens it.
-    identify: the part of its source's identity that is known without reading it.
+    fingerprint: the part of its source's fingerprint that is known without reading it.
   """
 
   load: Callable[[str, DataOptions], Source]
-  identify: Callable[[str, DataOptions], dict[str, Any]]
+  fingerprint: Callable[[str, DataOptions], dict[str, Any]]
 
 
 LOADERS = {
-  "digits": Loader(digits.load_digits, digits.identify_digits),
+  "digits": Loader(digits.load_digits, digits.fingerprint_digits),
   **{
     name: Loader(
       functools.partial(tfds.load_tfds, dataset),
-      functools.partial(tfds.identify_tfds, dataset),
+      functools.partial(tfds.fingerprint_tfds, dataset),
     )
     for name, dataset in tfds.DATASETS.items()
   },
-  "folder": Loader(folder.load_folder, folder.identify_folder),
-  "npz": Loader(folder.load_npz, folder.identify_npz),
+  "folder": Loader(folder.load_folder, folder.fingerprint_folder),
+  "npz": Loader(folder.load_npz, folder.fingerprint_npz),
 }
 
 # Keeps the draws of orders, flips and held-out slots apart.

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
 
-from lrdit.runtime.errors import UserError
 NAMED_CLASSES = 100  # the log lists at most so many classes
 NAMED_ENTRIES = 3  # of a directory, in an error
 # What files begin with that are given for another kind.
@@ -45,14 +44,14 @@ class Source:
       has a shape and takes an index array, such as `DecodedImages`.
     labels: (N,) int32, or what takes an index array likewise.
     num_classes: classes the labels count; 0 for none.
-    identity: what the split was made from, as JSON: two sources of the same
-      identity hold the same examples in the same order.
+    fingerprint: what the split was made from, as JSON: two sources of the same
+      fingerprint hold the same examples in the same order.
   """
 
   images: Any
   labels: Any
   num_classes: int
-  identity: dict[str, Any]
+  fingerprint: dict[str, Any]
 
   def __len__(self) -> int:
     return self.images.shape[0]
@@ -78,13 +77,13 @@ class Source:
     batch[flip] = batch[flip, :, ::-1]
     return {"image": batch, "label": self.labels[index]}
 
-  def subset(self, index: Int[np.ndarray, " n"], **identity: Any) -> "Source":
-    """The examples at `index`, under an identity that says which they are."""
+  def subset(self, index: Int[np.ndarray, " n"], **fingerprint: Any) -> "Source":
+    """The examples at `index`, under a fingerprint that says which they are."""
     return dataclasses.replace(
       self,
       images=_Subset(self.images, index),
       labels=_Subset(self.labels, index),
-      identity=self.identity | identity | {"num_examples": len(index)},
+      fingerprint=self.fingerprint | fingerprint | {"num_examples": len(index)},
     )
 
   def first_classes(self, num_classes: int) -> "Source":
@@ -162,7 +161,7 @@ def report_classes(source: Source, num_classes: int) -> None:
     return
   labels = source.labels[np.arange(len(source))]
   counts = np.bincount(labels, minlength=num_classes)[:num_classes]
-  names = source.identity.get("classes", [])[:num_classes]
+  names = source.fingerprint.get("classes", [])[:num_classes]
   if names:
     rows = [f"{i} is {name!r} ({n})" for i, (name, n) in enumerate(zip(names, counts, strict=True))]
     more = f" and {num_classes - NAMED_CLASSES} more" if num_classes > NAMED_CLASSES else ""

@@ -21,10 +21,10 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from lrdit.data import images
+from lrdit.data.source import DataOptions, DecodedImages, Source, describe_path
 from lrdit.runtime.errors import UserError, system_limit
 from lrdit.runtime.paths import local_path
 from lrdit.runtime.progress import make_bar
-from lrdit.data.source import DataOptions, DecodedImages, Source, describe_path
 
 # A TFRecord is its length (uint64), a checksum of that (4 bytes), the bytes
 # themselves and a checksum of those (4 bytes).
@@ -373,7 +373,7 @@ def _open(dataset: TfdsDataset, split: str, options: DataOptions) -> tuple[Any, 
   return builder, name
 
 
-def _identity(
+def _fingerprint(
   dataset: TfdsDataset, builder: Any, name: str, options: DataOptions
 ) -> dict[str, Any]:
   return {
@@ -385,9 +385,9 @@ def _identity(
   }
 
 
-def identify_tfds(dataset: TfdsDataset, split: str, options: DataOptions) -> dict[str, Any]:
-  """The identity of `load_tfds`' source, without reading its records."""
-  return _identity(dataset, *_open(dataset, split, options), options)
+def fingerprint_tfds(dataset: TfdsDataset, split: str, options: DataOptions) -> dict[str, Any]:
+  """The fingerprint of `load_tfds`' source, without reading its records."""
+  return _fingerprint(dataset, *_open(dataset, split, options), options)
 
 
 def load_tfds(dataset: TfdsDataset, split: str, options: DataOptions) -> Source:
@@ -403,9 +403,9 @@ def load_tfds(dataset: TfdsDataset, split: str, options: DataOptions) -> Source:
     UserError: it is not there, or not whole.
   """
   builder, name = _open(dataset, split, options)
-  identity = _identity(dataset, builder, name, options)
+  fingerprint = _fingerprint(dataset, builder, name, options)
   records = _Split(builder, name, dataset, options)
   size = options.image_size
-  shape = (identity["num_examples"], size, size, options.num_channels)
+  shape = (fingerprint["num_examples"], size, size, options.num_channels)
   decoded = DecodedImages(records.decode, shape, options.cache_bytes)
-  return Source(decoded, records.labels, dataset.num_classes, identity)
+  return Source(decoded, records.labels, dataset.num_classes, fingerprint)

@@ -1,7 +1,6 @@
 """The files of a VAE as diffusers saves it, read into `vae.py`'s parameters."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -16,6 +15,7 @@ import numpy as np
 import safetensors
 
 from lrdit.model import vae
+from lrdit.runtime import store
 from lrdit.runtime.errors import UserError
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -311,12 +311,7 @@ def _to_params(
       f"{source} has not the weights of its config ({faults}): put config.json and weights of "
       "the same VAE together, as save_pretrained of diffusers writes them"
     )
-  not_finite = sorted(key for key, tensor in tensors.items() if not np.isfinite(tensor).all())
-  if not_finite:
-    raise UserError(
-      f"{source} has weights that are not finite ({_some(not_finite)}): download or convert the "
-      "VAE again"
-    )
+  store.check_finite(source, tensors, "download or convert the VAE again")
   return flax.traverse_util.unflatten_dict(
     {path: _to_ours(tensors[key]) for key, (path, _) in layout.items()}
   )
@@ -350,9 +345,7 @@ def _to_ours(tensor: np.ndarray) -> np.ndarray:
 
 
 def _digest(config: vae.VaeConfig, params: dict[str, Any]) -> str:
-  """SHA-256 over the config's fields and every parameter's path, shape and bytes."""
-  digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
-  for path, array in sorted(flax.traverse_util.flatten_dict(params, sep="/").items()):
-    digest.update(f"\n{path} {array.shape}\n".encode())
-    digest.update(np.asarray(array, "<f4"))
-  return digest.hexdigest()
+  """Return the SHA-256 of the config's fields and every parameter's path, shape and bytes."""
+  arrays = sorted(flax.traverse_util.flatten_dict(params, sep="/").items())
+  texts = ((f"\n{path} {array.shape}\n", np.asarray(array, "<f4")) for path, array in arrays)
+  return store.digest(json.dumps(dataclasses.asdict(config), sort_keys=True), texts)

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lrdit.analysis import figures, gradient_spectra, truncation, weight_spectra
-from lrdit.analysis.unit_cache import Parts
+from lrdit.analysis.unit_cache import UnitCache
 from lrdit.config import measured_schedule
 from lrdit.config.run_config import open_trained
 from lrdit.data.source import Source
@@ -25,7 +25,7 @@ from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from lrdit.runtime.progress import make_bar
-from lrdit.runtime.workdir import write_json
+from lrdit.runtime.store import write_json
 from lrdit.train import checkpoints, run_files
 
 log = logging.getLogger("lrdit")
@@ -120,10 +120,10 @@ class Analysis:
   def source(self, split: str) -> Source:
     """The split's images or latents; refused if they are not the run's."""
     source = Experiment(self.config).source(split)
-    run_files.check_run_data(self._path, split, source.identity)
+    run_files.check_run_data(self._path, split, source.fingerprint)
     return source
 
-  def run(self, name: str, settings: dict[str, Any], make: Callable[[Parts], dict]) -> dict:
+  def run(self, name: str, settings: dict[str, Any], make: Callable[[UnitCache], dict]) -> dict:
     """A section's result, computed where its file is not of the same checkpoint and settings.
 
     Args:
@@ -139,7 +139,7 @@ class Analysis:
         return result
     except (FileNotFoundError, ValueError, KeyError, TypeError):
       pass  # missing, damaged, or of an older layout: it is made again
-    parts = Parts(self.directory / "parts" / name, key)
+    parts = UnitCache(self.directory / "parts" / name, key)
     result = key | make(parts)
     write_json(path, result)
     parts.remove()
@@ -154,7 +154,7 @@ class Analysis:
 def analyse_weights(analysis: Analysis) -> None:
   """Writes weights.json and its plots."""
 
-  def make(parts: Parts) -> dict[str, Any]:
+  def make(parts: UnitCache) -> dict[str, Any]:
     a = analysis
     return weight_spectra.analyse_weights(a.params, a.plan, a.shape, a.boundaries, parts, make_bar)
 
@@ -173,10 +173,10 @@ def analyse_gradients(analysis: Analysis) -> None:
     "batch_sizes": list(a.batch_sizes),
     "subspace_rank": a.subspace_rank,
     "seed": a.seed,
-    "data": source.identity,
+    "data": source.fingerprint,
   }
 
-  def make(parts: Parts) -> dict[str, Any]:
+  def make(parts: UnitCache) -> dict[str, Any]:
     objective = Experiment(config).objective(analysis.devices[:1])
     return gradient_spectra.analyse_gradients(
       objective,
@@ -220,10 +220,10 @@ def analyse_truncation(analysis: Analysis) -> None:
     "draws": draws,
     "seed": held_out.SEED,
     "batch_size": batch_size,
-    "data": source.identity,
+    "data": source.fingerprint,
   }
 
-  def make(parts: Parts) -> dict[str, Any]:
+  def make(parts: UnitCache) -> dict[str, Any]:
     step = Experiment(config).eval_step(devices)
     slots = parallel.batch_slots(batch_size, devices)
 

@@ -28,7 +28,7 @@ from lrdit.model import flops
 from lrdit.runtime import parallel
 from lrdit.runtime.locks import owned
 from lrdit.runtime.progress import make_bar
-from lrdit.runtime.workdir import write_json
+from lrdit.runtime.store import write_json
 from lrdit.train import training_step
 from lrdit.train.train_state import create_train_state
 

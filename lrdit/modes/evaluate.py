@@ -21,7 +21,7 @@ from lrdit.modes.sample import make_settings
 from lrdit.runtime import cluster, parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
-from lrdit.runtime.workdir import write_json
+from lrdit.runtime.store import write_json
 from lrdit.sampling import sample_set
 from lrdit.train import checkpoints, run_files
 
@@ -53,7 +53,7 @@ def held_out_figures(
     "seed": held_out.SEED,
     "batch_size": batch_size,
     "dtype": config.model.dtype,
-    "data": source.identity,
+    "data": source.fingerprint,
   }
   edges = list(itertools.pairwise(Experiment(config).curriculum.boundaries))
   for name, params in weights.items():
@@ -87,7 +87,7 @@ def check_export(
   Raises:
     UserError: the export is missing, unfinished, or of something else.
   """
-  metadata, _ = sample_set.iterate_export(directory, 1)
+  metadata, _ = sample_set.read_sample_set(directory, 1)
   drawn = Experiment(config).sampler(parallel.all_devices())
   asked = make_settings(config, drawn, step, params, vae_digest)
   asked = json.loads(json.dumps(asked | {"num_samples": config.sampling.num_samples}))
@@ -121,14 +121,14 @@ def sample_figures(
   for extractor in extractors:
     path = features / f"reference_{extractor.name}_{e.reference_split}.npz"
     reference = references.open_reference(path, source, extractor, e.max_features)
-    metadata, batches = sample_set.iterate_export(directory, extractor.batch_size)
+    metadata, batches = sample_set.read_sample_set(directory, extractor.batch_size)
     figures = references.measure(batches, extractor, reference)
     for name, value in figures.items():
       log.info("%s %.6g", name, value)
-    identity = dict(reference.identity)
-    result["extractors"][extractor.name] = identity.pop("extractor")
+    fingerprint = dict(reference.fingerprint)
+    result["extractors"][extractor.name] = fingerprint.pop("extractor")
     result["figures"] |= figures
-    result |= {"metadata": metadata, "reference": identity | {"split": e.reference_split}}
+    result |= {"metadata": metadata, "reference": fingerprint | {"split": e.reference_split}}
   return result
 
 
@@ -201,7 +201,7 @@ def _evaluate(config: ConfigDict, path: pathlib.Path, devices: parallel.Devices)
   template = Experiment(config).params_template
   step, weights = run_files.restore_params(path, template, ("raw", "ema"))
   source = Experiment(config).source("eval")
-  run_files.check_run_data(path, "eval", source.identity)
+  run_files.check_run_data(path, "eval", source.fingerprint)
   vae_digest = run_files.read_vae_digest(path) if config.vae.downsample_factor else ""
   directory = path / "samples" / config.sampling.name
   features = pathlib.Path(e.features_dir).expanduser() if e.features_dir else path / "features"

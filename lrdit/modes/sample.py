@@ -17,7 +17,7 @@ from lrdit.runtime import cluster, parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.progress import make_bar
 from lrdit.sampling import sampler
-from lrdit.sampling.sample_set import ExportWriter
+from lrdit.sampling.sample_set import SampleSetWriter
 from lrdit.train import checkpoints, run_files
 
 log = logging.getLogger("lrdit")
@@ -124,7 +124,7 @@ def _non_finite(config: ConfigDict, step: int, index: int) -> UserError:
 
 def write_samples(
   config: ConfigDict,
-  writer: ExportWriter,
+  writer: SampleSetWriter,
   compile_all: Callable[[], None],
   batches: Callable[[int], Iterator],
   num_devices: int,
@@ -202,7 +202,7 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
   if not cluster.is_first():
     help_to_draw(compile_all, batches)
     return
-  with ExportWriter(
+  with SampleSetWriter(
     path / "samples" / s.name,
     settings=make_settings(config, drawn, step, params, vae_digest),
     software={

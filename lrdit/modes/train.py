@@ -138,19 +138,19 @@ class Trainer:
     self.slots = parallel.batch_slots(config.training.batch_size, devices)
     self.key = jax.random.key(config.seed)
     self.eval_step = self.experiment.eval_step(devices)
-    identity = {"train": self.source.identity, "eval": self.eval_source.identity}
-    check_same("data", identity)
+    fingerprint = {"train": self.source.fingerprint, "eval": self.eval_source.fingerprint}
+    check_same("data", fingerprint)
     self.files = RunFiles()
     if cluster.is_first():
       open_workdir(workdir, config, create=True)
-      self.files = FirstProcessFiles(config, workdir, identity)
+      self.files = FirstProcessFiles(config, workdir, fingerprint)
     report_classes(self.source, config.data.num_classes)
 
   def _make_to_pixels(self) -> Any:
     """What turns samples into pixels: for grids, and to check a VAE that is named."""
     if not (self.config.training.sample_every_steps or self.config.vae.path):
       return None
-    vae_digest = self.source.identity.get("vae", "")
+    vae_digest = self.source.fingerprint.get("vae", "")
     return self.experiment.to_pixels(self.devices, vae_digest)
 
   def initial_state(self) -> TrainState:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lrdit.config.resolve import resolve
 from lrdit.runtime.errors import UserError
-from lrdit.runtime.workdir import flatten
+from lrdit.runtime.store import flatten
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 # Filled in from the variant where a config has 0.

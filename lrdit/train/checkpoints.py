@@ -8,7 +8,6 @@ CRC-32 of all that), written by orbax, which makes it visible only once it is co
 
 import contextlib
 import errno
-import hashlib
 import itertools
 import json
 import logging
@@ -24,7 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lrdit.runtime import cluster
+from lrdit.runtime import cluster, store
 from lrdit.runtime.errors import UserError
 from lrdit.train.train_state import TrainState
 
@@ -82,16 +81,9 @@ def _checksums(tree: Any) -> dict[str, int]:
 
 
 def digest(tree: Any) -> str:
-  """SHA-256, in hex, of every array with its path, dtype and shape.
-
-  Args:
-    tree: of arrays on the host.
-  """
-  sha256 = hashlib.sha256()
-  for (path, layout), leaf in zip(_layout(tree).items(), jax.tree.leaves(tree), strict=True):
-    sha256.update(f"{path}{layout}".encode())
-    sha256.update(np.ascontiguousarray(leaf))
-  return sha256.hexdigest()
+  """Return the SHA-256, in hex, of every host array with its path, dtype and shape."""
+  texts = (f"{path}{layout}" for path, layout in _layout(tree).items())
+  return store.digest("", zip(texts, jax.tree.leaves(tree), strict=True))
 
 
 def _crc32_of_json(value: Any) -> int:

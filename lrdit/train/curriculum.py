@@ -12,7 +12,7 @@ Axes: B global batch, b local batch, G groups.
 import dataclasses
 import itertools
 
-from lrdit.rank.timesteps import Strata, uniform_strata
+from lrdit.rank.strata import Strata, uniform_strata
 
 STARTS = ("high", "low", "middle")
 

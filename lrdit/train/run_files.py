@@ -17,7 +17,11 @@ from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from lrdit.runtime.metric_writer import MetricWriter
 from lrdit.runtime.progress import log_to_file
-from lrdit.runtime.workdir import changes, check_data, read_data
+from lrdit.runtime.store import changes
+from lrdit.runtime.workdir import (
+  check_data,
+  read_data,
+)
 from lrdit.train.checkpoints import Checkpoints
 from lrdit.train.train_state import TrainState
 
@@ -32,7 +36,7 @@ class RunFiles:
     return None
 
   def begin(self, first_step: int) -> None:
-    """Opens the metrics, which go on after `first_step`."""
+    """Stores the config and opens the metrics, which go on after `first_step`."""
 
   def write_metrics(self, step: int, scalars: Mapping[str, float]) -> None:
     """A line of metrics."""
@@ -54,16 +58,16 @@ class RunFiles:
 class FirstProcessFiles(RunFiles):
   """A workdir that is read and written, by this process alone."""
 
-  def __init__(self, config: ConfigDict, workdir: str, identity: dict[str, Any]):
+  def __init__(self, config: ConfigDict, workdir: str, fingerprint: dict[str, Any]):
     """Opens the workdir.
 
     Args:
       config: resolved.
       workdir: the run's directory.
-      identity: of the data, by split.
+      fingerprint: of the data, by split.
 
     Raises:
-      UserError: other data, a place that cannot be written, or one that
+      UserError: another run's workdir, other data, a place that cannot be written, or one that
         another training has.
     """
     self._config, self._writer = config, None
@@ -71,7 +75,7 @@ class FirstProcessFiles(RunFiles):
     self._workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as opened:
       opened.enter_context(owned(self._workdir, "train"))
-      check_data(self._workdir, identity)
+      check_data(self._workdir, fingerprint)
       (self._workdir / "samples").mkdir(exist_ok=True)
       self._checkpoints = Checkpoints(self._workdir, config.checkpoint.keep)
       opened.callback(self._checkpoints.close)
@@ -137,21 +141,21 @@ def check_same(what: str, value: dict[str, Any]) -> None:
     )
 
 
-def check_run_data(workdir: pathlib.Path, split: str, identity: dict[str, Any]) -> None:
+def check_run_data(workdir: pathlib.Path, split: str, fingerprint: dict[str, Any]) -> None:
   """Refuses to measure a run on other data than its own.
 
   Args:
     workdir: of the run.
     split: "train" or "eval".
-    identity: of that split.
+    fingerprint: of that split.
 
   Raises:
     UserError: it is other data.
   """
-  check_same("data", identity)
+  check_same("data", fingerprint)
   if not cluster.is_first():
     return
-  stored, found = read_data(workdir)[split], json.loads(json.dumps(identity))
+  stored, found = read_data(workdir)[split], json.loads(json.dumps(fingerprint))
   if stored != found:
     raise UserError(
       f"{workdir} holds a run on other data: {'; '.join(changes(found, stored))}. Name the data of "

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from lrdit.diffusion import process
 from lrdit.model.dit import DiT
 from lrdit.model.low_rank import RankSelection
-from lrdit.rank import timesteps
+from lrdit.rank.strata import Strata, rank_groups, stratified_timesteps
 from lrdit.runtime import parallel
 from lrdit.runtime.parallel import AXIS
 from lrdit.train.curriculum import Curriculum
@@ -37,7 +37,7 @@ class Objective:
     loss_weighting: one of `diffusion.LOSS_WEIGHTINGS`.
     min_snr_gamma: of the weighting `min_snr`.
     class_dropout_rate: probability of replacing a label by the null class.
-    compute: one of `timesteps.COMPUTES`.
+    compute: one of `strata.COMPUTES`.
     strata: how the global batch B is spread over timesteps.
     num_devices: devices the batch is spread over.
   """
@@ -49,14 +49,14 @@ class Objective:
   min_snr_gamma: float
   class_dropout_rate: float
   compute: str
-  strata: timesteps.Strata
+  strata: Strata
   num_devices: int
 
   def without_augmentation(self) -> "Objective":
     """The same objective with every label kept, for evaluation."""
     return dataclasses.replace(self, class_dropout_rate=0.0)
 
-  def with_strata(self, strata: timesteps.Strata) -> "Objective":
+  def with_strata(self, strata: Strata) -> "Objective":
     """The same objective on a stage's timesteps, for the same global batch."""
     return dataclasses.replace(self, strata=strata)
 
@@ -96,7 +96,7 @@ def draw(
   uniform = jax.vmap(jax.random.uniform)
   normal = jax.vmap(lambda k: jax.random.normal(k, image_shape))
   return Draws(
-    t=timesteps.stratified_timesteps(uniform(keys[:, 0]), index, objective.strata),
+    t=stratified_timesteps(uniform(keys[:, 0]), index, objective.strata),
     eps=normal(keys[:, 1]),
     drop=uniform(keys[:, 2]) < objective.class_dropout_rate,
     posterior_noise=normal(keys[:, 3]),
@@ -106,7 +106,7 @@ def draw(
 def select_ranks(objective: Objective, t: Int[Array, " b"]) -> RankSelection:
   """Static groups, and a bucket per example where the plan has several."""
   plan = objective.model.plan
-  groups = timesteps.rank_groups(plan, objective.compute, objective.strata, objective.num_devices)
+  groups = rank_groups(plan, objective.compute, objective.strata, objective.num_devices)
   if plan.num_buckets == 1:
     return RankSelection(groups)
   return RankSelection(groups, jnp.asarray(plan.bucket_of_timestep)[t])

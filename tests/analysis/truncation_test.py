@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from lrdit.analysis import truncation
-from lrdit.analysis.unit_cache import Parts
+from lrdit.analysis.unit_cache import UnitCache
 from lrdit.evaluation.held_out import HeldOutLosses
 from lrdit.experiment import Experiment
 from lrdit.model import low_rank
 from lrdit.runtime.progress import make_bar
 from tests.tiny import tiny_config
-from tests.train.training_step_test import noisy_params
+from tests.trained import noisy_params
 
 NAME = "blocks_1/attn/qkv"
 
@@ -75,7 +75,7 @@ def test_rises_are_over_the_whole_model_and_are_kept(tmp_path):
     return HeldOutLosses(np.array([asked[-1], 0.0]), np.array([2, 0]))
 
   for _ in range(2):
-    parts = Parts(tmp_path / "parts", {"of": "these"})
+    parts = UnitCache(tmp_path / "parts", {"of": "these"})
     found = truncation.analyse_truncation(
       truncator, (4, 16), np.asarray, losses_of, parts, make_bar
     )

@@ -7,7 +7,7 @@ import pytest
 
 from lrdit.config import run_config
 from lrdit.runtime.errors import UserError
-from lrdit.runtime.workdir import flatten, remove_directory
+from lrdit.runtime.store import flatten, remove_directory
 from tests.tiny import tiny_config
 
 

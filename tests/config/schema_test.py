@@ -10,7 +10,7 @@ from lrdit.config import docs, run_config, schema
 from lrdit.config.flags import parse_flags
 from lrdit.config.schema import FIELDS, Role, fields_of, upgrade
 from lrdit.experiment import Experiment
-from lrdit.runtime.workdir import flatten
+from lrdit.runtime.store import flatten
 from tests import tiny
 
 # What a version without None and without the newer fields stored.

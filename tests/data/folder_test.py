@@ -96,7 +96,7 @@ def test_a_flat_folder_has_no_classes_and_every_image_in_one_split(tmp_path):
   for source in (train, held_out):
     assert source.num_classes == 0
     assert not read(source)[1].any()
-    assert "classes" not in source.identity
+    assert "classes" not in source.fingerprint
 
 
 def test_files_that_come_and_go_move_no_others_between_the_splits(tmp_path):
@@ -121,7 +121,7 @@ def test_classes_are_the_top_sub_folders_by_name_whatever_is_nested(tmp_path):
   for split in ("train", "eval"):
     source = image_files.load_folder(split, make_options(tmp_path))
     assert source.num_classes == 3
-    assert source.identity["classes"] == ["Bee", "ant", "zebra"]
+    assert source.fingerprint["classes"] == ["Bee", "ant", "zebra"]
     rows, labels = read(source)
     assert labels.dtype == np.int32
     seen |= dict(zip(rows[:, 0, 0, 0].tolist(), labels.tolist(), strict=True))
@@ -135,7 +135,7 @@ def test_whole_numbers_are_classes_in_the_order_of_their_values(tmp_path):
       save(tmp_path / split / name / f"{split}.png", pixels(i))
   source = image_files.load_folder("train", make_options(tmp_path))
   expected = ["0", "2", "07", "7", "10", "11", "a10", "a2", "b"]
-  assert source.identity["classes"] == expected
+  assert source.fingerprint["classes"] == expected
   rows, labels = read(source)
   for row, label in zip(rows, labels, strict=True):
     np.testing.assert_array_equal(row, pixels(names.index(expected[label])))
@@ -206,7 +206,7 @@ def test_classes_may_be_called_like_splits_among_others(tmp_path):
   for i in range(100):
     save(tmp_path / ("train", "bus")[i % 2] / f"{i}.png", pixels(i))
   source = image_files.load_folder("train", make_options(tmp_path))
-  assert source.identity["classes"] == ["bus", "train"]
+  assert source.fingerprint["classes"] == ["bus", "train"]
 
 
 def test_too_few_images_to_hold_one_out_are_refused(tmp_path):
@@ -249,7 +249,7 @@ def test_other_and_hidden_files_and_empty_sub_folders_are_named(tmp_path, log_li
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("words")
   source = image_files.load_folder("train", make_options(tmp_path))
-  assert (len(source), source.identity["classes"]) == (2, ["cat"])
+  assert (len(source), source.fingerprint["classes"]) == (2, ["cat"])
   assert log_lines() == [
     (
       "INFO",
@@ -272,7 +272,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
   (tmp_path / "data" / "train" / "tom").symlink_to(tmp_path / "store" / "cats")
   (tmp_path / "data" / "eval").symlink_to(tmp_path / "data" / "train")
   source = image_files.load_folder("train", make_options(tmp_path / "data"))
-  assert source.identity["classes"] == ["cat", "tom"]
+  assert source.fingerprint["classes"] == ["cat", "tom"]
   np.testing.assert_array_equal(read(source)[0], [pixels(1), pixels(2)])
 
 
@@ -286,7 +286,7 @@ def test_a_file_name_in_another_encoding_is_read_and_named(tmp_path, log_lines):
       pytest.skip("this file system takes no such name")
   source = image_files.load_folder("train", make_options(tmp_path))
   np.testing.assert_array_equal(read(source)[0], [pixels(2), pixels(1)])
-  json.dumps(source.identity, ensure_ascii=False).encode()
+  json.dumps(source.fingerprint, ensure_ascii=False).encode()
   (tmp_path / "train" / name).write_bytes(b"")
   with pytest.raises(UserError, match=r"train/caf\\udce9.png \(an empty file\)"):
     image_files.load_folder("train", make_options(tmp_path))
@@ -518,7 +518,7 @@ def test_damaged_files_can_be_left_out_each_named_in_a_warning(tmp_path, log_lin
   rows, labels = read(source)
   np.testing.assert_array_equal(rows, [pixels(1), pixels(2), pixels(3)])
   np.testing.assert_array_equal(labels, [0, 1, 2])
-  assert source.identity["num_examples"] == len(source) == 3
+  assert source.fingerprint["num_examples"] == len(source) == 3
   lines = log_lines()
   assert len(lines) == len(damaged_files()) + 1
   for (level, line), (name, (_, reason)) in zip(lines, damaged_files().items(), strict=False):
@@ -618,18 +618,18 @@ def test_more_images_than_are_queued_at_once_are_all_checked(tmp_path, monkeypat
 # What tells one state of the data from another.
 
 
-def test_the_identity_says_what_the_folder_holds(tmp_path):
+def test_the_fingerprint_says_what_the_folder_holds(tmp_path):
   save(tmp_path / "train" / "cat" / "1.png", pixels(1))
   save(tmp_path / "train" / "dog" / "2.png", pixels(2))
   save(tmp_path / "val" / "dog" / "3.png", pixels(3))
 
-  def identity(split="train"):
-    found = image_files.load_folder(split, make_options(tmp_path)).identity
+  def fingerprint(split="train"):
+    found = image_files.load_folder(split, make_options(tmp_path)).fingerprint
     assert json.loads(json.dumps(found)) == found
     return found
 
-  first = identity()
-  assert first == identity()
+  first = fingerprint()
+  assert first == fingerprint()
   assert first | {"digest": ""} == {
     "name": "folder",
     "split": "train",
@@ -639,28 +639,28 @@ def test_the_identity_says_what_the_folder_holds(tmp_path):
     "digest": "",
   }
   assert len(first["digest"]) == 16
-  assert identity("eval")["digest"] != first["digest"]
+  assert fingerprint("eval")["digest"] != first["digest"]
   with open(tmp_path / "train" / "cat" / "1.png", "ab") as file:
     file.write(b"\0")
-  longer = identity()
+  longer = fingerprint()
   assert longer["digest"] != first["digest"]
   (tmp_path / "train" / "cat" / "1.png").rename(tmp_path / "train" / "cat" / "0.png")
-  renamed = identity()
+  renamed = fingerprint()
   assert renamed["digest"] not in (first["digest"], longer["digest"])
-  before = identity("eval")
+  before = fingerprint("eval")
   save(tmp_path / "train" / "dog" / "4.png", pixels(4))
-  assert identity()["num_examples"] == 3
-  assert identity("eval") == before
+  assert fingerprint()["num_examples"] == 3
+  assert fingerprint("eval") == before
 
 
-def test_an_image_left_out_changes_the_identity(tmp_path):
+def test_an_image_left_out_changes_the_fingerprint(tmp_path):
   make_flat(tmp_path / "train", range(3))
   make_flat(tmp_path / "eval", range(1))
-  whole = image_files.load_folder("train", make_options(tmp_path)).identity
+  whole = image_files.load_folder("train", make_options(tmp_path)).fingerprint
   (tmp_path / "train" / "001.png").write_bytes(b"")
-  rest = image_files.load_folder("train", make_options(tmp_path, skip_unreadable=True)).identity
+  rest = image_files.load_folder("train", make_options(tmp_path, skip_unreadable=True)).fingerprint
   (tmp_path / "train" / "001.png").unlink()
-  assert image_files.load_folder("train", make_options(tmp_path)).identity == rest
+  assert image_files.load_folder("train", make_options(tmp_path)).fingerprint == rest
   assert rest["digest"] != whole["digest"]
 
 
@@ -829,22 +829,22 @@ def test_a_zip_of_other_things_is_refused(tmp_path):
     image_files.load_npz("train", make_options(tmp_path / "own.npz"))
 
 
-def test_the_identity_of_an_npz_follows_its_content(tmp_path):
+def test_the_fingerprint_of_an_npz_follows_its_content(tmp_path):
   image = batch()
   first = load_both(make_npz(tmp_path, image=image))
-  assert first[0].identity | {"digest": ""} == {
+  assert first[0].fingerprint | {"digest": ""} == {
     "name": "npz",
     "split": "train",
     "num_examples": len(first[0]),
     "crop": f"centre crop of the short side, bicubic antialiased resize to {SIZE}",
     "digest": "",
   }
-  assert first[1].identity["split"] == "eval"
-  assert first[1].identity["num_examples"] == len(first[1])
+  assert first[1].fingerprint["split"] == "eval"
+  assert first[1].fingerprint["num_examples"] == len(first[1])
   image[3, 2, 1, 0] ^= 1
   second = load_both(make_npz(tmp_path, image=image))
-  assert second[0].identity["digest"] != first[0].identity["digest"]
-  assert json.loads(json.dumps(second[0].identity)) == second[0].identity
+  assert second[0].fingerprint["digest"] != first[0].fingerprint["digest"]
+  assert json.loads(json.dumps(second[0].fingerprint)) == second[0].fingerprint
 
 
 @pytest.mark.parametrize("kind", ["folder", "npz"])

@@ -36,8 +36,8 @@ def test_digits_are_split_without_overlap():
     assert source.images.min() == -1
     assert source.images.max() == 1
     assert set(source.labels) == set(range(10))
-  assert held_out.identity == {"name": "digits", "split": "eval", "num_examples": 299}
-  assert train.identity == {"name": "digits", "split": "train", "num_examples": 1498}
+  assert held_out.fingerprint == {"name": "digits", "split": "eval", "num_examples": 299}
+  assert train.fingerprint == {"name": "digits", "split": "train", "num_examples": 1498}
 
 
 def test_every_epoch_reads_every_example_once_in_its_own_order():

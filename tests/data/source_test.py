@@ -33,9 +33,9 @@ def pixels(seed=0, shape=(NUM, H, W, 3)):
 
 def make_source(labels=None, array=None):
   labels = np.arange(NUM, dtype=np.int32) % 4 if labels is None else labels
-  identity = {"name": "made", "num_examples": NUM}
+  fingerprint = {"name": "made", "num_examples": NUM}
   return sources.Source(
-    Rows(pixels() if array is None else array), Rows(labels), num_classes=4, identity=identity
+    Rows(pixels() if array is None else array), Rows(labels), num_classes=4, fingerprint=fingerprint
   )
 
 
@@ -71,8 +71,8 @@ def test_a_subset_keeps_images_with_their_labels_and_reads_none_before_asked():
   part = source.subset(index, kept="some")
   assert len(part) == 4
   assert part.image_shape == (H, W, 3)
-  assert part.identity == {"name": "made", "num_examples": 4, "kept": "some"}
-  assert source.identity == {"name": "made", "num_examples": NUM}
+  assert part.fingerprint == {"name": "made", "num_examples": 4, "kept": "some"}
+  assert source.fingerprint == {"name": "made", "num_examples": NUM}
   assert source.images.read == source.labels.read == []
   batch = part.gather(np.array([3, 0]), np.zeros(2, bool))
   assert source.images.read == source.labels.read == [3, 7]
@@ -97,7 +97,7 @@ def test_the_first_classes_keep_their_images_and_no_image_is_read_for_it():
   assert source.images.read == []
   assert source.labels.read == list(range(NUM))
   assert part.num_classes == 2
-  assert part.identity == {"name": "made", "num_examples": 6, "num_classes": 2}
+  assert part.fingerprint == {"name": "made", "num_examples": 6, "num_classes": 2}
   batch = part.gather(np.arange(6), np.zeros(6, bool))
   assert batch["label"].tolist() == [0, 1, 0, 1, 0, 1]
   assert source.images.read == [0, 1, 4, 5, 8, 9]
@@ -186,9 +186,9 @@ def test_classes_without_training_images_are_all_named(
   caplog, monkeypatch, labels, num_classes, names, expected
 ):
   caplog.set_level(logging.DEBUG, logger="lrdit")
-  identity = {"name": "made"} | ({"classes": names} if names else {})
+  fingerprint = {"name": "made"} | ({"classes": names} if names else {})
   images = pixels()[: len(labels)]
-  source = sources.Source(images, np.array(labels, np.int32), 99, identity)
+  source = sources.Source(images, np.array(labels, np.int32), 99, fingerprint)
   sources.report_classes(source, num_classes)
   assert len(caplog.messages) == len(expected)
   for message, pattern in zip(caplog.messages, expected, strict=True):

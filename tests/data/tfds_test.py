@@ -180,7 +180,7 @@ def test_a_split_is_what_pil_decodes_crops_and_resizes(
     np.testing.assert_array_equal(got[i], expected_image(name, used, i, size))
   expected = [label_of(name, i) if source.num_classes else 0 for i in range(count)]
   assert labels.tolist() == expected
-  assert json.loads(json.dumps(source.identity)) == {
+  assert json.loads(json.dumps(source.fingerprint)) == {
     "name": name,
     "version": VERSIONS[name],
     "split": used,

@@ -28,10 +28,15 @@ class FakeClassifier:
     return extractors.Extracted(features, (images[:, 0, 0, 1] % 3).astype(np.int32))
 
 
-def made_source(seed=0, size=SIZE, num=NUM, **identity):
+def made_source(seed=0, size=SIZE, num=NUM, **fingerprint):
   scans = np.random.default_rng(seed).integers(0, 256, (num, size, size, 3), np.uint8)
-  identity = {"name": "made", "split": "train", "crop": "none", "num_examples": num} | identity
-  return sources.Source(scans, np.zeros(num, np.int32), 0, identity)
+  fingerprint = {
+    "name": "made",
+    "split": "train",
+    "crop": "none",
+    "num_examples": num,
+  } | fingerprint
+  return sources.Source(scans, np.zeros(num, np.int32), 0, fingerprint)
 
 
 def generated(num=50, seed=3):
@@ -61,10 +66,10 @@ def test_a_reference_is_of_all_images_and_keeps_features_of_some(pixel):
   assert len(set(rows)) == 25
   assert rows != sorted(rows)  # a sorted dataset's first features are not of its first class
   assert max(rows) > 40
-  assert reference.identity["num_images"] == NUM
+  assert reference.fingerprint["num_images"] == NUM
   whole = references.compute_reference(source, pixel, max_features=1000)
   assert whole.features.shape == (NUM, 48)
-  assert whole.identity["num_features"] == NUM
+  assert whole.fingerprint["num_features"] == NUM
 
 
 def test_real_images_are_quantised_as_generated_ones_are(pixel):
@@ -173,14 +178,14 @@ def test_a_reference_of_another_extractor_is_refused(tmp_path):
 
 def test_damaged_and_missing_references_are_told(pixel, tmp_path):
   path, source = tmp_path / "reference.npz", made_source()
-  with pytest.raises(UserError, match="no reference statistics at"):
+  with pytest.raises(UserError, match="is missing: delete it"):
     references.load_reference(path, {})
   references.open_reference(path, source, pixel, 25)
   path.write_bytes(path.read_bytes()[:-50])
-  with pytest.raises(UserError, match="is damaged: delete it"):
+  with pytest.raises(UserError, match=r"is damaged \(.*: delete it"):
     references.open_reference(path, source, pixel, 25)
   np.savez(path, mean=np.zeros(3))
-  with pytest.raises(UserError, match="is damaged: delete it"):
+  with pytest.raises(UserError, match=r"is damaged \(.*: delete it"):
     references.open_reference(path, source, pixel, 25)
 
 

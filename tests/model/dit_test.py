@@ -11,10 +11,10 @@ import pytest
 from lrdit.experiment import Experiment
 from lrdit.model import dit, low_rank
 from lrdit.rank import plan as rank_schedule
-from lrdit.rank import timesteps
+from lrdit.rank.strata import rank_groups, stratified_timesteps, uniform_strata
 from lrdit.runtime.errors import UserError
 from tests.tiny import GOLDEN, tiny_config
-from tests.train.training_step_test import noisy_params
+from tests.trained import noisy_params
 
 ARMS = ["full", "static", "adaptive"]
 
@@ -233,10 +233,10 @@ def test_scanned_and_recomputed_blocks_compute_the_same(arm, fields):
   bucket = None
   groups = ((16, model.plan.num_buckets - 1),)
   if arm == "adaptive":
-    strata = timesteps.uniform_strata(16, 1000)
-    t = timesteps.stratified_timesteps(jnp.full(16, 0.7), jnp.arange(16), strata)
+    strata = uniform_strata(16, 1000)
+    t = stratified_timesteps(jnp.full(16, 0.7), jnp.arange(16), strata)
     bucket = jnp.asarray(model.plan.bucket_of_timestep)[t]
-    groups = timesteps.rank_groups(model.plan, "grouped", strata, 1)
+    groups = rank_groups(model.plan, "grouped", strata, 1)
 
   def loss(model):
     def mean_square(params):
@@ -284,16 +284,16 @@ def test_sliced_masked_and_grouped_models_agree(schedule, match):
   model = Experiment(config).model()
   params, plan = noisy_params(config), model.plan
   x, t, y = inputs(model.shape, batch=16)
-  strata = timesteps.uniform_strata(16, 1000)
-  t = timesteps.stratified_timesteps(jnp.full(16, 0.7), jnp.arange(16), strata)
+  strata = uniform_strata(16, 1000)
+  t = stratified_timesteps(jnp.full(16, 0.7), jnp.arange(16), strata)
   bucket = jnp.asarray(plan.bucket_of_timestep)[t]
   assert len(np.unique(bucket)) == plan.num_buckets > 1
 
   def apply(groups):
     return model.apply({"params": params}, x, t, y, low_rank.RankSelection(groups, bucket))
 
-  masked = apply(timesteps.rank_groups(plan, "masked", strata, 1))
-  grouped = apply(timesteps.rank_groups(plan, "grouped", strata, 1))
+  masked = apply(rank_groups(plan, "masked", strata, 1))
+  grouped = apply(rank_groups(plan, "grouped", strata, 1))
   np.testing.assert_allclose(grouped, masked, rtol=1e-4, atol=1e-5)
   for b in range(plan.num_buckets):
     mine = np.flatnonzero(np.asarray(bucket) == b)

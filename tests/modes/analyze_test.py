@@ -15,7 +15,7 @@ from lrdit.model import flops
 from lrdit.modes import analyze, train
 from lrdit.runtime.errors import UserError
 from tests import tiny
-from tests.rank.measured_test import analysis_of
+from tests.truncations import truncation_of
 
 FIELDS = {
   "training__num_steps": 6,
@@ -119,7 +119,7 @@ def test_ranks_that_cut_nothing_are_refused(analysed):
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_other_data_than_the_run_s_is_refused(analysed, monkeypatch, split):
   config, workdir = analysed
-  other = dataclasses.replace(tiny.load_digits(split), identity={"name": "other"})
+  other = dataclasses.replace(tiny.load_digits(split), fingerprint={"name": "other"})
   monkeypatch.setattr(Experiment, "source", lambda *args: other)
   run = analyze.Analysis(config, str(workdir), jax.devices()[:1])
   with pytest.raises(UserError, match="holds a run on other data"):
@@ -128,7 +128,7 @@ def test_other_data_than_the_run_s_is_refused(analysed, monkeypatch, split):
 
 def test_r_of_t_on_the_heat_map_is_what_a_run_would_take():
   config = tiny.tiny_config("method=full")
-  found, dense = analysis_of(config), Experiment(config).plan
+  found, dense = truncation_of(config), Experiment(config).plan
   name, r = analyze.schedule_on_map(config, dense, found)
   assert name.startswith("rank.schedule=measured at rank.ratio=0.5")
   plan = Experiment(tiny.tiny_config("method=static")).plan
@@ -142,7 +142,7 @@ def test_r_of_t_on_the_heat_map_is_what_a_run_would_take():
 def test_r_of_t_on_the_heat_map_of_an_adaptive_run_is_its_own():
   config = tiny.tiny_config("method=adaptive")
   plan = Experiment(config).plan
-  name, r = analyze.schedule_on_map(config, plan, analysis_of(config))
+  name, r = analyze.schedule_on_map(config, plan, truncation_of(config))
   assert "own" in name
   for t in (0, 600, 999):
     bucket = plan.bucket_of_timestep[t]

@@ -29,7 +29,7 @@ from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from lrdit.train import training_step
 from tests import tiny
-from tests.train.training_step_test import noisy_params
+from tests.trained import noisy_params
 
 VAE = tiny.GOLDEN / "sd_vae_tiny"
 SCALE = 0.18215  # of that VAE
@@ -165,7 +165,7 @@ def test_the_directory_holds_the_source_s_images_encoded(images, encoded):
     assert labels.dtype == np.int32
     assert manifest["splits"][split]["done"] == len(source)
     assert manifest["splits"][split]["crc32"][0] == zlib.crc32(rows.tobytes())
-    assert manifest["description"]["sources"][split] == source.identity
+    assert manifest["description"]["sources"][split] == source.fingerprint
     total += len(source)
   assert total == NUM_IMAGES
   description = manifest["description"]
@@ -379,7 +379,7 @@ def test_a_directory_of_something_else_is_not_written_over(
   }[other]
   write_images(tmp_path / "other.npz", seed=1)
   before = contents(copy)
-  with pytest.raises(UserError, match=f"holds other latents: {field} is") as error:
+  with pytest.raises(UserError, match=f"holds other latents: {field}.*there") as error:
     encode.encode(make_config(images, **fields), str(copy), one_device())
   assert "\n" not in str(error.value)
   assert contents(copy) == before
@@ -393,9 +393,9 @@ def cut(path, size):
   ("damage", "fields", "message"),
   [
     (shutil.rmtree, {}, "no latents under"),
-    (lambda d: cut(d / "train.npy", 5000), {}, "are damaged"),
-    (lambda d: cut(d / "eval.npy", 0), {}, "are damaged"),
-    (lambda d: (d / "train_labels.npy").unlink(), {}, "are damaged"),
+    (lambda d: cut(d / "train.npy", 5000), {}, "is damaged"),
+    (lambda d: cut(d / "eval.npy", 0), {}, "is damaged"),
+    (lambda d: (d / "train_labels.npy").unlink(), {}, "is missing: delete"),
     (lambda d: cut(d / "manifest.json", 100), {}, "manifest.json is damaged"),
     (None, {"data__name": "folder"}, "are of other images: name is 'npz' there"),
     (None, {"data__name": "celeb_a"}, "are of other images: name is 'npz' there"),

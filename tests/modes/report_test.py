@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 
 import main
-from lrdit.analysis import plots
 from lrdit.config.resolve import resolve
 from lrdit.experiment import Experiment
 from lrdit.model import flops
 from lrdit.modes import analyze, report
 from lrdit.report import claim as report_claim
-from lrdit.report import commands
+from lrdit.report import commands, plots
 from lrdit.report import compare as report_compare
 from lrdit.report import page as report_page
 from lrdit.report import runs as report_runs
@@ -495,7 +494,6 @@ def test_commands_make_the_same_config_again(made, monkeypatch):
   monkeypatch.chdir(tiny.ROOT)
   run = made["arms"][1]["runs"][2]
   train, sample, evaluate = (shlex.split(command) for command in run["commands"])
-
   config = resolve(main.parse_flags(train[1:]).config)
   assert json.loads(json.dumps(config.to_dict())) == run["config"]
   assert ("--mode=sample" in sample, "--mode=evaluate" in evaluate) == (True, True)
