@@ -23,8 +23,8 @@ from lrdit.data.source import DataOptions, Source
 from lrdit.diffusion import solvers
 from lrdit.evaluation import classifier, features, inception
 from lrdit.model import dit, vae, vae_weights
-from lrdit.rank import strata
 from lrdit.rank.plan import RankPlan
+from lrdit.rank.strata import uniform_strata
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.sampling.sampler import Sampler, SamplerSettings
@@ -144,7 +144,7 @@ class Experiment:
       min_snr_gamma=config.diffusion.min_snr_gamma,
       class_dropout_rate=config.model.class_dropout_rate,
       compute=config.rank.compute,
-      strata=strata.uniform_strata(batch_size, config.diffusion.num_train_timesteps),
+      strata=uniform_strata(batch_size, config.diffusion.num_train_timesteps),
       num_devices=len(devices),
     )
 

@@ -6,8 +6,10 @@ import math
 import pathlib
 from typing import Any
 
-from lrdit.runtime import workdir
+from lrdit.config.run_config import read_changes
+from lrdit.config.schema import Role, fields_of
 from lrdit.runtime.errors import UserError
+from lrdit.runtime.store import flatten
 
 # Whatever reading a damaged or older file of a workdir can raise.
 DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OSError)
@@ -99,7 +101,7 @@ def read_run(name: str) -> Run:
   lines = _read_lines(path, notes)
   evaluation = _read_object(path / "evaluation.json", notes) or {}
   _drop_damaged_groups(evaluation, notes)
-  changes = workdir.read_changes(path)
+  changes = read_changes(path)
   for change in changes:
     values = f"from {change['before']!r} to {change['after']!r}"
     notes.append(f"{change['field']} changed {values} after step {change['step']}")
@@ -228,15 +230,10 @@ def run_key(run: Run) -> dict[str, Any]:
   The seed and fields that a mode may change in a workdir (paths, sampling, how often is logged)
   are not among them; the number of training steps, the dtype and changes after some steps are.
   """
-  allowed = workdir.FREE_FIELDS + workdir.PROCESS_FIELDS + workdir.FREE_IN_TRAINING
-  free = ["seed", *(field for field in allowed if field not in DEFINING)]
-  kept = {
-    field: value
-    for field, value in workdir.flatten(run.config).items()
-    if not workdir.is_one_of(field, free)
-  }
+  free = fields_of(Role.PROCESS, Role.WATCH, Role.FREE) - set(DEFINING) | {"seed"}
+  kept = {field: value for field, value in flatten(run.config).items() if field not in free}
   for change in run.changes:
-    if not workdir.is_one_of(change["field"], free):
+    if change["field"] not in free:
       name = f"changes.jsonl: {change['field']} at step {change['step']}"
       kept[name] = f"{change['before']} to {change['after']}"
   return kept | {f"data.json: {split}": value for split, value in run.data.items()}

@@ -494,7 +494,6 @@ def test_commands_make_the_same_config_again(made, monkeypatch):
   monkeypatch.chdir(tiny.ROOT)
   run = made["arms"][1]["runs"][2]
   train, sample, evaluate = (shlex.split(command) for command in run["commands"])
-
   config = resolve(main.parse_flags(train[1:]).config)
   assert json.loads(json.dumps(config.to_dict())) == run["config"]
   assert ("--mode=sample" in sample, "--mode=evaluate" in evaluate) == (True, True)
