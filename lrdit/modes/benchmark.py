@@ -27,6 +27,7 @@ from lrdit.runtime import parallel
 from lrdit.runtime.locks import owned
 from lrdit.runtime.progress import make_bar
 from lrdit.runtime.store import write_json
+from lrdit.runtime.tables import format_table
 from lrdit.runtime.workdir import open_workdir, tell_process_fields
 from lrdit.train import training_step
 from lrdit.train.train_state import create_train_state
@@ -606,22 +607,6 @@ RUN_COLUMNS = {
   **_RATES,
   **_AGAINST_FULL,
 }
-
-
-def format_table(
-  title: str,
-  columns: Mapping[str, Callable[[Any], str]],
-  entries: Mapping[str, Mapping[str, Any]],
-) -> str:
-  """Aligned columns, one line per entry, whose name stands under the title."""
-  rows = [[title, *columns]]
-  rows += [[name, *(text(entry) for text in columns.values())] for name, entry in entries.items()]
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = []
-  for name, *cells in rows:
-    cells = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
-    lines.append("  ".join([f"{name:<{widths[0]}}", *cells]))
-  return "\n".join(lines)
 
 
 def format_result(result: Mapping[str, Any]) -> str:

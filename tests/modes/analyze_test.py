@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lrdit import builders
-from lrdit.analysis import gradient_spectra
+from lrdit.analysis import gradient_figures, gradient_spectra
 from lrdit.evaluation import held_out
 from lrdit.model import flops
 from lrdit.modes import analyze, train
@@ -83,11 +83,11 @@ def test_finished_sections_are_kept_until_their_settings_change(analysed, monkey
   config, workdir = analysed
   made = []
   monkeypatch.setattr(
-    gradient_spectra, "analyse_gradients", lambda *args, **kwargs: made.append(args) or {}
+    gradient_spectra, "analyze_gradients", lambda *args, **kwargs: made.append(args) or {}
   )
   monkeypatch.setattr(analyze.Analysis, "plot", lambda *args: None)
-  for plot in ("gradient_ranks", "gradient_layers", "gradient_overlap"):
-    monkeypatch.setattr(analyze.analysis_plots, plot, lambda *args: None)
+  for plot in ("ranks", "layers", "overlap"):
+    monkeypatch.setattr(gradient_figures, plot, lambda *args: None)
   before = read(workdir, "gradients")
   analyze.analyze(config, str(workdir), jax.devices()[:1])
   assert not made
