@@ -12,13 +12,20 @@ from lrdit import builders
 from lrdit.model import flops
 from lrdit.modes import analyze
 from lrdit.report import claim as report_claim
-from lrdit.report import compare, rows, runs
+from lrdit.report import compare, plots, rows, runs
 from lrdit.report.arms import group_arms
 from lrdit.report.contents import make_report
 from lrdit.report.page import render
 from lrdit.runtime.errors import UserError
 from tests import tiny
 from tests.workdirs import METADATA, edit, make_run, make_samples, write
+
+
+@pytest.fixture
+def render_text(monkeypatch):
+  """Renders a page without plots, which take a second or two."""
+  monkeypatch.setattr(plots, "draw", lambda *args, **settings: None)
+  return render
 
 
 def cells_of(made, key):
@@ -169,7 +176,7 @@ def test_accuracy_is_compared_in_points():
   assert equal["verdict"] == "within the seeds' spread"
 
 
-def test_samples_of_another_seed_count_as_further_samples(tmp_path):
+def test_samples_of_another_seed_count_as_further_samples(tmp_path, render_text):
   path = tmp_path / "run"
   samples = {
     "a": make_samples(path, "a", 0.90),
@@ -182,7 +189,7 @@ def test_samples_of_another_seed_count_as_further_samples(tmp_path):
   (group,) = found[0].cells[0].groups
   assert (group.n, group.num_runs, group.run_std) == (2, 1, None)
   assert group.mean == pytest.approx(0.92)
-  assert "1 seed, n = 2 sets of samples" in render(made)
+  assert "1 seed, n = 2 sets of samples" in render_text(made)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +200,9 @@ def test_samples_of_another_seed_count_as_further_samples(tmp_path):
     ("classifier_recognition_accuracy", "extractor digest cd, not ab", {}, "cd"),
   ],
 )
-def test_other_protocols_are_flagged_and_not_compared(tmp_path, key, words, held_out, digest):
+def test_other_protocols_are_flagged_and_not_compared(
+  tmp_path, render_text, key, words, held_out, digest
+):
   full, path = make_run(tmp_path / "full"), tmp_path / "other"
   samples = {"default": make_samples(path, digest=digest)}
   other = make_run(path, "adaptive", samples=samples)
@@ -202,10 +211,10 @@ def test_other_protocols_are_flagged_and_not_compared(tmp_path, key, words, held
   assert [groups_of(made, key, arm)[0].differs for arm in (0, 1)] == ["", words]
   compared = comparison_of(made, 1)[key]
   assert (compared.missing, compared.value) == (f"not compared: {words}", None)
-  assert f"not comparable: {words}" in render(made)
+  assert f"not comparable: {words}" in render_text(made)
 
 
-def test_losses_by_timestep_of_another_protocol_are_left_out(tmp_path):
+def test_losses_by_timestep_of_another_protocol_are_left_out(tmp_path, render_text):
   paths = [make_run(tmp_path / "full")]
   for seed, held_out in enumerate(({}, {"dtype": "bfloat16"}, {"data": {"name": "other"}})):
     path = tmp_path / f"adaptive_{seed}"
@@ -220,7 +229,7 @@ def test_losses_by_timestep_of_another_protocol_are_left_out(tmp_path):
   dtype, data = adaptive.left_out
   assert dtype == "held_out.dtype bfloat16, not float32"
   assert data == "held_out.data.name other, not digits; held_out.data.split nothing, not test"
-  assert f"1 of 3 runs of adaptive left out, measured differently: {dtype}" in render(made)
+  assert f"1 of 3 runs of adaptive left out, measured differently: {dtype}" in render_text(made)
 
 
 def test_only_inception_gives_an_fid(page):
@@ -294,12 +303,12 @@ def test_damaged_timestep_groups_and_paths_become_notes(tmp_path):
   assert "The path of one sample" not in render(made)
 
 
-def test_a_config_of_another_version_becomes_a_note(tmp_path):
+def test_a_config_of_another_version_becomes_a_note(tmp_path, render_text):
   make_run(tmp_path / "run")
   write(tmp_path / "run" / "config.json", {"method": "full", "seed": 0, "model": {"width": 3}})
   made = make_report([str(tmp_path / "run")], "out")
   assert "does not fit this version" in notes_of(made)
-  assert "No file of configs/" in render(made)
+  assert "No file of configs/" in render_text(made)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +351,7 @@ def test_the_claim_is_judged_check_by_check(made):
   assert len(checks) == len(claim.checks) == 4
 
 
-def test_the_claim_reports_what_is_missed_or_not_measured(tmp_path):
+def test_the_claim_reports_what_is_missed_or_not_measured(tmp_path, render_text):
   paths = [
     make_run(tmp_path / "full", "full", 0, 0.2, 0.95),
     make_run(tmp_path / "adaptive", "adaptive", 0, 0.205, 0.925),
@@ -358,7 +367,7 @@ def test_the_claim_reports_what_is_missed_or_not_measured(tmp_path):
   ]
   made = make_report(paths[:1], "out")
   assert [check.outcome for check in made.claim[0].checks] == ["not measured"] * 4
-  assert render(made).count("<strong>not measured</strong>") == 4
+  assert render_text(made).count("<strong>not measured</strong>") == 4
 
 
 def test_grids_show_the_same_indices_and_what_differs(tmp_path, made):
