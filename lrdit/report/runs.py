@@ -83,10 +83,7 @@ def _read_object(path: pathlib.Path, notes: list[str]) -> dict[str, Any] | None:
 
 
 def read_run(name: str) -> Run:
-  """Read everything that a report shows of one workdir.
-
-  Args:
-    name: the workdir as the user wrote it.
+  """Read everything that a report shows of the workdir with this name, as the user wrote it.
 
   Raises:
     UserError: it has no readable config.json, so it is not a workdir.
@@ -101,6 +98,7 @@ def read_run(name: str) -> Run:
   lines = _read_lines(path, notes)
   evaluation = _read_object(path / "evaluation.json", notes) or {}
   _drop_damaged_groups(evaluation, notes)
+  sample_sets = _read_sample_sets(path, config, evaluation, notes)
   changes = read_changes(path)
   for change in changes:
     values = f"from {change['before']!r} to {change['after']!r}"
@@ -112,21 +110,14 @@ def read_run(name: str) -> Run:
   num_steps = finite(training.get("num_steps"))
   if num_steps and step < num_steps:
     notes.append(f"unfinished: at step {step} of {num_steps}")
+  curves = {}
+  for loss in ("train/loss", "eval/loss"):
+    own = [line for line in lines if loss in line]
+    curves[loss] = ([line["step"] for line in own], [line[loss] for line in own])
+  data, seed = _read_object(path / "data.json", []) or {}, config.get("seed")
+  speed = (step, num_steps, images, rate)
   return Run(
-    workdir=name,
-    config=config,
-    seed=config.get("seed"),
-    data=_read_object(path / "data.json", []) or {},
-    changes=changes,
-    step=step,
-    num_steps=num_steps,
-    images=images,
-    images_per_second=rate,
-    evaluation=evaluation,
-    sample_sets=_read_sample_sets(path, config, evaluation, notes),
-    notes=notes,
-    lines=lines,
-    curves={name: _curve(lines, name) for name in ("train/loss", "eval/loss")},
+    name, config, seed, data, changes, *speed, evaluation, sample_sets, notes, lines, curves
   )
 
 
@@ -144,11 +135,6 @@ def _read_lines(path: pathlib.Path, notes: list[str]) -> list[dict[str, Any]]:
   except DAMAGED:
     notes.append(f"metrics.jsonl is damaged after {len(lines)} lines; the report shows those")
   return lines
-
-
-def _curve(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float | None]]:
-  own = [line for line in lines if name in line]
-  return [line["step"] for line in own], [line[name] for line in own]
 
 
 def training_speed(
@@ -199,9 +185,8 @@ def _read_sample_sets(
     if own.metadata != metadata:
       notes.append(f"the samples {name!r} are newer than their metrics, which are not shown")
       continue
-    own.metrics = as_dict(evaluated.get("figures"))
-    own.extractors = as_dict(evaluated.get("extractors"))
-    own.reference = as_dict(evaluated.get("reference"))
+    parts = (as_dict(evaluated.get(part)) for part in ("figures", "extractors", "reference"))
+    own.metrics, own.extractors, own.reference = parts
   return found
 
 
