@@ -6,9 +6,14 @@ import logging
 import os
 import sys
 
+from lrdit.runtime import malloc
+
+if __name__ == "__main__":  # before anything else, as this may start the program again
+  malloc.restart_tuned()
+
 from lrdit.config.flags import MODES, SHARED_BY_PROCESSES, parse_flags, wants_tracebacks
 from lrdit.runtime import startup
-from lrdit.runtime.errors import UserError, tell
+from lrdit.runtime.errors import UserError, print_error
 
 
 def run(argv: list[str]) -> int:
@@ -19,8 +24,8 @@ def run(argv: list[str]) -> int:
     if values.help:
       print(__doc__, values.get_help(), sep="\n")
       return 0
-    notes = startup.prepare(values.mode)
-    from lrdit import builders
+    notes = startup.prepare()
+    from lrdit.config import resolve
     from lrdit.runtime import (
       cluster,
       progress,  # now, as importing jax takes a while
@@ -32,22 +37,22 @@ def run(argv: list[str]) -> int:
         raise UserError(
           f"--mode={values.mode} is for one process: start it once, or --num_processes=1", 2
         )
-      who = job.name_of_process
+      who = job.process_name
       progress.start_logging(debug, who, is_first=True)  # none has met another yet
       cluster.connect(job, shares_sigterm=values.mode == "train")
-      who = cluster.name_of_process()
+      who = cluster.process_name()
     startup.open_devices()
     progress.start_logging(debug, who, cluster.is_first())
     for note in notes:
       logging.getLogger("lrdit").warning(note)
     verb = getattr(importlib.import_module(f"lrdit.modes.{values.mode}"), values.mode)
-    read = {"config": builders.resolve}
+    read = {"config": resolve.resolve}
     if values.workdir:
-      read["config"] = functools.partial(builders.resolve_for_run, run=values.workdir)
-    verb(*(read.get(f, lambda value: value)(values[f].value) for f in MODES[values.mode]))
-    return 0
+      read["config"] = functools.partial(resolve.resolve_for_run, run=values.workdir)
+    arguments = (read.get(f, lambda value: value)(values[f].value) for f in MODES[values.mode])
+    return verb(*arguments) or 0
   except (Exception, KeyboardInterrupt) as error:
-    status = tell(error, debug, who)
+    status = print_error(error, debug, who)
     if who:  # jax would have this process wait for the others, which wait for it
       os._exit(status)
     return status

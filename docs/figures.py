@@ -9,7 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from configs import digits
-from lrdit import builders
+from lrdit.config.resolve import resolve
+from lrdit.experiment import Experiment
 from lrdit.rank import schedules
 
 LAYER = "blocks_1/mlp/fc1"
@@ -17,13 +18,12 @@ LAYER = "blocks_1/mlp/fc1"
 
 def main() -> None:
   """Writes docs/rank_schedule.png."""
-  config = builders.resolve(digits.get_config())
-  plan = builders.make_plan(config)
+  config = resolve(digits.get_config())
+  plan = Experiment(config).plan
   ranks = plan.by_name[LAYER]
   t = np.arange(plan.num_train_timesteps)
-  exact = schedules.active_rank(
-    config.rank.schedule, t, len(t), ranks.max_rank, config.rank.min_ratio
-  )
+  height = schedules.schedule_height(config.rank.schedule, len(t))
+  exact = ranks.max_rank * (config.rank.min_ratio + (1 - config.rank.min_ratio) * height)
   figure, axes = plt.subplots(figsize=(6, 3.2), dpi=120, layout="constrained")
   axes.plot(t, exact, color="tab:gray", linewidth=1, label="r(t), logistic_decreasing")
   buckets = np.asarray(ranks.active)[plan.bucket_of_timestep]

@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrdit import builders
+from lrdit.experiment import Experiment
 from lrdit.model import dit, low_rank
 from lrdit.modes import train
 from tests import tiny
-from tests.modes.train_test import assert_same_run
 from tests.tiny import tiny_config
-from tests.train.training_step_test import noisy_params
+from tests.trained import assert_same_run, noisy_params
 
 pytestmark = pytest.mark.gpu
 
@@ -68,7 +67,7 @@ def test_fused_attention_is_plain_attention(head_width):
 def test_bfloat16_is_float32_rounded(arm):
   def output_and_gradient(dtype):
     config = tiny_config(f"method={arm}", **SHALLOW | {"model__dtype": dtype})
-    model, params = builders.make_model(config, jax.devices()[:1]), noisy_params(config)
+    model, params = Experiment(config).model(jax.devices()[:1]), noisy_params(config)
     x = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
     t, y = jnp.arange(8) * 120, jnp.arange(8)
 

@@ -371,7 +371,7 @@ def test_exports_are_evaluated_only_whole_and_with_their_own_weights(trained, tm
   assert "weights" in done.stderr
   os.truncate(workdir / "samples" / "default" / "samples.npz", 300)
   done = tiny.run_main(workdir, "--mode=evaluate", check=False)
-  assert (done.returncode, "are damaged" in done.stderr) == (1, True)
+  assert (done.returncode, "is damaged" in done.stderr) == (1, True)
   # A smaller export leaves nothing of the larger one.
   one = "--config.sampling.num_samples=1"
   tiny.run_main(workdir, "--mode=sample", "--config.sampling.png_files=True", one)

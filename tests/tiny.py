@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 from configs import digits
-from lrdit import builders
+from lrdit.config.resolve import resolve
+from lrdit.experiment import Experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -22,8 +23,8 @@ OVERRIDES = {
   "training.batch_size": 16,
   "training.num_steps": 8,
   "training.log_every_steps": 1,
-  "training.eval_every_steps": 0,
-  "training.sample_every_steps": 0,
+  "training.eval_every_steps": None,
+  "training.sample_every_steps": None,
   "training.tensorboard": False,
   "checkpoint.every_steps": 4,
   "sampling.num_samples": 10,
@@ -40,7 +41,7 @@ def tiny_config(arg="", **overrides):
   fields = OVERRIDES | {key.replace("__", "."): value for key, value in overrides.items()}
   for field, value in fields.items():
     config.update_from_flattened_dict({field: value})
-  return builders.resolve(config)
+  return resolve(config)
 
 
 def command(workdir, *flags, arg=""):
@@ -73,7 +74,7 @@ def run_main(workdir, *flags, arg="", num_devices=None, check=True, timeout=300,
 
 def load_digits(split):
   """The real digits."""
-  return builders.make_source(tiny_config(), split)
+  return Experiment(tiny_config()).source(split)
 
 
 def read_metrics(workdir):

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from lrdit.analysis.plots import COLOURS, FONT_SIZE, LINE_STYLES, plain_ticks
+from lrdit.analysis.plot_style import COLOURS, FONT_SIZE, LINE_STYLES, plain_ticks
 from lrdit.analysis.spectra import ENERGIES, MEASURES
 from lrdit.analysis.weight_spectra import KINDS
-from lrdit.runtime.workdir import atomic_path
+from lrdit.runtime.store import atomic_path
 
 DOTS_PER_INCH = 150
 FEW_BLOCKS = 6  # that a legend names one by one

@@ -34,7 +34,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lrdit.analysis import spectra
-from lrdit.analysis.unit_cache import Parts
+from lrdit.analysis.unit_cache import UnitCache
 from lrdit.analysis.weight_spectra import layer_kind
 from lrdit.data import pipeline
 from lrdit.data.source import Source
@@ -44,7 +44,7 @@ from lrdit.model.low_rank import uniform_selection
 from lrdit.rank.plan import RankPlan, dense_plan
 from lrdit.runtime import progress
 from lrdit.runtime.errors import UserError
-from lrdit.train.training_step import Objective
+from lrdit.train.loss import Objective
 
 CONDITIONS = ("data", "shuffled", "noise", "residual")
 SIDES = ("left", "right")  # the subspaces of R^D_in and of R^D_out
@@ -146,7 +146,7 @@ def _at(values: Float[np.ndarray, " T"], t: Int[np.ndarray, " N"]) -> Float[np.n
 def regression(
   objective: Objective, examples: Examples, t: Int[np.ndarray, " N"]
 ) -> dict[str, np.ndarray]:
-  """What the model is given and is to predict, as in `training_step.example_losses`.
+  """What the model is given and is to predict, as in `loss.example_losses`.
 
   Returns:
     "x_t" and "target" (N, H, W, C) float32, "t" (N,) int32, "weight" (N,) float32 of the
@@ -155,7 +155,9 @@ def regression(
   alphas_cumprod = objective.alphas_cumprod
   signal, noise = _at(alphas_cumprod**0.5, t), _at((1 - alphas_cumprod) ** 0.5, t)
   target = process.training_target(objective.prediction, examples.x_0, examples.eps, signal, noise)
-  weights = process.loss_weights(objective.loss_weighting, objective.prediction, alphas_cumprod)
+  weights = process.loss_weights(
+    objective.loss_weighting, objective.prediction, alphas_cumprod, objective.min_snr_gamma
+  )
   batch = {
     "x_t": process.q_sample(examples.x_0, examples.eps, signal, noise),
     "t": t.astype(np.int32),
@@ -493,7 +495,7 @@ def _measure_missing(
   batch_sizes: Sequence[int],
   subspace_rank: int,
   microbatch: int,
-  parts: Parts,
+  parts: UnitCache,
 ) -> None:
   """Makes the units that are not there yet."""
   gradients = KernelGradients(objective.model, params, microbatch)
@@ -517,7 +519,7 @@ def analyse_gradients(
   subspace_rank: int,
   microbatch: int,
   seed: int,
-  parts: Parts,
+  parts: UnitCache,
 ) -> dict[str, Any]:
   """Ranks of every group's gradient and overlaps of their subspaces, in all conditions.
 

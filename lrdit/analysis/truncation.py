@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lrdit.analysis import spectra
-from lrdit.analysis.unit_cache import Parts
+from lrdit.analysis.unit_cache import UnitCache
 from lrdit.evaluation.held_out import HeldOutLosses
 
 # Of the largest rank, for `default_ranks`.
@@ -109,7 +109,7 @@ def analyse_truncation(
   ranks: Sequence[int],
   place: Callable[[np.ndarray], Any],
   losses_of: Callable[[Any], HeldOutLosses],
-  parts: Parts,
+  parts: UnitCache,
   bar_factory: Callable[[int, int, str], Any],
 ) -> dict[str, Any]:
   """Held-out losses of the whole model and of every rank; those in `parts` are not repeated.

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lrdit.analysis import spectra
-from lrdit.analysis.unit_cache import Parts
+from lrdit.analysis.unit_cache import UnitCache
 from lrdit.model import dit
 from lrdit.rank.plan import LayerRanks, RankPlan
 
@@ -104,7 +104,7 @@ def analyse_weights(
   plan: RankPlan,
   shape: dit.DiTShape,
   boundaries: Sequence[int],
-  parts: Parts,
+  parts: UnitCache,
   bar_factory: Callable[[int, int, str], Any],
 ) -> dict[str, Any]:
   """Spectra of all layers; layers that `parts` holds are not analysed again.
@@ -150,7 +150,7 @@ def _finished_layers(
   params: Mapping[str, Any],
   plan: RankPlan,
   names: Sequence[str],
-  parts: Parts,
+  parts: UnitCache,
   bar_factory: Callable[[int, int, str], Any],
 ) -> dict[str, Any]:
   kept = {name: part[0] for name in names if (part := parts.load(name)) is not None}

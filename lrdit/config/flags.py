@@ -2,14 +2,16 @@
 
 import difflib
 import re
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from lrdit.config import recipe
+from lrdit.config.schema import FIELDS
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.paths import local_path
-from lrdit.runtime.workdir import flatten
+from lrdit.runtime.store import flatten
 
 # Each is a function in the module of its name, of the values of these flags.
 MODES = dict.fromkeys(
@@ -117,6 +119,9 @@ def _override(values: flags.FlagValues, config: ConfigDict | None, rest: list[st
   fields = flags.FlagValues()
   if config is not None:
     config_flags.DEFINE_config_dict("config", config, flag_values=fields, sys_argv=rest)
+    for name in (f"config.{name}" for name, field in FIELDS.items() if field.none):
+      if name in fields:
+        fields[name].parser = _OrNone(fields[name].parser)
   try:
     words = fields(["", *rest])[1:]
   except flags.UnrecognizedFlagError as error:
@@ -128,12 +133,23 @@ def _override(values: flags.FlagValues, config: ConfigDict | None, rest: list[st
     raise UserError(f"{words[0]!r} is not a flag: write --name=value", 2)
 
 
+class _OrNone(flags.ArgumentParser):
+  """Parses "None", and leaves everything else to a field's own parser."""
+
+  def __init__(self, parser: flags.ArgumentParser):
+    self._parser = parser
+
+  def parse(self, argument: Any) -> Any:
+    """As the base class."""
+    return None if argument == "None" else self._parser.parse(argument)
+
+
 def _no_such_field(argument: str, field: str, names: list[str]) -> str:
   below = [name for name in names if name.startswith(f"{field}.")]
   if below:
     return f"{argument}: {field} is a group of fields: set one of them, such as --config.{below[0]}"
   near = _nearest(field, names, "--config.")
-  return f"{argument}: no such config field{near}; configs/common.py lists them"
+  return f"{argument}: no such config field{near}; docs/configuration.md lists them"
 
 
 def _nearest(name: str, names: list[str], prefix: str = "--") -> str:

@@ -1,176 +1,348 @@
-"""Every field and its default; a dataset's config changes what differs.
+"""Every config field, declared once: its default, meaning, allowed values and role.
 
-A field that is not here does not exist: the config is locked, and overriding an
-unknown field is an error.
+The module imports neither numpy nor jax: config files import it before jax is set up.
 """
 
-from ml_collections import ConfigDict
+import dataclasses
+import enum
+import functools
+from typing import Any
 
+from ml_collections import ConfigDict, config_dict
+
+from lrdit.config.checks import Choice, LocalPath, Number, Rising, Rule, Several, Whole
 from lrdit.runtime.errors import UserError
 
+LARGEST_SEED = 2**32 - 1
+LARGEST_BATCH = 2**20
+NEVER_ZERO = ("optimizer.beta2",)  # fields that may be None and never had a 0 in its place
+FLOAT32 = "(1e-37, 1e30)"  # numbers that stay finite and above 0 in float32
 
-def parse_arg(arg: str, **defaults: str) -> dict[str, str]:
-  """Parses "key=value,..." over `defaults`, which name all keys there are.
 
-  Raises:
-    UserError: unknown key, one given twice, or an item without "=".
+class Role(enum.Enum):
+  """Who may change a field of a run that has begun."""
+
+  RUN = "defines the run"
+  TUNABLE = "may change while training"
+  PROCESS = "choice of the process"
+  WATCH = "watches only"
+  FREE = "free"
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """One field of the config.
+
+  Attributes:
+    default: its value where a recipe sets no other.
+    meaning: one line.
+    allowed: check of its value; None where the default's type is all that counts.
+    none: what None stands for; "" where the field may not be None.
+    role: who may change it; None for the role of its group.
   """
-  values, unset = dict(defaults), set(defaults)
-  for item in arg.split(",") if arg else ():
-    key, equals, value = item.partition("=")
-    if key in values and key not in unset:
-      raise UserError(f"config argument {key} is given twice: leave one out", exit_status=2)
-    if not equals or key not in values:
-      raise UserError(
-        f"config argument {item!r} is unknown: after the colon of --config write "
-        f"KEY=VALUE with KEY one of {', '.join(values)}",
-        exit_status=2,
-      )
-    values[key] = value
-    unset.remove(key)
-  return values
+
+  default: Any
+  meaning: str
+  allowed: Any = None
+  none: str = ""
+  role: Role | None = None
+
+  def check(self, name: str, value: Any) -> None:
+    """Raise a UserError unless the field may have this value."""
+    if self.allowed and not (self.none and value is None):
+      self.allowed.check(name, value, f", or None ({self.none})" if self.none else "")
+
+
+def _group(name: str, role: Role, /, **fields: Field) -> dict[str, Field]:
+  return {
+    f"{name}.{key}" if name else key: dataclasses.replace(field, role=field.role or role)
+    for key, field in fields.items()
+  }
+
+
+def _is_name(value: str) -> bool:
+  is_file_name = "/" not in value and value not in ("", ".", "..")
+  return is_file_name and value.isprintable() and len(value) <= 100
+
+
+_SEED, _BATCH, _FLOAT = Whole(0, LARGEST_SEED), Whole(1, LARGEST_BATCH), Number(FLOAT32)
+_PATH, _SHARE = LocalPath(), Number("(0, 1]")
+_VARIANT = "the variant's"
+
+FIELDS: dict[str, Field] = {
+  **_group(
+    "",
+    Role.RUN,
+    seed=Field(0, "Seed of the parameters, batches, noise and timesteps", _SEED),
+    method=Field("adaptive", "Arm", Choice("full", "static", "adaptive")),
+  ),
+  **_group(
+    "data",
+    Role.RUN,
+    name=Field("", "Dataset", Choice(names="data.pipeline.LOADERS")),
+    data_dir=Field("", "Directory or file of the data", _PATH, role=Role.FREE),
+    image_size=Field(None, "Height and width in pixels", Whole(1, 2**16)),
+    num_channels=Field(3, "Colour channels", Rule(lambda n: n in (1, 3), "3, or 1 for grey")),
+    num_classes=Field(0, "Classes: 0 ignores labels, fewer than exist take the first", Whole(0)),
+    flip=Field(False, "Mirror images left to right with probability one half"),
+    cache_gib=Field(
+      4.0,
+      "Keep a split's decoded images up to this size",
+      Number("[0, 1e6]"),
+      role=Role.FREE,
+    ),
+    skip_unreadable=Field(False, "Leave out images of a folder that cannot be read"),
+  ),
+  **_group(
+    "vae",
+    Role.RUN,
+    downsample_factor=Field(None, "Pixels along a latent's side", Whole(), "pixels, no VAE"),
+    latent_channels=Field(4, "Channels of a latent", Whole()),
+    path=Field("", "diffusers AutoencoderKL: directory or safetensors file", _PATH, role=Role.FREE),
+    latents_dir=Field("", "Directory that `--mode=encode` wrote", _PATH, role=Role.FREE),
+    batch_size=Field(32, "Images in flight over all devices", _BATCH, role=Role.FREE),
+  ),
+  **_group(
+    "model",
+    Role.RUN,
+    variant=Field("S/2", "Size and patch; the README lists the sizes"),
+    hidden_size=Field(None, "Width", Whole(1, 2**16), _VARIANT),
+    depth=Field(None, "Blocks", Whole(1, 10_000), _VARIANT),
+    num_heads=Field(None, "Attention heads", Whole(), _VARIANT),
+    patch_size=Field(None, "Pixels along a patch's side", Whole(), _VARIANT),
+    dtype=Field("float32", "Compute dtype", Choice("float32", "bfloat16"), role=Role.PROCESS),
+    remat=Field(False, "Recompute blocks in the backward pass to save memory", role=Role.PROCESS),
+    scan_blocks=Field(
+      False, "Compile equal blocks once: for deep models; slower on CPUs", role=Role.PROCESS
+    ),
+    class_dropout_rate=Field(0.1, "Share of labels replaced by the null class", Number("[0, 1]")),
+    learn_sigma=Field(False, "Learn the reverse process's variance"),
+  ),
+  **_group(
+    "rank",
+    Role.RUN,
+    ratio=Field(0.5, "Share of a dense layer's parameters that the static arm keeps", _SHARE),
+    schedule=Field(
+      "logistic_decreasing",
+      "Shape of r(t); `measured` reads it from an analysis",
+      Choice("measured", names="rank.schedules.SCHEDULES"),
+    ),
+    logistic_steepness=Field(8.0, "Steepness of the logistic schedules", Number("(0, 500]")),
+    logistic_midpoint=Field(0.6, "Midpoint of the logistic schedules' ramp", Number("[0, 1]")),
+    min_ratio=Field(0.4, "Least active rank as a share of the largest", _SHARE),
+    analysis=Field("", "`measured`: an analysis/truncation.json", _PATH, role=Role.FREE),
+    monotone=Field(False, "`measured`: smooth r(t) so that it nowhere rises"),
+    measured_shares=Field((), "`measured`: shares of the largest rank, read from the analysis"),
+    measured_boundaries=Field((), "`measured`: the shares' timestep groups"),
+    match=Field(
+      "activated",
+      "Set the mean (`activated`) or the largest (`total`) active rank to the static rank",
+      Choice(names="rank.plan.MATCHES"),
+    ),
+    num_buckets=Field(4, "Levels of the quantised schedule", Whole(1, 1000)),
+    multiple_of=Field(8, "Active ranks are multiples of this", Whole()),
+    first_n_blocks=Field(None, "Factorise only layers of the first blocks", Whole(), "all"),
+    last_n_blocks=Field(None, "Factorise only layers of the last blocks", Whole(), "all"),
+    dense_layers=Field(
+      ("patch_embed", "blocks_0/mlp", "final_layer/linear"),
+      "Patterns of layers that stay dense",
+      Rule(lambda names: all(isinstance(name, str) for name in names), "names of layers"),
+    ),
+    compute=Field(
+      "grouped",
+      "Training's layers: sliced by rank (`grouped`), or the `masked` reference",
+      Choice(names="rank.strata.COMPUTES"),
+      role=Role.PROCESS,
+    ),
+  ),
+  **_group(
+    "diffusion",
+    Role.RUN,
+    num_train_timesteps=Field(1000, "T", Whole(2, 1_000_000)),
+    noise_schedule=Field(
+      "squaredcos_cap_v2", "Noise schedule", Choice(names="diffusion.process.NOISE_SCHEDULES")
+    ),
+    prediction=Field("epsilon", "Target", Choice(names="diffusion.process.PREDICTIONS")),
+    loss_weighting=Field(
+      "uniform", "Weight of a timestep's loss", Choice(names="diffusion.process.LOSS_WEIGHTINGS")
+    ),
+    min_snr_gamma=Field(5.0, "Cap of the signal-to-noise ratio in `min_snr`", _FLOAT),
+  ),
+  **_group(
+    "curriculum",
+    Role.RUN,
+    enabled=Field(False, "Train on a growing set of timestep groups"),
+    start=Field("high", "First group", Choice(names="train.curriculum.STARTS")),
+    boundaries=Field(
+      (0, 44, 123, 234, 371, 520, 667, 796, 897, 966, 1000),
+      "Timestep groups of the curriculum and of losses; scaled to T without a curriculum",
+    ),
+    patience=Field(5, "Checks without a better loss that end a stage", Whole(), role=Role.TUNABLE),
+    check_every_steps=Field(1000, "Steps between checks", Whole(), role=Role.TUNABLE),
+    restart_optimizer=Field(False, "Begin each stage with fresh moments and a new warm-up"),
+  ),
+  **_group(
+    "optimizer",
+    Role.TUNABLE,
+    name=Field("adamw", "Optimizer", Choice(names="train.optimizer.OPTIMIZERS"), role=Role.RUN),
+    learning_rate=Field(1e-4, "Peak learning rate", _FLOAT),
+    decay=Field("constant", "After the warm-up", Choice(names="train.optimizer.DECAYS")),
+    warmup_steps=Field(3000, "Steps of linear warm-up", Whole(0)),
+    weight_decay=Field(0.0, "Decoupled weight decay of matrices", Number("[0, 1e30)")),
+    beta1=Field(0.9, "Decay of the first moment", Number("[0, 1)"), role=Role.RUN),
+    beta2=Field(
+      None,
+      "Decay of the second moment",
+      Number("[0, 1)"),
+      "0.999 for adamw, 0.99 for lion",
+      role=Role.RUN,
+    ),
+    epsilon=Field(1e-8, "AdamW's addend to the root of the second moment", _FLOAT, role=Role.RUN),
+    grad_clip_norm=Field(5.0, "Largest norm of the gradient", _FLOAT, "no clipping"),
+    ema_decay=Field(0.9999, "Decay of the averaged parameters", Number("[0, 1)")),
+  ),
+  **_group(
+    "training",
+    Role.WATCH,
+    batch_size=Field(256, "Examples of a step over all devices", _BATCH, role=Role.RUN),
+    num_steps=Field(100_000, "Updates; more of them prolong a run", Whole(), role=Role.FREE),
+    log_every_steps=Field(100, "Steps between lines of metrics", Whole()),
+    eval_every_steps=Field(5000, "Steps between held-out losses", Whole(), "never"),
+    sample_every_steps=Field(10_000, "Steps between grids of samples", Whole(), "never"),
+    tensorboard=Field(True, "Write TensorBoard events if its package is installed"),
+    profile_steps=Field((), "Steps (first, end) to trace; () traces none", Rising(0, (0, 2))),
+  ),
+  **_group(
+    "checkpoint",
+    Role.FREE,
+    every_steps=Field(5000, "Steps between checkpoints", Whole()),
+    keep=Field(2, "Newest checkpoints that are kept", Whole()),
+  ),
+  **_group(
+    "sampling",
+    Role.FREE,
+    num_samples=Field(1000, "Images of a sample set", Whole()),
+    batch_size=Field(250, "Images in flight over all devices", _BATCH),
+    solver=Field("ddim", "Solver", Choice(names="diffusion.solvers.SOLVERS")),
+    num_steps=Field(50, "Solver steps, at most T", Whole()),
+    eta=Field(0.0, "Noise of ddim", Number("[0.0, 1.0]")),
+    guidance_scale=Field(1.0, "Classifier-free guidance", Number("[0.0, 1000.0]")),
+    clip_x_0=Field(True, "Keep the predicted image in [-1, 1]; for pixels only"),
+    seed=Field(0, "Seed of the noise and of random labels", _SEED),
+    labels=Field("balanced", "Labels: `balanced`, `random` or the number of a class"),
+    use_ema=Field(True, "Use the averaged parameters, in every mode that uses one set"),
+    name=Field(
+      "default",
+      "Name of the sample set",
+      Rule(
+        _is_name,
+        "the name of a directory to make, without '/', of at most 100 printable characters",
+      ),
+    ),
+    png_files=Field(False, "Write a PNG file for each image as well"),
+  ),
+  **_group(
+    "evaluation",
+    Role.FREE,
+    extractors=Field(
+      ("classifier",),
+      "Features that samples are compared by; () measures held-out losses alone",
+      Several(names="evaluation.features.EXTRACTORS"),
+    ),
+    draws=Field(4, "Noises and timesteps of each held-out example", Whole()),
+    reference_split=Field("train", "Real images to compare with", Choice("train", "eval")),
+    max_features=Field(10_000, "Images in kernel distance, precision and recall", Whole(10)),
+    features_dir=Field("", "Classifier and statistics; empty: in the workdir", _PATH),
+    classifier_steps=Field(None, "Updates of the classifier", Whole(), "about 20 epochs"),
+    inception_weights=Field("", "Inception's weights; empty: torch-fidelity's", _PATH),
+  ),
+  **_group(
+    "analysis",
+    Role.FREE,
+    sections=Field(
+      ("flops", "weights", "gradients", "truncation"),
+      "Parts of the analysis",
+      Several("flops", "weights", "gradients", "truncation"),
+    ),
+    batch_sizes=Field((16, 64, 256), "Examples behind a gradient; the last above 1", Rising()),
+    subspace_rank=Field(8, "Leading singular vectors of gradients to compare", Whole()),
+    microbatch=Field(16, "Examples in flight", _BATCH),
+    seed=Field(0, "Seed of the gradients' examples, noise and timesteps", _SEED),
+    ranks=Field((), "Ranks to truncate all layers to; (): ten shares of the largest", Rising()),
+  ),
+  **_group(
+    "benchmark",
+    Role.FREE,
+    rounds=Field(10, "Rounds that medians are over", Whole()),
+    steps=Field(1, "Steps timed together; more hide the time between steps", Whole()),
+    sampling_runs=Field(1, "Whole sampling runs of each arm", Whole(), "sum of bucket times"),
+    fit_memory=Field(False, "Halve the batch until all arms fit the accelerator"),
+    compile_threads=Field(1, "Programs compiled at once, untimed above 1", Whole(1, 1024)),
+    matmul_size=Field(None, "Side of the matrices of the peak", Whole(), "2048 on CPUs, else 8192"),
+  ),
+}
+
+
+def fields_of(*roles: Role) -> frozenset[str]:
+  """Return the names of the fields of some roles."""
+  return frozenset(name for name, field in FIELDS.items() if field.role in roles)
+
+
+def get(config: ConfigDict, field: str) -> Any:
+  """Return the value of a field named such as "model.depth"."""
+  return functools.reduce(getattr, field.split("."), config)
 
 
 def get_default_config(method: str, variant: str) -> ConfigDict:
-  """All groups and fields; lengths are in steps, sizes in pixels.
+  """Return a locked config of all fields; a recipe changes what differs.
 
   Args:
     method: full, static or adaptive.
     variant: model size such as "S/2".
   """
-  config = ConfigDict()
-  config.seed = 0
-  config.method = method
-
-  config.data = data = ConfigDict()
-  data.name = ""
-  data.data_dir = ""
-  data.image_size = 0
-  data.num_channels = 3
-  data.num_classes = 0  # 0: unconditional; fewer than there are: the first ones
-  data.flip = False  # mirror left to right, with probability one half
-  data.cache_gib = 4.0  # keep decoded images if a split needs at most this
-  data.skip_unreadable = False  # own files: leave out what cannot be read
-
-  config.vae = vae = ConfigDict()
-  vae.downsample_factor = 0  # 0: the model works on pixels; 8 for Stable Diffusion's
-  vae.latent_channels = 4
-  vae.path = ""  # diffusers AutoencoderKL: a directory or a safetensors file
-  vae.latents_dir = ""  # what --mode=encode wrote; training reads it
-  vae.batch_size = 32  # images in flight, over all devices
-
-  config.model = model = ConfigDict()
-  model.variant = variant
-  # 0 takes the variant's value.
-  model.hidden_size = 0
-  model.depth = 0
-  model.num_heads = 0
-  model.patch_size = 0
-  model.dtype = "float32"  # compute; or bfloat16. Parameters are float32.
-  model.remat = False  # compute blocks again in the backward pass: less memory, more time
-  model.scan_blocks = False  # compile equal blocks once: for deep models; slower on CPUs
-  model.class_dropout_rate = 0.1
-  model.learn_sigma = False
-
-  config.rank = rank = ConfigDict()
-  rank.ratio = 0.5  # share of a dense layer's parameters that `static` keeps
-  rank.schedule = "logistic_decreasing"  # or measured: of rank.analysis
-  rank.min_ratio = 0.4  # measured: from the analysis
-  rank.analysis = ""  # measured: analysis/truncation.json of a run after --mode=analyze
-  rank.monotone = False  # measured: smooth r(t) so that it nowhere rises
-  # What was read from the analysis, which the run keeps: shares of the largest rank in groups
-  # of timesteps.
-  rank.measured_shares = ()
-  rank.measured_boundaries = ()
-  rank.match = "activated"  # mean active rank = static rank; or total: max = static
-  rank.num_buckets = 4
-  rank.multiple_of = 8
-  # Above 0: factorise only these blocks, and nothing outside the blocks.
-  rank.first_n_blocks = 0
-  rank.last_n_blocks = 0
-  rank.dense_layers = ("patch_embed", "blocks_0/mlp", "final_layer/linear")
-  rank.compute = "grouped"  # or masked, the reference
-
-  config.diffusion = diffusion = ConfigDict()
-  diffusion.num_train_timesteps = 1000
-  diffusion.noise_schedule = "squaredcos_cap_v2"  # or linear
-  diffusion.prediction = "epsilon"  # or v
-  diffusion.loss_weighting = "uniform"  # or min_snr
-
-  config.curriculum = curriculum = ConfigDict()
-  curriculum.enabled = False
-  curriculum.start = "high"  # first group of timesteps; or low, middle
-  # Groups [0, 44), [44, 123), ...: the curriculum's, and those of the losses by group in
-  # every run's metrics. They end at diffusion.num_train_timesteps; where they do not, a run
-  # without a curriculum scales them, and a run with one is refused.
-  curriculum.boundaries = (0, 44, 123, 234, 371, 520, 667, 796, 897, 966, 1000)
-  curriculum.patience = 5  # checks without a better loss that end a stage
-  curriculum.check_every_steps = 1000
-  curriculum.restart_optimizer = False  # fresh moments, new warm-up at each stage
-
-  config.optimizer = optimizer = ConfigDict()
-  optimizer.name = "adamw"  # or lion
-  optimizer.learning_rate = 1e-4
-  optimizer.decay = "constant"  # or cosine, after the warm-up
-  optimizer.warmup_steps = 3000
-  optimizer.weight_decay = 0.0
-  optimizer.grad_clip_norm = 5.0  # 0: no clipping
-  optimizer.ema_decay = 0.9999
-
-  config.training = training = ConfigDict()
-  training.batch_size = 256  # global
-  training.num_steps = 100_000
-  training.log_every_steps = 100
-  training.eval_every_steps = 5000  # held-out loss; 0: never
-  training.sample_every_steps = 10_000  # a grid; 0: never
-  training.tensorboard = True  # where it can be imported
-
-  config.checkpoint = checkpoint = ConfigDict()
-  checkpoint.every_steps = 5000
-  checkpoint.keep = 2
-
-  config.sampling = sampling = ConfigDict()
-  sampling.num_samples = 1000
-  sampling.batch_size = 250
-  sampling.solver = "ddim"  # ddpm, dpm++; diffusion.solver_timesteps says where they start
-  sampling.num_steps = 50
-  sampling.eta = 0.0  # noise of ddim
-  sampling.guidance_scale = 1.0
-  sampling.clip_x_0 = True  # keep x_0 in [-1, 1]: pixels, not latents
-  sampling.seed = 0
-  sampling.labels = "balanced"  # random, or one class number
-  sampling.use_ema = True
-  sampling.name = "default"
-  sampling.png_files = False
-
-  config.evaluation = evaluation = ConfigDict()
-  # By what samples are compared: classifier (trained on the data), inception (FID's), pixel.
-  # Empty: held-out losses alone.
-  evaluation.extractors = ("classifier",)
-  evaluation.draws = 4  # of noise and timestep for each held-out example
-  evaluation.reference_split = "train"  # real images to compare with; or eval
-  evaluation.max_features = 10_000  # images the kernel distance, precision and recall are over
-  evaluation.features_dir = (
-    ""  # of the classifier and the real images' statistics; empty: in workdir
-  )
-  evaluation.classifier_steps = 0  # of training it; 0: about 20 epochs
-  evaluation.inception_weights = ""  # a file; empty: torch-fidelity downloads them
-
-  config.analysis = analysis = ConfigDict()
-  analysis.sections = ("flops", "weights", "gradients", "truncation")
-  analysis.batch_sizes = (16, 64, 256)  # examples that gradients are of, rising
-  analysis.subspace_rank = 8  # leading singular vectors of gradients that are compared
-  analysis.microbatch = 16  # examples in flight; fewer need less memory
-  analysis.seed = 0  # of the gradients' examples, noise and timesteps
-  analysis.ranks = ()  # that all layers are cut to, rising; empty: ten shares of the largest
-
-  config.benchmark = benchmark = ConfigDict()
-  benchmark.rounds = 10  # medians are over rounds
-  # Training steps, and solver steps per bucket, timed together in a round: more
-  # than 1 hides the time between steps, as training on an accelerator does.
-  benchmark.steps = 1
-  benchmark.sampling_runs = 1  # whole sampling runs of each arm; 0: add up bucket times
-  benchmark.fit_memory = False  # halve training.batch_size until all arms fit an accelerator
-  benchmark.compile_threads = 1  # more: programs are compiled side by side, and not timed
-  benchmark.matmul_size = 0  # of the peak's matrices; 0: 2048 on a CPU, 8192 elsewhere
+  nested: dict[str, Any] = {}
+  for name, field in FIELDS.items():
+    group, _, key = name.rpartition(".")
+    values = nested.setdefault(group, {}) if group else nested
+    default = field.default
+    values[key] = config_dict.placeholder(field.allowed.kind) if default is None else default
+  config = ConfigDict(nested)
+  config.method, config.model.variant = method, variant
   return config.lock()
+
+
+def upgrade(stored: dict[str, Any]) -> dict[str, Any]:
+  """Return a config.json of any version with the fields of this one.
+
+  Fields that did not exist take their defaults, and zeros that stood for None become None.
+  """
+  config = {key: dict(v) if isinstance(v, dict) else v for key, v in stored.items()}
+  for name, field in FIELDS.items():
+    group, _, key = name.rpartition(".")
+    values = config.setdefault(group, {}) if group else config
+    if isinstance(values, dict):
+      value = values.setdefault(key, field.default)
+      if field.none and value == 0 and name not in NEVER_ZERO:
+        values[key] = None
+  return config
+
+
+def parse_arg(arg: str, **defaults: str) -> dict[str, str]:
+  """Parse "key=value,..." over `defaults`, which name all keys there are.
+
+  Raises:
+    UserError: unknown key, one given twice, or an item without "=".
+  """
+  given: dict[str, str] = {}
+  for item in arg.split(",") if arg else ():
+    key, equals, value = item.partition("=")
+    if key in given:
+      raise UserError(f"config argument {key} is given twice: leave one out", 2)
+    if not equals or key not in defaults:
+      raise UserError(
+        f"config argument {item!r} is unknown: after the colon of --config write "
+        f"KEY=VALUE with KEY one of {', '.join(defaults)}",
+        2,
+      )
+    given[key] = value
+  return defaults | given

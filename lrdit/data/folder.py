@@ -42,10 +42,9 @@ def fingerprint_folder(split: str, options: DataOptions) -> dict[str, Any]:
   """
   folder = _folder(options)
   _, names, classes = _find_split(folder, split)
-  fingerprint = _describe(split, classes, options)
-  if options.skip_unreadable:
-    return fingerprint
-  return fingerprint | {"digest": _digest(folder, names), "num_examples": len(names)}
+  fingerprint = _fingerprint(split, options, folder, names, classes)
+  unknown = ("digest", "num_examples") if options.skip_unreadable else ()
+  return {key: value for key, value in fingerprint.items() if key not in unknown}
 
 
 def load_folder(split: str, options: DataOptions) -> Source:
@@ -75,27 +74,28 @@ def load_folder(split: str, options: DataOptions) -> Source:
     number = {name: i for i, name in enumerate(classes)}
     tops = [name.removeprefix(prefix).partition("/")[0] for name in names]
     labels = np.array([number[top] for top in tops], np.int32)
-  source = Source(rows, labels, len(classes), _describe(split, classes, options))
-  return source.subset(keep, digest=_digest(folder, [names[i] for i in keep]))
+  fingerprint = _fingerprint(split, options, folder, [names[i] for i in keep], classes)
+  return Source(rows, labels, len(classes), fingerprint).subset(keep)
 
 
 def _folder(options: DataOptions) -> str:
   return sources.own_path(options, "folder", os.path.isdir, "the folder of your images")
 
 
-def _describe(split: str, classes: Sequence[str], options: DataOptions) -> dict[str, Any]:
-  """Return the fingerprint without the files."""
-  fingerprint = {"name": "folder", "split": split, "crop": images.crop_name(0, options.image_size)}
-  return fingerprint | ({"classes": [printable(name) for name in classes]} if classes else {})
-
-
-def _digest(folder: str, names: Sequence[str]) -> str:
-  """Return a hash of the paths and sizes of files."""
+def _fingerprint(
+  split: str, options: DataOptions, folder: str, names: Sequence[str], classes: Sequence[str]
+) -> dict[str, Any]:
   digest = hashlib.sha256()
   for name in names:
     size = os.path.getsize(os.path.join(folder, name))
     digest.update(os.fsencode(name) + b"\0%d\n" % size)
-  return digest.hexdigest()[:16]
+  return {
+    "name": "folder",
+    "split": split,
+    "crop": images.crop_name(0, options.image_size),
+    "digest": digest.hexdigest()[:16],
+    "num_examples": len(names),
+  } | ({"classes": [printable(name) for name in classes]} if classes else {})
 
 
 def _find_split(folder: str, split: str) -> tuple[str, list[str], list[str]]:
@@ -283,7 +283,7 @@ def _find_readable(
     try:
       rows[np.array([i])]
     except UserError as error:
-      reasons[i] = error.__cause__
+      reasons[i] = str(error.__cause__)
 
   with make_bar(total, 0, "image") as bar:
     for _ in sources.read_ahead(check, range(total)):

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
 from lrdit.runtime.errors import system_limit
-from lrdit.runtime.workdir import atomic_path
+from lrdit.runtime.store import atomic_path
 
 MIN_TILE = 48  # Smaller images, in pixels, are enlarged in a grid by a whole factor.
 GAP = 2  # white pixels between the tiles of a grid
@@ -142,9 +142,9 @@ def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]
   return np.nan_to_num(levels, nan=0).astype(np.uint8)
 
 
-def are_finite(images: Float[np.ndarray, "N H W C"]) -> Bool[np.ndarray, " N"]:
-  """Return whether all values of each image are finite."""
-  return np.isfinite(images).all(axis=(1, 2, 3))
+def are_finite(rows: Float[np.ndarray, "N ..."]) -> Bool[np.ndarray, " N"]:
+  """Return whether all values of each image, or of each image's latents, are finite."""
+  return np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))
 
 
 def to_rgb(images: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "N H W 3"]:

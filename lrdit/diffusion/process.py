@@ -1,11 +1,13 @@
-"""Gaussian diffusion in discrete time: schedules, targets, losses, solvers.
+"""Gaussian diffusion in discrete time: noise schedules, targets, loss weights, posterior, bound.
 
-x_t = signal[t] x_0 + noise[t] eps with signal = sqrt(alphas_cumprod) and
-noise = sqrt(1 - alphas_cumprod), t in [0, T). Every coefficient is computed on
-the host in float64, where 1 - alphas_cumprod keeps its digits, and rounded
-once; compiled code only forms linear combinations of images.
+  q(x_t | x_0) = N(signal[t] x_0, noise[t]^2),  x_t = signal[t] x_0 + noise[t] eps,
+  signal = sqrt(alphas_cumprod), noise = sqrt(1 - alphas_cumprod), t in [0, T),
+  eps = (x_t - signal x_0) / noise, v = signal eps - noise x_0, SNR = signal^2 / noise^2.
 
-Axes: B batch, S solver steps, then image axes.
+Every coefficient is computed on the host in float64, where 1 - alphas_cumprod keeps its digits,
+and rounded once. Compiled code only forms linear combinations of images.
+
+Axes: B batch, S solver steps, T timesteps, then image axes.
 """
 
 import dataclasses
@@ -30,10 +32,13 @@ LINEAR_BETAS = (1e-4, 0.02)  # at T = 1000; scaled by 1000 / T as in ADM
 
 
 def make_betas(noise_schedule: str, num_train_timesteps: int) -> Float[np.ndarray, " T"]:
-  """(T,) float64 variances beta_t.
+  """Return the variances beta_t, (T,) float64.
 
-  `squaredcos_cap_v2`: Nichol and Dhariwal 2021, eq. 17, capped at 0.999;
-  `linear`: Ho et al. 2020, section 4, scaled to T.
+  `squaredcos_cap_v2` is Nichol and Dhariwal 2021, eq. 17, capped at 0.999; `linear` is Ho et al.
+  2020, section 4, scaled to T.
+
+  Raises:
+    UserError: the schedule is unknown.
   """
   steps = num_train_timesteps
   if noise_schedule == "linear":
@@ -49,60 +54,69 @@ def make_betas(noise_schedule: str, num_train_timesteps: int) -> Float[np.ndarra
 
 
 def make_alphas_cumprod(noise_schedule: str, num_train_timesteps: int) -> Float[np.ndarray, " T"]:
-  """(T,) float64, product of 1 - beta up to and including t."""
+  """Return the product of 1 - beta up to and including t, (T,) float64."""
   return np.cumprod(1 - make_betas(noise_schedule, num_train_timesteps))
 
 
 def q_sample(x_0: AnyArray, eps: AnyArray, signal: AnyArray, noise: AnyArray) -> AnyArray:
-  """x_t of Ho et al. 2020, eq. 4; the coefficients broadcast against x_0."""
+  """Return x_t (Ho et al. 2020, eq. 4); the coefficients broadcast against x_0."""
   return signal * x_0 + noise * eps
 
 
 def velocity(x_0: AnyArray, eps: AnyArray, signal: AnyArray, noise: AnyArray) -> AnyArray:
-  """v of Salimans and Ho 2022, appendix D."""
+  """Return v (Salimans and Ho 2022, appendix D)."""
   return signal * eps - noise * x_0
 
 
 def training_target(
   prediction: str, x_0: AnyArray, eps: AnyArray, signal: AnyArray, noise: AnyArray
 ) -> AnyArray:
-  """What the model regresses on, for `prediction` in `PREDICTIONS`."""
+  """Return what the model regresses on, for `prediction` in `PREDICTIONS`."""
   return eps if prediction == "epsilon" else velocity(x_0, eps, signal, noise)
 
 
 def predict_x_0_eps(
   prediction: str, output: AnyArray, x_t: AnyArray, signal: AnyArray, noise: AnyArray
 ) -> tuple[AnyArray, AnyArray]:
-  """(x_0, eps) implied by the model's output at x_t."""
+  """Return the (x_0, eps) that the model's output at x_t implies."""
   if prediction == "epsilon":
     return (x_t - noise * output) / signal, output
   return signal * x_t - noise * output, signal * output + noise * x_t
 
 
 def loss_weights(
-  loss_weighting: str, prediction: str, alphas_cumprod: Float[np.ndarray, " T"]
+  loss_weighting: str,
+  prediction: str,
+  alphas_cumprod: Float[np.ndarray, " T"],
+  min_snr_gamma: float = MIN_SNR_GAMMA,
 ) -> Float[np.ndarray, " T"]:
-  """(T,) float64 weight of an example's squared error at each timestep.
+  """Return the weight of an example's squared error at each timestep, (T,) float64.
 
-  `min_snr`: Hang et al. 2023 (arXiv:2303.09556) with gamma = 5: min(SNR, gamma)
-  on the x_0 error, so / SNR for an epsilon target and / (SNR + 1) for v.
+  `min_snr` (Hang et al. 2023, arXiv:2303.09556) weights the error of x_0 by min(SNR, gamma): that
+  is min(SNR, gamma) / SNR for an epsilon target, and / (SNR + 1) for a v target.
+
+  Args:
+    loss_weighting: one of `LOSS_WEIGHTINGS`.
+    prediction: one of `PREDICTIONS`.
+    alphas_cumprod: (T,).
+    min_snr_gamma: gamma, above 0.
   """
   if loss_weighting == "uniform":
     return np.ones_like(alphas_cumprod)
   snr = alphas_cumprod / (1 - alphas_cumprod)
-  return np.minimum(snr, MIN_SNR_GAMMA) / (snr if prediction == "epsilon" else snr + 1)
+  return np.minimum(snr, min_snr_gamma) / (snr if prediction == "epsilon" else snr + 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Posterior:
-  """q(x_prev | x_t, x_0) = N(on_x_0 x_0 + on_x_t x_t, variance), (S,) float64.
+  """q(x_prev | x_t, x_0) = N(on_x_0 x_0 + on_x_t x_t, variance) (Ho et al. 2020, eq. 7).
 
-  Ho et al. 2020, eq. 7, for any stride.
+  It holds for any stride between x_t and x_prev.
 
   Attributes:
-    on_x_0, on_x_t: coefficients of the mean.
-    variance: the posterior's ("small") variance, 0 where x_prev is x_0.
-    beta: the forward variance of the same stride ("large").
+    on_x_0, on_x_t: (S,) float64 coefficients of the mean.
+    variance: (S,) the posterior's ("small") variance, 0 where x_prev is x_0.
+    beta: (S,) the forward variance of the same stride ("large").
   """
 
   on_x_0: Float[np.ndarray, " S"]
@@ -114,8 +128,7 @@ class Posterior:
   def log_variance_range(self) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
     """Bounds of a learned log-variance (Nichol and Dhariwal 2021, eq. 15).
 
-    Where the variance is 0 a hundredth of beta stands in, so that its
-    logarithm exists.
+    A variance of 0 has no logarithm: beta / 100 stands in for it.
     """
     low = np.where(self.variance > 0, self.variance, 1e-2 * self.beta)
     return np.log(low), np.log(self.beta)
@@ -124,7 +137,7 @@ class Posterior:
 def posterior(
   alpha_bar: Float[np.ndarray, " S"], alpha_bar_prev: Float[np.ndarray, " S"]
 ) -> Posterior:
-  """The posterior between two noise levels, both (S,) float64."""
+  """Return the posterior between two noise levels, both (S,) float64."""
   alpha = alpha_bar / alpha_bar_prev
   return Posterior(
     on_x_0=alpha_bar_prev**0.5 * (1 - alpha) / (1 - alpha_bar),
@@ -142,19 +155,17 @@ def variational_bound(
   x_0: Float[Array, "B H W C"],
   is_last: Bool[Array, "B 1 1 1"],
 ) -> Float[Array, " B"]:
-  """L_vlb term of each example in bits per dimension.
+  """Return the L_vlb term of each example in bits per dimension, (B,) float32.
 
-  Nichol and Dhariwal 2021, section 3.1. Deviation: the last step (t = 0) uses
-  the Gaussian negative log-likelihood of x_0 instead of a discretised one,
-  which exists for latents as well as for pixels.
+  It is KL(true || model), and -log p(x_0 | x_1) at the last step, t = 0 (Nichol and Dhariwal 2021,
+  section 3.1). Deviation: the last step uses the density of the Gaussian instead of a discretised
+  one, because latents have no bins.
 
   Args:
-    true_mean, mean, log_variance, x_0: (B, H, W, C).
-    log_true_variance: (B, 1, 1, 1).
-    is_last: (B, 1, 1, 1) bool, t = 0.
-
-  Returns:
-    (B,) float32.
+    true_mean, log_true_variance: of the posterior.
+    mean, log_variance: of the model.
+    x_0: clean images.
+    is_last: whether t = 0.
   """
   squared = jnp.exp(-log_variance)
   ratio = jnp.exp(log_true_variance - log_variance)

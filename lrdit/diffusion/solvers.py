@@ -1,4 +1,12 @@
-"""Solvers of the reverse process as tables of coefficients, one row per step."""
+"""Solvers of the reverse process, as tables of coefficients with one row per step.
+
+  x_prev = on_x_t x_t + on_x_0 x_0 + on_eps eps + on_x_0_last x_0_last + on_noise z,
+
+where x_0 and eps are the model's predictions at x_t, x_0_last is its x_0 at the step before, and z
+is fresh Gaussian noise. To add a solver, add a function of its coefficients to `SOLVERS`.
+
+Axes: S solver steps, T timesteps.
+"""
 
 import dataclasses
 
@@ -8,27 +16,22 @@ from jaxtyping import Float, Int
 from lrdit.diffusion.process import posterior
 from lrdit.runtime.errors import UserError
 
-SOLVERS = ("ddim", "ddpm", "dpm++")
-# Of the first step of dpm++: least half-log-SNR, and by how much it may enlarge an error.
+# Limits of the first step of dpm++: its least half-log-SNR, and how far it may enlarge an error.
 MIN_HALF_LOG_SNR = -5.1
 MAX_FIRST_ERROR = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
 class SolverTable:
-  """A solver as linear combinations, one row per step; (S,) float64 arrays.
-
-  x_prev = on_x_t x_t + on_x_0 x_0 + on_eps eps + on_x_0_last x_0_last
-           + on_noise z, where x_0 and eps are the model's predictions at x_t,
-  x_0_last its x_0 at the step before and z fresh Gaussian noise.
+  """A solver's steps; (S,) float64 arrays.
 
   Attributes:
     t: int32 timesteps, descending.
     signal, noise: noise level of x_t.
     log_variance_low, log_variance_high: range of a learned log-variance.
     on_x_t, on_x_0, on_eps, on_x_0_last, on_noise: the coefficients.
-    takes_learned_variance: the solver's noise is the posterior's, so a learned
-      variance replaces `on_noise`.
+    takes_learned_variance: whether a learned variance replaces `on_noise`, as the solver's noise
+      is the posterior's.
   """
 
   t: Int[np.ndarray, " S"]
@@ -44,7 +47,7 @@ class SolverTable:
   takes_learned_variance: bool
 
   def float32_columns(self) -> dict[str, Float[np.ndarray, " S"]]:
-    """The coefficients by name, rounded once."""
+    """Return the coefficients by name, rounded once."""
     return {
       field.name: getattr(self, field.name).astype(np.float32)
       for field in dataclasses.fields(self)
@@ -57,27 +60,64 @@ class SolverTable:
     return bool(np.any(self.on_noise > 0))
 
 
+def _ddim(alpha_bar, alpha_bar_prev, eta):
+  """Song et al. 2021 (arXiv:2010.02502), eq. 12, with the sigma of eq. 16."""
+  variance = eta**2 * posterior(alpha_bar, alpha_bar_prev).variance
+  return dict(
+    on_x_0=alpha_bar_prev**0.5,
+    on_eps=np.maximum(1 - alpha_bar_prev - variance, 0) ** 0.5,
+    on_noise=variance**0.5,
+  )
+
+
+def _ddpm(alpha_bar, alpha_bar_prev, _eta):
+  """Ho et al. 2020, algorithm 2, with the posterior's variance."""
+  q = posterior(alpha_bar, alpha_bar_prev)
+  return dict(on_x_0=q.on_x_0, on_x_t=q.on_x_t, on_noise=q.variance**0.5)
+
+
+def _dpmpp_2m(alpha_bar, alpha_bar_prev, _eta):
+  """Lu et al. 2022 (arXiv:2211.01095), algorithm 2 (2M).
+
+  It is of first order at the first step, which has no history, and at the last, where the log-SNR
+  of the end point is infinite and the step returns x_0.
+  """
+  half_log_snr = 0.5 * (np.log(alpha_bar) - np.log1p(-alpha_bar))
+  h = np.append(np.diff(half_log_snr), np.inf)
+  correction = np.zeros_like(h)
+  correction[1:-1] = 0.5 * h[1:-1] / h[:-2]
+  on_d = alpha_bar_prev**0.5 * -np.expm1(-h)
+  return dict(
+    on_x_t=((1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5,
+    on_x_0=on_d * (1 + correction),
+    on_x_0_last=-on_d * correction,
+  )
+
+
+# From (alpha_bar, alpha_bar_prev, eta), (S,) each but eta, to the coefficients that are not zero.
+SOLVERS = {"ddim": _ddim, "ddpm": _ddpm, "dpm++": _dpmpp_2m}
+
+
 def solver_timesteps(
   solver: str, alphas_cumprod: Float[np.ndarray, " T"], num_steps: int, prediction: str
 ) -> Int[np.ndarray, " S"]:
-  """Return the (S,) int32 timesteps a solver visits, descending.
+  """Return the timesteps that a solver visits, (S,) int32 descending.
 
-  All begin in the last tenth of the timesteps, whatever S, where x_t is mostly noise: the signal
-  at 9/10 T is 0.16 on the cosine schedule.
+  All solvers start in the last tenth of the timesteps, whatever S, where x_t is mostly noise: the
+  signal at 9/10 T is 0.16 on the cosine schedule.
 
-  `ddim` and `ddpm` space them from 0 upwards ("leading"), as diffusers does. Deviations:
-  below 10 steps "leading" starts far from the noise (one step at t = 0), so all timesteps
-  are moved up until the first is 9/10 T. Where S does not divide T, diffusers truncates
-  the stride and starts at 500 for S = 501; here they cover the whole range.
-
-  `dpm++` spaces them evenly from `_first_timestep` down ("linspace"), as diffusers does.
+  `dpm++` spaces its timesteps evenly from `_first_timestep` down ("linspace"), as diffusers does.
+  All others space them from 0 upwards ("leading"), as diffusers does, with two deviations. Below 10
+  steps "leading" starts far from the noise (one step at t = 0), so all timesteps are moved up until
+  the first is 9/10 T. Where S does not divide T, diffusers truncates the stride and starts at 500
+  for S = 501; here the timesteps cover the whole range.
   """
   total = len(alphas_cumprod)
   if solver != "dpm++":
     t = np.arange(num_steps)[::-1] * total // num_steps
     return (t + max(0, 9 * total // 10 - t[0])).astype(np.int32)
   first = _first_timestep(alphas_cumprod, num_steps, prediction)
-  # S + 1 points, of which 0 is left out; all timesteps up to the first where that is S.
+  # S + 1 points without 0, or all timesteps up to the first where there are only S of them.
   grid = np.linspace(0, first, min(num_steps + 1, first + 1))
   return np.round(grid)[::-1][:num_steps].astype(np.int32)
 
@@ -87,18 +127,16 @@ def _first_timestep(
 ) -> int:
   """Return the noisiest timestep from which `dpm++` can start.
 
-  Of x_t = signal x_0 + noise eps the first step gets x_0 = (x_t - noise eps) / signal from
-  an epsilon model, whose error thus grows by the factor noise_prev (exp(h) - 1), h being
-  the step in half-log-SNR. At t = T - 1 of the cosine schedule it grows several thousand
-  times. So, within the last tenth of the timesteps, the first one has
+  With an epsilon model the first step computes x_0 = (x_t - noise eps) / signal. An error of eps
+  thus grows by the factor noise_prev (exp(h) - 1), where h is the step in half-log-SNR: several
+  thousand at t = T - 1 of the cosine schedule. So the first timestep, within the last tenth, has
 
-  - a half-log-SNR of at least `MIN_HALF_LOG_SNR`: diffusers' `lambda_min_clipped`, and 1 /
-    sigma_max of k-diffusion;
-  - with an epsilon model, a factor of at most `MAX_FIRST_ERROR`, if there is such a
-    timestep. Deviation: diffusers has no such bound, and needs some 50 steps. An error in
-    v does not grow.
+  - a half-log-SNR of at least `MIN_HALF_LOG_SNR`, as diffusers' `lambda_min_clipped` and 1 /
+    sigma_max of k-diffusion have it;
+  - with an epsilon model, a factor of at most `MAX_FIRST_ERROR` if any timestep has that.
+    Deviation: diffusers has no such bound, and needs some 50 steps. An error of v does not grow.
 
-  Where nearly all T timesteps are asked for, it is the lowest that leaves S of them.
+  Where nearly all T timesteps are asked for, it is the lowest timestep that leaves S of them.
   """
   total = len(alphas_cumprod)
   half_log_snr = 0.5 * (np.log(alphas_cumprod) - np.log1p(-alphas_cumprod))
@@ -115,40 +153,6 @@ def _first_timestep(
   return int(first[-1])
 
 
-def _ddim(alpha_bar, alpha_bar_prev, eta):
-  """Song et al. 2021 (arXiv:2010.02502), eq. 12, with sigma of eq. 16."""
-  variance = eta**2 * posterior(alpha_bar, alpha_bar_prev).variance
-  return dict(
-    on_x_0=alpha_bar_prev**0.5,
-    on_eps=np.maximum(1 - alpha_bar_prev - variance, 0) ** 0.5,
-    on_noise=variance**0.5,
-  )
-
-
-def _ddpm(alpha_bar, alpha_bar_prev):
-  """Ho et al. 2020, algorithm 2, with the posterior's variance."""
-  q = posterior(alpha_bar, alpha_bar_prev)
-  return dict(on_x_0=q.on_x_0, on_x_t=q.on_x_t, on_noise=q.variance**0.5)
-
-
-def _dpmpp_2m(alpha_bar, alpha_bar_prev):
-  """Lu et al. 2022 (arXiv:2211.01095), algorithm 2 (2M).
-
-  First order at the first step, which has no history, and at the last, where
-  the log-SNR of the end point is infinite and the step returns x_0.
-  """
-  half_log_snr = 0.5 * (np.log(alpha_bar) - np.log1p(-alpha_bar))
-  h = np.append(np.diff(half_log_snr), np.inf)
-  correction = np.zeros_like(h)
-  correction[1:-1] = 0.5 * h[1:-1] / h[:-2]
-  on_d = alpha_bar_prev**0.5 * -np.expm1(-h)
-  return dict(
-    on_x_t=((1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5,
-    on_x_0=on_d * (1 + correction),
-    on_x_0_last=-on_d * correction,
-  )
-
-
 def solver_table(
   solver: str,
   alphas_cumprod: Float[np.ndarray, " T"],
@@ -163,30 +167,25 @@ def solver_table(
     alphas_cumprod: (T,) float64.
     num_steps: S in [1, T].
     eta: share of the ancestral noise that `ddim` adds, in [0, 1].
-    prediction: one of `PREDICTIONS`: what the solver is for. It decides where `dpm++` starts.
+    prediction: one of `PREDICTIONS`, which decides where `dpm++` starts.
 
   Raises:
-    UserError: `num_steps` out of range or an unknown solver.
+    UserError: `num_steps` is out of range, or the solver is unknown.
   """
   total = len(alphas_cumprod)
   if not 1 <= num_steps <= total:
     raise UserError(
       f"sampling.num_steps={num_steps} must lie in [1, {total}] (diffusion.num_train_timesteps)"
     )
+  if solver not in SOLVERS:
+    raise UserError(f"sampling.solver={solver!r} is unknown: use one of {', '.join(SOLVERS)}")
   t = solver_timesteps(solver, alphas_cumprod, num_steps, prediction)
   alpha_bar = alphas_cumprod[t]
   alpha_bar_prev = np.append(alpha_bar[1:], 1.0)
-  if solver == "ddim":
-    coefficients = _ddim(alpha_bar, alpha_bar_prev, eta)
-  elif solver == "ddpm":
-    coefficients = _ddpm(alpha_bar, alpha_bar_prev)
-  elif solver == "dpm++":
-    coefficients = _dpmpp_2m(alpha_bar, alpha_bar_prev)
-  else:
-    raise UserError(f"sampling.solver={solver!r} is unknown: use one of {', '.join(SOLVERS)}")
-  low, high = posterior(alpha_bar, alpha_bar_prev).log_variance_range
   names = ("on_x_t", "on_x_0", "on_eps", "on_x_0_last", "on_noise")
-  zero = np.zeros(num_steps)
+  coefficients = dict.fromkeys(names, np.zeros(num_steps))
+  coefficients |= SOLVERS[solver](alpha_bar, alpha_bar_prev, eta)
+  low, high = posterior(alpha_bar, alpha_bar_prev).log_variance_range
   return SolverTable(
     t=t,
     signal=alpha_bar**0.5,
@@ -194,5 +193,5 @@ def solver_table(
     log_variance_low=low,
     log_variance_high=high,
     takes_learned_variance=solver == "ddpm",
-    **{name: coefficients.get(name, zero) for name in names},
+    **coefficients,
   )

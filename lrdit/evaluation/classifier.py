@@ -1,4 +1,4 @@
-"""The extractor 'classifier': a small network trained on the dataset itself, and kept.
+"""The extractor "classifier": a small network, trained on the dataset itself and kept.
 
 Axes: B images, b images of one pass, H W image, h w image after a stage, C channels, K classes,
 D values of a feature (D_in: of a stage's input).
@@ -6,11 +6,9 @@ D values of a feature (D_in: of a stage's input).
 
 import dataclasses
 import functools
-import json
 import logging
 import pathlib
 import time
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -25,31 +23,41 @@ from jaxtyping import Array, Float32, Key, UInt8
 from lrdit.data import pipeline
 from lrdit.data.images import to_uint8
 from lrdit.data.source import Source
-from lrdit.evaluation.features import Extracted, check_finite, check_size, digest_of, read_images
+from lrdit.evaluation.features import Extracted, check_size, digest_of, read_images
 from lrdit.evaluation.metrics import recognition_accuracy
 from lrdit.runtime.errors import UserError
-from lrdit.runtime.locks import owned
 from lrdit.runtime.progress import make_bar
-from lrdit.runtime.workdir import atomic_path, changes, write_json
+from lrdit.runtime.store import (
+  StoreError,
+  as_json,
+  check_finite,
+  check_same,
+  damage_of,
+  load_arrays,
+  load_or_make,
+  read_json,
+  save_arrays,
+  write_json,
+)
 
-# The classifier's widths: of the first stage, at least and at most of the last one.
-FIRST_WIDTH, MIN_FEATURES, MAX_FEATURES = 32, 128, 256
-# The classifier's last stage is at most, its first at most about so many pixels wide.
-LAST_SIZE, FIRST_SIZE = 4, 32
+FIRST_WIDTH = 32  # channels of the first stage
+MIN_FEATURES, MAX_FEATURES = 128, 256  # channels of the last stage
+FIRST_SIZE, LAST_SIZE = 32, 4  # pixels that the first and the last stage are at most wide
 NORM_GROUPS = 8
+WEIGHTS, RECORD = "classifier.npz", "classifier.json"
 
 log = logging.getLogger("lrdit")
 
 
 class _Block(nn.Module):
-  """Two normalised 3x3 convolutions and the residual connection."""
+  """Two normalised 3x3 convolutions and a residual connection."""
 
   width: int
   stride: int
 
   @nn.compact
   def __call__(self, x: Float32[Array, "B H W D_in"]) -> Float32[Array, "B h w D"]:
-    """(B, H, W, D_in) to (B, H / stride, W / stride, width)."""
+    """Return (B, H / stride, W / stride, width) of (B, H, W, D_in)."""
     conv = functools.partial(nn.Conv, self.width, use_bias=False, precision="highest")
     norm = functools.partial(nn.GroupNorm, NORM_GROUPS)
     y = nn.relu(norm()(conv((3, 3), strides=self.stride)(x)))
@@ -60,7 +68,7 @@ class _Block(nn.Module):
 
 
 def _widths(size: int) -> list[int]:
-  """Width of each stage, the resolution halved between them, from `size` pixels on."""
+  """Return the width of each stage; `size` pixels are halved from one to the next."""
   widths = [FIRST_WIDTH]
   while size > LAST_SIZE or widths[-1] < MIN_FEATURES:
     size = -(-size // 2)
@@ -72,8 +80,8 @@ class ClassifierNetwork(nn.Module):
   """A small residual convolutional network (He et al. 2016) with group normalisation.
 
   Attributes:
-    image_size: height and width of its images, which fix the stages: from 32
-      pixels on the stem is strided, so that the first stage has about 32.
+    image_size: height and width of its images, which determine the stages. The stem of larger
+      images is strided, so that the first stage has about 32 pixels.
     num_classes: K.
   """
 
@@ -93,7 +101,7 @@ class ClassifierNetwork(nn.Module):
   def __call__(
     self, x: Float32[Array, "B H W C"]
   ) -> tuple[Float32[Array, "B D"], Float32[Array, "B K"]]:
-    """(B, H, W, C) in [-1, 1] to the globally averaged features and the logits."""
+    """Return the averaged features (B, D) and the logits (B, K) of images in [-1, 1]."""
     stride = self._stem_stride
     window = (2 * stride + 1,) * 2
     x = nn.Conv(FIRST_WIDTH, window, strides=stride, use_bias=False, precision="highest")(x)
@@ -106,11 +114,11 @@ class ClassifierNetwork(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierSettings:
-  """How the classifier is trained. Runs that are compared must share these.
+  """Settings of the classifier's training, which runs must share to be compared.
 
   Attributes:
     seed: of weights, order and augmentation.
-    num_steps: steps of AdamW under a cosine schedule; `default_num_steps` suits.
+    num_steps: steps of AdamW under a cosine schedule.
     batch_size: images a step.
     learning_rate: its peak, after a tenth of the steps.
     weight_decay: AdamW's.
@@ -126,7 +134,7 @@ class ClassifierSettings:
 
 
 def default_num_steps(num_examples: int, batch_size: int) -> int:
-  """About 20 epochs, at least 400 and at most 20,000 steps."""
+  """Return the steps of about 20 epochs, between 400 and 20,000."""
   return min(max(20 * num_examples // batch_size, 400), 20_000)
 
 
@@ -135,7 +143,7 @@ def _to_network(images: UInt8[Array, "B H W C"]) -> Float32[Array, "B H W C"]:
 
 
 def _shifted(images: UInt8[Array, "B H W C"], key: Key[Array, ""]) -> UInt8[Array, "B H W C"]:
-  """Each image moved by up to an eighth of its size, its edge repeated."""
+  """Move each image by up to an eighth of its size, and repeat its edge."""
   batch, height, width, channels = images.shape
   margin = max(1, height // 8)
   padded = jnp.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)), "edge")
@@ -150,7 +158,7 @@ def _shifted(images: UInt8[Array, "B H W C"], key: Key[Array, ""]) -> UInt8[Arra
 def _make_train_step(
   network: ClassifierNetwork, optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[Any, Any]]:
-  """The jitted step: (params, opt_state, images, labels, key) to the new (params, opt_state)."""
+  """Return the jitted step: (params, opt_state, images, labels, key) to (params, opt_state)."""
 
   def loss(params, images, labels, key):
     _, logits = network.apply({"params": params}, _to_network(_shifted(images, key)))
@@ -165,7 +173,7 @@ def _make_train_step(
 
 
 def _train(source: Source, settings: ClassifierSettings, network: ClassifierNetwork) -> Any:
-  """Trained parameters: on a CPU the same to the last bit for the same arguments."""
+  """Return trained parameters, on a CPU the same to the last bit for the same arguments."""
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, settings.learning_rate, settings.num_steps // 10, settings.num_steps
   )
@@ -192,7 +200,7 @@ def _train(source: Source, settings: ClassifierSettings, network: ClassifierNetw
 
 
 def flatten(params: Any) -> dict[str, np.ndarray]:
-  """A tree of parameters as arrays by their paths."""
+  """Return the arrays of a tree of parameters by their paths."""
   return {
     path: np.asarray(array)
     for path, array in flax.traverse_util.flatten_dict(params, sep="/").items()
@@ -200,13 +208,13 @@ def flatten(params: Any) -> dict[str, np.ndarray]:
 
 
 class ClassifierExtractor:
-  """A classifier of the dataset's own images: its penultimate layer, and its predictions."""
+  """Gives a classifier's penultimate layer as features, and its predictions."""
 
   name = "classifier"
   batch_size = 256
 
   def __init__(self, params: Any, image_size: int, num_channels: int, num_classes: int):
-    """Compiles at the first batch.
+    """Prepare the network, which compiles at the first batch.
 
     Args:
       params: of `ClassifierNetwork`.
@@ -222,7 +230,8 @@ class ClassifierExtractor:
     self.held_out_accuracy: float | None = None
     self._image_size, self._num_channels = image_size, num_channels
     shape, weights = [image_size, image_size, num_channels], flatten(params)
-    check_finite(self.name, weights, "delete classifier.json where it is kept, to train it again")
+    fix = f"delete {RECORD} where it is kept, to train it again"
+    check_finite(f"the extractor {self.name!r}", weights, fix)
     description = {"extractor": self.name, "shape": shape, "num_classes": num_classes}
     self.digest = digest_of(description, weights)
 
@@ -233,7 +242,7 @@ class ClassifierExtractor:
     self._apply = jax.jit(apply)
 
   def measure_held_out(self, held_out: Source) -> None:
-    """Sets `held_out_accuracy`: over all images of the held-out split."""
+    """Set `held_out_accuracy`, over all images of the held-out split."""
     pairs = [
       (self.extract(images).predictions, labels)
       for images, labels in read_images(held_out, self.batch_size)
@@ -242,10 +251,10 @@ class ClassifierExtractor:
     self.held_out_accuracy = recognition_accuracy(predicted, labels)
 
   def extract(self, images: UInt8[np.ndarray, "B H W 3"]) -> Extracted:
-    """(B, H, W, 3) uint8 to (B, D) features and (B,) predictions.
+    """Return the (B, D) features and (B,) predictions of (B, H, W, 3) uint8 images.
 
-    Batches are padded to one shape: it is compiled once, and an image's
-    features do not depend on how many others there are.
+    Batches are padded to one shape, so that the network compiles once, and an image's features do
+    not depend on how many others there are.
     """
     check_size(images, self.name, self._image_size)
     images = images[..., : self._num_channels]
@@ -264,29 +273,26 @@ class ClassifierExtractor:
 
 
 def _describe(source: Source, held_out: Source, settings: ClassifierSettings) -> dict[str, Any]:
-  """What a kept classifier must agree with, as JSON gives it back."""
-  description = {
-    "format": 1,
-    "data": {"train": source.fingerprint, "eval": held_out.fingerprint},
-    "image_size": source.image_shape[0],
-    "num_channels": source.image_shape[2],
-    "num_classes": source.num_classes,
-    "settings": dataclasses.asdict(settings),
-  }
-  return json.loads(json.dumps(description))
-
-
-def _paths(directory: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-  return directory / "classifier.npz", directory / "classifier.json"
+  """Return what a kept classifier must agree with, as JSON."""
+  return as_json(
+    {
+      "format": 1,
+      "data": {"train": source.fingerprint, "eval": held_out.fingerprint},
+      "image_size": source.image_shape[0],
+      "num_channels": source.image_shape[2],
+      "num_classes": source.num_classes,
+      "settings": dataclasses.asdict(settings),
+    }
+  )
 
 
 def train_classifier(
   source: Source, held_out: Source, settings: ClassifierSettings
 ) -> ClassifierExtractor:
-  """A classifier trained on a dataset's own training split, on the default device.
+  """Train a classifier on a dataset's own training split, on the default device.
 
-  The same arguments give the same weights on one kind of CPU; on a GPU the
-  gradients of convolutions are summed in any order.
+  The same arguments give the same weights on one kind of CPU; on a GPU the gradients of
+  convolutions are summed in any order.
 
   Args:
     source: the training split, of pixels.
@@ -320,56 +326,44 @@ def train_classifier(
 def open_classifier(
   directory: pathlib.Path, source: Source, held_out: Source, settings: ClassifierSettings
 ) -> ClassifierExtractor:
-  """The classifier kept in a directory; trained and kept there where there is none.
+  """Return the classifier kept in a directory; train it and keep it where there is none.
 
   Args:
-    directory: holds classifier.npz (the weights) and classifier.json (what
-      they were trained on, their digest, the held-out accuracy).
+    directory: holds classifier.npz (the weights) and classifier.json (what they were trained on,
+      their digest, the held-out accuracy).
     source, held_out, settings: as for `train_classifier`.
 
   Raises:
-    UserError: the data has no labels, or the kept classifier is damaged or was
-      trained on other data, images, classes or settings.
+    UserError: the data has no labels, or the kept classifier is damaged or was trained on other
+      data, images, classes or settings.
   """
-  weights, record_path = _paths(directory)
-  description = _describe(source, held_out, settings)
-  if record_path.exists():
-    return _load_classifier(directory, description)
-  directory.mkdir(parents=True, exist_ok=True)
-  with owned(directory, "classifier", wait=True):
-    if record_path.exists():  # trained by the process that was waited for
-      return _load_classifier(directory, description)
+  record_path, description = directory / RECORD, _describe(source, held_out, settings)
+
+  def make() -> ClassifierExtractor:
     extractor = train_classifier(source, held_out, settings)
-    with atomic_path(weights) as temporary, temporary.open("wb") as file:
-      np.savez(file, **flatten(extractor.params))
+    save_arrays(directory / WEIGHTS, flatten(extractor.params))
     # Last: weights without a record do not count.
     kept = {"digest": extractor.digest, "held_out_accuracy": extractor.held_out_accuracy}
     write_json(record_path, description | kept)
-  return extractor
+    return extractor
+
+  load = functools.partial(_load_classifier, directory, description)
+  return load_or_make(record_path, "classifier", load, make)
 
 
 def _load_classifier(directory: pathlib.Path, description: dict[str, Any]) -> ClassifierExtractor:
-  weights, record_path = _paths(directory)
-  again = f"delete {record_path} to train it again"
-  try:
-    record = json.loads(record_path.read_text())
+  record_path, weights_path = directory / RECORD, directory / WEIGHTS
+  fix = f"delete {record_path} to train it again"
+  record = read_json(record_path, fix)
+  with damage_of(record_path, fix):
     digest, accuracy = record.pop("digest"), float(record.pop("held_out_accuracy"))
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f"{record_path} is damaged: {again}") from error
-  if record != description:
-    raise UserError(
-      f"{record_path} is of a classifier of something else: "
-      f"{'; '.join(changes(description, record))}. Use another directory, or {again}"
-    )
-  try:
-    with weights.open("rb") as file, np.load(file) as arrays:
-      params = flax.traverse_util.unflatten_dict(dict(arrays), sep="/")
-  except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-    raise UserError(f"{weights} is missing or damaged: {again}") from error
+  what = f"{record_path} is of a classifier of something else"
+  check_same(what, description, record, f"use another directory, or {fix}")
+  params = flax.traverse_util.unflatten_dict(load_arrays(weights_path, fix), sep="/")
   extractor = ClassifierExtractor(
     params, description["image_size"], description["num_channels"], description["num_classes"]
   )
   if extractor.digest != digest:
-    raise UserError(f"{weights} has other weights than {record_path} says: {again}")
+    raise StoreError(f"{weights_path} has other weights than {record_path} says", fix)
   extractor.held_out_accuracy = accuracy
   return extractor

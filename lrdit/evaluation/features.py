@@ -1,12 +1,11 @@
-"""What images are compared by: features, and where there are classes, predictions.
+"""Feature extractors: images are compared by features, and by predicted classes.
 
-What an extractor is, and the simplest: raw pixels. `classifier.py` and `inception.py` have the
-others. A figure over one of them carries its name.
+Here are the protocol and the simplest extractor, raw pixels; `classifier.py` and `inception.py`
+have the others. The name of a metric begins with its extractor's.
 
 Axes: B images, H W image, C channels, D values of a feature.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -18,6 +17,7 @@ from lrdit.data import pipeline
 from lrdit.data.images import to_rgb, to_uint8
 from lrdit.data.source import Source
 from lrdit.runtime.errors import UserError
+from lrdit.runtime.store import digest
 
 EXTRACTORS = ("classifier", "inception", "pixel")
 
@@ -25,12 +25,11 @@ MAX_PIXEL_VALUES = 4096
 
 
 class Extracted(NamedTuple):
-  """What one pass over a batch gives.
+  """The result of one pass over a batch.
 
   Attributes:
     features: (B, D) float32.
-    predictions: (B,) int32 classes in [0, K); None where the extractor knows
-      none of the dataset's classes.
+    predictions: (B,) int32 classes in [0, K); None from an extractor that predicts none.
   """
 
   features: Float32[np.ndarray, "B D"]
@@ -39,15 +38,14 @@ class Extracted(NamedTuple):
 
 @runtime_checkable
 class Extractor(Protocol):
-  """Images to features.
+  """Maps images to features.
 
   Attributes:
-    name: the prefix of its figures.
+    name: the prefix of its metrics.
     digest: SHA-256, hexadecimal, of weights and preprocessing.
     batch_size: images taken at once; a stream is cut into such batches.
     num_features: D.
-    held_out_accuracy: share of real held-out images whose label it predicts;
-      None where it predicts none.
+    held_out_accuracy: share of real held-out images whose label it predicts, or None.
   """
 
   name: str
@@ -57,40 +55,19 @@ class Extractor(Protocol):
   held_out_accuracy: float | None
 
   def extract(self, images: UInt8[np.ndarray, "B H W 3"]) -> Extracted:
-    """Features and predictions of (B, H, W, 3) uint8, grey repeated to RGB."""
+    """Return features and predictions of (B, H, W, 3) uint8, grey repeated to RGB."""
     ...
 
 
 def digest_of(description: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
-  """SHA-256, hexadecimal, over a description and every array's name, dtype, shape and bytes."""
-  sha = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
-  for name, array in sorted(arrays.items()):
-    sha.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
-    sha.update(np.ascontiguousarray(array))
-  return sha.hexdigest()
-
-
-def check_finite(name: str, arrays: dict[str, np.ndarray], mend: str) -> None:
-  """Refuse an extractor whose figures would mean nothing.
-
-  Args:
-    name: of the extractor.
-    arrays: its weights by name.
-    mend: what to do.
-
-  Raises:
-    UserError: some of the weights are not finite.
-  """
-  bad = sorted(key for key, array in arrays.items() if not np.isfinite(array).all())
-  if bad:
-    raise UserError(
-      f"the extractor {name!r} has weights that are not finite ({len(bad)} of {len(arrays)} "
-      f"arrays, {bad[0]} for one): {mend}"
-    )
+  """Return the SHA-256, in hex, of an extractor's description and weights."""
+  named = sorted(arrays.items())
+  texts = ((f"\n{name} {array.dtype.str} {array.shape}\n", array) for name, array in named)
+  return digest(json.dumps(description, sort_keys=True), texts)
 
 
 def check_size(images: UInt8[np.ndarray, "B H W 3"], name: str, image_size: int) -> None:
-  """Refuses images of another size than the named extractor is for.
+  """Refuse images of another size than the named extractor is for.
 
   Raises:
     UserError: they are not `image_size` high and wide.
@@ -104,14 +81,14 @@ def check_size(images: UInt8[np.ndarray, "B H W 3"], name: str, image_size: int)
 
 
 class PixelExtractor:
-  """Raw pixels in [-1, 1], row by row; on grey images one value a pixel."""
+  """Takes raw pixels in [-1, 1] as features, row by row; grey images have one value a pixel."""
 
   name = "pixel"
   batch_size = 256
   held_out_accuracy = None
 
   def __init__(self, image_size: int, num_channels: int):
-    """Needs no training.
+    """Describe the images.
 
     Args:
       image_size: height and width.
@@ -132,7 +109,7 @@ class PixelExtractor:
     self.digest = digest_of({"extractor": self.name, "shape": shape, "range": [-1, 1]}, {})
 
   def extract(self, images: UInt8[np.ndarray, "B H W 3"]) -> Extracted:
-    """(B, H, W, 3) uint8 to (B, H W C) features."""
+    """Return the (B, H W C) features of (B, H, W, 3) uint8 images."""
     check_size(images, self.name, self._image_size)
     pixels = images[..., : self._num_channels].reshape(len(images), -1)
     return Extracted(pixels.astype(np.float32) / 127.5 - 1.0, None)
@@ -141,7 +118,7 @@ class PixelExtractor:
 def read_images(
   source: Source, batch_size: int
 ) -> Iterator[tuple[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, " B"]]]:
-  """All images of a split in order, quantised as generated ones are, and their labels.
+  """Yield all images of a split in order, quantised as generated ones are, and their labels.
 
   Args:
     source: the split, of pixels.

@@ -1,4 +1,4 @@
-"""The extractor 'inception': FID's network, by torch-fidelity.
+"""The extractor "inception": FID's network, by torch-fidelity.
 
 Axes: B images, H W image.
 """
@@ -10,30 +10,21 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from lrdit.evaluation.features import Extracted, check_finite, digest_of
+from lrdit.evaluation.features import Extracted, digest_of
 from lrdit.runtime.errors import UserError
+from lrdit.runtime.store import DAMAGE, check_finite
 
 # What torch raises for a file that is damaged, no pickle of tensors, or of another network.
-UNREADABLE_WEIGHTS = (
-  pickle.UnpicklingError,
-  RuntimeError,
-  EOFError,
-  ValueError,
-  TypeError,
-  KeyError,
-  AttributeError,
-)
+UNREADABLE_WEIGHTS = (pickle.UnpicklingError, *DAMAGE)
 
 
 class InceptionExtractor:
-  """The 2,048 pooled features of FID's Inception-v3 (Heusel et al. 2017) by torch-fidelity.
+  """Gives the 2,048 pooled features of FID's Inception-v3 (Heusel et al. 2017).
 
-  The network, its resizing to 299x299 and its weights (converted from the
-  TensorFlow file of 2015-12-05) are torch-fidelity's, which its authors hold
-  equal to the first FID code. Its covariance and distance are `metrics.py`'s.
-  Tested here: that features are what torch-fidelity's module gives for the same
-  weights and images, in any batch, with random weights. Not tested here: the
-  published weights, and any published FID.
+  The network, its resizing to 299x299 and its weights (converted from the TensorFlow file of
+  2015-12-05) are torch-fidelity's; covariance and distance are `metrics.py`'s. The tests compare
+  features with torch-fidelity's for random weights. They test neither the published weights nor
+  any published FID.
   """
 
   name = "inception"
@@ -42,7 +33,7 @@ class InceptionExtractor:
   held_out_accuracy = None
 
   def __init__(self, network: Any):
-    """Takes the network; `open_inception` reads it.
+    """Move the network, which `open_inception` reads, to the device.
 
     Args:
       network: a FeatureExtractorInceptionV3 with "2048" as its only feature.
@@ -54,16 +45,17 @@ class InceptionExtractor:
 
     self._device = "cuda" if torch.cuda.is_available() else "cpu"
     weights = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
-    check_finite(self.name, weights, "download them again, to config.evaluation.inception_weights")
+    fix = "download them again, to config.evaluation.inception_weights"
+    check_finite(f"the extractor {self.name!r}", weights, fix)
     self.digest = digest_of({"extractor": self.name, "resize": "tensorflow 1 to 299"}, weights)
     self._network = network.to(self._device)
 
   def extract(self, images: UInt8[np.ndarray, "B H W 3"]) -> Extracted:
-    """(B, H, W, 3) uint8 of any size to (B, 2048) features; no predictions."""
+    """Return the (B, 2048) features of (B, H, W, 3) uint8 images of any size."""
     import torch
 
     batch = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    # Neither a choice of algorithm by speed nor TF32, so that figures can be had again.
+    # Neither a choice of algorithm by speed nor TF32, so that metrics can be reproduced.
     exact = torch.backends.cudnn.flags(
       enabled=True, benchmark=False, deterministic=True, allow_tf32=False
     )
@@ -73,7 +65,7 @@ class InceptionExtractor:
 
 
 def _import_torch_fidelity() -> tuple[Any, Any]:
-  """(torch, the module of its Inception network)."""
+  """Return torch and torch-fidelity's module of the Inception network."""
   try:
     import torch
     from torch_fidelity import feature_extractor_inceptionv3
@@ -86,13 +78,12 @@ def _import_torch_fidelity() -> tuple[Any, Any]:
 
 
 def open_inception(weights_path: str) -> InceptionExtractor:
-  """Inception with the weights at a path, or with those torch-fidelity downloads.
+  """Return Inception with the weights at a path, or with those torch-fidelity downloads.
 
   Args:
-    weights_path: the file weights-inception-2015-12-05-6726825d.pth that
-      torch-fidelity publishes under
-      https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/;
-      "" lets torch-fidelity download it, once, to torch's cache directory.
+    weights_path: the file weights-inception-2015-12-05-6726825d.pth that torch-fidelity publishes
+      under https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/; "" lets it download
+      the file, once, to torch's cache directory.
 
   Raises:
     UserError: torch-fidelity is missing, or the weights are.
@@ -112,7 +103,7 @@ def open_inception(weights_path: str) -> InceptionExtractor:
     )
   except OSError as error:
     raise UserError(
-      f"Inception's weights cannot be had ({error}): download {module.URL_INCEPTION_V3} where "
+      f"Inception's weights cannot be read ({error}): download {module.URL_INCEPTION_V3} where "
       "there is a network, and give its path"
     ) from error
   except UNREADABLE_WEIGHTS as error:

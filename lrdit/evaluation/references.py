@@ -1,10 +1,10 @@
-"""What generated images are measured against: real images under an extractor.
+"""References: the features of real images, which generated images are measured against.
 
-Both are quantised alike (`images.to_uint8`) and read in batches of the extractor's
-size, however they come, so the same images give the same figures to the last bit.
+Both are quantised alike (`images.to_uint8`) and read in batches of the extractor's size, however
+they come, so that the same images give the same metrics to the last bit.
 
-Axes: B images of a batch, N images in all, M of them whose features are kept, H W
-image, D values of a feature.
+Axes: B images of a batch, N images in all, M of them whose features are kept, H W image, D values
+of a feature.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ import itertools
 import json
 import logging
 import pathlib
-import zipfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -23,22 +22,28 @@ from lrdit.data.source import Source
 from lrdit.evaluation import metrics
 from lrdit.evaluation.features import Extractor, read_images
 from lrdit.runtime.errors import UserError
-from lrdit.runtime.locks import owned
 from lrdit.runtime.progress import make_bar
-from lrdit.runtime.workdir import atomic_path, changes
+from lrdit.runtime.store import (
+  as_json,
+  check_same,
+  damage_of,
+  load_arrays,
+  load_or_make,
+  save_arrays,
+)
 
 # Images (B, H, W, 3) and labels (B,); the batches of a stream differ in B.
 Batch = tuple[UInt8[np.ndarray, "_ _ _ 3"], Int[np.ndarray, " _"] | None]
 
-# Of the choice of images whose features are kept.
-SUBSET_SEED = 0
+SUBSET_SEED = 0  # of the choice of images whose features are kept
+ARRAYS = ("mean", "covariance", "features")  # of a reference
 
 log = logging.getLogger("lrdit")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reference:
-  """Real images under an extractor.
+  """Real images as an extractor sees them.
 
   Attributes:
     mean: (D,) of all N images.
@@ -54,10 +59,7 @@ class Reference:
 
 
 def describe(source: Source, extractor: Extractor, max_features: int) -> dict[str, Any]:
-  """The fingerprint of a reference, without reading an image.
-
-  "data" is the source's own fingerprint, which names split and crop.
-  """
+  """Return the fingerprint of a reference, as JSON, without reading an image."""
   fingerprint = {
     "format": 1,
     "data": source.fingerprint,
@@ -66,11 +68,11 @@ def describe(source: Source, extractor: Extractor, max_features: int) -> dict[st
     "num_features": min(max_features, len(source)),
     "extractor": {"name": extractor.name, "digest": extractor.digest},
   }
-  return json.loads(json.dumps(fingerprint))  # as it will be read
+  return as_json(fingerprint)
 
 
 def compute_reference(source: Source, extractor: Extractor, max_features: int) -> Reference:
-  """Reads all images of a split once.
+  """Compute the reference of a split, whose images are read once.
 
   Args:
     source: the split, of pixels.
@@ -78,7 +80,7 @@ def compute_reference(source: Source, extractor: Extractor, max_features: int) -
     max_features: keep the features of at most so many images.
 
   Raises:
-    UserError: fewer images than the figures need.
+    UserError: fewer images than the metrics need.
   """
   _check_count("real", min(len(source), max_features))
   order = np.random.default_rng(SUBSET_SEED).permutation(len(source))
@@ -105,21 +107,19 @@ def _add(seen: metrics.Moments | None, features: Float32[np.ndarray, "B D"]) -> 
 def _check_count(kind: str, count: int) -> None:
   if count <= metrics.NEIGHBOURS:
     raise UserError(
-      f"figures of samples need more than {metrics.NEIGHBOURS} {kind} images, and there are "
+      f"metrics of samples need more than {metrics.NEIGHBOURS} {kind} images, and there are "
       f"{count}: use more"
     )
 
 
 def save_reference(path: pathlib.Path, reference: Reference) -> None:
-  """Writes an .npz, whole or not at all."""
-  arrays = {name: getattr(reference, name) for name in ("mean", "covariance", "features")}
-  arrays["identity"] = np.array(json.dumps(reference.fingerprint))
-  with atomic_path(path) as temporary, temporary.open("wb") as file:
-    np.savez(file, **arrays)
+  """Write an .npz, whole or not at all."""
+  arrays = {name: getattr(reference, name) for name in ARRAYS}
+  save_arrays(path, arrays | {"identity": np.array(json.dumps(reference.fingerprint))})
 
 
 def load_reference(path: pathlib.Path, fingerprint: dict[str, Any]) -> Reference:
-  """Reads what `save_reference` wrote.
+  """Read what `save_reference` wrote.
 
   Args:
     path: the file.
@@ -128,28 +128,19 @@ def load_reference(path: pathlib.Path, fingerprint: dict[str, Any]) -> Reference
   Raises:
     UserError: it is missing, damaged, or of other images or another extractor.
   """
-  try:
-    with path.open("rb") as file, np.load(file) as arrays:
-      stored = dict(arrays)
-    found = json.loads(str(stored.pop("identity")))
-    differences = changes(fingerprint, found)
-    reference = Reference(**stored, fingerprint=found)
-  except FileNotFoundError as error:
-    raise UserError(f"there are no reference statistics at {path}") from error
-  except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-    raise UserError(f"{path} is damaged: delete it to compute it again") from error
-  if differences:
-    raise UserError(
-      f"{path} is a reference of something else: {'; '.join(differences)}. Delete it to compute it "
-      "again, or name another file"
-    )
-  return reference
+  fix = "delete it to compute it again"
+  stored = load_arrays(path, fix)
+  with damage_of(path, fix):
+    found = json.loads(str(stored["identity"]))
+    what = f"{path} is a reference of something else"
+    check_same(what, fingerprint, found, f"{fix}, or name another file")
+    return Reference(**{name: stored[name] for name in ARRAYS}, fingerprint=found)
 
 
 def open_reference(
   path: pathlib.Path, source: Source, extractor: Extractor, max_features: int
 ) -> Reference:
-  """The reference kept at a path; computed and kept there where there is none.
+  """Return the reference kept at a path; compute it and keep it where there is none.
 
   Args:
     path: an .npz file; its directory is made.
@@ -158,20 +149,21 @@ def open_reference(
   Raises:
     UserError: it is damaged, or of other images or another extractor.
   """
-  if path.exists():
-    return load_reference(path, describe(source, extractor, max_features))
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with owned(path.parent, path.stem, wait=True):
-    if path.exists():  # computed by the process that was waited for
-      return load_reference(path, describe(source, extractor, max_features))
+
+  def make() -> Reference:
     log.info("%s features of %d real images: %s", extractor.name, len(source), path)
     reference = compute_reference(source, extractor, max_features)
     save_reference(path, reference)
-  return reference
+    return reference
+
+  def load() -> Reference:
+    return load_reference(path, describe(source, extractor, max_features))
+
+  return load_or_make(path, path.stem, load, make)
 
 
 def _fixed_batches(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
-  """A stream cut anew into batches of `size`, the last one smaller."""
+  """Cut a stream anew into batches of `size`, the last one smaller."""
 
   def rows() -> Iterator[tuple[np.ndarray, Any]]:
     for images, labels in batches:
@@ -186,29 +178,27 @@ def _fixed_batches(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
 def measure(
   batches: Iterable[Batch], extractor: Extractor, reference: Reference
 ) -> dict[str, float | int]:
-  """The figures of generated images.
+  """Return the metrics of generated images.
 
-  The Frechet distance and the recognition accuracy are over all of them. The
-  kernel distance and precision and recall are over equally many generated and
-  real ones: the first M generated, with M features in the reference, or all if
-  there are fewer, against as many of the reference.
+  The Frechet distance and the recognition accuracy are over all images. The kernel distance,
+  precision and recall are over equally many generated and real ones: the first M generated, with
+  M features in the reference, or all if there are fewer, against as many of the reference.
 
   Args:
-    batches: (B, H, W, 3) uint8 images and their (B,) labels, or None for no
-      labels, in any B; read once.
+    batches: (B, H, W, 3) uint8 images and their (B,) labels, or None for no labels, in any B;
+      read once.
     extractor: the reference's.
     reference: of the real images.
 
   Returns:
-    with the extractor's name in front of each: "frechet_distance",
-    "kernel_distance", "kernel_distance_std", "precision", "recall";
-    "num_samples" the first is over, "num_subset_samples" the others are; and
-    where the extractor predicts labels, of labelled images
-    "recognition_accuracy" and, of real ones,
-    "recognition_accuracy_of_held_out_images".
+    with the extractor's name in front of each: "frechet_distance", "kernel_distance",
+    "kernel_distance_std", "precision", "recall"; "num_samples" the first is over,
+    "num_subset_samples" the others are over; and where the extractor predicts labels,
+    "recognition_accuracy" of labelled images and "recognition_accuracy_of_held_out_images" of
+    real ones.
 
   Raises:
-    UserError: the reference is of another extractor, or too few images.
+    UserError: the reference is of another extractor, or there are too few images.
   """
   if reference.fingerprint["extractor"]["digest"] != extractor.digest:
     raise UserError(f"the reference is of another extractor than this {extractor.name!r}")
@@ -223,15 +213,15 @@ def measure(
     if labels is not None and predictions is not None:
       labelled.append((predictions, labels))
   _check_count("generated", num_samples)
-  figures = _figures(seen, kept[:num_samples], reference)
+  found = _distances(seen, kept[:num_samples], reference)
   if labelled:
     predicted, wanted = (np.concatenate(part) for part in zip(*labelled, strict=True))
-    figures["recognition_accuracy"] = metrics.recognition_accuracy(predicted, wanted)
-    figures["recognition_accuracy_of_held_out_images"] = extractor.held_out_accuracy
-  return {f"{extractor.name}_{name}": value for name, value in figures.items()}
+    found["recognition_accuracy"] = metrics.recognition_accuracy(predicted, wanted)
+    found["recognition_accuracy_of_held_out_images"] = extractor.held_out_accuracy
+  return {f"{extractor.name}_{name}": value for name, value in found.items()}
 
 
-def _figures(
+def _distances(
   seen: metrics.Moments, features: Float32[np.ndarray, "m D"], reference: Reference
 ) -> dict[str, float | int]:
   real = reference.features[: len(features)]

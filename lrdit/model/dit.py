@@ -1,11 +1,11 @@
 """Diffusion transformer with adaLN-Zero (Peebles and Xie 2023, arXiv:2212.09748).
 
-Layer for layer the published model: sin-cos position embedding, learned label
-embedding with a null class, blocks whose six modulations come from the
-timestep and label, and a zero-initialised output. Every dense layer may be
-factorised; `layer_shapes` names them.
+Layer for layer the published model: sin-cos position embedding, learned label embedding with a null
+class, blocks whose six modulations come from the timestep and label, and a zero-initialised output.
+`layer_shapes` names the dense layers; those that the rank plan names are factorised, see
+`low_rank`. A `RankSelection` passes through every layer and says which rank is active.
 
-Axes: B batch, H W image, C channels, N tokens, P patch, D width, h heads.
+Axes: B batch, H W image, C channels, N tokens, P values of a patch, D width, d width of a head.
 """
 
 import dataclasses
@@ -29,8 +29,7 @@ FREQUENCY_DIM = 256
 MLP_RATIO = 4
 LAYER_NORM_EPSILON = 1e-6
 
-# name: (hidden_size, depth, num_heads); table 1 of the paper, and "T" (tiny)
-# for the 8x8 digits.
+# name: (hidden_size, depth, num_heads) from table 1 of the paper; "T" (tiny) is for 8x8 digits.
 SIZES = {
   "T": (128, 4, 4),
   "S": (384, 12, 6),
@@ -41,10 +40,10 @@ SIZES = {
 
 
 def decode_variant(variant: str) -> dict[str, int]:
-  """Turns "S/2" (or "DiT-S/2") into hidden_size, depth, num_heads, patch_size.
+  """Return the hidden_size, depth, num_heads and patch_size of "S/2" (or "DiT-S/2").
 
   Raises:
-    UserError: unknown size, or a patch that is not a whole number above 0.
+    UserError: the size is unknown, or the patch is not a whole number above 0.
   """
   size, _, patch = variant.removeprefix("DiT-").partition("/")
   if size not in SIZES or not patch.isdecimal() or int(patch) == 0:
@@ -58,14 +57,14 @@ def decode_variant(variant: str) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class DiTShape:
-  """What fixes the shapes of a DiT's parameters.
+  """The sizes that fix the shapes of a DiT's parameters.
 
   Attributes:
     image_size: height and width of the input in pixels (or latent pixels).
     channels: input channels C.
     num_classes: number of classes; 0 makes the model unconditional.
     hidden_size, depth, num_heads, patch_size: as in the paper.
-    learn_sigma: twice the output channels, the second half for the variance.
+    learn_sigma: whether there are twice as many output channels, the second half for the variance.
   """
 
   image_size: int
@@ -79,17 +78,17 @@ class DiTShape:
 
   @property
   def num_tokens(self) -> int:
-    """N."""
+    """Number of tokens N."""
     return (self.image_size // self.patch_size) ** 2
 
   @property
   def out_channels(self) -> int:
-    """Channels of the output, C or 2 C."""
+    """Output channels, C or 2 C."""
     return self.channels * (2 if self.learn_sigma else 1)
 
 
 def layer_shapes(shape: DiTShape) -> dict[str, tuple[int, int]]:
-  """(D_in, D_out) of every dense layer by name, in order of use."""
+  """Return (D_in, D_out) of every dense layer by name, in order of use."""
   d, patch_area = shape.hidden_size, shape.patch_size**2
   shapes = {
     "patch_embed": (patch_area * shape.channels, d),
@@ -111,7 +110,7 @@ def layer_shapes(shape: DiTShape) -> dict[str, tuple[int, int]]:
 
 
 def timestep_embedding(t: Int[Array, " B"]) -> Float[Array, "B 256"]:
-  """Sinusoidal features of t: (B,) to (B, 256) float32, cosines first."""
+  """Return sinusoidal features of t, (B, 256) float32, cosines first."""
   half = FREQUENCY_DIM // 2
   frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
   angles = t.astype(jnp.float32)[:, None] * frequencies
@@ -119,10 +118,10 @@ def timestep_embedding(t: Int[Array, " B"]) -> Float[Array, "B 256"]:
 
 
 def position_embedding(hidden_size: int, grid_size: int) -> Float[np.ndarray, "N D"]:
-  """Fixed 2-D sin-cos embedding: (grid_size**2, hidden_size) float32.
+  """Return the fixed 2-D sin-cos embedding, (grid_size**2, hidden_size) float32.
 
-  The first half encodes the column, the second the row, as in the published
-  code (its meshgrid lists the width first).
+  The first half encodes the column and the second the row, as in the published code, whose
+  meshgrid lists the width first.
   """
   quarter = hidden_size // 4
   omega = 1.0 / 10000.0 ** (np.arange(quarter, dtype=np.float64) / quarter)
@@ -134,7 +133,7 @@ def position_embedding(hidden_size: int, grid_size: int) -> Float[np.ndarray, "N
 
 
 def patchify(x: Float[Array, "B H W C"], patch_size: int) -> Float[Array, "B N P"]:
-  """(B, H, W, C) to (B, N, patch_size**2 C), tokens in row-major order."""
+  """Cut (B, H, W, C) images into (B, N, patch_size**2 C) tokens in row-major order."""
   b, h, w, c = x.shape
   p = patch_size
   x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
@@ -144,7 +143,7 @@ def patchify(x: Float[Array, "B H W C"], patch_size: int) -> Float[Array, "B N P
 def unpatchify(
   tokens: Float[Array, "B N P"], patch_size: int, channels: int
 ) -> Float[Array, "B H W C"]:
-  """(B, N, patch_size**2 C) to (B, H, W, C); inverse of `patchify`."""
+  """Join (B, N, patch_size**2 C) tokens to (B, H, W, C) images; the inverse of `patchify`."""
   b, n, _ = tokens.shape
   p, grid = patch_size, math.isqrt(n)
   x = tokens.reshape(b, grid, grid, p, p, channels).transpose(0, 1, 3, 2, 4, 5)
@@ -152,7 +151,7 @@ def unpatchify(
 
 
 def layer_norm(x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-  """LayerNorm without scale or bias over the last axis, in float32."""
+  """Normalise the last axis in float32, without scale or bias."""
   x32 = x.astype(jnp.float32)
   mean = x32.mean(-1, keepdims=True)
   centred = x32 - mean
@@ -163,7 +162,7 @@ def layer_norm(x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
 def modulate(
   x: Float[Array, "B N D"], shift: Float[Array, "B D"], scale: Float[Array, "B D"]
 ) -> Float[Array, "B N D"]:
-  """x (1 + scale) + shift, x (B, N, D), shift and scale (B, D)."""
+  """Return x (1 + scale) + shift."""
   return x * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -174,17 +173,11 @@ AttentionFunction = Callable[[Float[Array, "B N three_D"], int], Float[Array, "B
 def choose_attention(
   devices: Sequence[jax.Device], dtype: Any, head_width: int
 ) -> AttentionFunction:
-  """Return the fastest attention that the devices and cuDNN's kernel allow.
+  """Return the fastest attention for the devices that the model runs on.
 
-  Args:
-    devices: those the model will run on.
-    dtype: compute dtype.
-    head_width: D / h.
-
-  Returns:
-    `fused_attention` in bfloat16 on NVIDIA GPUs of compute capability 8.0 or more, for head
-    widths that are a multiple of 8 up to 128, which is what the kernel takes on all of them
-    in both directions; `plain_attention` otherwise.
+  It is `fused_attention` where cuDNN's kernel works in both directions: in bfloat16, on NVIDIA GPUs
+  of compute capability 8.0 or more, for a `head_width` d that is a multiple of 8 up to 128.
+  Elsewhere it is `plain_attention`.
   """
   fits = dtype == jnp.bfloat16 and head_width % 8 == 0 and head_width <= 128
   if fits and devices and all(map(_has_fused_kernel, devices)):
@@ -199,19 +192,18 @@ def _has_fused_kernel(device: jax.Device) -> bool:
 
 
 def fused_attention(qkv: Float[Array, "B N three_D"], num_heads: int) -> Float[Array, "B N D"]:
-  """Return attention by cuDNN's kernel, which keeps no (N, N) array; see `choose_attention`."""
+  """Compute attention by cuDNN's kernel, which keeps no (N, N) array."""
   b, n, _ = qkv.shape
   q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, num_heads, -1), 2, 0)
   return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").reshape(b, n, -1)
 
 
 def plain_attention(qkv: Float[Array, "B N three_D"], num_heads: int) -> Float[Array, "B N D"]:
-  """Return attention by two products.
+  """Compute attention by two batched products.
 
-  Heads are merged into the batch and the softmax's division is applied after
-  the values: fewer passes over (N, N) arrays, and plain batched products. Scores and sums
-  are float32 whatever the dtype: rounding a score s to bfloat16 would change its weight by
-  a factor of up to exp(2**-9 |s|).
+  Heads are merged into the batch, and the softmax divides after the values are summed: that takes
+  fewer passes over (N, N) arrays. Scores and sums are float32 whatever the dtype, because rounding
+  a score s to bfloat16 would change its weight by a factor of up to exp(2**-9 |s|).
   """
   b, n, _ = qkv.shape
 
@@ -228,7 +220,7 @@ def plain_attention(qkv: Float[Array, "B N three_D"], num_heads: int) -> Float[A
 
 
 def block_runs(plan: RankPlan, depth: int) -> list[tuple[int, int]]:
-  """(first block, number of blocks) of each run of blocks of the same ranks."""
+  """Return (first block, number of blocks) of each run of blocks that have the same ranks."""
 
   def ranks(i: int) -> dict[str, LayerRanks]:
     prefix = f"blocks_{i}/"
@@ -247,14 +239,10 @@ class TimestepEmbedder(nn.Module):
 
   @nn.compact
   def __call__(self, t: Int[Array, " B"], selection: RankSelection) -> Float[Array, "B D"]:
-    """(B,) timesteps to (B, D)."""
+    """Embed (B,) timesteps."""
     init = nn.initializers.normal(0.02)
-    x = make_dense(self, "fc1", self.hidden_size, self.plan, self.dtype, init)(
-      timestep_embedding(t), selection
-    )
-    return make_dense(self, "fc2", self.hidden_size, self.plan, self.dtype, init)(
-      nn.silu(x), selection
-    )
+    x = make_dense(self, "fc1", self.hidden_size, init)(timestep_embedding(t), selection)
+    return make_dense(self, "fc2", self.hidden_size, init)(nn.silu(x), selection)
 
 
 class Attention(nn.Module):
@@ -267,11 +255,10 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B N D"], selection: RankSelection) -> Float[Array, "B N D"]:
-    """(B, N, D) to (B, N, D)."""
+    """Mix the tokens of each example."""
     d = x.shape[-1]
-    qkv = make_dense(self, "qkv", 3 * d, self.plan, self.dtype)(x, selection)
-    y = self.attention(qkv, self.num_heads)
-    return make_dense(self, "proj", d, self.plan, self.dtype)(y, selection)
+    qkv = make_dense(self, "qkv", 3 * d)(x, selection)
+    return make_dense(self, "proj", d)(self.attention(qkv, self.num_heads), selection)
 
 
 class Mlp(nn.Module):
@@ -282,11 +269,10 @@ class Mlp(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B N D"], selection: RankSelection) -> Float[Array, "B N D"]:
-    """(B, N, D) to (B, N, D)."""
+    """Map each token."""
     d = x.shape[-1]
-    y = make_dense(self, "fc1", MLP_RATIO * d, self.plan, self.dtype)(x, selection)
-    y = nn.gelu(y, approximate=True)
-    return make_dense(self, "fc2", d, self.plan, self.dtype)(y, selection)
+    y = nn.gelu(make_dense(self, "fc1", MLP_RATIO * d)(x, selection), approximate=True)
+    return make_dense(self, "fc2", d)(y, selection)
 
 
 class Block(nn.Module):
@@ -301,10 +287,8 @@ class Block(nn.Module):
   def __call__(
     self, x: Float[Array, "B N D"], c: Float[Array, "B D"], selection: RankSelection
   ) -> Float[Array, "B N D"]:
-    """x (B, N, D) and silu(conditioning) c (B, D) to (B, N, D)."""
-    modulation = make_dense(
-      self, "adaln", 6 * x.shape[-1], self.plan, self.dtype, nn.initializers.zeros
-    )(c, selection)
+    """Apply both branches to the tokens x, given c = silu(conditioning)."""
+    modulation = make_dense(self, "adaln", 6 * x.shape[-1], nn.initializers.zeros)(c, selection)
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
     attn = Attention(self.num_heads, self.plan, self.dtype, self.attention, name="attn")
     x = x + gate_a[:, None] * attn(modulate(layer_norm(x), shift_a, scale_a), selection)
@@ -323,12 +307,12 @@ class FinalLayer(nn.Module):
   def __call__(
     self, x: Float[Array, "B N D"], c: Float[Array, "B D"], selection: RankSelection
   ) -> Float[Array, "B N P"]:
-    """(B, N, D) to (B, N, features)."""
+    """Map the tokens x, given c = silu(conditioning), to the values of their patches."""
     zeros = nn.initializers.zeros
-    modulation = make_dense(self, "adaln", 2 * x.shape[-1], self.plan, self.dtype, zeros)
-    shift, scale = jnp.split(modulation(c, selection), 2, axis=-1)
-    linear = make_dense(self, "linear", self.features, self.plan, self.dtype, zeros)
-    return linear(modulate(layer_norm(x), shift, scale), selection)
+    modulation = make_dense(self, "adaln", 2 * x.shape[-1], zeros)(c, selection)
+    shift, scale = jnp.split(modulation, 2, axis=-1)
+    x = modulate(layer_norm(x), shift, scale)
+    return make_dense(self, "linear", self.features, zeros)(x, selection)
 
 
 class DiT(nn.Module):
@@ -336,14 +320,11 @@ class DiT(nn.Module):
 
   Attributes:
     shape: sizes of the model.
-    plan: rank of every factorised layer per bucket; layers it does not name
-      are dense.
+    plan: rank of every factorised layer per bucket; layers that it does not name are dense.
     dtype: compute dtype, float32 or bfloat16; parameters are float32.
-    remat: compute each block again in the backward pass instead of keeping what
-      is inside it.
-    scan_blocks: compile equal blocks once and loop over them. The parameters
-      are the same either way.
-    attention: how attention is computed, from `choose_attention`.
+    remat: recompute each block in the backward pass instead of keeping its intermediate values.
+    scan_blocks: compile equal blocks once and loop over them; the parameters are the same.
+    attention: from `choose_attention`.
   """
 
   shape: DiTShape
@@ -354,9 +335,9 @@ class DiT(nn.Module):
   attention: AttentionFunction = plain_attention
 
   def setup(self):
-    """Names every part; the parameters' paths are these names."""
+    """Name every part; the parameters' paths are these names."""
     s, common = self.shape, (self.plan, self.dtype)
-    self.patch_embed = make_dense(self, "patch_embed", s.hidden_size, *common)
+    self.patch_embed = make_dense(self, "patch_embed", s.hidden_size)
     self.t_embedder = TimestepEmbedder(s.hidden_size, *common)
     if s.num_classes:
       self.y_embedder = nn.Embed(
@@ -376,13 +357,13 @@ class DiT(nn.Module):
     y: Int[Array, " B"] | None,
     selection: RankSelection,
   ) -> Float[Array, "B H W C_out"]:
-    """Predicts eps or v (and, with learn_sigma, the variance's coordinate).
+    """Predict eps or v and, with learn_sigma, the variance's coordinate.
 
     Args:
-      x_t: (B, H, W, C) noisy images.
-      t: (B,) timesteps in [0, T).
-      y: (B,) int labels in [0, num_classes], num_classes being the null class;
-        None exactly if the model is unconditional.
+      x_t: noisy images.
+      t: timesteps in [0, T).
+      y: labels in [0, num_classes], where num_classes is the null class; None for an unconditional
+        model.
       selection: the active rank of every example.
 
     Returns:
@@ -404,13 +385,13 @@ class DiT(nn.Module):
     return unpatchify(x, s.patch_size, s.out_channels).astype(jnp.float32)
 
   def _apply_run(self, x, c, selection, first, length):
-    """Blocks one after another."""
+    """Apply blocks one after another."""
     for block in self.blocks[first : first + length]:
       x = block(x, c, selection)
     return x
 
   def _scan_run(self, x, c, selection, first, length):
-    """Equal blocks as iterations of the first one, over their stacked parameters."""
+    """Apply equal blocks as iterations of the first one, over their stacked parameters."""
     blocks = [self.variables["params"][f"blocks_{first + i}"] for i in range(length)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
     detached = self.clone(parent=None)
@@ -424,10 +405,10 @@ class DiT(nn.Module):
 
 
 def init_params(model: DiT, rng: Key[Array, ""]) -> dict[str, Any]:
-  """Fresh float32 parameters."""
+  """Return fresh float32 parameters."""
   s = model.shape
   x_t = jnp.zeros((1, s.image_size, s.image_size, s.channels))
-  label = jnp.zeros(1, jnp.int32)
-  y = label if s.num_classes else None
+  t = jnp.zeros(1, jnp.int32)
+  y = t if s.num_classes else None
   # One compiled call: op by op, the many small products would take far longer.
-  return jax.jit(lambda key: model.init(key, x_t, label, y, uniform_selection(1))["params"])(rng)
+  return jax.jit(lambda key: model.init(key, x_t, t, y, uniform_selection(1))["params"])(rng)

@@ -1,11 +1,17 @@
-"""The low-rank dense layer: init, masked/grouped/sliced product, parameter slicing.
+"""The low-rank dense layer: how r(t) becomes a slice of the factors, and a mask within it.
 
-A layer computes y = (x @ down[:, :r]) @ up[:r] + bias. How many components r
-are active is said by a `RankSelection`: a static tuple of (group size, rank
-bucket), each group computed at its own static rank, and, where examples inside
-a group differ, a bucket per example from which a mask is made. Masked compute
-is one group at the top bucket with a bucket per example; sliced compute is one
-group and no buckets; grouped compute is the general case.
+A layer computes y = (x @ down[:, :r]) @ up[:r] + bias, so a smaller rank r is always a prefix of a
+larger one. The way from a timestep to its rank:
+
+1. `RankPlan.bucket_of_timestep` gives the rank bucket of t, the same for every layer.
+2. A `RankSelection` holds static (group size, rank bucket) pairs and, where the examples of a group
+   differ, the bucket of each example.
+3. `LowRankDense` looks up the rank r of each bucket in its own table.
+4. `low_rank_matmul` slices the factors to the rank of each group, and masks the components beyond
+   each example's own rank.
+
+Masked compute is one group at the top bucket with a bucket per example, grouped compute is several
+groups, and sliced compute (sampling) is one group of a model that `slice_params` has cut down.
 
 Axes: B batch, N tokens, D_in / D_out width, R rank.
 """
@@ -19,11 +25,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from lrdit.model.matmul import matmul
-from lrdit.rank.plan import LayerRanks, RankPlan
+from lrdit.rank.plan import RankPlan
 
 Initializer = Callable[..., Array]
 XAVIER: Initializer = nn.initializers.xavier_uniform()
-# Singular values below this share of the largest are rounding.
+# Singular values below this share of the largest are rounding errors.
 VANISHING = 1e-5
 
 
@@ -32,10 +38,9 @@ class RankSelection:
   """The active rank of a batch of B examples.
 
   Attributes:
-    groups: static ((size, rank bucket), ...); sizes sum to B, and no example
-      may need more than its group's bucket.
-    rank_bucket: (B,) int32 bucket of each example, or None where every example
-      uses its group's bucket.
+    groups: static ((size, rank bucket), ...); sizes sum to B, and no example may need more than
+      its group's bucket.
+    rank_bucket: (B,) int32 bucket of each example, or None where every example uses its group's.
   """
 
   groups: tuple[tuple[int, int], ...] = flax.struct.field(pytree_node=False)
@@ -43,25 +48,21 @@ class RankSelection:
 
 
 def uniform_selection(batch_size: int, bucket: int = 0) -> RankSelection:
-  """The whole batch at one bucket: what sampling and dense models use."""
+  """Return the selection of a whole batch at one bucket, for sampling and dense models."""
   return RankSelection(groups=((batch_size, bucket),))
 
 
 def svd_factors(
   rng: Key[Array, ""], dim_in: int, dim_out: int, max_rank: int, kernel_init: Initializer
 ) -> tuple[Float[Array, "D_in R"], Float[Array, "R D_out"]]:
-  """Truncated SVD of a freshly initialised dense kernel (design, section 2).
+  """Return the truncated SVD of a freshly initialised dense kernel, down and up, float32.
 
-  With W = U S V^T, down = U sqrt(S) and up = sqrt(S) V^T, cut to the largest
-  `max_rank` singular values, so every prefix is the best approximation of W of
-  its rank (Eckart and Young 1936).
+  With W = U S V^T, down = U sqrt(S) and up = sqrt(S) V^T, cut to the `max_rank` largest singular
+  values: every prefix is the best approximation of W of its rank (Eckart and Young 1936).
 
-  A component whose factors are both zero gets no gradient and never learns. So where a
-  singular value vanishes, only `up` is zero: the product is W all the same. A kernel of
-  zeros, whatever initializer gives it, takes the `down` of a Xavier kernel.
-
-  Returns:
-    down (D_in, R) and up (R, D_out), float32.
+  A component whose factors are both zero gets no gradient and never learns. So where a singular
+  value vanishes, only `up` is zero, and the product is still W. A kernel of zeros, whatever its
+  initializer, takes the `down` of a Xavier kernel.
   """
   kernel = kernel_init(rng, (dim_in, dim_out), jnp.float32)
   is_zero = ~kernel.any()
@@ -81,21 +82,17 @@ def low_rank_matmul(
   groups: tuple[tuple[int, int], ...],
   active_rank: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B *N D_out"]:
-  """Product with a factorised kernel at each example's active rank.
+  """Multiply by a factorised kernel at each example's active rank.
 
-  Components beyond an example's active rank contribute exactly zero to its
-  output and receive exactly zero gradient from it.
+  Components beyond an example's active rank contribute exactly zero to its output and receive
+  exactly zero gradient from it.
 
   Args:
-    x: (B, D_in) or (B, N, D_in).
-    down: (D_in, R).
-    up: (R, D_out), of x's dtype like `down`.
+    x: inputs.
+    down, up: the factors, of x's dtype.
     groups: static ((group size, rank), ...), sizes summing to B, ranks <= R.
-    active_rank: (B,) int32, each at most its group's rank; None means every
-      example uses its group's rank.
-
-  Returns:
-    (B, D_out) or (B, N, D_out), x's dtype.
+    active_rank: (B,) int32, each at most its group's rank; None means every example uses its
+      group's rank.
   """
   outputs, start = [], 0
   for size, rank in groups:
@@ -126,9 +123,9 @@ class Dense(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "B *N D_in"], selection: RankSelection
+    self, x: Float[Array, "B *N D_in"], selection: RankSelection | None = None
   ) -> Float[Array, "B *N D_out"]:
-    """Maps (B, ..., D_in) to (B, ..., features)."""
+    """Apply the layer."""
     del selection
     kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -137,29 +134,41 @@ class Dense(nn.Module):
 
 
 class LowRankDense(nn.Module):
-  """Dense layer whose kernel is down @ up, at the selection's active rank.
+  """Dense layer whose kernel is down @ up, at the rank that a selection makes active.
 
   Attributes:
     features: D_out.
-    ranks: active rank per bucket; the largest is allocated.
+    rank: the allocated rank, or the active rank of each rank bucket, ascending, of which the last
+      is allocated; at most min(D_in, D_out).
     dtype: compute dtype; parameters are float32.
-    kernel_init: initializer of the dense kernel that `svd_factors` factorises; of zeros
-      too, where the layer starts at zero and still learns.
+    kernel_init: initializer of the dense kernel that `svd_factors` factorises. With zeros the
+      layer starts at zero and still learns.
   """
 
   features: int
-  ranks: LayerRanks
+  rank: int | tuple[int, ...]
   dtype: Any = jnp.float32
   kernel_init: Initializer = XAVIER
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "B *N D_in"], selection: RankSelection
+    self, x: Float[Array, "B *N D_in"], selection: RankSelection | None = None
   ) -> Float[Array, "B *N D_out"]:
-    """Maps (B, D_in) or (B, N, D_in) to the same with `features`."""
-    down, up = self._factors(x.shape[-1])
+    """Apply the layer, at its allocated rank unless a selection is given.
+
+    Raises:
+      ValueError: the rank is above min(D_in, D_out).
+    """
+    active = (self.rank,) if isinstance(self.rank, int) else tuple(self.rank)
+    if active[-1] > min(x.shape[-1], self.features):
+      raise ValueError(
+        f"LowRankDense: rank {active[-1]} is above min(D_in, D_out) of a {x.shape[-1]} x "
+        f"{self.features} layer"
+      )
+    down, up = self._factors(x.shape[-1], active[-1])
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
-    active = self.ranks.active
+    if selection is None:
+      selection = uniform_selection(x.shape[0], len(active) - 1)
     groups = tuple((size, active[bucket]) for size, bucket in selection.groups)
     active_rank = None
     if selection.rank_bucket is not None:
@@ -169,43 +178,39 @@ class LowRankDense(nn.Module):
     )
     return y + bias.astype(self.dtype)
 
-  def _factors(self, dim_in: int) -> tuple[Float[Array, "D_in R"], Float[Array, "R D_out"]]:
-    """Both factors, initialised from the one SVD."""
-    rank = self.ranks.max_rank
+  def _factors(
+    self, dim_in: int, max_rank: int
+  ) -> tuple[Float[Array, "D_in R"], Float[Array, "R D_out"]]:
+    """Return both factors, initialised from one SVD."""
     if not self.is_initializing():
       return (
-        self.param("down", nn.initializers.zeros, (dim_in, rank)),
-        self.param("up", nn.initializers.zeros, (rank, self.features)),
+        self.param("down", nn.initializers.zeros, (dim_in, max_rank)),
+        self.param("up", nn.initializers.zeros, (max_rank, self.features)),
       )
     rng = self.make_rng("params")
-    down, up = svd_factors(rng, dim_in, self.features, rank, self.kernel_init)
+    down, up = svd_factors(rng, dim_in, self.features, max_rank, self.kernel_init)
     return self.param("down", lambda _: down), self.param("up", lambda _: up)
 
 
 def make_dense(
-  parent: nn.Module,
-  name: str,
-  features: int,
-  plan: RankPlan,
-  dtype: Any,
-  kernel_init: Initializer = XAVIER,
+  parent: nn.Module, name: str, features: int, kernel_init: Initializer = XAVIER
 ) -> Dense | LowRankDense:
-  """The layer `name` of `parent`, factorised if the plan names it."""
-  ranks = plan.by_name.get("/".join((*parent.path, name)))
-  common = dict(features=features, dtype=dtype, kernel_init=kernel_init, name=name)
-  return Dense(**common) if ranks is None else LowRankDense(ranks=ranks, **common)
+  """Return the layer `name` of a module that has a `plan` and a `dtype`.
+
+  The layer is factorised if the plan names it.
+  """
+  ranks = parent.plan.by_name.get("/".join((*parent.path, name)))
+  common = dict(features=features, dtype=parent.dtype, kernel_init=kernel_init, name=name)
+  return Dense(**common) if ranks is None else LowRankDense(rank=ranks.active, **common)
 
 
 def slice_params(params: Mapping[str, Any], plan: RankPlan, bucket: int) -> dict[str, Any]:
-  """The parameters of `plan.at_bucket(bucket)`: each factor's active prefix.
+  """Return the parameters of `plan.at_bucket(bucket)`: each factor's active prefix.
 
   Args:
-    params: parameters of a model built with `plan`.
+    params: parameters of a model built with `plan`; arrays of dense layers are shared, not copied.
     plan: the rank plan.
     bucket: rank bucket.
-
-  Returns:
-    A new tree; arrays of dense layers are shared with `params`.
   """
   flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
   for name, ranks in plan.layers:

@@ -15,19 +15,18 @@ from jaxtyping import Array, Float
 def matmul(
   a: Float[Array, "*B M K"], b: Float[Array, "*B K N"], dtype: Any = None
 ) -> Float[Array, "*B M N"]:
-  """Return a @ b: (..., M, K) times (..., K, N) to (..., M, N).
+  """Return a @ b.
 
-  The gradient of `b` contracts the rows M, so one operand has to be transposed. XLA's CPU
-  products take up to 1.7 times as long when that is the wider one (153 and
-  1,536 columns, 4,096 rows: 9.2 against 5.4 ms), and XLA itself would turn the product round
-  for the result's layout. So the narrower operand is transposed here, and a
-  barrier holds XLA to it; the result, which is small, is transposed instead.
+  The gradient of `b` contracts the rows M, so one operand has to be transposed. XLA's CPU products
+  take up to 1.7 times as long when that is the wider one (153 and 1,536 columns, 4,096 rows: 9.2
+  against 5.4 ms), and XLA itself would turn the product round for the result's layout. So the
+  narrower operand is transposed here, with a barrier that holds XLA to it, and then the result,
+  which is small.
 
   Args:
     a, b: the operands, of one dtype.
-    dtype: of the result, which sums are kept in and never rounded below; the operands' by
-      default. Gradients are rounded to the operands' dtype before their own products, which
-      therefore run at its speed.
+    dtype: of the result, in which sums are kept; that of the operands by default. Gradients are
+      rounded to the operands' dtype before their own products, which run at its speed.
   """
   return jnp.matmul(a, b, preferred_element_type=dtype)
 
@@ -40,10 +39,10 @@ def _backward(_dtype, operands, gradient):
   a, b = operands
   gradient = gradient.astype(a.dtype)
   if gradient.shape[-1] < a.shape[-1]:
-    of_b = jax.lax.optimization_barrier(gradient.mT @ a).mT
+    d_b = jax.lax.optimization_barrier(gradient.mT @ a).mT
   else:
-    of_b = jax.lax.optimization_barrier(a.mT @ gradient)
-  return gradient @ b.mT, of_b
+    d_b = jax.lax.optimization_barrier(a.mT @ gradient)
+  return gradient @ b.mT, d_b
 
 
 matmul.defvjp(_forward, _backward)

@@ -1,7 +1,6 @@
 """Read the VAE files that diffusers saves into the parameters of `vae.py`."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -16,6 +15,7 @@ import numpy as np
 import safetensors
 
 from lrdit.model import vae
+from lrdit.runtime import store
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.text import name_some
 
@@ -57,11 +57,9 @@ def read_vae(path: str | os.PathLike) -> vae.Vae:
   if config is None:
     config = infer_config({key: tensor.shape for key, tensor in tensors.items()}, str(weights))
     log.warning(
-      "no config.json beside %s: taken to be Stable Diffusion's, with scaling_factor=%g and "
+      "no config.json beside %s: assuming Stable Diffusion's scaling_factor=%g and "
       "norm_num_groups=%d, which other VAEs do not share",
-      weights,
-      config.scaling_factor,
-      config.norm_num_groups,
+      *(weights, config.scaling_factor, config.norm_num_groups),
     )
   params = _to_params(tensors, config, str(weights))
   return vae.Vae(config, params, _digest(config, params))
@@ -69,11 +67,9 @@ def read_vae(path: str | os.PathLike) -> vae.Vae:
 
 def _digest(config: vae.VaeConfig, params: dict[str, Any]) -> str:
   """Return the SHA-256 of the config's fields and every parameter's path, shape and bytes."""
-  digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
-  for path, array in sorted(flax.traverse_util.flatten_dict(params, sep="/").items()):
-    digest.update(f"\n{path} {array.shape}\n".encode())
-    digest.update(np.asarray(array, "<f4"))
-  return digest.hexdigest()
+  arrays = sorted(flax.traverse_util.flatten_dict(params, sep="/").items())
+  texts = ((f"\n{path} {array.shape}\n", np.asarray(array, "<f4")) for path, array in arrays)
+  return store.digest(json.dumps(dataclasses.asdict(config), sort_keys=True), texts)
 
 
 # Finding the file.
@@ -89,7 +85,10 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
   pickles = [path] if path.suffix in PICKLE_SUFFIXES else []
   if path.is_dir():
     config = path / "config.json"
-    is_vae = config.is_file() and _read_json(config).get("_class_name") == "AutoencoderKL"
+    is_vae = (
+      config.is_file()
+      and store.read_json(config, "restore it").get("_class_name") == "AutoencoderKL"
+    )
     if not is_vae and (path / "vae" / "config.json").is_file():  # of a whole pipeline
       path = path / "vae"
     found = sorted(path.glob("*.safetensors"))
@@ -116,23 +115,13 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
 # The architecture.
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-      raise ValueError("not a JSON object")
-    return value
-  except ValueError as error:
-    raise UserError(f"{path} is damaged ({error}): restore it") from error
-
-
 def read_config(path: pathlib.Path) -> vae.VaeConfig:
   """Read diffusers' config.json.
 
   Raises:
     UserError: it is damaged, or of another model, or of a VAE that is not supported.
   """
-  stored = _read_json(path)
+  stored = store.read_json(path, "restore it")
   class_name = stored.get("_class_name")
   if class_name != "AutoencoderKL":
     raise UserError(
@@ -293,12 +282,7 @@ def _to_params(
       f"{source} does not have the weights of its config ({named}): put config.json and weights "
       "of the same VAE together, as save_pretrained of diffusers writes them"
     )
-  not_finite = sorted(key for key, tensor in tensors.items() if not np.isfinite(tensor).all())
-  if not_finite:
-    raise UserError(
-      f"{source} has weights that are not finite ({name_some(not_finite)}): download or convert "
-      "the VAE again"
-    )
+  store.check_finite(source, tensors, "download or convert the VAE again")
   params = {}
   for key, (path, shape) in layout.items():
     axes = np.argsort(STORED_AXES[len(shape)])

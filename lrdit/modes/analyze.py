@@ -10,20 +10,23 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lrdit import builders
 from lrdit.analysis import figures, gradient_spectra, truncation, weight_spectra
-from lrdit.analysis.unit_cache import Parts
+from lrdit.analysis.unit_cache import UnitCache
+from lrdit.benchmark.arms import arm_config
+from lrdit.benchmark.results import format_table
+from lrdit.config import measured_schedule
+from lrdit.config.run_config import open_trained
 from lrdit.data.source import Source
 from lrdit.evaluation import held_out
+from lrdit.experiment import Experiment
 from lrdit.model import flops
-from lrdit.modes import benchmark
 from lrdit.rank import measured
 from lrdit.rank.plan import RankPlan
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from lrdit.runtime.progress import make_bar
-from lrdit.runtime.workdir import write_json
+from lrdit.runtime.store import write_json
 from lrdit.train import checkpoints, run_files
 
 log = logging.getLogger("lrdit")
@@ -46,12 +49,12 @@ def count_flops(config: ConfigDict) -> dict[str, Any]:
   arms = {}
   for arm in ARMS:
     try:
-      own = benchmark.arm_config(config, arm)
+      own = arm_config(config, arm)
     except UserError as error:
       log.warning("%s is not counted: %s", arm, error)
       continue
-    shape, plan = builders.make_shape(own), builders.make_plan(own)
-    t, guidance_scale = builders.make_solver_table(own).t, own.sampling.guidance_scale
+    shape, plan = Experiment(own).shape, Experiment(own).plan
+    t, guidance_scale = Experiment(own).solver_table.t, own.sampling.guidance_scale
     arms[arm] = {
       "parameters": flops.num_parameters(shape, plan),
       "buckets": flops.describe_buckets(shape, plan),
@@ -80,7 +83,7 @@ def format_flops(arms: dict[str, Any]) -> str:
     "million MACs: forward": lambda e: f"{e['forward_macs'] / 1e6:,.3f}",
     "sampling run": lambda e: e["sampling"],
   }
-  return benchmark.format_table("of one image", columns, entries)
+  return format_table("of one image", columns, entries)
 
 
 class Analysis:
@@ -94,16 +97,16 @@ class Analysis:
       workdir: of a trained run.
       devices: to use.
     """
-    path = run_files.open_trained(workdir, config)
-    template, use_ema = builders.params_template(config), config.sampling.use_ema
+    path = open_trained(workdir, config)
+    template, use_ema = Experiment(config).params_template, config.sampling.use_ema
     self.config, self.devices = config, devices
     weights = "ema" if use_ema else "raw"
     self.step, restored = run_files.restore_params(path, template, [weights])
     self.params = restored[weights]
     self.directory = path / "analysis"
     self.directory.mkdir(exist_ok=True)
-    self.plan, self.shape = builders.make_plan(config), builders.make_shape(config)
-    self.boundaries = builders.make_curriculum(config).boundaries
+    self.plan, self.shape = Experiment(config).plan, Experiment(config).shape
+    self.boundaries = Experiment(config).curriculum.boundaries
     self.about = {
       "layout": LAYOUT,
       "checkpoint_step": self.step,
@@ -117,11 +120,11 @@ class Analysis:
 
   def source(self, split: str) -> Source:
     """The split's images or latents; refused if they are not the run's."""
-    source = builders.make_source(self.config, split)
+    source = Experiment(self.config).source(split)
     run_files.check_run_data(self._path, split, source.fingerprint)
     return source
 
-  def run(self, name: str, settings: dict[str, Any], make: Callable[[Parts], dict]) -> dict:
+  def run(self, name: str, settings: dict[str, Any], make: Callable[[UnitCache], dict]) -> dict:
     """A section's result, computed where its file is not of the same checkpoint and settings.
 
     Args:
@@ -137,7 +140,7 @@ class Analysis:
         return result
     except (FileNotFoundError, ValueError, KeyError, TypeError):
       pass  # missing, damaged, or of an older layout: it is made again
-    parts = Parts(self.directory / "parts" / name, key)
+    parts = UnitCache(self.directory / "parts" / name, key)
     result = key | make(parts)
     write_json(path, result)
     parts.remove()
@@ -152,7 +155,7 @@ class Analysis:
 def analyse_weights(analysis: Analysis) -> None:
   """Writes weights.json and its plots."""
 
-  def make(parts: Parts) -> dict[str, Any]:
+  def make(parts: UnitCache) -> dict[str, Any]:
     a = analysis
     return weight_spectra.analyse_weights(a.params, a.plan, a.shape, a.boundaries, parts, make_bar)
 
@@ -174,8 +177,8 @@ def analyse_gradients(analysis: Analysis) -> None:
     "data": source.fingerprint,
   }
 
-  def make(parts: Parts) -> dict[str, Any]:
-    objective = builders.make_objective(config, analysis.devices[:1])
+  def make(parts: UnitCache) -> dict[str, Any]:
+    objective = Experiment(config).objective(analysis.devices[:1])
     return gradient_spectra.analyse_gradients(
       objective,
       jax.device_put(analysis.params, analysis.devices[0]),
@@ -200,7 +203,7 @@ def analyse_truncation(analysis: Analysis) -> None:
   """Writes truncation.json and its plots, the loss by timestep group among them."""
   config, devices = analysis.config, analysis.devices
   source, draws = analysis.source("eval"), config.evaluation.draws
-  names = builders.factorised_layers(config)
+  names = Experiment(config).factorised_layers
   truncator = truncation.Truncator(analysis.params, names)
   ranks = config.analysis.ranks or truncation.default_ranks(truncator.largest_rank)
   if not ranks or ranks[-1] >= truncator.largest_rank:
@@ -212,7 +215,7 @@ def analyse_truncation(analysis: Analysis) -> None:
   settings = {
     "layers": names,
     "num_buckets": analysis.plan.num_buckets,
-    **builders.describe_analysed(config),
+    **measured_schedule.describe_model(config),
     "ranks": list(ranks),
     "dtype": config.model.dtype,
     "draws": draws,
@@ -221,8 +224,8 @@ def analyse_truncation(analysis: Analysis) -> None:
     "data": source.fingerprint,
   }
 
-  def make(parts: Parts) -> dict[str, Any]:
-    step = builders.make_eval_step(config, devices)
+  def make(parts: UnitCache) -> dict[str, Any]:
+    step = Experiment(config).eval_step(devices)
     slots = parallel.batch_slots(batch_size, devices)
 
     def losses_of(params: Any) -> held_out.HeldOutLosses:
@@ -252,7 +255,7 @@ def schedule_on_map(
   if any(None in row for row in found["rise"]):
     return None
   try:
-    ranks = builders.measured_ranks(config, found)
+    ranks = measured_schedule.measured_ranks(config, found)
   except UserError as error:
     log.warning("the heat map is without r(t): %s", error)
     return None

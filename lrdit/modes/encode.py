@@ -1,6 +1,5 @@
-"""Encodes a dataset's images with a VAE, once, into a directory training reads."""
+"""Encode a dataset's images with a VAE, once, into a directory that training reads."""
 
-import contextlib
 import dataclasses
 import logging
 import pathlib
@@ -10,9 +9,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lrdit import builders
-from lrdit.data import latents, pipeline
+from lrdit.data import images, latents, pipeline
 from lrdit.data.source import Source, report_classes
+from lrdit.experiment import Experiment
 from lrdit.model.vae import VaeRunner
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
@@ -25,8 +24,7 @@ KEEP_EVERY_IMAGES = 1024  # a kill loses at most about this much work
 
 
 def describe(config: ConfigDict, codec: VaeRunner, sources: dict[str, Source]) -> dict[str, Any]:
-  """What a directory of latents is made from: the part of its manifest that a
-  later run must agree with."""
+  """Return the part of a manifest that a later start must agree with."""
   size = config.data.image_size // config.vae.downsample_factor
   copies = 2 if config.data.flip else 1
   return {
@@ -40,40 +38,26 @@ def describe(config: ConfigDict, codec: VaeRunner, sources: dict[str, Source]) -
 
 
 def encode_split(
-  codec: VaeRunner,
-  source: Source,
-  split: str,
-  writer: latents.LatentWriter,
-  with_mirrored: bool,
-  batch_size: int,
+  config: ConfigDict, codec: VaeRunner, source: Source, split: str, writer: latents.LatentWriter
 ) -> None:
-  """Encodes what a split still lacks.
+  """Encode what a split still lacks; the mirrored images too where the config flips.
 
-  Args:
-    codec: the VAE.
-    source: the images.
-    split: "train" or "eval".
-    writer: of the directory.
-    with_mirrored: encode the mirrored images as well.
-    batch_size: images encoded at once.
+  Raises:
+    UserError: latents are not finite.
   """
-  total, done = len(source), writer.done(split)
+  total, done, batch_size = len(source), writer.num_done(split), config.vae.batch_size
 
   def read(start: int) -> dict[str, Any]:
     index = np.arange(start, min(start + batch_size, total))
     return source.gather(index, np.zeros(len(index), bool))
 
-  files = writer.open_split(split)
-  with contextlib.ExitStack() as stack:
-    for file in files:
-      stack.callback(file.close)
-    bar = stack.enter_context(make_bar(total, done, "image"))
+  with writer.open_split(split) as files, make_bar(total, done, "image") as bar:
     kept = done
     for batch in pipeline.read_ahead(read, range(done, total, batch_size)):
-      images = batch["image"]
-      copies = [images, images[:, :, ::-1]] if with_mirrored else [images]
+      pixels = batch["image"]
+      copies = [pixels, pixels[:, :, ::-1]] if config.data.flip else [pixels]
       encoded = np.stack([codec.encode(copy) for copy in copies], axis=1)
-      are_finite = np.isfinite(encoded).reshape(len(encoded), -1).all(axis=1)
+      are_finite = images.are_finite(encoded)
       if not are_finite.all():
         raise UserError(
           f"the VAE's latents of image {done + int(np.argmin(are_finite))} of the split {split} "
@@ -81,17 +65,17 @@ def encode_split(
         )
       files[0].append(encoded)
       files[1].append(batch["label"])
-      done += len(images)
-      bar.update(len(images))
+      done += len(pixels)
+      bar.update(len(pixels))
       if done - kept >= KEEP_EVERY_IMAGES or done == total:
-        writer.keep(split, files, done)
+        writer.keep(split, files)
         kept = done
 
 
 def encode(config: ConfigDict, output: str, devices: parallel.Devices | None = None) -> None:
-  """Runs `--mode=encode`: latents of both splits, resumed where it was stopped.
+  """Run `--mode=encode`: write the latents of both splits, or go on where it was stopped.
 
-  A finished directory is read through and checked against its checksums.
+  A finished directory is read through and compared with its checksums.
 
   Args:
     config: resolved; `data.flip` asks for the mirrored images as well.
@@ -99,10 +83,10 @@ def encode(config: ConfigDict, output: str, devices: parallel.Devices | None = N
     devices: devices to encode on; all by default.
 
   Raises:
-    UserError: whatever the user can mend.
+    UserError: a mistake in the config or the data, another directory's contents, and the like.
   """
-  codec = builders.make_codec(config, devices or jax.local_devices())
-  sources = {split: builders.make_image_source(config, split) for split in latents.SPLITS}
+  codec = Experiment(config).vae_runner(devices or jax.local_devices())
+  sources = {split: Experiment(config).image_source(split) for split in latents.SPLITS}
   report_classes(sources["train"], config.data.num_classes)
   directory = pathlib.Path(output)
   directory.mkdir(parents=True, exist_ok=True)
@@ -114,18 +98,15 @@ def encode(config: ConfigDict, output: str, devices: parallel.Devices | None = N
 def _encode_into(
   directory: pathlib.Path, config: ConfigDict, codec: VaeRunner, sources: dict[str, Source]
 ) -> None:
-  """Write what a directory, which is this process's alone, still lacks."""
-  writer = latents.LatentWriter(
-    directory,
-    describe(config, codec, sources),
-    {split: len(source) for split, source in sources.items()},
-  )
+  """Write what the directory still lacks; no other process writes it."""
+  num_examples = {split: len(source) for split, source in sources.items()}
+  writer = latents.LatentWriter(directory, describe(config, codec, sources), num_examples)
   if writer.is_complete:
     latents.verify(directory)
     log.info("the latents under %s are complete and as they were written", directory)
     return
   for split, source in sources.items():
-    log.info("%s: %d of %d images are encoded", split, writer.done(split), len(source))
-    if writer.done(split) < len(source):
-      encode_split(codec, source, split, writer, config.data.flip, config.vae.batch_size)
+    log.info("%s: %d of %d images are encoded", split, writer.num_done(split), len(source))
+    if writer.num_done(split) < len(source):
+      encode_split(config, codec, source, split, writer)
   writer.finish()

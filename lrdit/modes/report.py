@@ -30,7 +30,7 @@ from lrdit.report.page import GRID_COLUMNS
 from lrdit.report.runs import finite
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
-from lrdit.runtime.workdir import atomic_path, flatten, write_json
+from lrdit.runtime.store import atomic_path, flatten, write_json
 
 log = logging.getLogger("lrdit")
 

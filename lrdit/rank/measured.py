@@ -1,4 +1,8 @@
-"""r(t) from the causal test: the iso-loss contour that meets a mean rank.
+"""The measured schedule: r(t) from a rank truncation, of equal loss at every timestep.
+
+A rank truncation (`analysis/truncation.py`) measures how much the held-out loss of each timestep
+group rises when every layer is cut to rank k. The contour of one rise gives each group the rank
+that costs it equally much; the contour whose mean rank is the static one is the schedule.
 
 Axes: K ranks, G timestep groups, T timesteps.
 """
@@ -17,39 +21,37 @@ ROUNDING = 1e-9  # relative: numbers that are no further apart are taken as equa
 def contour(
   ranks: Float[np.ndarray, " K"], rise: Float[np.ndarray, "K G"], level: float
 ) -> Float[np.ndarray, " G"]:
-  """The least rank of each group whose rise in loss is at most `level`.
+  """Return the least rank of each group whose rise in loss is at most `level`.
 
-  Linear between the measured ranks. A rise counts at every smaller rank as well, so that
-  the noise of a single one cannot make a dip.
+  The contour is linear between the measured ranks. A rise also counts at every smaller rank, so
+  that noise at a single rank cannot make a dip.
 
   Args:
-    ranks: (K,) rising; beyond the last one, or below the first one, nothing is assumed.
-    rise: (K, G), loss of a group at a rank minus that of the whole model.
+    ranks: (K,) ascending; the contour does not leave their range.
+    rise: (K, G), a group's loss at a rank minus its loss in the whole model.
     level: of the contour.
   """
-  falling = np.maximum.accumulate(rise[::-1])  # from the largest rank down: rising
+  falling = np.maximum.accumulate(rise[::-1])  # from the largest rank down: ascending
   return np.array([np.interp(level, column, ranks[::-1]) for column in falling.T])
 
 
-def iso_loss_ranks(
+def match_mean_rank(
   ranks: Sequence[int],
   rise: Sequence[Sequence[float]],
   largest_rank: int,
   boundaries: Sequence[int],
   mean_rank: float,
 ) -> Float[np.ndarray, " G"]:
-  """The contour whose mean over timesteps is `mean_rank`.
+  """Return the contour whose mean over timesteps is `mean_rank`, (G,) float64.
+
+  Where noise makes the contour jump at the level sought, the result lies between its two sides.
 
   Args:
-    ranks: (K,) rising.
+    ranks: (K,) ascending.
     rise: (K, G) as in `contour`.
     largest_rank: at which the rise is 0 by definition.
-    boundaries: (G + 1,) of the groups.
-    mean_rank: to meet.
-
-  Returns:
-    (G,) float64. Where noise has made the contour jump at the level that is sought, a point
-    between its two sides.
+    boundaries: (G + 1,) of the groups, from 0 to T.
+    mean_rank: the mean to meet.
 
   Raises:
     UserError: no contour has that mean.
@@ -62,7 +64,7 @@ def iso_loss_ranks(
   slack = ROUNDING * largest_rank
   if not means[1] - slack <= mean_rank <= means[0] + slack:
     raise UserError(
-      f"rank.schedule=measured cannot meet a mean rank of {mean_rank:.1f}: the analysis is of "
+      f"rank.schedule=measured cannot meet a mean rank of {mean_rank:.1f}: the analysis covers "
       f"mean ranks from {means[1]:.1f} to {means[0]:.1f}: change rank.ratio, or analyze with "
       "other config.analysis.ranks"
     )
@@ -79,7 +81,7 @@ def iso_loss_ranks(
 
 
 def monotone(ranks: Float[np.ndarray, " G"], boundaries: Sequence[int]) -> Float[np.ndarray, " G"]:
-  """The nearest ranks that nowhere rise with t, of the same mean (isotonic regression)."""
+  """Return the nearest ranks of the same mean that never rise with t (isotonic regression)."""
   from sklearn.isotonic import IsotonicRegression  # slow to import, and only needed here
 
   regression = IsotonicRegression(increasing=False)
@@ -87,7 +89,9 @@ def monotone(ranks: Float[np.ndarray, " G"], boundaries: Sequence[int]) -> Float
 
 
 def interpolate(values: Sequence[float], boundaries: Sequence[int]) -> Float[np.ndarray, " T"]:
-  """Of every timestep: linear between the groups' middles, constant beyond the outermost.
+  """Return a value for every timestep from one for each group.
+
+  Values are linear between the middles of the groups and constant beyond the outermost.
 
   Args:
     values: (G,) of the groups.
@@ -100,14 +104,15 @@ def interpolate(values: Sequence[float], boundaries: Sequence[int]) -> Float[np.
 def height(
   shares: Sequence[float], boundaries: Sequence[int]
 ) -> tuple[Float[np.ndarray, " T"], float]:
-  """r(t) at every timestep, for `rank_schedule.make_plan`.
+  """Return the measured schedule as `plan.make_plan` takes it.
 
   Args:
-    shares: (G,) of the largest rank, in (0, 1].
-    boundaries: as in `interpolate`.
+    shares: (G,) ranks as shares of the largest one, in (0, 1].
+    boundaries: (G + 1,) of the groups, from 0 to T.
 
   Returns:
-    ((T,) float64, 0 where the rank is least and 1 where it is largest; least share of the largest).
+    ((T,) float64, 0 where the rank is least and 1 where it is largest; `min_ratio`, the least
+    rank as a share of the largest).
   """
   share = interpolate(shares, boundaries)
   share = share / share.max()

@@ -1,11 +1,13 @@
-"""Active rank as a function of the timestep: schedules, matching and buckets.
+"""The rank plan: the active rank r(t) of every layer, matched to a static rank and quantised.
 
-Everything here is plain integer arithmetic on the host, done once before
-anything is compiled. The result, a `RankPlan`, is static and hashable.
+Everything here is integer arithmetic on the host, done once before anything is compiled. The
+result, a `RankPlan`, is static and hashable.
 
-Terms: `max_rank` R is what a layer allocates; `active_rank` r(t) <= R is what
-timestep t uses, always the first r(t) components; a `rank_bucket` is one level
-of the quantised schedule, numbered by ascending rank and shared by all layers.
+Terms: a layer allocates its `max_rank` R. Timestep t uses the first r(t) <= R components, its
+active rank. A `rank_bucket` is one level of the quantised schedule; buckets are numbered by
+ascending rank and shared by all layers.
+
+Axes: T timesteps, K rank buckets.
 """
 
 import dataclasses
@@ -18,25 +20,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from lrdit.rank.schedules import floor_exact
 from lrdit.runtime.errors import UserError
 
 MATCHES = ("activated", "total")
-
-
-def static_rank(ratio: float, dim_in: int, dim_out: int) -> int:
-  """Rank whose factors hold `ratio` times the dense layer's parameters.
-
-  Args:
-    ratio: p in (0, 1].
-    dim_in: D_in.
-    dim_out: D_out.
-
-  Returns:
-    floor(p D_in D_out / (D_in + D_out)), at least 1, at most min(D_in, D_out).
-  """
-  rank = math.floor(ratio * dim_in * dim_out / (dim_in + dim_out) + 1e-9)
-  return max(1, min(rank, dim_in, dim_out))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +30,8 @@ class LayerRanks:
   """Ranks of one factorised layer.
 
   Attributes:
-    static_rank: what the static arm would allocate (the matching target).
-    active: active rank per rank bucket, ascending; the last is the max rank.
+    static_rank: the rank of the static arm, which is the target of matching.
+    active: active rank of each rank bucket, ascending; the last is the max rank.
   """
 
   static_rank: int
@@ -59,14 +45,13 @@ class LayerRanks:
 
 @dataclasses.dataclass(frozen=True)
 class RankPlan:
-  """Which rank every layer uses at every timestep; static and hashable.
+  """The rank of every layer at every timestep; static and hashable.
 
   Attributes:
     num_train_timesteps: T.
-    segments: (start timestep, rank bucket) of each run of timesteps that share
-      a bucket, ascending, the first start being 0.
-    layers: (layer name, ranks) of every factorised layer; a layer that is not
-      named is dense.
+    segments: (start timestep, rank bucket) of each run of timesteps that share a bucket,
+      ascending, the first start being 0.
+    layers: (layer name, ranks) of every factorised layer; all other layers are dense.
   """
 
   num_train_timesteps: int
@@ -91,11 +76,11 @@ class RankPlan:
     return dict(self.layers)
 
   def mean_active_rank(self, name: str) -> float:
-    """Mean active rank of layer `name` over all timesteps."""
+    """Return the mean active rank of layer `name` over all timesteps."""
     return float(np.mean(np.asarray(self.by_name[name].active)[self.bucket_of_timestep]))
 
   def at_bucket(self, bucket: int) -> "RankPlan":
-    """The plan of a model that holds only `bucket`'s components."""
+    """Return the plan of a model that holds only `bucket`'s components."""
     layers = tuple(
       (name, LayerRanks(ranks.static_rank, (ranks.active[bucket],))) for name, ranks in self.layers
     )
@@ -103,23 +88,35 @@ class RankPlan:
 
 
 def dense_plan(num_train_timesteps: int) -> RankPlan:
-  """The plan of the full arm: one bucket, no factorised layer."""
+  """Return the plan of the full arm: one bucket, no factorised layer."""
   return RankPlan(num_train_timesteps, ((0, 0),), ())
+
+
+def static_rank(ratio: float, dim_in: int, dim_out: int) -> int:
+  """Return the rank whose factors hold `ratio` times the dense layer's parameters.
+
+  It is floor(p D_in D_out / (D_in + D_out)), at least 1 and at most min(D_in, D_out).
+  """
+  rank = math.floor(ratio * dim_in * dim_out / (dim_in + dim_out) + 1e-9)
+  return max(1, min(rank, dim_in, dim_out))
+
+
+def floor_exact(x: np.ndarray) -> np.ndarray:
+  """Return the floor, which rounding error does not move below an integer."""
+  return np.floor(x + 1e-9 * np.maximum(np.abs(x), 1.0)).astype(np.int64)
 
 
 def quantise(
   height: Float[np.ndarray, " T"], num_buckets: int
 ) -> tuple[tuple[tuple[int, int], ...], Float[np.ndarray, " K"]]:
-  """Quantises a schedule to the nearest of `num_buckets` equidistant levels.
+  """Quantise a schedule to the nearest of `num_buckets` equidistant levels.
 
   Args:
-    height: (T,) in [0, 1], as `schedule_height` gives.
-    num_buckets: number of levels, at least 1; levels no timestep falls on are
-      dropped.
+    height: (T,) in [0, 1], from `schedules.schedule_height` or `measured.height`.
+    num_buckets: number of levels, at least 1; levels that no timestep falls on are dropped.
 
   Returns:
-    (segments as in `RankPlan`, (K,) float64 level of each bucket in [0, 1],
-    where 0 stands for the least rank and 1 for the full one).
+    (segments as in `RankPlan`, (K,) float64 ascending level of each bucket in [0, 1]).
   """
   if num_buckets == 1:
     levels = np.zeros(height.shape, np.int64)
@@ -135,23 +132,20 @@ def quantise(
 def bucket_ranks(
   levels: Float[np.ndarray, " K"], max_rank: int, min_ratio: float, multiple_of: int
 ) -> tuple[int, ...]:
-  """Active rank of one layer per bucket.
+  """Return the active rank of one layer in each of K buckets.
 
   Args:
-    levels: (K,) ascending levels from `quantise`.
-    max_rank: allocated rank R; the level 1 is exactly R.
+    levels: (K,) from `quantise`; the level 1 is exactly R.
+    max_rank: allocated rank R.
     min_ratio: rank at level 0 as a share of R.
-    multiple_of: every other rank is rounded to the nearest multiple of this,
-      within [min(multiple_of, R), R].
-
-  Returns:
-    K ascending ranks.
+    multiple_of: every rank but R is rounded to the nearest multiple of this, within
+      [min(multiple_of, R), R].
   """
   min_rank = max(1, round(min_ratio * max_rank))
   rank = min_rank + (max_rank - min_rank) * levels
   rank = multiple_of * floor_exact(rank / multiple_of + 0.5)
   rank = np.clip(rank, min(multiple_of, max_rank), max_rank)
-  rank = np.where(levels == 1.0, max_rank, rank)  # n / n, which no rounding touches
+  rank = np.where(levels == 1.0, max_rank, rank)  # the top level is n / n, exactly 1
   return tuple(int(r) for r in rank)
 
 
@@ -163,24 +157,30 @@ def match_activated(
   min_ratio: float,
   multiple_of: int,
 ) -> tuple[int, ...]:
-  """Ranks per bucket whose mean over timesteps comes nearest to `target`.
+  """Return the ranks per bucket whose mean over timesteps comes nearest to `target`.
 
   Args:
     target: the static arm's rank.
     largest_rank: min(D_in, D_out).
     levels: (K,) from `quantise`.
-    counts: (K,) number of timesteps that fall in each bucket.
+    counts: (K,) number of timesteps in each bucket.
     min_ratio: see `bucket_ranks`.
-    multiple_of: the allocated rank is a multiple of this (or `largest_rank`).
+    multiple_of: the allocated rank is a multiple of this, or `largest_rank`.
 
   Returns:
-    K ascending ranks; of equally near ones the smallest.
+    K ascending ranks; the smallest ones of several that are equally near.
   """
   candidates = [*range(multiple_of, largest_rank, multiple_of), largest_rank]
   tables = [bucket_ranks(levels, r, min_ratio, multiple_of) for r in candidates]
-  # In whole numbers: means that are equally near would differ by rounding.
+  # Integers, because means that are equally near would differ by rounding.
   totals = np.asarray(tables) @ counts
   return tables[int(np.argmin(np.abs(totals - target * counts.sum())))]
+
+
+def _covers(pattern: str, name: str) -> bool:
+  """Return whether a shell pattern fits a layer's name, or the name up to one of its '/'."""
+  parts = name.split("/")
+  return any(fnmatch.fnmatchcase("/".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
 
 
 def select_layers(
@@ -190,45 +190,33 @@ def select_layers(
   last_n_blocks: int,
   depth: int,
 ) -> list[str]:
-  """Names of the layers to factorise.
+  """Return the names of the layers to factorise.
 
   Args:
-    layer_shapes: layer name -> (D_in, D_out), as `dit.layer_shapes` gives.
-    dense_layers: shell patterns of layers that stay dense; a pattern that fits
-      a name up to a '/' covers everything below it ("blocks_0/mlp").
-    first_n_blocks: if this or `last_n_blocks` is above 0, only those blocks
-      are factorised, and nothing outside the blocks is.
+    layer_shapes: (D_in, D_out) by layer name, from `dit.layer_shapes`.
+    dense_layers: shell patterns of layers that stay dense; a pattern that fits a name up to a '/'
+      covers everything below it ("blocks_0/mlp").
+    first_n_blocks: if this or `last_n_blocks` is above 0, only those blocks are factorised, and
+      nothing outside the blocks is.
     last_n_blocks: see `first_n_blocks`.
     depth: number of blocks.
 
   Raises:
-    UserError: a pattern fits no layer, more blocks are asked for than exist, or
-      nothing is left.
+    UserError: a pattern fits no layer, there are fewer blocks than asked for, or no layer is left.
   """
   for field, n in (("first_n_blocks", first_n_blocks), ("last_n_blocks", last_n_blocks)):
-    if not 0 <= n <= depth:
-      raise UserError(f"rank.{field}={n} must lie in [0, {depth}] (model.depth); 0 means no limit")
-
-  def covered(name, pattern):
-    parts = name.split("/")
-    return any(fnmatch.fnmatchcase("/".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
-
+    if n > depth:
+      raise UserError(f"rank.{field}={n} must be at most {depth} (model.depth)")
   for pattern in dense_layers:
-    if not any(covered(name, pattern) for name in layer_shapes):
+    if not any(_covers(pattern, name) for name in layer_shapes):
       known = dict.fromkeys(re.sub(r"^blocks_\d+", "blocks_*", name) for name in layer_shapes)
       raise UserError(
         f"rank.dense_layers entry {pattern!r} fits no layer: the layers are {', '.join(known)}"
       )
-  limited = first_n_blocks > 0 or last_n_blocks > 0
-  chosen_blocks = {
-    f"blocks_{i}" for i in range(depth) if i < first_n_blocks or i >= depth - last_n_blocks
-  }
-  chosen = [
-    name
-    for name in layer_shapes
-    if not any(covered(name, pattern) for pattern in dense_layers)
-    and (not limited or name.split("/")[0] in chosen_blocks)
-  ]
+  chosen = [n for n in layer_shapes if not any(_covers(pattern, n) for pattern in dense_layers)]
+  if first_n_blocks or last_n_blocks:
+    blocks = {*range(first_n_blocks), *range(depth - last_n_blocks, depth)}
+    chosen = [name for name in chosen if name.split("/")[0] in {f"blocks_{i}" for i in blocks}]
   if not chosen:
     raise UserError(
       "rank.dense_layers with the choice of blocks leaves no layer to factorise: use method=full "
@@ -247,33 +235,30 @@ def make_plan(
   num_buckets: int,
   multiple_of: int,
 ) -> RankPlan:
-  """The rank plan of a low-rank model (design, section 2).
+  """Return the rank plan of a low-rank model.
 
-  The static arm is the schedule `constant` with match `total`: one bucket that
-  holds each layer's static rank.
+  The static arm is the schedule `constant` with match `total`: one bucket with the static ranks.
 
   Args:
     layer_shapes: (D_in, D_out) of the layers to factorise, by name.
-    height: (T,) of the schedule, from `schedule_height` or `measured_schedule.height`.
-    ratio: p, share of the dense layer's parameters the static arm keeps.
+    height: (T,) of the schedule, from `schedules.schedule_height` or `measured.height`.
+    ratio: p, share of the dense layer's parameters that the static arm keeps.
     min_ratio: least active rank as a share of the max rank, in (0, 1].
-    match: `activated` (the mean active rank is the static rank) or `total`
-      (the max rank is the static rank).
+    match: with `activated` the mean active rank is the static rank, with `total` the max rank is.
     num_buckets: levels of the quantised schedule.
-    multiple_of: active ranks are multiples of this, except a max rank that is
-      the static rank (`total`) or min(D_in, D_out).
+    multiple_of: active ranks are multiples of this, except for a max rank that is the static rank
+      (`total`) or min(D_in, D_out).
 
   Raises:
-    UserError: `multiple_of` is above a layer's static rank, or no rank up to
-      min(D_in, D_out) meets the mean to within the multiple.
+    UserError: `multiple_of` is above a layer's static rank, or no rank up to min(D_in, D_out)
+      meets the mean to within the multiple.
   """
-  num_train_timesteps = len(height)
   segments, levels = quantise(height, num_buckets)
-  lengths = np.diff([*(start for start, _ in segments), num_train_timesteps])
+  lengths = np.diff([*(start for start, _ in segments), len(height)])
   counts = np.bincount([b for _, b in segments], lengths).astype(np.int64)
 
   @functools.cache  # blocks repeat the same few shapes
-  def ranks_of(dim_in: int, dim_out: int) -> LayerRanks:
+  def layer_ranks(dim_in: int, dim_out: int) -> LayerRanks:
     target = static_rank(ratio, dim_in, dim_out)
     if multiple_of > target:
       raise UserError(
@@ -285,14 +270,13 @@ def make_plan(
     largest = min(dim_in, dim_out)
     active = match_activated(target, largest, levels, counts, min_ratio, multiple_of)
     total = int(np.dot(active, counts))
-    if abs(total - target * num_train_timesteps) > multiple_of * num_train_timesteps:
-      mean = total / num_train_timesteps
+    if abs(total - target * len(height)) > multiple_of * len(height):
       raise UserError(
         f"rank.match=activated cannot be met by a {dim_in} x {dim_out} layer: with the largest "
-        f"possible rank {largest} its mean active rank is {mean:.1f}, not the static {target}: "
-        "lower rank.ratio or raise rank.min_ratio"
+        f"possible rank {largest} its mean active rank is {total / len(height):.1f}, not the "
+        f"static {target}: lower rank.ratio or raise rank.min_ratio"
       )
     return LayerRanks(target, active)
 
-  layers = tuple((name, ranks_of(*dims)) for name, dims in layer_shapes.items())
-  return RankPlan(num_train_timesteps, segments, layers)
+  layers = tuple((name, layer_ranks(*dims)) for name, dims in layer_shapes.items())
+  return RankPlan(len(height), segments, layers)

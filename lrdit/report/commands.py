@@ -5,9 +5,9 @@ import pathlib
 import shlex
 from typing import Any
 
-from lrdit import builders
+from lrdit.config.resolve import resolve
 from lrdit.runtime.errors import UserError
-from lrdit.runtime.workdir import flatten
+from lrdit.runtime.store import flatten
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 # Filled in from the variant where a config has 0.
@@ -25,7 +25,7 @@ def _overrides(name: str, stored: dict[str, Any]) -> tuple[str, dict[str, Any]] 
       f"method={method},variant={variant}"
     )
     ours = flatten(config.to_dict())
-    filled = flatten(builders.resolve(config).to_dict())
+    filled = flatten(resolve(config).to_dict())
   except (ImportError, AttributeError, UserError):
     return None
   if ours.keys() != stored.keys():

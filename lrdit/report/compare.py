@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lrdit.runtime.workdir import flatten
+from lrdit.runtime.store import flatten
 
 BASELINES = ("full", "static")
 ROUNDING = 1e-9  # relative: means that are no further apart are equal but for rounding

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lrdit.analysis import plots
 from lrdit.data import images
-from lrdit.report import compare
+from lrdit.report import compare, plots
 
 DASH = "—"
 VOID = ("meta", "img")

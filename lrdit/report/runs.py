@@ -12,11 +12,14 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
-from lrdit import builders
+from lrdit.config import run_config
+from lrdit.config.resolve import resolve
+from lrdit.config.schema import Role, fields_of, upgrade
+from lrdit.experiment import Experiment
 from lrdit.model import dit, flops
 from lrdit.rank import plan as rank_schedule
-from lrdit.runtime import workdir
 from lrdit.runtime.errors import UserError
+from lrdit.runtime.store import flatten
 from lrdit.sampling import sample_set
 
 # Whatever a damaged or older file of a workdir can raise when it is read.
@@ -80,7 +83,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
       f"{path} is not the workdir of a run ({notes[0]}): name directories that --mode=train wrote "
       "in --workdirs"
     )
-  return config
+  return upgrade(config)
 
 
 def read_metrics(path: pathlib.Path, notes: list[str]) -> list[dict[str, float | None]]:
@@ -183,8 +186,8 @@ def _is_group(group: Any) -> bool:
 def describe_model(config: dict[str, Any], notes: list[str]) -> dict[str, Any] | None:
   """Sizes, MACs and ranks of a stored config's model; None and a note if it does not fit."""
   try:
-    resolved = builders.resolve(ConfigDict(_tuples(config)))
-    shape, plan = builders.make_shape(resolved), builders.make_plan(resolved)
+    resolved = resolve(ConfigDict(_tuples(config)))
+    shape, plan = Experiment(resolved).shape, Experiment(resolved).plan
   except (UserError, *DAMAGED) as error:
     notes.append(f"config.json does not fit this version of lrdit ({error})")
     return None
@@ -209,11 +212,11 @@ def sampling_macs(config: dict[str, Any], settings: dict[str, Any]) -> int | Non
   try:
     for field in ("solver", "num_steps", "eta", "guidance_scale"):
       drawn.sampling[field] = settings[field]
-    resolved = builders.resolve(drawn)
+    resolved = resolve(drawn)
     return flops.sampling_macs(
-      builders.make_shape(resolved),
-      builders.make_plan(resolved),
-      builders.make_solver_table(resolved).t,
+      Experiment(resolved).shape,
+      Experiment(resolved).plan,
+      Experiment(resolved).solver_table.t,
       batch_size=1,
       guidance_scale=resolved.sampling.guidance_scale,
     )
@@ -272,7 +275,7 @@ def read_run(name: str) -> dict[str, Any]:
   data = _read_object(path / "data.json", [])
   training = config.get("training")
   training = training if isinstance(training, dict) else {}
-  changes = workdir.read_changes(path)
+  changes = run_config.read_changes(path)
   for change in changes:
     notes.append(
       f"from step {change['step']} on {change['field']} is {change['after']!r}, and was "
@@ -305,15 +308,10 @@ def run_key(run: dict[str, Any]) -> dict[str, Any]:
   Fields that a mode may change in a workdir (paths, sampling, how often is
   logged) do not, but the number of training steps, the dtype and changes on the way do.
   """
-  allowed = workdir.FREE_FIELDS + workdir.PROCESS_FIELDS + workdir.FREE_IN_TRAINING
-  free = ["seed", *(field for field in allowed if field not in DEFINING)]
-  kept = {
-    field: value
-    for field, value in workdir.flatten(run["config"]).items()
-    if not workdir.is_one_of(field, free)
-  }
+  free = fields_of(Role.PROCESS, Role.WATCH, Role.FREE) - set(DEFINING) | {"seed"}
+  kept = {field: value for field, value in flatten(run["config"]).items() if field not in free}
   for change in run["changes"]:
-    if not workdir.is_one_of(change["field"], free):
+    if change["field"] not in free:
       name = f"changes.jsonl: {change['field']} at step {change['step']}"
       kept[name] = f"{change['before']} to {change['after']}"
   return kept | {f"data.json: {split}": value for split, value in (run["data"] or {}).items()}
@@ -333,7 +331,7 @@ def read_samples(
   """(first images, their labels or None) of an export; None and a note if damaged."""
   directory = pathlib.Path(run["workdir"]).expanduser() / "samples" / name
   try:
-    _, batches = sample_set.iterate_export(directory, count)
+    _, batches = sample_set.read_sample_set(directory, count)
     return next(batches)
   except (UserError, OSError, StopIteration) as error:
     run["notes"].append(f"the export {name!r} cannot be shown: {error or 'it is empty'}")

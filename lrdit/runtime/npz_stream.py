@@ -1,37 +1,15 @@
-"""Arrays of an .npz, written and read a batch at a time: none is ever held whole.
-
-What is read is an export's samples.npz: arr_0 (N, H, W, 3) uint8, and where there are classes
-arr_1 (N,) int64.
-
-Axes: N images, B images of a batch, H W image.
-"""
+"""Arrays of an .npz that are written and read a batch at a time, so that none is held whole."""
 
 import contextlib
-import errno
 import math
 import pathlib
-import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
 
-# What reading a damaged archive raises.
-_DAMAGE = (
-  ValueError,
-  KeyError,
-  TypeError,
-  EOFError,
-  RuntimeError,
-  struct.error,
-  zipfile.BadZipFile,
-)
-
-
-class DamagedArchive(Exception):
-  """An .npz that does not hold what it should."""
+from lrdit.runtime.store import damage_of, npy_header
 
 
 def write_member(
@@ -39,80 +17,69 @@ def write_member(
   name: str,
   dtype: Any,
   shape: tuple[int, ...],
-  chunks: Iterator[np.ndarray],
+  chunks: Iterable[np.ndarray],
 ) -> None:
-  """Writes an array as one .npy, without a time, so that equal arrays make equal archives.
+  """Write an array as one .npy, without a time, so that equal arrays make equal archives.
 
   Args:
     archive: open for writing.
-    name: of the .npy, with its ending.
+    name: of the array.
     dtype: of the array.
     shape: of the whole array.
-    chunks: its rows in order, contiguous, of that dtype; as many as the shape says.
+    chunks: its rows in order, contiguous and of that dtype; as many as the shape says.
   """
-  header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-  with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
-    np.lib.format.write_array_header_1_0(member, header)
+  with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+    member.write(npy_header(shape, dtype))
     for chunk in chunks:
       member.write(chunk)
 
 
-def _read_header(member: Any) -> tuple[tuple[int, ...], np.dtype]:
+def _read_shape(member: Any, dtype: np.dtype, num_axes: int, num_rows: int) -> tuple[int, ...]:
+  """Read the header of an .npy and return its shape, which must be as expected."""
   version = np.lib.format.read_magic(member)
   if version != (1, 0):
-    raise ValueError(f"of .npy version {version}")
-  shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(member)
-  if fortran_order:
-    raise ValueError("in Fortran order")
-  return shape, dtype
+    raise ValueError(f"it is of .npy version {version}")
+  shape, fortran_order, found = np.lib.format.read_array_header_1_0(member)
+  if fortran_order or found != dtype or len(shape) != num_axes or shape[0] != num_rows:
+    raise ValueError(f"it does not hold {num_rows} rows of {dtype}")
+  return shape
 
 
-def _read_array(member: Any, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-  num_bytes = dtype.itemsize * math.prod(shape)
-  data = member.read(num_bytes)
-  if len(data) < num_bytes:
-    raise EOFError("it ends early")
+def _read_rows(member: Any, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+  data = member.read(dtype.itemsize * math.prod(shape))
   return np.frombuffer(data, dtype).reshape(shape).copy()
 
 
-def _npz_batches(
-  path: pathlib.Path, num_samples: int, has_labels: bool, batch_size: int
-) -> Iterator[list[Any]]:
-  with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as stack:
-    names = ["arr_0.npy", "arr_1.npy"] if has_labels else ["arr_0.npy"]
-    if archive.namelist() != names:
+def read_npz(
+  path: pathlib.Path, kinds: Mapping[str, tuple[Any, int]], num_rows: int, batch_size: int, fix: str
+) -> Iterator[list[np.ndarray]]:
+  """Yield the rows of an .npz in order, a batch at a time: one array of each name.
+
+  Args:
+    path: of the .npz.
+    kinds: dtype and number of axes of every array by its name, in order.
+    num_rows: rows of each array.
+    batch_size: rows at a time.
+    fix: the end of the message about damage.
+
+  Raises:
+    StoreError: it is missing or holds anything else, or a checksum differs; the latter is known
+      with the last batch.
+  """
+  with damage_of(path, fix), zipfile.ZipFile(path) as archive, contextlib.ExitStack() as stack:
+    if archive.namelist() != [f"{name}.npy" for name in kinds]:
       raise ValueError(f"it holds {archive.namelist()}")
-    members = [stack.enter_context(archive.open(name)) for name in names]
-    headers = [_read_header(member) for member in members]
-    kinds = [(len(shape), dtype) for shape, dtype in headers]
-    expected = [(4, np.dtype(np.uint8)), (1, np.dtype(np.int64))][: len(names)]
-    if kinds != expected or any(shape[0] != num_samples for shape, _ in headers):
-      raise ValueError(f"it does not hold {num_samples} images")
-    for first in range(0, num_samples, batch_size):
-      count = min(batch_size, num_samples - first)
+    members = [stack.enter_context(archive.open(f"{name}.npy")) for name in kinds]
+    dtypes = [np.dtype(dtype) for dtype, _ in kinds.values()]
+    shapes = [
+      _read_shape(member, dtype, num_axes, num_rows)
+      for member, dtype, (_, num_axes) in zip(members, dtypes, kinds.values(), strict=True)
+    ]
+    for first in range(0, num_rows, batch_size):
+      count = min(batch_size, num_rows - first)
       yield [
-        _read_array(member, dtype, (count, *shape[1:]))
-        for member, (shape, dtype) in zip(members, headers, strict=True)
+        _read_rows(member, dtype, (count, *shape[1:]))
+        for member, dtype, shape in zip(members, dtypes, shapes, strict=True)
       ]
     if any(member.read(1) for member in members):
       raise ValueError("it goes on after its end")
-
-
-def read_npz(
-  path: pathlib.Path, num_samples: int, has_labels: bool, batch_size: int
-) -> Iterator[tuple[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, " B"] | None]]:
-  """The images and labels of a samples.npz in order, a batch at a time.
-
-  Raises:
-    DamagedArchive: it does not hold `num_samples` images, with labels or without, or a
-      checksum differs; the latter is known with the last batch.
-  """
-  try:
-    for samples, *labels in _npz_batches(path, num_samples, has_labels, batch_size):
-      yield samples, labels[0] if labels else None
-  except _DAMAGE as error:
-    raise DamagedArchive(f"{path.name} is damaged ({error})") from error
-  except OSError as error:
-    if error.errno not in (errno.ENOENT, errno.EINVAL):  # missing; an absurd offset
-      raise
-    raise DamagedArchive(f"{path.name} is damaged ({error.strerror})") from error

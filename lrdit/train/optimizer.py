@@ -1,4 +1,4 @@
-"""The optimiser and the moving average of the parameters."""
+"""The optimizer, its learning rate and the moving average of the parameters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-# float32 learning rate of (step, step the warm-up began at).
+# float32 learning rate of (step, step at which the warm-up began).
 Schedule = Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike], Float[Array, ""]]
 
 OPTIMIZERS = ("adamw", "lion")
@@ -18,7 +18,7 @@ DECAYS = ("cosine", "constant")
 def learning_rate_schedule(
   learning_rate: float, warmup_steps: int, num_steps: int, decay: str
 ) -> Schedule:
-  """Linear warm-up to `learning_rate`, then cosine decay to 0 or a constant.
+  """Return a linear warm-up to `learning_rate`, then cosine decay to 0 or a constant.
 
   Args:
     learning_rate: peak, per step.
@@ -28,7 +28,7 @@ def learning_rate_schedule(
 
   Returns:
     float32 rate of (step, start): `step` updates were applied before, and the
-    warm-up counts from step `start`; the decay does not begin again with it.
+    warm-up counts from step `start`, with which the decay does not begin again.
   """
   if decay == "cosine":
     share = optax.cosine_decay_schedule(1.0, max(1, num_steps - warmup_steps))
@@ -44,9 +44,15 @@ def learning_rate_schedule(
 
 
 def make_optimizer(
-  name: str, weight_decay: float, grad_clip_norm: float
+  name: str,
+  weight_decay: float,
+  grad_clip_norm: float | None,
+  *,
+  beta1: float | None = None,
+  beta2: float | None = None,
+  epsilon: float | None = None,
 ) -> optax.GradientTransformation:
-  """Clips the global gradient norm, then applies the named optimiser.
+  """Return the named optimizer behind a clip of the global gradient norm.
 
   Its updates are for a learning rate of 1: the training step scales them, since
   a rate that counts from the start of a stage is no function of optax's counter.
@@ -54,23 +60,28 @@ def make_optimizer(
   Args:
     name: one of `OPTIMIZERS`.
     weight_decay: decoupled decay of matrices; vectors (biases) do not decay.
-    grad_clip_norm: largest global norm; 0 turns clipping off.
+    grad_clip_norm: largest global norm; 0 or None turns clipping off.
+    beta1, beta2: decay rates of the moments; None takes the optimizer's own, (0.9, 0.999)
+      for adamw and (0.9, 0.99) for lion.
+    epsilon: term in adamw's denominator; None takes 1e-8. lion has none.
   """
   make = {"adamw": optax.adamw, "lion": optax.lion}[name]
+  constants = {"b1": beta1, "b2": beta2} | ({"eps": epsilon} if name == "adamw" else {})
   update = make(
     learning_rate=1.0,
     weight_decay=weight_decay,
     mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+    **{key: value for key, value in constants.items() if value is not None},
   )
   clip = optax.clip_by_global_norm(grad_clip_norm) if grad_clip_norm else optax.identity()
   return optax.chain(clip, update)
 
 
 def update_ema(ema_params: Any, params: Any, step: jax.Array, ema_decay: float) -> Any:
-  """Moves the average towards `params`, with warm-up.
+  """Return the average moved towards `params`, with warm-up.
 
-  The decay is min(ema_decay, (1 + step) / (10 + step)), so that an early
-  average is not dominated by the initial parameters.
+  The decay is min(ema_decay, (1 + step) / (10 + step)), so that the initial
+  parameters do not dominate an early average.
 
   Args:
     ema_params, params: equal trees.

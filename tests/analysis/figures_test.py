@@ -10,7 +10,7 @@ import pytest
 
 from lrdit.analysis import figures as analysis_plots
 from lrdit.analysis import spectra, weight_spectra
-from lrdit.analysis.unit_cache import Parts
+from lrdit.analysis.unit_cache import UnitCache
 from lrdit.model import dit
 from lrdit.rank.plan import LayerRanks, RankPlan, dense_plan
 from lrdit.runtime.progress import make_bar
@@ -57,7 +57,7 @@ def weights(tmp_path_factory):
       layer["kernel"] = rng.standard_normal((dim_in, dim_out))
       if name in plan.by_name:
         layer["down"], layer["up"] = layer["kernel"][:, :6], rng.standard_normal((6, dim_out))
-    parts = Parts(tmp_path_factory.mktemp("parts") / "weights", {})
+    parts = UnitCache(tmp_path_factory.mktemp("parts") / "weights", {})
     return weight_spectra.analyse_weights(params, plan, SHAPE, BOUNDARIES, parts, make_bar)
 
   low_rank = RankPlan(1000, ((0, 1), (500, 0)), tuple(RANKS.items()))

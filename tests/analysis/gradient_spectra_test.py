@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrdit import builders
 from lrdit.analysis import gradient_spectra, spectra
-from lrdit.analysis.unit_cache import Parts
+from lrdit.analysis.unit_cache import UnitCache
+from lrdit.experiment import Experiment
 from lrdit.model import dit, low_rank
 from lrdit.rank import plan as rank_schedule
 from lrdit.runtime.errors import UserError
-from lrdit.train import training_step
+from lrdit.train import loss as loss_module
 from tests.tiny import load_digits, tiny_config
 
 BOUNDARIES = (0, 300, 650, 1000)
@@ -35,7 +35,7 @@ def make_objective(arm="adaptive", **overrides):
     rank__dense_layers=("patch_embed", "final_layer/linear"),
     **overrides,
   )
-  return builders.make_objective(config, jax.devices()[:1]).without_augmentation()
+  return Experiment(config).objective(jax.devices()[:1]).without_augmentation()
 
 
 @functools.cache
@@ -72,14 +72,14 @@ def add_rows(gradients, batch, rows):
 
 def trainings_losses(params, objective, t, examples):
   """(N,) losses of training for the same noise and timesteps, every label kept."""
-  draws = training_step.Draws(
+  draws = loss_module.StepNoise(
     t=jnp.asarray(t, jnp.int32),
     eps=jnp.asarray(examples.eps),
     drop=jnp.zeros(len(t), bool),
     posterior_noise=jnp.zeros(examples.eps.shape),
   )
   x_0, y = jnp.asarray(examples.x_0), jnp.asarray(examples.y)
-  return training_step.example_losses(params, objective, x_0, y, draws)
+  return loss_module.example_losses(params, objective, x_0, y, draws)
 
 
 def gradients_by_perturbation(objective, t, examples):
@@ -317,7 +317,7 @@ def analyse(parts, objective, **changes):
 @pytest.fixture(scope="module")
 def analysis(tmp_path_factory):
   """A whole analysis, and the parts of it."""
-  parts = Parts(tmp_path_factory.mktemp("gradients") / "parts", {})
+  parts = UnitCache(tmp_path_factory.mktemp("gradients") / "parts", {})
   return analyse(parts, make_objective()), parts
 
 
@@ -387,7 +387,7 @@ def test_halves_are_compared_with_the_other_half(analysis):
 
 def test_the_microbatch_does_not_matter(analysis, tmp_path):
   result, _ = analysis
-  other = analyse(Parts(tmp_path / "parts", {}), make_objective(), microbatch=3)
+  other = analyse(UnitCache(tmp_path / "parts", {}), make_objective(), microbatch=3)
   for condition in gradient_spectra.CONDITIONS:
     for name, table in other["overlap"][condition]["kinds"].items():
       expected = result["overlap"][condition]["kinds"][name]
@@ -415,7 +415,7 @@ def test_layers_without_gradient_have_rank_and_overlap_of_nothing(tmp_path):
   objective = make_objective("full", data__num_classes=0)
   params = dit.init_params(objective.model, jax.random.key(0))
   result = gradient_spectra.analyse_gradients(
-    objective, params, load_digits("train"), **SETTINGS, parts=Parts(tmp_path / "parts", {})
+    objective, params, load_digits("train"), **SETTINGS, parts=UnitCache(tmp_path / "parts", {})
   )
   layer = result["conditions"]["data"]["layers"]["blocks_0/mlp/fc1"]
   assert layer["measures"][0][0]["entropy_rank"] == 0

@@ -4,14 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from lrdit import builders
 from lrdit.analysis import truncation
-from lrdit.analysis.unit_cache import Parts
+from lrdit.analysis.unit_cache import UnitCache
 from lrdit.evaluation.held_out import HeldOutLosses
+from lrdit.experiment import Experiment
 from lrdit.model import low_rank
 from lrdit.runtime.progress import make_bar
 from tests.tiny import tiny_config
-from tests.train.training_step_test import noisy_params
+from tests.trained import noisy_params
 
 NAME = "blocks_1/attn/qkv"
 
@@ -27,7 +27,7 @@ def layer(params, name=NAME):
 def test_a_dense_kernel_becomes_its_best_approximation(rank, name):
   config = tiny_config("method=full")
   params = jax.device_get(noisy_params(config))
-  cut = truncation.Truncator(params, builders.factorised_layers(config)).cut(rank)
+  cut = truncation.Truncator(params, Experiment(config).factorised_layers).cut(rank)
   got, kernel = layer(cut, name)["kernel"], np.asarray(layer(params, name)["kernel"], np.float64)
   sigma = np.linalg.svd(kernel, compute_uv=False)
   assert np.linalg.matrix_rank(got.astype(np.float64), tol=1e-4) == rank
@@ -40,7 +40,7 @@ def test_a_dense_kernel_becomes_its_best_approximation(rank, name):
 def test_a_low_rank_layer_keeps_its_first_components():
   """The model cut to a bucket's ranks is the sliced model of that bucket."""
   config = tiny_config("method=adaptive")
-  params, plan = jax.device_get(noisy_params(config)), builders.make_plan(config)
+  params, plan = jax.device_get(noisy_params(config)), Experiment(config).plan
   names = [NAME]
   rank = plan.by_name[NAME].active[0]
   got = layer(truncation.Truncator(params, names).cut(rank))
@@ -56,7 +56,7 @@ def test_a_low_rank_layer_keeps_its_first_components():
 def test_nothing_is_cut_at_the_largest_rank(method):
   config = tiny_config(f"method={method}")
   params = jax.device_get(noisy_params(config))
-  truncator = truncation.Truncator(params, builders.factorised_layers(config))
+  truncator = truncation.Truncator(params, Experiment(config).factorised_layers)
   placed = []
   cut = truncator.cut(truncator.largest_rank, lambda values: placed.append(values) or values)
   jax.tree.map(np.testing.assert_array_equal, cut, params)
@@ -66,7 +66,7 @@ def test_nothing_is_cut_at_the_largest_rank(method):
 def test_rises_are_over_the_whole_model_and_are_kept(tmp_path):
   config = tiny_config("method=full")
   params = jax.device_get(noisy_params(config))
-  truncator = truncation.Truncator(params, builders.factorised_layers(config))
+  truncator = truncation.Truncator(params, Experiment(config).factorised_layers)
   asked = []
 
   def losses_of(cut):
@@ -75,7 +75,7 @@ def test_rises_are_over_the_whole_model_and_are_kept(tmp_path):
     return HeldOutLosses(np.array([asked[-1], 0.0]), np.array([2, 0]))
 
   for _ in range(2):
-    parts = Parts(tmp_path / "parts", {"of": "these"})
+    parts = UnitCache(tmp_path / "parts", {"of": "these"})
     found = truncation.analyse_truncation(
       truncator, (4, 16), np.asarray, losses_of, parts, make_bar
     )

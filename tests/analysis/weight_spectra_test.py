@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lrdit.analysis import spectra, weight_spectra
-from lrdit.analysis.unit_cache import Parts
+from lrdit.analysis.unit_cache import UnitCache
 from lrdit.model import dit, low_rank
 from lrdit.rank.plan import LayerRanks, RankPlan, dense_plan
 
@@ -65,7 +65,7 @@ def analyse(tmp_path):
       bars.append(Bar(*counts))
       return bars[-1]
 
-    parts = Parts(tmp_path / "weights", key or {})
+    parts = UnitCache(tmp_path / "weights", key or {})
     found = weight_spectra.analyse_weights(params, plan, SHAPE, BOUNDARIES, parts, bar_factory)
     (bar,) = bars
     return found, bar

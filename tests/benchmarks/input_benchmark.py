@@ -62,12 +62,12 @@ def write_random_latents(directory: pathlib.Path, num_examples: int, copies: int
   writer = latents.LatentWriter(directory, description, counts)
   rng = np.random.default_rng(0)
   for split, count in counts.items():
-    files, done = writer.open_split(split), writer.done(split)
-    for start in range(done, count, CHUNK):
-      rows = min(CHUNK, count - start)
-      files[0].append(rng.standard_normal((rows, copies, *SHAPE), np.float32))
-      files[1].append(rng.integers(0, 1000, rows))
-    writer.keep(split, files, count)
+    with writer.open_split(split) as files:
+      for start in range(writer.num_done(split), count, CHUNK):
+        rows = min(CHUNK, count - start)
+        files[0].append(rng.standard_normal((rows, copies, *SHAPE), np.float32))
+        files[1].append(rng.integers(0, 1000, rows))
+      writer.keep(split, files)
   writer.finish()
 
 

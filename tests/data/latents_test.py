@@ -32,29 +32,25 @@ def labels(split):
   return np.arange(COUNTS[split], dtype=np.int32) % 3
 
 
+def write_rows(writer, split, start, end):
+  """Write a split's rows from `start` and keep them."""
+  assert writer.num_done(split) == start
+  with writer.open_split(split) as files:
+    append(files, split, start, end)
+    writer.keep(split, files)
+
+
 def append(files, split, start, end):
   files[0].append(moments(split)[start:end])
   files[1].append(labels(split)[start:end])
-
-
-def close(files):
-  for file in files:
-    file.close()
 
 
 def write(directory, sittings=((0, 7),), description=DESCRIPTION):
   """A finished directory, written with a new writer for each (start, end) of train."""
   for start, end in sittings:
     writer = latents.LatentWriter(directory, description, COUNTS)
-    assert writer.done("train") == start
-    files = writer.open_split("train")
-    append(files, "train", start, end)
-    writer.keep("train", files, end)
-    close(files)
-  files = writer.open_split("eval")
-  append(files, "eval", 0, 3)
-  writer.keep("eval", files, 3)
-  close(files)
+    write_rows(writer, "train", start, end)
+  write_rows(writer, "eval", 0, 3)
   writer.finish()
   return directory
 
@@ -129,16 +125,14 @@ def test_rows_that_were_not_kept_are_cut_off(directory, tmp_path):
   """A write that tore, or that no later row would cover."""
   torn = tmp_path / "torn"
   writer = latents.LatentWriter(torn, DESCRIPTION, COUNTS)
-  files = writer.open_split("train")
-  append(files, "train", 0, 2)
-  writer.keep("train", files, 2)
-  append(files, "train", 2, 6)
-  close(files)
+  write_rows(writer, "train", 0, 2)
+  with writer.open_split("train") as files:
+    append(files, "train", 2, 6)
   for name in ("train.npy", "train_labels.npy"):
     with (torn / name).open("ab") as file:
       file.write(b"torn" * 999)
-  writer = latents.LatentWriter(torn, DESCRIPTION, COUNTS)
-  close(writer.open_split("train"))
+  with latents.LatentWriter(torn, DESCRIPTION, COUNTS).open_split("train"):
+    pass
   header = (directory / "train.npy").read_bytes()[:128]
   kept = moments("train")[:2].tobytes()
   assert (torn / "train.npy").read_bytes() == header + kept
@@ -147,16 +141,12 @@ def test_rows_that_were_not_kept_are_cut_off(directory, tmp_path):
 
 
 def test_a_file_shorter_than_its_progress_is_refused(tmp_path):
-  writer = latents.LatentWriter(tmp_path, DESCRIPTION, COUNTS)
-  files = writer.open_split("train")
-  append(files, "train", 0, 2)
-  writer.keep("train", files, 2)
-  close(files)
+  write_rows(latents.LatentWriter(tmp_path, DESCRIPTION, COUNTS), "train", 0, 2)
   for size in ((tmp_path / "train.npy").stat().st_size - 1, 0):
     with (tmp_path / "train.npy").open("r+b") as file:
       file.truncate(size)
     with pytest.raises(UserError, match="has lost data"):
-      latents.LatentWriter(tmp_path, DESCRIPTION, COUNTS).open_split("train")
+      latents.LatentWriter(tmp_path, DESCRIPTION, COUNTS).open_split("train").__enter__()
 
 
 def test_a_kill_before_the_progress_is_removed_only_needs_to_finish(directory, tmp_path):
@@ -166,7 +156,7 @@ def test_a_kill_before_the_progress_is_removed_only_needs_to_finish(directory, t
     latents.open_latents(str(killed), "train")
   writer = latents.LatentWriter(killed, DESCRIPTION, COUNTS)
   assert not writer.is_complete
-  assert [writer.done(split) for split in COUNTS] == [7, 3]
+  assert [writer.num_done(split) for split in COUNTS] == [7, 3]
   writer.finish()
   assert contents(killed) == contents(directory)
 
@@ -174,7 +164,7 @@ def test_a_kill_before_the_progress_is_removed_only_needs_to_finish(directory, t
 def test_a_finished_directory_is_recognised(directory):
   writer = latents.LatentWriter(directory, DESCRIPTION, COUNTS)
   assert writer.is_complete
-  assert writer.done("train") == 7
+  assert writer.num_done("train") == 7
 
 
 def test_a_directory_with_anything_else_is_left_alone(tmp_path):
@@ -196,7 +186,7 @@ def test_a_file_of_another_length_is_refused(directory, name, size):
   path = directory / name
   whole = path.read_bytes()
   path.write_bytes(whole + b"\0" if size == 1 else whole[: size if size >= 0 else len(whole) - 1])
-  match = f"{name} has changed" if size == 1 else "are damaged"
+  match = f"{name} has changed" if size == 1 else "is damaged"
   with pytest.raises(UserError, match=match):
     latents.verify(directory)
 
@@ -232,6 +222,6 @@ def test_a_directory_of_something_else_is_refused(tmp_path, field, value, finish
   else:
     latents.LatentWriter(tmp_path, DESCRIPTION, COUNTS)
   before = contents(tmp_path)
-  with pytest.raises(UserError, match=f"holds other latents: {field} is"):
+  with pytest.raises(UserError, match=f"holds other latents: {field}.*there"):
     latents.LatentWriter(tmp_path, DESCRIPTION | {field: value}, COUNTS)
   assert contents(tmp_path) == before

@@ -269,6 +269,8 @@ def test_min_snr_weights():
   # |v error|^2 = (SNR + 1) |x_0 error|^2.
   np.testing.assert_allclose(eps * snr, v * (snr + 1))
   assert (process.loss_weights("uniform", "v", COSINE) == 1).all()
+  other = process.loss_weights("min_snr", "epsilon", COSINE, min_snr_gamma=2.0)
+  np.testing.assert_allclose(other, np.minimum(snr, 2) / snr)
 
 
 def test_variational_bound_is_zero_for_the_true_posterior():

@@ -153,10 +153,10 @@ def test_damaged_files_are_refused(kept, tmp_path):
   arguments = made_source(), made_source("eval", seed=5), SETTINGS
   weights, record = tmp_path / "classifier.npz", tmp_path / "classifier.json"
   record.write_text((kept[1] / "classifier.json").read_text())
-  with pytest.raises(UserError, match=r"classifier.npz is missing or damaged: delete"):
+  with pytest.raises(UserError, match=r"classifier.npz is (missing|damaged .*): delete"):
     classifier.open_classifier(tmp_path, *arguments)
   weights.write_bytes((kept[1] / "classifier.npz").read_bytes()[:-100])
-  with pytest.raises(UserError, match=r"classifier.npz is missing or damaged: delete"):
+  with pytest.raises(UserError, match=r"classifier.npz is (missing|damaged .*): delete"):
     classifier.open_classifier(tmp_path, *arguments)
   params = classifier.flatten(kept[0].params)
   params["Dense_0/bias"] = params["Dense_0/bias"] + 1
@@ -164,7 +164,7 @@ def test_damaged_files_are_refused(kept, tmp_path):
   with pytest.raises(UserError, match=r"other weights than .* says: delete"):
     classifier.open_classifier(tmp_path, *arguments)
   record.write_text("{")
-  with pytest.raises(UserError, match=r"classifier.json is damaged: delete"):
+  with pytest.raises(UserError, match=r"classifier.json is damaged .*: delete"):
     classifier.open_classifier(tmp_path, *arguments)
 
 

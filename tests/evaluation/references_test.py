@@ -178,14 +178,14 @@ def test_a_reference_of_another_extractor_is_refused(tmp_path):
 
 def test_damaged_and_missing_references_are_told(pixel, tmp_path):
   path, source = tmp_path / "reference.npz", made_source()
-  with pytest.raises(UserError, match="no reference statistics at"):
+  with pytest.raises(UserError, match="is missing: delete it"):
     references.load_reference(path, {})
   references.open_reference(path, source, pixel, 25)
   path.write_bytes(path.read_bytes()[:-50])
-  with pytest.raises(UserError, match="is damaged: delete it"):
+  with pytest.raises(UserError, match=r"is damaged \(.*: delete it"):
     references.open_reference(path, source, pixel, 25)
   np.savez(path, mean=np.zeros(3))
-  with pytest.raises(UserError, match="is damaged: delete it"):
+  with pytest.raises(UserError, match=r"is damaged \(.*: delete it"):
     references.open_reference(path, source, pixel, 25)
 
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrdit import builders
+from lrdit.experiment import Experiment
 from lrdit.model import dit, low_rank
 from lrdit.rank import plan as rank_schedule
-from lrdit.rank import timesteps
+from lrdit.rank.strata import rank_groups, stratified_timesteps, uniform_strata
 from lrdit.runtime.errors import UserError
 from tests.tiny import GOLDEN, tiny_config
-from tests.train.training_step_test import noisy_params
+from tests.trained import noisy_params
 
 ARMS = ["full", "static", "adaptive"]
 
@@ -30,7 +30,7 @@ def inputs(shape, batch=6, seed=0):
 @pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.parametrize("num_classes", [10, 0])
 def test_initial_output_is_exactly_zero(arm, num_classes):
-  model = builders.make_model(tiny_config(f"method={arm}", data__num_classes=num_classes))
+  model = Experiment(tiny_config(f"method={arm}", data__num_classes=num_classes)).model()
   params = dit.init_params(model, jax.random.key(0))
   x, t, y = inputs(model.shape)
   output = model.apply({"params": params}, x, t, y, low_rank.uniform_selection(6))
@@ -42,8 +42,8 @@ def test_initial_output_is_exactly_zero(arm, num_classes):
 @pytest.mark.parametrize("arm", ARMS)
 def test_layer_shapes_name_the_real_parameters(arm):
   config = tiny_config(f"method={arm}")
-  model = builders.make_model(config)
-  params = flax.traverse_util.flatten_dict(builders.params_template(config), sep="/")
+  model = Experiment(config).model()
+  params = flax.traverse_util.flatten_dict(Experiment(config).params_template, sep="/")
   for name, (d_in, d_out) in dit.layer_shapes(model.shape).items():
     ranks = model.plan.by_name.get(name)
     if ranks is None:
@@ -225,18 +225,18 @@ def test_the_fused_kernel_is_given_what_plain_attention_computes(monkeypatch):
   ],
 )
 def test_scanned_and_recomputed_blocks_compute_the_same(arm, fields):
-  plain = builders.make_model(tiny_config(f"method={arm}", model__depth=3))
+  plain = Experiment(tiny_config(f"method={arm}", model__depth=3)).model()
   config = tiny_config(f"method={arm}", model__depth=3, **fields)
-  model, params = builders.make_model(config), noisy_params(config)
+  model, params = Experiment(config).model(), noisy_params(config)
   assert jax.tree.structure(params) == jax.tree.structure(dit.init_params(plain, jax.random.key(0)))
   x, t, y = inputs(model.shape, batch=16)
   bucket = None
   groups = ((16, model.plan.num_buckets - 1),)
   if arm == "adaptive":
-    strata = timesteps.uniform_strata(16, 1000)
-    t = timesteps.stratified_timesteps(jnp.full(16, 0.7), jnp.arange(16), strata)
+    strata = uniform_strata(16, 1000)
+    t = stratified_timesteps(jnp.full(16, 0.7), jnp.arange(16), strata)
     bucket = jnp.asarray(model.plan.bucket_of_timestep)[t]
-    groups = timesteps.rank_groups(model.plan, "grouped", strata, 1)
+    groups = rank_groups(model.plan, "grouped", strata, 1)
 
   def loss(model):
     def mean_square(params):
@@ -252,7 +252,7 @@ def test_scanned_and_recomputed_blocks_compute_the_same(arm, fields):
 
 def test_equal_blocks_are_compiled_once():
   def count_products(depth, **fields):
-    model = builders.make_model(tiny_config(model__depth=depth, **fields))
+    model = Experiment(tiny_config(model__depth=depth, **fields)).model()
     x, t, y = inputs(model.shape)
     params = jax.eval_shape(lambda: dit.init_params(model, jax.random.key(0)))
     selection = low_rank.uniform_selection(6)
@@ -281,19 +281,19 @@ def test_attention_survives_large_scores():
 )
 def test_sliced_masked_and_grouped_models_agree(schedule, match):
   config = tiny_config(rank__schedule=schedule, rank__match=match)
-  model = builders.make_model(config)
+  model = Experiment(config).model()
   params, plan = noisy_params(config), model.plan
   x, t, y = inputs(model.shape, batch=16)
-  strata = timesteps.uniform_strata(16, 1000)
-  t = timesteps.stratified_timesteps(jnp.full(16, 0.7), jnp.arange(16), strata)
+  strata = uniform_strata(16, 1000)
+  t = stratified_timesteps(jnp.full(16, 0.7), jnp.arange(16), strata)
   bucket = jnp.asarray(plan.bucket_of_timestep)[t]
   assert len(np.unique(bucket)) == plan.num_buckets > 1
 
   def apply(groups):
     return model.apply({"params": params}, x, t, y, low_rank.RankSelection(groups, bucket))
 
-  masked = apply(timesteps.rank_groups(plan, "masked", strata, 1))
-  grouped = apply(timesteps.rank_groups(plan, "grouped", strata, 1))
+  masked = apply(rank_groups(plan, "masked", strata, 1))
+  grouped = apply(rank_groups(plan, "grouped", strata, 1))
   np.testing.assert_allclose(grouped, masked, rtol=1e-4, atol=1e-5)
   for b in range(plan.num_buckets):
     mine = np.flatnonzero(np.asarray(bucket) == b)
@@ -311,7 +311,7 @@ def test_sliced_masked_and_grouped_models_agree(schedule, match):
 def test_rank_changes_the_output():
   """The comparison above would be empty if all ranks gave the same."""
   config = tiny_config()
-  model, params = builders.make_model(config), noisy_params(config)
+  model, params = Experiment(config).model(), noisy_params(config)
   x, t, y = inputs(model.shape)
   low, high = (
     model.apply({"params": params}, x, t, y, low_rank.uniform_selection(6, b)) for b in (0, 2)
@@ -320,15 +320,15 @@ def test_rank_changes_the_output():
 
 
 def test_learn_sigma_doubles_the_channels():
-  model = builders.make_model(tiny_config(model__learn_sigma=True))
+  model = Experiment(tiny_config(model__learn_sigma=True)).model()
   x, t, y = inputs(model.shape)
   params = dit.init_params(model, jax.random.key(0))
   assert model.apply({"params": params}, x, t, y, low_rank.uniform_selection(6)).shape[-1] == 2
 
 
 def test_bfloat16_is_close_to_float32_and_keeps_float32_parameters():
-  full = builders.make_model(tiny_config())
-  half = builders.make_model(tiny_config(model__dtype="bfloat16"))
+  full = Experiment(tiny_config()).model()
+  half = Experiment(tiny_config(model__dtype="bfloat16")).model()
   params = dit.init_params(half, jax.random.key(0))
   assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
   x, t, y = inputs(full.shape)

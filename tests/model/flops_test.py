@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from jax.interpreters import partial_eval
 
-from lrdit import builders
+from lrdit.experiment import Experiment
 from lrdit.model import dit, flops, low_rank
 from lrdit.rank import plan as rank_schedule
-from lrdit.train import train_state
-from lrdit.train import training_step as step_module
+from lrdit.train import loss as loss_module
+from lrdit.train import state as train_state
 from tests.tiny import tiny_config
 
 DENSE = rank_schedule.dense_plan(1000)
@@ -73,7 +73,7 @@ def structs(tree):
 
 def forward(config, bucket, batch=4):
   """The forward pass at one bucket, and its arguments."""
-  model = builders.make_model(config)
+  model = Experiment(config).model()
   s = model.shape
   x = jax.ShapeDtypeStruct((batch, s.image_size, s.image_size, s.channels), jnp.float32)
   t = jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -81,18 +81,18 @@ def forward(config, bucket, batch=4):
   def function(params, x, t, y):
     return model.apply({"params": params}, x, t, y, low_rank.uniform_selection(batch, bucket))
 
-  return function, (builders.params_template(config), x, t, t)
+  return function, (Experiment(config).params_template, x, t, t)
 
 
 def training(config, devices):
   """The pmapped training step, its arguments, and its groups."""
-  objective = builders.make_objective(config, devices)
-  optimizer, _ = builders.make_optimizer(config)
-  curriculum = builders.make_curriculum(config)
+  objective = Experiment(config).objective(devices)
+  optimizer = Experiment(config).optimizer
+  curriculum = Experiment(config).curriculum
   n, local = len(devices), config.training.batch_size // len(devices)
   state = jax.eval_shape(
     lambda: train_state.create_train_state(
-      builders.init_params(config), optimizer, curriculum.num_groups
+      Experiment(config).init_params(), optimizer, curriculum.num_groups
     )
   )
   state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), state)
@@ -103,8 +103,8 @@ def training(config, devices):
     "label": jax.ShapeDtypeStruct((n, local), jnp.int32),
   }
   key = structs(jax.random.key(0))
-  groups = step_module.select_ranks(objective, jnp.zeros(local, jnp.int32)).groups
-  return builders.make_train_step(config, devices, stage=0), (state, batch, key), groups
+  groups = loss_module.select_ranks(objective, jnp.zeros(local, jnp.int32)).groups
+  return Experiment(config).train_step(devices, stage=0), (state, batch, key), groups
 
 
 # Giga-MACs at 32x32x4, from Peebles and Xie 2023, tables 1 and 4.
@@ -122,14 +122,14 @@ def test_published_sizes_take_the_published_macs(variant):
 @pytest.mark.parametrize("num_classes", [10, 0])
 def test_parameters_are_those_of_the_model(arm, num_classes):
   config = arm_config(arm, data__num_classes=num_classes)
-  counted = flops.num_parameters(builders.make_shape(config), builders.make_plan(config))
-  assert counted == sum(p.size for p in jax.tree.leaves(builders.params_template(config)))
+  counted = flops.num_parameters(Experiment(config).shape, Experiment(config).plan)
+  assert counted == sum(p.size for p in jax.tree.leaves(Experiment(config).params_template))
 
 
 def test_a_bucket_has_the_parameters_of_its_slice():
   config = tiny_config()
-  shape, plan = builders.make_shape(config), builders.make_plan(config)
-  params = jax.tree.map(lambda p: np.zeros(p.shape), builders.params_template(config))
+  shape, plan = Experiment(config).shape, Experiment(config).plan
+  params = jax.tree.map(lambda p: np.zeros(p.shape), Experiment(config).params_template)
   for bucket in range(plan.num_buckets):
     sliced = low_rank.slice_params(params, plan, bucket)
     counted = flops.num_parameters(shape, plan.at_bucket(bucket))
@@ -140,7 +140,7 @@ def test_a_bucket_has_the_parameters_of_its_slice():
 @pytest.mark.parametrize("learn_sigma", [False, True])
 def test_forward_counts_every_traced_product(method, learn_sigma):
   config = tiny_config(f"method={method}", model__learn_sigma=learn_sigma)
-  shape, plan = builders.make_shape(config), builders.make_plan(config)
+  shape, plan = Experiment(config).shape, Experiment(config).plan
   assert plan.num_buckets == (3 if method == "adaptive" else 1)
   for bucket in range(plan.num_buckets):
     function, args = forward(config, bucket)
@@ -156,14 +156,14 @@ def test_training_counts_every_traced_product(arm, num_devices):
   config = arm_config(arm, training__batch_size=32, **ranks)
   step, args, groups = training(config, jax.devices()[:num_devices])
   assert len(groups) == (3 if arm == "adaptive" else 1)
-  counted = flops.training_macs(builders.make_shape(config), builders.make_plan(config), groups)
+  counted = flops.training_macs(Experiment(config).shape, Experiment(config).plan, groups)
   assert traced_macs(jax.make_jaxpr(step)(*args).jaxpr) == counted
 
 
 @pytest.mark.parametrize("method", ["full", "static", "adaptive"])
 def test_forward_is_xla_s_count_to_two_percent(method):
   config = tiny_config(f"method={method}", **WIDE)
-  shape, plan = builders.make_shape(config), builders.make_plan(config)
+  shape, plan = Experiment(config).shape, Experiment(config).plan
   for bucket in range(plan.num_buckets):
     function, args = forward(config, bucket)
     counted = flops.FLOPS_PER_MAC * 4 * flops.forward_macs(shape, plan, bucket)
@@ -175,7 +175,7 @@ def test_training_is_xla_s_count_to_two_percent(arm):
   """A batch that outweighs the optimiser, whose work does not grow with it."""
   config = arm_config(arm, training__batch_size=32, **WIDE)
   step, args, groups = training(config, jax.devices()[:1])
-  macs = flops.training_macs(builders.make_shape(config), builders.make_plan(config), groups)
+  macs = flops.training_macs(Experiment(config).shape, Experiment(config).plan, groups)
   assert flops.FLOPS_PER_MAC * macs == pytest.approx(xla_flops(step, args), rel=0.02)
 
 
@@ -188,8 +188,8 @@ def xla_flops(function, args):
 def test_a_solver_step_of_each_bucket_is_xla_s_count(guidance):
   """XLA counts the body of the loop over solver steps once."""
   config = tiny_config(sampling__guidance_scale=guidance, **WIDE)
-  sampler, batch = builders.make_sampler(config, jax.devices()[:1]), 4
-  template = builders.params_template(config)
+  sampler, batch = Experiment(config).sampler(jax.devices()[:1]), 4
+  template = Experiment(config).params_template
   plan, shape = sampler.model.plan, sampler.model.shape
   x = jax.ShapeDtypeStruct((batch, 32, 32, 1), jnp.float32)
   y, index = (jax.ShapeDtypeStruct((batch,), d) for d in (jnp.int32, jnp.uint32))
@@ -204,7 +204,7 @@ def test_a_solver_step_of_each_bucket_is_xla_s_count(guidance):
 
 def test_a_sampling_run_adds_up_its_steps():
   config = tiny_config(sampling__num_steps=20)
-  sampler = builders.make_sampler(config, jax.devices()[:1])
+  sampler = Experiment(config).sampler(jax.devices()[:1])
   shape, plan = sampler.model.shape, sampler.model.plan
   per_step = [flops.forward_macs(shape, plan, b) for b in range(3)]
   expected = sum(per_step[bucket] * (end - first) for bucket, first, end in sampler.segments)
@@ -214,7 +214,7 @@ def test_a_sampling_run_adds_up_its_steps():
 def test_matched_arms_take_equal_mean_macs():
   """Activated match: the mean over timesteps is the static arm's, to within the multiple."""
   static, adaptive = (
-    flops.mean_forward_macs(builders.make_shape(c), builders.make_plan(c))
+    flops.mean_forward_macs(Experiment(c).shape, Experiment(c).plan)
     for c in (tiny_config(f"method={m}", **WIDE) for m in ("static", "adaptive"))
   )
   assert adaptive == pytest.approx(static, rel=0.03)

@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,7 +102,7 @@ def test_factors_are_the_best_approximation_of_every_prefix():
 
 
 def layer(kernel_init):
-  module = low_rank.LowRankDense(D_OUT, RANKS, kernel_init=kernel_init)
+  module = low_rank.LowRankDense(D_OUT, ACTIVE, kernel_init=kernel_init)
   x = factors()[2]
   return module, module.init(jax.random.key(0), x, low_rank.uniform_selection(B)), x
 
@@ -137,9 +138,9 @@ def test_a_layer_starts_at_its_kernel_and_every_component_can_learn(kernel_init)
   assert (size > 1e-2 * size.max()).all()
 
 
-def test_a_zero_kernel_is_told_under_jit_too():
+def test_a_zero_kernel_is_recognised_under_jit():
   x = factors()[2]
-  module = low_rank.LowRankDense(D_OUT, RANKS, kernel_init=initializers.constant(0.0))
+  module = low_rank.LowRankDense(D_OUT, ACTIVE, kernel_init=initializers.constant(0.0))
   variables = jax.jit(lambda key: module.init(key, x, low_rank.uniform_selection(B)))(
     jax.random.key(0)
   )
@@ -155,7 +156,7 @@ def test_slicing_keeps_the_prefix_and_shares_the_rest():
     sliced = low_rank.slice_params(params, plan, bucket)
     assert sliced["a"]["down"].shape == (D_IN, ACTIVE[bucket])
     assert sliced["b"]["kernel"] is params["b"]["kernel"]
-    small = low_rank.LowRankDense(D_OUT, plan.at_bucket(bucket).by_name["a"])
+    small = low_rank.LowRankDense(D_OUT, plan.at_bucket(bucket).by_name["a"].active)
     np.testing.assert_allclose(
       small.apply({"params": sliced["a"]}, x, low_rank.uniform_selection(B)),
       module.apply(variables, x, low_rank.uniform_selection(B, bucket)),
@@ -165,8 +166,49 @@ def test_slicing_keeps_the_prefix_and_shares_the_rest():
 
 
 def test_bfloat16_compute_keeps_float32_parameters():
-  module = low_rank.LowRankDense(D_OUT, RANKS, dtype=jnp.bfloat16)
+  module = low_rank.LowRankDense(D_OUT, ACTIVE, dtype=jnp.bfloat16)
   x = factors()[2]
   variables = module.init(jax.random.key(0), x, low_rank.uniform_selection(B))
   assert {p.dtype for p in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
   assert module.apply(variables, x, low_rank.uniform_selection(B)).dtype == jnp.bfloat16
+
+
+class LowRankMlp(nn.Module):
+  """A user's own model: no DiT, no plan."""
+
+  rank: int | tuple[int, ...]
+
+  @nn.compact
+  def __call__(self, x, selection=None):
+    x = nn.relu(low_rank.LowRankDense(16, rank=self.rank)(x, selection))
+    return low_rank.LowRankDense(4, rank=3)(x)
+
+
+def test_the_layer_works_in_any_flax_model():
+  x = factors()[2]
+  for batch in (x[:, 0], x):
+    model = LowRankMlp(ACTIVE)
+    variables = model.init(jax.random.key(0), batch)
+    everything = model.apply(variables, batch)
+    assert everything.shape == (*batch.shape[:-1], 4)
+    # Without a selection all ranks are active, as in a model with the one rank.
+    top = model.apply(variables, batch, low_rank.uniform_selection(B, 2))
+    one = LowRankMlp(ACTIVE[-1]).apply(variables, batch)
+    for same in (top, one):
+      np.testing.assert_array_equal(everything, same)
+    least = model.apply(variables, batch, low_rank.uniform_selection(B, 0))
+    assert np.abs(least - everything).max() > 1e-3
+    # Each example at a rank of its own, and trained by the usual gradients.
+    selection = low_rank.RankSelection(((B, 2),), jnp.asarray(BUCKETS))
+    mixed = model.apply(variables, batch, selection)
+    np.testing.assert_allclose(mixed[:2], everything[:2], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(mixed[4:], least[4:], rtol=1e-5, atol=1e-6)
+  loss = jax.jit(lambda v: jnp.square(model.apply(v, x) - 1).mean())
+  grads = jax.grad(loss)(variables)
+  stepped = jax.tree.map(lambda p, g: p - 0.1 * g, variables, grads)
+  assert loss(stepped) < loss(variables)
+
+
+def test_a_rank_above_the_dimensions_is_refused():
+  with pytest.raises(ValueError, match="rank 17 is above min"):
+    low_rank.LowRankDense(16, rank=17).init(jax.random.key(0), jnp.ones((2, 32)))

@@ -269,7 +269,7 @@ REFUSALS = {
   dropped: r"2 missing: quant_conv.bias, quant_conv.weight\)",
   added: r"5 unknown: extra.0, extra.1, extra.2 and 2 more\).*same VAE",
   reshaped: r"1 of another shape: encoder.conv_in.weight \(8, 4, 3, 3\) instead of \(8, 3, 3, 3\)",
-  not_a_number: r"not finite \(decoder\.conv_out\.bias, quant_conv\.weight\): download or convert",
+  not_a_number: r"not finite \(2 of \d+ arrays, decoder\.conv_out\.bias for one\): download or c",
   integers: r"quant_conv.bias in I32: .*F32, F16, BF16",
   eight_bits: r"quant_conv.bias in F8_E4M3: ",
   both_names: r"both \S*\.mid_block\.attentions\.0\.\S* and \S*\.to_",

@@ -8,14 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from lrdit import builders
 from lrdit.analysis import gradient_spectra
 from lrdit.evaluation import held_out
+from lrdit.experiment import Experiment
 from lrdit.model import flops
 from lrdit.modes import analyze, train
 from lrdit.runtime.errors import UserError
 from tests import tiny
-from tests.rank.measured_test import analysis_of
+from tests.truncations import truncation_of
 
 FIELDS = {
   "training__num_steps": 6,
@@ -56,7 +56,7 @@ def test_every_section_leaves_json_and_pictures(analysed):
 def test_losses_are_evaluation_s_of_the_whole_model_and_of_the_cut_one(analysed):
   config, workdir = analysed
   found = read(workdir, "truncation")
-  step = builders.make_eval_step(config, jax.devices()[:1])
+  step = Experiment(config).eval_step(jax.devices()[:1])
   run = analyze.Analysis(config, str(workdir), jax.devices()[:1])
 
   def losses_of(params):
@@ -71,7 +71,7 @@ def test_losses_are_evaluation_s_of_the_whole_model_and_of_the_cut_one(analysed)
 
   np.testing.assert_allclose(found["baseline"], losses_of(run.params), rtol=1e-6)
   flat = flax.traverse_util.flatten_dict(run.params, sep="/")
-  for name in builders.factorised_layers(config):
+  for name in Experiment(config).factorised_layers:
     u, sigma, vt = np.linalg.svd(flat[f"{name}/kernel"], full_matrices=False)
     flat[f"{name}/kernel"] = (u[:, :2] * sigma[:2]) @ vt[:2]
   expected = losses_of(flax.traverse_util.unflatten_dict(flat, sep="/"))
@@ -120,7 +120,7 @@ def test_ranks_that_cut_nothing_are_refused(analysed):
 def test_other_data_than_the_run_s_is_refused(analysed, monkeypatch, split):
   config, workdir = analysed
   other = dataclasses.replace(tiny.load_digits(split), fingerprint={"name": "other"})
-  monkeypatch.setattr(builders, "make_source", lambda *args: other)
+  monkeypatch.setattr(Experiment, "source", lambda *args: other)
   run = analyze.Analysis(config, str(workdir), jax.devices()[:1])
   with pytest.raises(UserError, match="holds a run on other data"):
     run.source(split)
@@ -128,10 +128,10 @@ def test_other_data_than_the_run_s_is_refused(analysed, monkeypatch, split):
 
 def test_r_of_t_on_the_heat_map_is_what_a_run_would_take():
   config = tiny.tiny_config("method=full")
-  found, dense = analysis_of(config), builders.make_plan(config)
+  found, dense = truncation_of(config), Experiment(config).plan
   name, r = analyze.schedule_on_map(config, dense, found)
   assert name.startswith("rank.schedule=measured at rank.ratio=0.5")
-  plan = builders.make_plan(tiny.tiny_config("method=static"))
+  plan = Experiment(tiny.tiny_config("method=static")).plan
   assert r.mean() == pytest.approx(np.mean([ranks.static_rank for _, ranks in plan.layers]))
   assert r.shape == (1000,)
   assert r[0] > r[999]
@@ -141,8 +141,8 @@ def test_r_of_t_on_the_heat_map_is_what_a_run_would_take():
 
 def test_r_of_t_on_the_heat_map_of_an_adaptive_run_is_its_own():
   config = tiny.tiny_config("method=adaptive")
-  plan = builders.make_plan(config)
-  name, r = analyze.schedule_on_map(config, plan, analysis_of(config))
+  plan = Experiment(config).plan
+  name, r = analyze.schedule_on_map(config, plan, truncation_of(config))
   assert "own" in name
   for t in (0, 600, 999):
     bucket = plan.bucket_of_timestep[t]
@@ -153,7 +153,7 @@ def test_counts_of_every_arm_by_bucket_and_sampling_run():
   config = tiny.tiny_config("method=static")
   arms = analyze.count_flops(config)
   adaptive = tiny.tiny_config("method=adaptive")
-  shape, plan = builders.make_shape(adaptive), builders.make_plan(adaptive)
+  shape, plan = Experiment(adaptive).shape, Experiment(adaptive).plan
   buckets = arms["adaptive"]["buckets"]
   assert [b["forward_macs"] for b in buckets] == [
     flops.forward_macs(shape, plan, bucket) for bucket in range(plan.num_buckets)

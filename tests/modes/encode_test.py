@@ -16,19 +16,20 @@ import safetensors.numpy
 from PIL import Image
 
 from configs import cifar10
-from lrdit import builders
+from lrdit.config.resolve import resolve
 from lrdit.data import latents as latents_module
 from lrdit.data import pipeline
 from lrdit.data.images import to_uint8
+from lrdit.experiment import Experiment
 from lrdit.model import vae as vae_module
 from lrdit.model import vae_weights
 from lrdit.modes import encode, sample, train
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
-from lrdit.train import training_step
+from lrdit.train import loss as loss_module
 from tests import tiny
-from tests.train.training_step_test import noisy_params
+from tests.trained import noisy_params
 
 VAE = tiny.GOLDEN / "sd_vae_tiny"
 SCALE = 0.18215  # of that VAE
@@ -64,7 +65,7 @@ def make_config(images, **fields):
   config = cifar10.get_config().unlock()
   for field, value in fields_for(images, **fields).items():
     config.update_from_flattened_dict({field: value})
-  return builders.resolve(config)
+  return resolve(config)
 
 
 def command(mode, images, *flags, **fields):
@@ -153,7 +154,7 @@ def test_the_directory_holds_the_source_s_images_encoded(images, encoded):
   manifest = json.loads((encoded / "manifest.json").read_text())
   total = 0
   for split in ("train", "eval"):
-    source = builders.make_image_source(config, split)
+    source = Experiment(config).image_source(split)
     batch = source.gather(np.arange(len(source)), np.zeros(len(source), bool))
     rows, labels = (np.load(encoded / f"{split}{part}.npy") for part in ("", "_labels"))
     assert (rows.shape, rows.dtype) == ((len(source), 2, 2, 4, 4, 4), np.float32)
@@ -189,22 +190,22 @@ def test_without_flip_there_is_one_copy_and_training_with_flip_is_refused(
   encode.encode(plain, str(output), one_device())
   rows = np.load(output / "train.npy")
   np.testing.assert_array_equal(rows, np.load(encoded / "train.npy")[:, :1])
-  assert len(builders.make_source(plain, "train")) == len(rows)
+  assert len(Experiment(plain).source("train")) == len(rows)
   flipping = make_config(images, vae__latents_dir=str(output))
   with pytest.raises(UserError, match=r"config\.data\.flip=True needs latents of the mirrored"):
-    builders.make_source(flipping, "train")
+    Experiment(flipping).source("train")
 
 
 def test_what_training_reads_decodes_to_what_the_vae_makes_of_it(images, encoded):
   config = make_config(images, vae__latents_dir=str(encoded))
-  source = builders.make_source(config, "train")
+  source = Experiment(config).source("train")
   flip = np.arange(6) % 2 == 1
   got = source.gather(np.arange(6), flip)
   mean, log_variance = np.load(encoded / "train.npy")[np.arange(6), flip.astype(int)].swapaxes(0, 1)
   np.testing.assert_allclose(got["image"], mean * SCALE, rtol=1e-6)
   np.testing.assert_allclose(got["std"], np.exp(log_variance / 2) * SCALE, rtol=1e-6)
-  codec = builders.make_codec(config, one_device())
-  to_pixels = builders.make_to_pixels(config, one_device(), codec.digest)
+  codec = Experiment(config).vae_runner(one_device())
+  to_pixels = Experiment(config).to_pixels(one_device(), codec.digest)
   pixels, are_finite = to_pixels(got["image"])
   assert are_finite.tolist() == [True] * 6
   expected = to_uint8(codec.decode(np.ascontiguousarray(mean)))
@@ -219,7 +220,7 @@ def first_batch(config, devices):
   """The run's first batch; the stored deviations are too small to see in a loss."""
   size = config.training.batch_size
   batches = pipeline.train_batches(
-    builders.make_source(config, "train"),
+    Experiment(config).source("train"),
     config.seed,
     parallel.batch_slots(size, devices),
     size,
@@ -232,8 +233,8 @@ def first_batch(config, devices):
 
 def losses_of(config, batch, devices):
   """(n, b) losses under the key."""
-  objective = builders.make_objective(config, devices)
-  made = parallel.pmap(lambda p, b, k: training_step.batch_losses(p, objective, k, b)[0], devices)
+  objective = Experiment(config).objective(devices)
+  made = parallel.pmap(lambda p, b, k: loss_module.batch_losses(p, objective, k, b)[0], devices)
   return np.asarray(made(parallel.replicate(noisy_params(config), devices), batch, KEY))
 
 
@@ -252,8 +253,8 @@ def test_training_draws_from_the_posterior_by_the_global_index(images, encoded):
   without = losses_of(config, plain, one_device())
   none = losses_of(config, batch | {"std": np.zeros_like(batch["std"])}, one_device())
   np.testing.assert_allclose(none, without, rtol=1e-6)
-  objective = builders.make_objective(config, one_device())
-  draws = training_step.draw(KEY, jnp.arange(16), (4, 4, 4), objective)
+  objective = Experiment(config).objective(one_device())
+  draws = loss_module.draw_step_noise(KEY, jnp.arange(16), (4, 4, 4), objective)
   noise = np.asarray(draws.posterior_noise)
   drawn = plain | {"image": batch["image"] + batch["std"] * noise[None]}
   np.testing.assert_allclose(
@@ -353,7 +354,7 @@ def test_a_full_disk_is_told_in_one_line_and_encoding_goes_on(images, encoded, t
   assert_refused(["prlimit", "--fsize=20000", *encoding], "make space, or write elsewhere")
   assert (output / "train.npy").stat().st_size == 20000
   with pytest.raises(UserError, match="unfinished"):
-    builders.make_source(make_config(images, vae__latents_dir=str(output)), "train")
+    Experiment(make_config(images, vae__latents_dir=str(output))).source("train")
   encode.encode(make_config(images), str(output), one_device())
   assert contents(output) == contents(encoded)
 
@@ -380,7 +381,7 @@ def test_a_directory_of_something_else_is_not_written_over(
   }[other]
   write_images(tmp_path / "other.npz", seed=1)
   before = contents(copy)
-  with pytest.raises(UserError, match=f"holds other latents: {field} is") as error:
+  with pytest.raises(UserError, match=f"holds other latents: {field}.*there") as error:
     encode.encode(make_config(images, **fields), str(copy), one_device())
   assert "\n" not in str(error.value)
   assert contents(copy) == before
@@ -394,9 +395,9 @@ def cut(path, size):
   ("damage", "fields", "message"),
   [
     (shutil.rmtree, {}, "no latents under"),
-    (lambda d: cut(d / "train.npy", 5000), {}, "are damaged"),
-    (lambda d: cut(d / "eval.npy", 0), {}, "are damaged"),
-    (lambda d: (d / "train_labels.npy").unlink(), {}, "are damaged"),
+    (lambda d: cut(d / "train.npy", 5000), {}, "is damaged"),
+    (lambda d: cut(d / "eval.npy", 0), {}, "is damaged"),
+    (lambda d: (d / "train_labels.npy").unlink(), {}, "is missing: delete"),
     (lambda d: cut(d / "manifest.json", 100), {}, "manifest.json is damaged"),
     (None, {"data__name": "folder"}, "are of other images: name is 'npz' there"),
     (None, {"data__name": "celeb_a"}, "are of other images: name is 'npz' there"),
@@ -421,12 +422,12 @@ def test_training_refuses_latents_of_images_that_have_changed_since(copy, images
     config = make_config(data_dir, vae__latents_dir=str(copy))
     if message:
       with pytest.raises(UserError, match=message):
-        builders.make_source(config, "train")
+        Experiment(config).source("train")
     else:
-      assert len(builders.make_source(config, "train")) > 0
+      assert len(Experiment(config).source("train")) > 0
   # Latents are trained on where the images are not.
   config = make_config(tmp_path / "gone.npz", vae__latents_dir=str(copy))
-  assert len(builders.make_source(config, "train")) > 0
+  assert len(Experiment(config).source("train")) > 0
 
 
 def test_latents_of_a_folder_notice_a_changed_file(tmp_path):
@@ -440,11 +441,11 @@ def test_latents_of_a_folder_notice_a_changed_file(tmp_path):
   config = make_config(tmp_path / "images", **fields)
   encode.encode(config, str(tmp_path / "latents"), one_device())
   config = make_config(tmp_path / "images", vae__latents_dir=str(tmp_path / "latents"), **fields)
-  assert len(builders.make_source(config, "train")) == 3
+  assert len(Experiment(config).source("train")) == 3
   (tmp_path / "images" / "train" / "1.png").unlink()
   with pytest.raises(UserError, match="are of other images: digest is"):
-    builders.make_source(config, "train")
-  assert len(builders.make_source(config, "eval")) == 2
+    Experiment(config).source("train")
+  assert len(Experiment(config).source("eval")) == 2
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import main
-from lrdit import builders
-from lrdit.analysis import plots
+from lrdit.config.resolve import resolve
+from lrdit.experiment import Experiment
 from lrdit.model import flops
 from lrdit.modes import analyze, report
 from lrdit.report import claim as report_claim
-from lrdit.report import commands
+from lrdit.report import commands, plots
 from lrdit.report import compare as report_compare
 from lrdit.report import page as report_page
 from lrdit.report import runs as report_runs
@@ -180,14 +180,14 @@ def test_macs_of_a_bucket_and_of_an_image(tmp_path):
   path = make_run(run, "adaptive", exports=drawn)
   made = report.make_report([path], "out")
   config = tiny.tiny_config("method=adaptive")
-  shape, plan = builders.make_shape(config), builders.make_plan(config)
+  shape, plan = Experiment(config).shape, Experiment(config).plan
   (cell,) = rows_of(made)["buckets"]["cells"]
   assert [bucket["parameters"] for bucket in cell["exact"]] == [
     flops.num_parameters(shape, plan.at_bucket(bucket)) for bucket in range(plan.num_buckets)
   ]
   macs = [row["cells"][0] for row in made["rows"] if row["key"] == "sampling_macs"]
   assert macs[0]["exact"] == analyze.count_flops(config)["adaptive"]["sampling_macs"]
-  t = builders.make_solver_table(tiny.tiny_config(sampling__num_steps=20)).t
+  t = Experiment(tiny.tiny_config(sampling__num_steps=20)).solver_table.t
   both_passes = [2 * flops.forward_macs(shape, plan, int(plan.bucket_of_timestep[i])) for i in t]
   assert macs[1]["exact"] == sum(both_passes)
   assert macs[2] == {"groups": []}
@@ -494,9 +494,8 @@ def test_commands_make_the_same_config_again(made, monkeypatch):
   monkeypatch.chdir(tiny.ROOT)
   run = made["arms"][1]["runs"][2]
   train, sample, evaluate = (shlex.split(command) for command in run["commands"])
-  from lrdit import builders
 
-  config = builders.resolve(main.parse_flags(train[1:]).config)
+  config = resolve(main.parse_flags(train[1:]).config)
   assert json.loads(json.dumps(config.to_dict())) == run["config"]
   assert ("--mode=sample" in sample, "--mode=evaluate" in evaluate) == (True, True)
   sampling = main.parse_flags(sample[1:]).config.sampling
@@ -617,7 +616,7 @@ def run_main(capsys, *flags):
 
 
 def test_the_command_line_writes_both_files(workdirs, made, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(main.startup, "prepare", lambda mode: [])
+  monkeypatch.setattr(main.startup, "prepare", list)
   output = tmp_path / "a" / "b"
   flags = ["--mode=report", f"--workdirs={','.join(workdirs)}", f"--output={output}"]
   assert run_main(capsys, *flags)[0] == 0
@@ -660,7 +659,7 @@ def test_labels_that_differ_are_told(tmp_path):
 )
 def test_wrong_flags_end_in_one_line(flags, status, words, capsys, monkeypatch):
   monkeypatch.chdir(tiny.ROOT)
-  monkeypatch.setattr(main.startup, "prepare", lambda mode: [])
+  monkeypatch.setattr(main.startup, "prepare", list)
   got, stderr = run_main(capsys, *flags)
   assert (got, len(stderr.splitlines())) == (status, 1), stderr
   assert stderr.startswith("error: ")

@@ -21,45 +21,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lrdit import builders
+from lrdit.config.run_config import read_changes
+from lrdit.experiment import Experiment
 from lrdit.modes import evaluate, train
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
-from lrdit.runtime.workdir import read_changes
 from lrdit.train import optimizer
-from lrdit.train.checkpoints import Checkpoints
-from lrdit.train.train_state import create_train_state
+from lrdit.train.monitor import advice_on_non_finite
 from tests import tiny
+from tests.trained import assert_same_run, final_state
 
 # Long enough to be interrupted, and with everything that happens on the way.
 LONG = ("--config.training.num_steps=60", "--config.checkpoint.every_steps=10")
-
-
-def final_state(workdir, arg="", **overrides):
-  """The newest checkpoint of a tiny run."""
-  config = tiny.tiny_config(arg, **overrides)
-  made, _ = builders.make_optimizer(config)
-  num_groups = builders.make_curriculum(config).num_groups
-  template = jax.eval_shape(
-    lambda: create_train_state(builders.init_params(config), made, num_groups)
-  )
-  return Checkpoints(workdir).restore_state(template)
-
-
-def assert_same_run(workdir, reference, **overrides):
-  """Equal metrics and, to the bit, equal final states."""
-  got, expected = (
-    [
-      {name: value for name, value in line.items() if not name.endswith("_per_second")}
-      for line in tiny.read_metrics(path)
-    ]
-    for path in (workdir, reference)
-  )
-  assert got == expected
-  a, b = final_state(workdir, **overrides), final_state(reference, **overrides)
-  assert a.step == expected[-1]["step"]
-  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    np.testing.assert_array_equal(x, y)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +106,7 @@ def test_a_stopped_run_saves_and_resumes_to_the_bit(undisturbed, tmp_path, numbe
     wait_for_line(process, "step 13/60")
     process.send_signal(number)
     rest = process.stderr.read()
-  assert process.returncode == 0
+  assert process.returncode == 75
   stopped = re.search(rf"stopped by {number.name} at step (\d+)", rest)
   assert stopped, rest
   assert final_state(tmp_path).step == int(stopped[1])
@@ -168,7 +141,7 @@ def test_a_checkpoint_of_four_devices_resumes_on_one(undisturbed, tmp_path):
     wait_for_line(process, "step 8/60")
     process.terminate()
     process.communicate()
-  assert process.returncode == 0
+  assert process.returncode == 75
   tiny.run_main(tmp_path, *LONG, "--config.training.eval_every_steps=20")
   np.testing.assert_allclose(tiny.losses(tmp_path), tiny.losses(undisturbed), rtol=1e-3)
 
@@ -294,7 +267,7 @@ def test_a_spoilt_checkpoint_is_deleted_as_its_message_says(tmp_path):
 )
 def test_advice_fits_what_is_there(quantity, step, newest, before, says):
   assert re.search(
-    says, train.how_to_go_on(quantity, step, newest, before, pathlib.Path("checkpoints"))
+    says, advice_on_non_finite(quantity, step, newest, before, pathlib.Path("checkpoints"))
   )
 
 
@@ -326,11 +299,11 @@ def test_a_workdir_in_training_is_refused_to_another_training(tmp_path):
 
 def test_a_nan_in_the_data_is_told_with_its_step(tmp_path, monkeypatch):
   config = tiny.tiny_config(training__num_steps=200)
-  clean = builders.make_source(config, "train")
+  clean = Experiment(config).source("train")
   images = clean.images.copy()
   images[7, 2, 5] = np.nan
   spoilt = {"train": dataclasses.replace(clean, images=images), "eval": clean}
-  monkeypatch.setattr(builders, "make_source", lambda config, split: spoilt[split])
+  monkeypatch.setattr(Experiment, "source", lambda self, split: spoilt[split])
   devices = jax.devices()[:2]
   batches = train.Trainer(config, str(tmp_path), devices).batches(range(200))
   step = next(i for i, b in enumerate(batches, start=1) if np.isnan(b["image"]).any())
@@ -459,18 +432,14 @@ def test_the_learning_rate_in_the_metrics_is_the_one_applied(undisturbed):
 
 
 def test_a_grid_that_is_not_finite_is_told_of(monkeypatch, caplog):
-  config, written = tiny.tiny_config(), []
   batch = np.zeros((80, 8, 8, 1), np.float32)
   batch[3, 0, 0] = np.nan
-  trainer = types.SimpleNamespace(
-    config=config,
-    grid_sampler=types.SimpleNamespace(sample=lambda *_: [batch]),
-    to_pixels=builders.make_to_pixels(config, jax.devices()[:1], ""),
-    files=types.SimpleNamespace(write_grid=lambda step, pixels, _: written.append(pixels)),
-  )
-  train.Trainer.write_grid(trainer, types.SimpleNamespace(ema_params={}), 7)
-  assert written[0][3, 0, 0] == 0
-  assert written[0][3, 1, 1] == 128
+  config = tiny.tiny_config(training__sample_every_steps=4)
+  grids = train.Grids(config, jax.devices()[:1], vae_digest="")
+  monkeypatch.setattr(grids, "_sampler", types.SimpleNamespace(sample=lambda *_: [batch]))
+  pixels = grids.sample({}, step=7)
+  assert pixels[3, 0, 0] == 0
+  assert pixels[3, 1, 1] == 128
   assert "1 of the 80 samples of step 7 are not finite" in caplog.text
 
 

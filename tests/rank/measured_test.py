@@ -1,22 +1,17 @@
-"""r(t) from an analysis: contours, their mean, and the run's own copy of it."""
-
-import json
+"""r(t) from an analysis: contours, their mean, and the copy that a run keeps."""
 
 import numpy as np
 import pytest
 
-from lrdit import builders
+from lrdit.config import run_config
+from lrdit.config.resolve import resolve_for_run
+from lrdit.experiment import Experiment
 from lrdit.rank import measured
-from lrdit.runtime import workdir
 from lrdit.runtime.errors import UserError
 from tests.tiny import tiny_config
+from tests.truncations import BOUNDARIES, RANKS, RISE, write_truncation
 
 pytestmark = pytest.mark.floats
-
-BOUNDARIES = (0, 250, 1000)
-RANKS = (4, 8, 16)
-# Group 0 needs twice the ranks of group 1: rise = c / k, less what k = 32 leaves.
-RISE = [[2 / k - 2 / 32, 1 / k - 1 / 32] for k in RANKS]
 
 
 def test_a_contour_is_read_between_the_measured_ranks():
@@ -31,7 +26,7 @@ def test_a_contour_is_read_between_the_measured_ranks():
 
 @pytest.mark.parametrize("mean", [6.0, 11.5, 25.0])
 def test_the_mean_is_met_by_one_level_for_all_groups(mean):
-  found = measured.iso_loss_ranks(RANKS, RISE, 32, BOUNDARIES, mean)
+  found = measured.match_mean_rank(RANKS, RISE, 32, BOUNDARIES, mean)
   assert found @ [0.25, 0.75] == pytest.approx(mean, rel=1e-9)
   ranks, rise = np.array([*RANKS, 32.0]), np.array([*RISE, [0, 0]])
   levels = [np.interp(r, ranks, column) for r, column in zip(found, rise.T, strict=True)]
@@ -42,27 +37,29 @@ def test_the_mean_is_met_by_one_level_for_all_groups(mean):
 @pytest.mark.parametrize("mean", [3.0, 33.0])
 def test_a_mean_beyond_the_analysis_is_refused(mean):
   with pytest.raises(UserError, match="cannot meet a mean rank"):
-    measured.iso_loss_ranks(RANKS, RISE, 32, BOUNDARIES, mean)
+    measured.match_mean_rank(RANKS, RISE, 32, BOUNDARIES, mean)
 
 
 @pytest.mark.parametrize("mean", [4.0, 32.0])
 def test_a_mean_at_the_end_of_the_analysis_is_met_but_for_rounding(mean):
   boundaries = (0, 44, 123, 234, 371, 520, 667, 796, 897, 966, 1000)
-  rise = [[0.3], [0.2], [0.1]] * np.ones(10)
+  rise = [[rise] * 10 for rise in (0.3, 0.2, 0.1)]
   for given in (mean, np.nextafter(mean, 0), np.nextafter(mean, 99)):
-    found = measured.iso_loss_ranks(RANKS, rise, 32, boundaries, given)
+    found = measured.match_mean_rank(RANKS, rise, 32, boundaries, given)
     np.testing.assert_allclose(found, mean)
 
 
 @pytest.mark.parametrize("mean", [9.0, 12.0, 15.9])
 def test_the_mean_is_met_where_the_contour_jumps(mean):
   """A dip at rank 8 lets the contour jump from 8 to 16 and beyond at one level."""
-  found = measured.iso_loss_ranks((4, 8, 16, 32), [[1.0], [0.2], [0.5], [0.1]], 64, (0, 1000), mean)
+  found = measured.match_mean_rank(
+    (4, 8, 16, 32), [[1.0], [0.2], [0.5], [0.1]], 64, (0, 1000), mean
+  )
   np.testing.assert_allclose(found, [mean])
   rng = np.random.default_rng(0)
   rise = np.linspace(1, 0.1, 8)[:, None] * np.linspace(2, 1, 10) + rng.normal(0, 0.1, (8, 10))
   ranks, boundaries = tuple(range(8, 72, 8)), tuple(range(0, 1001, 100))
-  found = measured.iso_loss_ranks(ranks, rise, 128, boundaries, 4 * mean)
+  found = measured.match_mean_rank(ranks, rise.tolist(), 128, boundaries, 4 * mean)
   assert found.mean() == pytest.approx(4 * mean, rel=1e-6)
 
 
@@ -87,22 +84,10 @@ def test_heights_are_linear_between_the_groups_middles():
     assert least == 1
 
 
-def analysis_of(config):
-  """As `--mode=analyze` writes it of a model."""
-  found = {"ranks": RANKS, "rise": RISE, "largest_rank": 32, "boundaries": BOUNDARIES}
-  layers = {"layers": builders.factorised_layers(config)}
-  return found | layers | builders.describe_analysed(config)
-
-
-def write_analysis(path, **changes):
-  path.write_text(json.dumps(analysis_of(tiny_config()) | changes))
-  return dict(rank__schedule="measured", rank__analysis=str(path))
-
-
 def test_a_config_takes_r_of_t_from_the_analysis_and_keeps_it(tmp_path):
   path = tmp_path / "truncation.json"
-  config = tiny_config("method=adaptive", **write_analysis(path))
-  plan = builders.make_plan(config)
+  config = tiny_config("method=adaptive", **write_truncation(path))
+  plan = Experiment(config).plan
   for name, ranks in plan.layers:
     assert abs(plan.mean_active_rank(name) - ranks.static_rank) <= config.rank.multiple_of
     assert ranks.active[plan.bucket_of_timestep[0]] > ranks.active[plan.bucket_of_timestep[999]]
@@ -110,7 +95,7 @@ def test_a_config_takes_r_of_t_from_the_analysis_and_keeps_it(tmp_path):
   path.unlink()
   kept = {f"rank__{f}": config.rank[f] for f in ("measured_shares", "measured_boundaries")}
   again = tiny_config("method=adaptive", rank__schedule="measured", **kept)
-  assert builders.make_plan(again) == plan
+  assert Experiment(again).plan == plan
 
 
 @pytest.mark.parametrize(
@@ -127,19 +112,19 @@ def test_a_config_takes_r_of_t_from_the_analysis_and_keeps_it(tmp_path):
     ({"layers": None}, "not an analysis"),
     ({"layers": ["foo"]}, "is of another model: other layers are factorised"),
     ({"model": {"depth": 28}}, "is of another model: .*model.depth"),
-    ({"diffusion": {"prediction": "epsilon"}}, "another model: diffusion.loss_weighting"),
+    ({"diffusion": {"prediction": "epsilon"}}, "another model: diffusion.prediction"),
     ({"boundaries": (0, 500, 900)}, "must rise from 0 to 1000"),
   ],
 )
 def test_an_analysis_that_does_not_fit_is_refused(tmp_path, changes, words):
-  fields = write_analysis(tmp_path / "truncation.json", **changes)
+  fields = write_truncation(tmp_path / "truncation.json", **changes)
   with pytest.raises(UserError, match=words):
     tiny_config("method=adaptive", **fields)
 
 
 def test_smoothing_is_asked_for_by_the_config(tmp_path):
   rise = [[x / 4, x] for x, _ in RISE]  # more rank at high timesteps
-  fields = write_analysis(tmp_path / "truncation.json", rise=rise)
+  fields = write_truncation(tmp_path / "truncation.json", rise=rise)
   rough = tiny_config("method=adaptive", **fields).rank.measured_shares
   smooth = tiny_config("method=adaptive", rank__monotone=True, **fields).rank.measured_shares
   assert rough[0] < rough[1]
@@ -163,20 +148,20 @@ def test_shares_that_cannot_work_are_refused(shares, boundaries, words):
 
 def test_a_run_that_has_begun_keeps_its_r_of_t(tmp_path, caplog):
   path, run = tmp_path / "truncation.json", tmp_path / "run"
-  fields = write_analysis(path)
+  fields = write_truncation(path)
   asked = tiny_config("method=adaptive", **fields).unlock()
   kept = asked.rank.measured_shares
   asked.rank.measured_shares = asked.rank.measured_boundaries = ()
 
   def shares():
-    return builders.resolve_for_run(asked, str(run)).rank.measured_shares
+    return resolve_for_run(asked, str(run)).rank.measured_shares
 
   assert shares() == kept
   (run / "checkpoints" / "4").mkdir(parents=True)
-  workdir.store_config(run, builders.resolve_for_run(asked, str(run)))
+  run_config.store_config(run, resolve_for_run(asked, str(run)))
   assert shares() == kept
   assert not caplog.records
-  write_analysis(path, rise=[[x, 0.3 * x] for x, _ in RISE])
+  write_truncation(path, rise=[[x, 0.3 * x] for x, _ in RISE])
   assert shares() == kept
   path.unlink()
   assert shares() == kept
@@ -185,7 +170,7 @@ def test_a_run_that_has_begun_keeps_its_r_of_t(tmp_path, caplog):
     True,
   ]
   # Another analysis asks for another run, and so does one that has not come to a checkpoint.
-  write_analysis(tmp_path / "other.json", rise=[[x, 0.3 * x] for x, _ in RISE])
+  write_truncation(tmp_path / "other.json", rise=[[x, 0.3 * x] for x, _ in RISE])
   asked.rank.analysis = str(tmp_path / "other.json")
   other = shares()
   assert other != kept
@@ -196,7 +181,7 @@ def test_a_run_that_has_begun_keeps_its_r_of_t(tmp_path, caplog):
 
 
 def test_a_mean_that_is_not_met_is_refused(tmp_path):
-  fields = write_analysis(tmp_path / "truncation.json")
+  fields = write_truncation(tmp_path / "truncation.json")
   with pytest.raises(UserError, match=r"rank\.match='total' must be activated"):
     tiny_config("method=adaptive", rank__match="total", **fields)
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from lrdit import builders
+from lrdit.experiment import Experiment
 from lrdit.runtime import parallel
 from tests.model.flops_test import training
 from tests.tiny import tiny_config
@@ -32,8 +32,8 @@ def test_a_step_moves_the_gradient_between_devices_and_little_else(method):
   step, args, _ = training(config, jax.devices()[:4])
   text = step.lower(*args).compile().as_text()
   counts = reduced_values(text)
-  num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(builders.params_template(config)))
-  groups = builders.make_curriculum(config).num_groups
+  num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(Experiment(config).params_template))
+  groups = Experiment(config).curriculum.num_groups
   assert counts == {"f32": num_params + 1 + groups, "s32": groups + 1}
   others = re.findall(r"(all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(", text)
   assert not others
@@ -49,8 +49,8 @@ def test_batches_are_spread_over_the_devices():
 
 def test_samples_are_drawn_on_all_devices():
   config = tiny_config(sampling__batch_size=8)
-  drawn = builders.make_sampler(config, jax.devices())
-  params = drawn.slice_params(jax.device_get(builders.init_params(config)))
+  drawn = Experiment(config).sampler(jax.devices())
+  params = drawn.slice_params(jax.device_get(Experiment(config).init_params()))
   images = drawn.sample_batch(params, np.arange(8), np.zeros(8, np.int32))
   rows = {s.device: s.data.shape[0] for s in images.addressable_shards}
   assert rows == dict.fromkeys(jax.devices(), 2)

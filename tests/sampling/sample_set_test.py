@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lrdit.runtime import store
 from lrdit.runtime.errors import UserError
 from lrdit.sampling import sample_set
 
@@ -54,7 +55,7 @@ def write(
 ):
   """What `--mode=sample` does; returns the indices that were drawn."""
   drawn = []
-  with sample_set.ExportWriter(directory, settings, software, count, size, batch, png) as writer:
+  with sample_set.SampleSetWriter(directory, settings, software, count, size, batch, png) as writer:
     if not writer.is_finished:
       for first in range(writer.num_done, count, batch):
         index = range(first, min(first + batch, count))
@@ -91,7 +92,7 @@ def undisturbed(tmp_path_factory):
 
 
 def read_all(directory, batch_size=3):
-  metadata, batches = sample_set.iterate_export(directory, batch_size)
+  metadata, batches = sample_set.read_sample_set(directory, batch_size)
   samples, labels = zip(*batches, strict=True)
   return metadata, samples, labels
 
@@ -103,10 +104,10 @@ def test_saturated_pixels_are_told_of(tmp_path, log_lines, num_saturated, share,
   samples = np.full(16, 128, np.uint8)
   samples[:num_saturated] = [0, 255] * (num_saturated // 2) + [0] * (num_saturated % 2)
   samples = samples.reshape(4, 2, 2, 1)
-  with sample_set.ExportWriter(tmp_path, SETTINGS, SOFTWARE, 4, 2, 1, False) as writer:
+  with sample_set.SampleSetWriter(tmp_path, SETTINGS, SOFTWARE, 4, 2, 1, False) as writer:
     writer.append(samples[:3])
   # Stopped and gone on with: all images count, whichever start drew them.
-  with sample_set.ExportWriter(tmp_path, SETTINGS, SOFTWARE, 4, 2, 1, False) as writer:
+  with sample_set.SampleSetWriter(tmp_path, SETTINGS, SOFTWARE, 4, 2, 1, False) as writer:
     writer.append(samples[writer.num_done :])
     metadata = writer.finish(None, {})
   assert (metadata["saturated_share"], metadata["is_mostly_saturated"]) == (share, warns)
@@ -169,7 +170,7 @@ class Mortal:
     ):
       monkeypatch.setattr(owner, name, self.mortal(getattr(owner, name)))
     monkeypatch.setattr(os, "fsync", self.mortal(lambda _: None))
-    whole = sample_set._write_all
+    whole = store._write_all
 
     def torn(file, data):
       if self.left <= 0:
@@ -177,7 +178,7 @@ class Mortal:
       self.tick()
       whole(file, data)
 
-    monkeypatch.setattr(sample_set, "_write_all", torn)
+    monkeypatch.setattr(store, "_write_all", torn)
 
   def tick(self):
     self.left -= 1
@@ -225,7 +226,7 @@ def test_a_kill_at_any_moment_changes_nothing(
       assert sum(map(len, samples)) == metadata["num_samples"]
     elif (directory / "samples.part").exists():
       with pytest.raises(UserError, match=r"--mode=sample (again to go on|first)"):
-        sample_set.iterate_export(directory, 4)
+        sample_set.read_sample_set(directory, 4)
     assert min(write(directory), default=10) >= kept, "what was there is drawn again"
     assert_same_export(directory, undisturbed)
     assert not write(directory), "finished, and begun again"
@@ -249,7 +250,7 @@ def test_only_what_is_missing_is_drawn(undisturbed, tmp_path, monkeypatch, kept)
 
 def stop_after(monkeypatch, directory, kept, **arguments):
   """An export that is killed when `kept` images are on the disk."""
-  append = sample_set.ExportWriter.append
+  append = sample_set.SampleSetWriter.append
 
   def dying(writer, samples):
     if writer.num_done >= kept:
@@ -257,7 +258,7 @@ def stop_after(monkeypatch, directory, kept, **arguments):
     append(writer, samples)
 
   with monkeypatch.context() as patch, pytest.raises(Killed):
-    patch.setattr(sample_set.ExportWriter, "append", dying)
+    patch.setattr(sample_set.SampleSetWriter, "append", dying)
     write(directory, **arguments)
 
 
@@ -367,7 +368,7 @@ def test_no_changed_byte_changes_what_is_read(undisturbed, tmp_path):
     try:
       got = read_all(directory)
     except UserError as error:
-      noticed += "are damaged" in str(error)
+      noticed += "is damaged" in str(error)
       continue
     np.testing.assert_equal(got, expected)
   assert noticed > 0.8 * len(data)
@@ -384,7 +385,7 @@ def test_damage_is_found_and_mended(undisturbed, tmp_path, log_lines, position):
     os.truncate(npz, {"half": npz.stat().st_size // 2, "empty": 0}[position])
   else:
     damage(npz, position)
-  with pytest.raises(UserError, match=r"are damaged.*: run the same command with --mode=sample"):
+  with pytest.raises(UserError, match=r"is (damaged|missing).*: run the same command"):
     read_all(directory)
   assert write(directory) == list(range(10))
   assert "starting over" in log_lines()[-1]
@@ -397,7 +398,7 @@ def test_damaged_metadata_is_told_and_mended(undisturbed, tmp_path, text):
   shutil.copytree(undisturbed, directory)
   (directory / "metadata.json").write_text(text)
   with pytest.raises(UserError, match=r"metadata\.json is damaged"):
-    sample_set.iterate_export(directory, 4)
+    sample_set.read_sample_set(directory, 4)
   write(directory)
   assert_same_export(directory, undisturbed)
 
@@ -421,7 +422,7 @@ def test_a_damaged_unfinished_export_starts_over(undisturbed, tmp_path, monkeypa
 
 def test_there_is_nothing_to_read(tmp_path):
   with pytest.raises(UserError, match=r"no samples under .* --mode=sample first"):
-    sample_set.iterate_export(tmp_path / "none", 4)
+    sample_set.read_sample_set(tmp_path / "none", 4)
 
 
 @pytest.mark.parametrize(
@@ -448,19 +449,19 @@ def test_a_full_disk_is_told_in_one_line_and_keeps_what_is_there(undisturbed, tm
 
 def test_memory_does_not_grow_with_the_number(tmp_path, monkeypatch):
   """Neither writing, going on, finishing nor reading holds more than a chunk."""
-  monkeypatch.setattr(sample_set, "CHUNK_BYTES", 1 << 16)
+  monkeypatch.setattr(store, "CHUNK_BYTES", 1 << 16)
   monkeypatch.setattr(sample_set, "LABEL_CHUNK", 1 << 8)
   batch = np.random.default_rng(0).integers(0, 256, (250, 8, 8, 3), np.uint8)
 
   def peak(name, count):
     tracemalloc.start()
     for stop in (count // 2, count):
-      with sample_set.ExportWriter(tmp_path / name, {}, {}, count, 8, 250, False) as writer:
+      with sample_set.SampleSetWriter(tmp_path / name, {}, {}, count, 8, 250, False) as writer:
         while writer.num_done < stop:
           writer.append(batch)
         if stop == count:
           writer.finish(label_rule, {})
-    read = sum(len(samples) for samples, _ in sample_set.iterate_export(tmp_path / name, 250)[1])
+    read = sum(len(samples) for samples, _ in sample_set.read_sample_set(tmp_path / name, 250)[1])
     assert read == count
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

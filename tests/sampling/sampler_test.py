@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrdit import builders
 from lrdit.diffusion import process, solvers
+from lrdit.experiment import Experiment
 from lrdit.model import dit
 from lrdit.model.low_rank import RankSelection
 from lrdit.sampling import sampler
 from tests.tiny import tiny_config
-from tests.train.training_step_test import noisy_params
+from tests.trained import noisy_params
 
 DEVICES = jax.devices()[:1]
 
@@ -22,14 +22,14 @@ def balanced(index):
 
 
 def draw(config, num_samples, label_rule=balanced, num_devices=1):
-  made = builders.make_sampler(config, jax.devices()[:num_devices])
+  made = Experiment(config).sampler(jax.devices()[:num_devices])
   batches = list(made.sample(noisy_params(config), label_rule, num_samples))
   return np.concatenate(batches), made
 
 
 def masked_trajectory(config, num_samples):
   """The whole trajectory with the unsliced model and a mask, step by step."""
-  model, table = builders.make_model(config), builders.make_solver_table(config)
+  model, table = Experiment(config).model(), Experiment(config).solver_table
   params, plan = noisy_params(config), model.plan
   index = jnp.arange(num_samples, dtype=jnp.uint32)
   y = jnp.asarray(sampler.balanced_labels(np.arange(num_samples), 10))
@@ -96,7 +96,7 @@ def test_seed_label_and_steps_matter():
 @pytest.mark.parametrize("schedule", ["logistic_decreasing", "midpeak"])
 def test_each_bucket_is_traced_once_whatever_the_number(schedule):
   config = tiny_config(rank__schedule=schedule, sampling__num_steps=20)
-  made = builders.make_sampler(config, DEVICES)
+  made = Experiment(config).sampler(DEVICES)
   params = noisy_params(config)
   for num_samples in (3, 4, 9):
     got = np.concatenate(list(made.sample(params, balanced, num_samples)))
@@ -108,7 +108,7 @@ def test_each_bucket_is_traced_once_whatever_the_number(schedule):
 
 
 def flops(config):
-  made = builders.make_sampler(config, DEVICES)
+  made = Experiment(config).sampler(DEVICES)
   sliced = made.slice_params(noisy_params(config))
   bucket, first, end = made.segments[0]
   x = jnp.zeros((4, 8, 8, 1))
@@ -127,7 +127,7 @@ def test_guidance_costs_nothing_at_scale_one_and_twice_otherwise():
 
 def test_a_lower_bucket_computes_less():
   config = tiny_config(model__hidden_size=64)
-  made = builders.make_sampler(config, DEVICES)
+  made = Experiment(config).sampler(DEVICES)
   shapes = {
     bucket: sum(p.size for p in jax.tree.leaves(params))
     for bucket, params in made.slice_params(noisy_params(config)).items()
@@ -137,7 +137,7 @@ def test_a_lower_bucket_computes_less():
 
 def test_guidance_is_the_extrapolation_from_the_null_class():
   config = tiny_config()
-  model = builders.make_model(config).clone(plan=builders.make_plan(config).at_bucket(2))
+  model = Experiment(config).model().clone(plan=Experiment(config).plan.at_bucket(2))
   params, x = noisy_params(config), jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
   y = jnp.array([1, 2, 3])
 
@@ -153,14 +153,14 @@ def test_guidance_is_the_extrapolation_from_the_null_class():
 def test_learned_variance_replaces_the_posterior_s():
   """At coordinate -1 (posterior) and +1 (beta) the step's noise is known."""
   config = tiny_config(model__learn_sigma=True, sampling__solver="ddpm")
-  table = builders.make_solver_table(config)
-  settings = builders.make_sampler(config, DEVICES).settings
+  table = Experiment(config).solver_table
+  settings = Experiment(config).sampler(DEVICES).settings
   x = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
 
   def step(coordinate, table):
     fake = mock.Mock(
       spec=dit.DiT,
-      shape=builders.make_shape(config),
+      shape=Experiment(config).shape,
       apply=lambda _, x_t, *__: jnp.concatenate([0 * x_t, jnp.full_like(x_t, coordinate)], axis=-1),
     )
     return sampler.solver_step(

@@ -3,8 +3,15 @@ import numpy as np
 import pytest
 
 from lrdit.rank import plan as rank_schedule
-from lrdit.rank import schedules, timesteps
+from lrdit.rank import schedules
 from lrdit.rank.plan import RankPlan
+from lrdit.rank.strata import (
+  COMPUTES,
+  rank_groups,
+  stratified_timesteps,
+  stratum_bounds,
+  uniform_strata,
+)
 from lrdit.train import curriculum
 
 BOUNDARIES = (0, 44, 123, 234, 371, 520, 667, 796, 897, 966, 1000)
@@ -52,13 +59,13 @@ def test_a_stage_trains_its_group_and_replays_what_is_finished(start, batch_size
     share = batch_size * (high - low) / 1000
     assert abs(replay - share) <= 0.5 or (own == 1 and replay < share)
   assert len(made) == len(order) + 1
-  last = curriculum.Stage((0, 10), timesteps.uniform_strata(batch_size, 1000))
+  last = curriculum.Stage((0, 10), uniform_strata(batch_size, 1000))
   assert made[-1] == last
 
 
 def test_without_a_curriculum_everything_is_trained():
   [stage] = curriculum.make_stages(BOUNDARIES, (), 16)
-  assert stage == curriculum.Stage((0, 10), timesteps.uniform_strata(16, 1000))
+  assert stage == curriculum.Stage((0, 10), uniform_strata(16, 1000))
 
 
 @pytest.mark.parametrize("position", [0, 1, 4, 9])
@@ -67,9 +74,9 @@ def test_slots_are_in_order_and_each_timestep_of_a_range_is_equally_likely(posit
   strata, grid = made[position].strata, 4000
   u = jnp.tile((jnp.arange(grid, dtype=jnp.float32) + 0.5) / grid, (48, 1)).T.reshape(-1)
   index = jnp.tile(jnp.arange(48, dtype=jnp.int32), grid)
-  t = np.asarray(timesteps.stratified_timesteps(u, index, strata)).reshape(grid, 48)
+  t = np.asarray(stratified_timesteps(u, index, strata)).reshape(grid, 48)
   assert (np.diff(t, axis=1) >= 0).all()
-  first, last = timesteps.stratum_bounds(strata)
+  first, last = stratum_bounds(strata)
   assert (t >= first).all() and (t <= last).all()
   counts = np.bincount(t.reshape(-1), minlength=1000)
   expected = np.zeros(1000)
@@ -91,8 +98,7 @@ def test_no_rank_above_what_the_stage_needs_is_computed(start, schedule, num_dev
     table = plan.bucket_of_timestep
     most = max(int(table[low:high].max()) for low, high, _ in stage.strata.ranges)
     grouped, masked = (
-      timesteps.rank_groups(plan, compute, stage.strata, num_devices)
-      for compute in ("grouped", "masked")
+      rank_groups(plan, compute, stage.strata, num_devices) for compute in ("grouped", "masked")
     )
     assert masked == ((64 // num_devices, most),)
     assert max(bucket for _, bucket in grouped) == most
@@ -100,7 +106,7 @@ def test_no_rank_above_what_the_stage_needs_is_computed(start, schedule, num_dev
     # No slot on any device draws a timestep above its group.
     given = np.repeat([b for _, b in grouped], [n for n, _ in grouped]).repeat(num_devices)
     for u in (0.0, 0.3, 0.9999999):
-      t = timesteps.stratified_timesteps(jnp.full(64, u), jnp.arange(64), stage.strata)
+      t = stratified_timesteps(jnp.full(64, u), jnp.arange(64), stage.strata)
       assert (table[np.asarray(t)] <= given).all()
 
 
@@ -108,9 +114,9 @@ def test_the_first_stage_from_high_costs_the_lowest_rank():
   segments, _ = rank_schedule.quantise(schedules.schedule_height("logistic_decreasing", 1000), 4)
   plan = RankPlan(1000, segments, ())
   _, made = stages("high", 64)
-  for compute in timesteps.COMPUTES:
-    assert timesteps.rank_groups(plan, compute, made[0].strata, 1) == ((64, 0),)
-    assert max(timesteps.rank_groups(plan, compute, made[-1].strata, 1))[1] == 3
+  for compute in COMPUTES:
+    assert rank_groups(plan, compute, made[0].strata, 1) == ((64, 0),)
+    assert max(rank_groups(plan, compute, made[-1].strata, 1))[1] == 3
 
 
 def test_groups_are_scaled_to_other_numbers_of_timesteps():

@@ -31,7 +31,7 @@ def test_a_new_warm_up_leaves_the_cosine_alone():
 
 
 def test_only_matrices_decay():
-  tx = optimizer.make_optimizer("adamw", 0.5, 0.0)
+  tx = optimizer.make_optimizer("adamw", 0.5, None)
   params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
   grads = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
   updates, _ = tx.update(grads, tx.init(params), params)
@@ -44,7 +44,7 @@ def test_the_gradient_is_clipped_before_the_optimiser(name):
   """A clipped gradient and one of that very norm move the parameters alike."""
   params = {"w": jnp.array([[1.0, 2.0]])}
   clipped = optimizer.make_optimizer(name, 0.0, 1.0)
-  plain = optimizer.make_optimizer(name, 0.0, 0.0)
+  plain = optimizer.make_optimizer(name, 0.0, None)
   big, unit = {"w": jnp.array([[30.0, 40.0]])}, {"w": jnp.array([[0.6, 0.8]])}
   a, state_a = clipped.update(big, clipped.init(params), params)
   b, state_b = plain.update(unit, plain.init(params), params)

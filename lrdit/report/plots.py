@@ -11,12 +11,17 @@ from typing import Any
 
 import numpy as np
 
-# Okabe and Ito's colours for all kinds of colour vision, but for black and yellow.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
-LINE_STYLES = ("-", "--", "-.", ":")
+from lrdit.analysis.plot_style import (
+  COLOURS,
+  LINE_STYLES,
+  SETTINGS,
+  T_LABEL,
+  add_grid,
+  plain_ticks,
+)
+
 INK = "#010203"  # stands for the page's colour of text
 WIDTH, HEIGHT = 4.3, 3.1  # inches: about a phone's width, so text keeps its size there
-FONT_SIZE = 9.5
 FEW_POINTS = 30  # a curve of fewer shows each, as one alone makes no line
 MAX_POINTS = 600  # of a curve; longer ones are averaged over equal runs of points
 
@@ -33,21 +38,8 @@ def _style_of(arm: int) -> dict[str, Any]:
 def _settings() -> dict[str, Any]:
   ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
   grounds = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
-  return (
-    dict.fromkeys(ink, INK)
-    | dict.fromkeys(grounds, "none")
-    | {
-      "svg.fonttype": "none",
-      "svg.hashsalt": "lrdit",
-      "font.family": "sans-serif",
-      "font.size": FONT_SIZE,
-      "axes.spines.top": False,
-      "axes.spines.right": False,
-      "lines.linewidth": 1.6,
-      "legend.frameon": False,
-      "legend.fontsize": FONT_SIZE - 0.5,
-    }
-  )
+  svg = {"svg.fonttype": "none", "svg.hashsalt": "lrdit"}
+  return SETTINGS | svg | dict.fromkeys(ink, INK) | dict.fromkeys(grounds, "none")
 
 
 def _embeddable(svg: str, name: str) -> str:
@@ -82,28 +74,13 @@ def draw(name: str, paint: Callable[[Any], bool], **axes_settings: Any) -> str |
     axes.set(**axes_settings)
     if axes.get_yscale() == "log":
       plain_ticks(axes)
-    axes.grid(color="#808080", alpha=0.25, linewidth=0.6)
+    add_grid(axes)
     handles, labels = axes.get_legend_handles_labels()
     if handles:
       figure.legend(handles, labels, loc="outside upper left", ncols=2, handlelength=2.4)
     file = io.StringIO()
     FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
   return _embeddable(file.getvalue(), name)
-
-
-def plain_ticks(axes: Any) -> None:
-  """Numbers such as 0.5 on a logarithmic axis, and several of them within a decade."""
-  from matplotlib import ticker
-
-  low, high = axes.get_ylim()
-  within = high < 10 * low
-  axes.yaxis.set_major_locator(
-    ticker.MaxNLocator(6) if within else ticker.LogLocator(subs=(1.0, 2.0, 5.0))
-  )
-  axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-  axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-  if within:
-    axes.yaxis.set_minor_locator(ticker.NullLocator())
 
 
 def rank_over_t(arms: Sequence[dict[str, Any]], layer: str) -> str | None:
@@ -116,7 +93,7 @@ def rank_over_t(arms: Sequence[dict[str, Any]], layer: str) -> str | None:
       _steps(axes, number, arms[number], ranks[number][layer])
     return bool(drawn)
 
-  return draw("rank", paint, xlabel=_T_LABEL, ylabel="active rank r(t)", ylim=(0, None))
+  return draw("rank", paint, xlabel=T_LABEL, ylabel="active rank r(t)", ylim=(0, None))
 
 
 def ratio_over_t(arms: Sequence[dict[str, Any]]) -> str | None:
@@ -128,10 +105,7 @@ def ratio_over_t(arms: Sequence[dict[str, Any]]) -> str | None:
       _steps(axes, number, arm, arm["model"]["rank"]["ratio"])
     return bool(drawn)
 
-  return draw("ratio", paint, xlabel=_T_LABEL, ylabel="active / dense parameters", ylim=(0, None))
-
-
-_T_LABEL = "timestep t  (0: clean image)"
+  return draw("ratio", paint, xlabel=T_LABEL, ylabel="active / dense parameters", ylim=(0, None))
 
 
 def _steps(axes: Any, number: int, arm: dict[str, Any], by_bucket: Sequence[float]) -> None:
@@ -156,7 +130,7 @@ def loss_over_t(arms: Sequence[dict[str, Any]], kind: str) -> str | None:
       _loss_groups(axes, number, arm, arm["loss_by_timestep"][kind], (place + 1) / (len(drawn) + 1))
     return bool(drawn)
 
-  return draw(f"loss-{kind}", paint, xlabel=_T_LABEL, ylabel="mean loss (per value)", yscale="log")
+  return draw(f"loss-{kind}", paint, xlabel=T_LABEL, ylabel="mean loss (per value)", yscale="log")
 
 
 def _loss_groups(

@@ -9,58 +9,41 @@ import numpy as np
 import optax
 import pytest
 
-from lrdit import builders
 from lrdit.data import pipeline
+from lrdit.experiment import Experiment
 from lrdit.model import dit
 from lrdit.model.low_rank import RankSelection
 from lrdit.runtime import parallel
 from lrdit.runtime.parallel import AXIS
-from lrdit.train import training_step
-from lrdit.train.train_state import (
+from lrdit.train import loss as loss_module
+from lrdit.train import step as step_module
+from lrdit.train.state import (
   NON_FINITE_QUANTITIES,
   StageProgress,
-  WindowMetrics,
-  create_train_state,
 )
 from tests.tiny import GOLDEN, tiny_config
+from tests.trained import fresh_state, noisy_params
 
 KEY = jax.random.key(7)
 
 
-def noisy_params(config):
-  """Parameters away from the zero output of initialisation."""
-  return _noisy_params(builders.make_model(config).clone(dtype=jnp.float32))
-
-
-@functools.cache
-def _noisy_params(model):
-  params = dit.init_params(model, jax.random.key(0))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  noisy = [p + 0.05 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-  return jax.tree.unflatten(tree, noisy)
-
-
 def make_step(config, devices, stage=0, **changes):
   """The pmapped training step of a stage."""
-  tx, rate = builders.make_optimizer(config)
   settings = dict(
-    objective=builders.make_objective(config, devices),
-    optimizer=tx,
-    learning_rate=rate,
-    curriculum=builders.make_curriculum(config),
+    objective=Experiment(config).objective(devices),
+    optimizer=Experiment(config).optimizer,
+    learning_rate=Experiment(config).learning_rate,
+    curriculum=Experiment(config).curriculum,
     stage=stage,
     ema_decay=config.optimizer.ema_decay,
     log_every_steps=config.training.log_every_steps,
   )
-  return parallel.pmap(functools.partial(training_step.train_step, **(settings | changes)), devices)
+  return parallel.pmap(functools.partial(step_module.train_step, **(settings | changes)), devices)
 
 
 def make_state(config, devices, params=None, stage=0):
   """A replicated state before the first step of a stage."""
-  tx, _ = builders.make_optimizer(config)
-  num_groups = builders.make_curriculum(config).num_groups
-  state = create_train_state(params or builders.init_params(config), tx, num_groups)
+  state = fresh_state(config, params)
   return parallel.replicate(state.replace(stage=StageProgress.begin(stage, 0)), devices)
 
 
@@ -71,7 +54,7 @@ def run_steps(config, num_devices, num_steps, params=None, stage=0):
   state = make_state(config, devices, params, stage)
   size = config.training.batch_size
   batches = pipeline.train_batches(
-    builders.make_source(config, "train"),
+    Experiment(config).source("train"),
     config.seed,
     parallel.batch_slots(size, devices),
     size,
@@ -101,16 +84,16 @@ def test_one_and_four_devices_give_the_same_losses(arm):
 def gradients(config, num_devices=1, seed_key=KEY, strata=None):
   """Mean gradient of the training loss over `num_devices` devices."""
   devices = jax.devices()[:num_devices]
-  objective = builders.make_objective(config, devices)
+  objective = Experiment(config).objective(devices)
   objective = objective.with_strata(strata or objective.strata)
-  source = builders.make_source(config, "train")
+  source = Experiment(config).source("train")
   slots = parallel.batch_slots(config.training.batch_size, devices)
   size = config.training.batch_size
   batch = next(pipeline.train_batches(source, 0, slots, size, range(1), False))
 
   def gradient(params, batch, key):
     def mean(p):
-      return training_step.batch_losses(p, objective, key, batch)[0].mean()
+      return loss_module.batch_losses(p, objective, key, batch)[0].mean()
 
     return jax.lax.pmean(jax.grad(mean)(params), AXIS)
 
@@ -141,7 +124,7 @@ CURRICULUM = {
 @pytest.mark.parametrize(("stage", "num_devices"), [(0, 4), (1, 1)])
 def test_grouped_gradients_are_masked_gradients_in_a_stage(stage, num_devices):
   config = tiny_config(**CURRICULUM)
-  strata = builders.make_curriculum(config).stages[stage].strata
+  strata = Experiment(config).curriculum.stages[stage].strata
   got, masked = (
     gradients(tiny_config(rank__compute=compute), n, strata=strata)
     for compute, n in (("grouped", num_devices), ("masked", 1))
@@ -172,8 +155,8 @@ def test_losses_by_group_are_means_over_their_examples():
   # Parameters stay: the learning rate is zero.
   step = make_step(config, devices, learning_rate=lambda step, start: jnp.float32(0))
   state = make_state(config, devices, noisy_params(config))
-  objective = builders.make_objective(config, devices)
-  evaluate = parallel.pmap(lambda p, b, k: training_step.batch_losses(p, objective, k, b), devices)
+  objective = Experiment(config).objective(devices)
+  evaluate = parallel.pmap(lambda p, b, k: loss_module.batch_losses(p, objective, k, b), devices)
   batch = {name: rows.reshape(2, 8, *rows.shape[2:]) for name, rows in digits_batch().items()}
   losses, t = [], []
   for number in range(3):
@@ -221,7 +204,7 @@ def test_a_stage_restarts_the_optimiser_and_its_warm_up_if_asked_to(restart):
 
 
 def test_evaluation_stays_on_all_timesteps():
-  objective = builders.make_objective(tiny_config(**CURRICULUM), jax.devices()[:1])
+  objective = Experiment(tiny_config(**CURRICULUM)).objective(jax.devices()[:1])
   assert objective.strata.ranges == ((0, 1000, 16),)
   assert objective.without_augmentation().strata == objective.strata
 
@@ -231,7 +214,7 @@ def test_evaluation_stays_on_all_timesteps():
 def test_components_no_example_uses_get_exactly_zero_gradient(compute):
   """All timesteps at the lowest bucket: nothing above it may learn."""
   config = tiny_config(rank__compute=compute)
-  model = builders.make_model(config)
+  model = Experiment(config).model()
   params = noisy_params(config)
   x = jax.random.normal(KEY, (8, 8, 8, 1))
   t = jnp.full(8, 999)
@@ -252,12 +235,12 @@ def test_components_no_example_uses_get_exactly_zero_gradient(compute):
 
 
 def draws(config, num_devices, key=KEY):
-  objective = builders.make_objective(config, jax.devices()[:num_devices])
+  objective = Experiment(config).objective(jax.devices()[:num_devices])
   local = config.training.batch_size // num_devices
   parts = []
   for device in range(num_devices):
     index = jnp.arange(local) * num_devices + device
-    parts.append((index, training_step.draw(key, index, (8, 8, 1), objective)))
+    parts.append((index, loss_module.draw_step_noise(key, index, (8, 8, 1), objective)))
   order = np.argsort(np.concatenate([index for index, _ in parts]))
   fields = ("t", "eps", "drop", "posterior_noise")
   return {f: np.concatenate([getattr(d, f) for _, d in parts])[order] for f in fields}
@@ -290,14 +273,14 @@ def test_draws_have_their_distributions():
 
 def losses_of(config, batch, num_devices=1):
   devices = jax.devices()[:num_devices]
-  objective = builders.make_objective(config, devices)
-  run = parallel.pmap(lambda p, b, k: training_step.batch_losses(p, objective, k, b)[0], devices)
+  objective = Experiment(config).objective(devices)
+  run = parallel.pmap(lambda p, b, k: loss_module.batch_losses(p, objective, k, b)[0], devices)
   params = parallel.replicate(noisy_params(config), devices)
   return np.asarray(run(params, batch, KEY)).reshape(-1)
 
 
 def digits_batch(size=16, devices=1):
-  batch = builders.make_source(tiny_config(), "train").gather(np.arange(size), np.zeros(size, bool))
+  batch = Experiment(tiny_config()).source("train").gather(np.arange(size), np.zeros(size, bool))
   return {name: rows.reshape(devices, -1, *rows.shape[1:]) for name, rows in batch.items()}
 
 
@@ -333,9 +316,9 @@ def test_learned_variance_trains_by_the_bound_alone(prediction):
   config = tiny_config(
     "method=full", model__learn_sigma=True, diffusion__prediction=prediction, seed=3
   )
-  objective = builders.make_objective(config, jax.devices()[:1])
+  objective = Experiment(config).objective(jax.devices()[:1])
   x_0 = jnp.asarray(digits_batch()["image"][0])
-  batch_draws = training_step.draw(KEY, jnp.arange(16), (8, 8, 1), objective)
+  chosen = loss_module.draw_step_noise(KEY, jnp.arange(16), (8, 8, 1), objective)
 
   # Stands for the model: its output is the parameters.
   model = mock.Mock(
@@ -348,12 +331,12 @@ def test_learned_variance_trains_by_the_bound_alone(prediction):
   output = jax.random.normal(KEY, (16, 8, 8, 2))
 
   def loss(out):
-    return training_step.example_losses(out, fake, x_0, None, batch_draws).sum()
+    return loss_module.example_losses(out, fake, x_0, None, chosen).sum()
 
   grad = jax.grad(loss)(output)
-  signal = np.sqrt(objective.alphas_cumprod)[batch_draws.t][:, None, None, None]
-  noise = np.sqrt(1 - objective.alphas_cumprod)[batch_draws.t][:, None, None, None]
-  target = batch_draws.eps if prediction == "epsilon" else signal * batch_draws.eps - noise * x_0
+  signal = np.sqrt(objective.alphas_cumprod)[chosen.t][:, None, None, None]
+  sigma = np.sqrt(1 - objective.alphas_cumprod)[chosen.t][:, None, None, None]
+  target = chosen.eps if prediction == "epsilon" else signal * chosen.eps - sigma * x_0
   np.testing.assert_allclose(
     grad[..., :1], 2 * (output[..., :1] - target) / 64, rtol=1e-3, atol=1e-5
   )
@@ -365,32 +348,9 @@ def test_min_snr_reweights_each_example():
   uniform = losses_of(tiny_config(), batch)
   weighted = losses_of(tiny_config(diffusion__loss_weighting="min_snr"), batch)
   t = draws(tiny_config(), 1)["t"]
-  alpha_bar = builders.make_alphas_cumprod(tiny_config())[t]
+  alpha_bar = Experiment(tiny_config()).alphas_cumprod[t]
   snr = alpha_bar / (1 - alpha_bar)
   np.testing.assert_allclose(weighted, uniform * np.minimum(snr, 5) / (snr + 1), rtol=1e-4)
-
-
-def test_window_sums_restart():
-  window = WindowMetrics.empty(2)
-  assert window.non_finite == 0
-  for step, loss in enumerate([1.0, 2.0, 3.0, 4.0], start=1):
-    window = window.add(
-      loss=jnp.float32(loss),
-      grad_norm=jnp.float32(10 * loss),
-      learning_rate=jnp.float32(step / 10),
-      group_loss=jnp.array([loss, 0.0]),
-      group_count=jnp.array([2, 0]),
-      non_finite=jnp.int32(step),
-      step=jnp.int32(step),
-      log_every_steps=3,
-    )
-    assert window.non_finite == step  # the last step's own
-    if step == 3:
-      assert (float(window.loss), float(window.grad_norm), int(window.count)) == (6.0, 60.0, 3)
-      assert (window.group_loss.tolist(), window.group_count.tolist()) == ([6, 0], [6, 0])
-      assert window.learning_rate == pytest.approx(0.3)
-  assert (float(window.loss), int(window.count)) == (4.0, 1)
-  assert (window.group_loss.tolist(), window.group_count.tolist()) == ([4, 0], [2, 0])
 
 
 @functools.cache

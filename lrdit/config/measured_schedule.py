@@ -1,0 +1,144 @@
+"""The r(t) of `rank.schedule=measured`: read from an analysis, and kept by a run that has begun."""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from ml_collections import ConfigDict
+
+from lrdit.config import derive, schema
+from lrdit.config.checks import require
+from lrdit.model import dit
+from lrdit.rank import measured, plan
+from lrdit.runtime import workdir
+from lrdit.runtime.errors import UserError
+
+
+def read_truncation(path: str) -> dict[str, Any]:
+  """Return what `--mode=analyze` wrote about rank truncation.
+
+  Raises:
+    UserError: there is no such file, or it is something else or has gaps.
+  """
+  try:
+    found = json.loads(pathlib.Path(path).expanduser().read_text())
+    rise = _check_truncation(found)
+    if np.isfinite(rise).all():
+      return found
+    cause = "has timestep groups without a measurement: raise config.evaluation.draws there"
+    if any(None not in row for row in found["rise"]):
+      cause = "has losses that are not finite: analyze an intact run"
+  except (FileNotFoundError, IsADirectoryError):
+    cause = "is not there: it is analysis/truncation.json of a workdir after --mode=analyze"
+  except (ValueError, KeyError, TypeError):
+    cause = "is not an analysis: give analysis/truncation.json of a workdir"
+  raise UserError(f"config.rank.analysis={path!r} {cause}")
+
+
+def _check_truncation(found: dict[str, Any]) -> Float[np.ndarray, "K G"]:
+  """Return the (K, G) rises, NaN for what was not measured.
+
+  Raises:
+    ValueError, KeyError, TypeError: it is no result of rank truncation.
+  """
+  ranks = np.array([*found["ranks"], found["largest_rank"]], np.int64)
+  boundaries = np.array(found["boundaries"], np.int64)
+  rise = np.array(found["rise"], np.float64)  # None becomes NaN
+  rising = (np.diff(ranks) > 0).all() and (np.diff(boundaries) > 0).all() and ranks[0] > 0
+  if len(ranks) < 2 or not rising or rise.shape != (len(ranks) - 1, len(boundaries) - 1):
+    raise ValueError
+  if not isinstance(found["layers"], list):
+    raise TypeError
+  return rise
+
+
+def read_kept(run: str, analysis: str) -> tuple[tuple, tuple] | None:
+  """Return (shares, boundaries) that a run which has begun took from an analysis, or None.
+
+  Args:
+    run: its workdir.
+    analysis: the path it was named by; another one asks for another run.
+  """
+  path = pathlib.Path(run)
+  try:
+    rank = json.loads((path / "config.json").read_text())["rank"]
+    if workdir.has_begun(path) and rank["analysis"] == analysis:
+      return tuple(rank["measured_shares"]), tuple(rank["measured_boundaries"])
+  except (OSError, ValueError, KeyError, TypeError):
+    pass  # no run, or one that cannot be read, which its mode reports
+  return None
+
+
+def describe_model(config: ConfigDict) -> dict[str, Any]:
+  """Return what the rises depend on, beside their layers and data; as JSON."""
+  return {
+    "model": dataclasses.asdict(derive.model_shape(config)),
+    "diffusion": config.diffusion.to_dict(),
+  }
+
+
+def measured_ranks(config: ConfigDict, found: dict[str, Any]) -> Float[np.ndarray, " G"]:
+  """Return the (G,) iso-loss ranks whose mean over t is that of the static ranks.
+
+  Args:
+    config: whose layers, `rank.ratio` and `rank.monotone` count.
+    found: of `read_truncation`.
+
+  Raises:
+    UserError: the analysis is of another model, of one with an r(t) of its own, or of no such
+      mean.
+  """
+  shapes, boundaries = dit.layer_shapes(derive.model_shape(config)), found["boundaries"]
+  names, ours = derive.factorised_layers(config), describe_model(config)
+  theirs = {field: found.get(field, {}) for field in ours}
+  if "diffusion" in found:  # perhaps of a version without some of the fields
+    theirs["diffusion"] = schema.upgrade({"diffusion": found["diffusion"]})["diffusion"]
+  other = workdir.changes(ours, theirs)
+  other += ["other layers are factorised"] if names != found["layers"] else []
+  where = f"config.rank.analysis={config.rank.analysis!r} is of"
+  if other:
+    raise UserError(
+      f"{where} another model: {'; '.join(other)}: analyze a run of this one, or give "
+      "config.rank.measured_shares and measured_boundaries"
+    )
+  if found.get("num_buckets", 1) > 1:
+    raise UserError(
+      f"{where} a run with an r(t) of its own, above which no loss rises: analyze a run of the "
+      "full arm"
+    )
+  mean = np.mean([plan.static_rank(config.rank.ratio, *shapes[name]) for name in names])
+  ranks = measured.match_mean_rank(
+    found["ranks"], found["rise"], found["largest_rank"], boundaries, float(mean)
+  )
+  return measured.monotone(ranks, boundaries) if config.rank.monotone else ranks
+
+
+def fill_in(config: ConfigDict) -> None:
+  """Read r(t) from the analysis, unless the config holds it already, and check it."""
+  rank, total = config.rank, config.diffusion.num_train_timesteps
+  if rank.schedule != derive.MEASURED:
+    for field in ("analysis", "measured_shares", "measured_boundaries"):
+      require(not rank[field], f"rank.{field}", rank[field], "needs rank.schedule=measured")
+    return
+  rule = "must be activated where rank.schedule=measured: its mean is what is met"
+  require(rank.match == "activated", "rank.match", rank.match, rule)
+  if not rank.measured_shares:
+    rule = "is missing: name analysis/truncation.json of a run after --mode=analyze"
+    require(rank.analysis != "", "rank.analysis", rank.analysis, rule)
+    found = read_truncation(rank.analysis)
+    ranks = measured_ranks(config, found)
+    rank.measured_shares = tuple(float(r / ranks.max()) for r in ranks)
+    rank.measured_boundaries = tuple(found["boundaries"])
+  shares, boundaries = rank.measured_shares, rank.measured_boundaries
+  are_shares = all(isinstance(share, int | float) and 0 < share <= 1 for share in shares)
+  require(are_shares, "rank.measured_shares", shares, "must be numbers in (0, 1]")
+  are_whole = all(type(boundary) is int for boundary in boundaries)
+  require(are_whole, "rank.measured_boundaries", boundaries, "must be whole numbers")
+  fits = len(boundaries) == len(shares) + 1 and boundaries[0] == 0 and boundaries[-1] == total
+  rises = all(a < b for a, b in itertools.pairwise(boundaries))
+  rule = f"must rise from 0 to {total} and be one more than rank.measured_shares"
+  require(fits and rises, "rank.measured_boundaries", boundaries, rule)

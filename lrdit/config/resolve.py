@@ -1,0 +1,126 @@
+"""Fill in a config and refuse fields that do not fit each other."""
+
+import itertools
+import logging
+
+from ml_collections import ConfigDict
+
+from lrdit.config import derive, measured_schedule
+from lrdit.config.checks import require
+from lrdit.config.schema import FIELDS, get
+from lrdit.model import dit
+from lrdit.runtime.errors import UserError
+from lrdit.train import curriculum
+
+log = logging.getLogger("lrdit")
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+  """Return a new, locked config with the variant's sizes and fitted timestep groups.
+
+  Raises:
+    UserError: naming the first field that is wrong, and how to fix it.
+  """
+  config = ConfigDict(config.to_dict())
+  for name, field in FIELDS.items():
+    field.check(name, get(config, name))
+  _check_vae(config)
+  for name, value in dit.decode_variant(config.model.variant).items():
+    config.model[name] = config.model[name] or value
+  _check_model(config)
+  _check_sampling(config)
+  _check_boundaries(config)
+  config.curriculum.boundaries = curriculum.scale_boundaries(
+    config.curriculum.boundaries, config.diffusion.num_train_timesteps
+  )
+  sizes = config.analysis.batch_sizes
+  require(bool(sizes) and sizes[-1] > 1, "analysis.batch_sizes", sizes, "must end above 1")
+  measured_schedule.fill_in(config)
+  # Made for their own checks: both raise where values do not fit together.
+  derive.rank_plan(config)
+  derive.solver_table(config)
+  return config.lock()
+
+
+def resolve_for_run(config: ConfigDict, run: str) -> ConfigDict:
+  """Return `resolve(config)`, where a run that has begun keeps the r(t) it took from an analysis.
+
+  Args:
+    config: as given.
+    run: its workdir, which need not be there.
+
+  Raises:
+    UserError: as `resolve`.
+  """
+  rank, kept = config.rank, None
+  if rank.schedule == derive.MEASURED and not rank.measured_shares:
+    kept = measured_schedule.read_kept(run, rank.analysis)
+  if kept is None:
+    return resolve(config)
+  own = ConfigDict(config.to_dict())
+  own.rank.measured_shares, own.rank.measured_boundaries = kept
+  try:
+    if resolve(config).rank.measured_shares != kept[0]:
+      log.warning("%s has changed: the run keeps the r(t) it began with", rank.analysis)
+  except UserError:
+    log.warning("%s cannot be used: the run keeps the r(t) it began with", rank.analysis)
+  return resolve(own)
+
+
+def _check_vae(config: ConfigDict) -> None:
+  """Check that a model on pixels names no VAE, and that the VAE's factor fits the images."""
+  size, factor = config.data.image_size, config.vae.downsample_factor
+  for field in () if factor else ("vae.path", "vae.latents_dir"):
+    rule = "is not used by a model on pixels, which config.vae.downsample_factor=None makes"
+    require(not get(config, field), field, get(config, field), f"{rule}: leave it out")
+  rule = f"is not a multiple of config.vae.downsample_factor={factor}"
+  require(size % (factor or 1) == 0, "data.image_size", size, rule)
+
+
+def _check_model(config: ConfigDict) -> None:
+  """Check the sizes that must divide each other."""
+  model, size = config.model, derive.input_size(config)
+  latent = f"({size} latent pixels) " if config.vae.downsample_factor else ""
+  rule = (
+    f"{latent}is not a multiple of config.model.patch_size={model.patch_size}: choose a variant "
+    "with another patch"
+  )
+  require(size % model.patch_size == 0, "data.image_size", config.data.image_size, rule)
+  field, width = "model.hidden_size", model.hidden_size
+  rule = f"is not a multiple of config.model.num_heads={model.num_heads}"
+  require(width % model.num_heads == 0, field, width, rule)
+  rule = "must be a multiple of 4 (the position embedding has four parts)"
+  require(width % 4 == 0, field, width, rule)
+
+
+def _check_sampling(config: ConfigDict) -> None:
+  """Check that the model and the solver can do what sampling asks for."""
+  s, classes = config.sampling, config.data.num_classes
+  if s.guidance_scale != 1.0:
+    field = "sampling.guidance_scale"
+    rule = "needs classes, and config.data.num_classes is 0: use 1"
+    require(classes > 0, field, s.guidance_scale, rule)
+    rule = "needs a null class, which config.model.class_dropout_rate=0 never trains: use 1"
+    require(config.model.class_dropout_rate > 0, field, s.guidance_scale, rule)
+  rule = f"is noise of ddim, and config.sampling.solver={s.solver!r} has none to set: use 0"
+  require(s.eta == 0 or s.solver == "ddim", "sampling.eta", s.eta, rule)
+  rule = "would cut latents, which are not bounded by 1 as pixels are: use False"
+  clips = s.clip_x_0 and config.vae.downsample_factor
+  require(not clips, "sampling.clip_x_0", s.clip_x_0, rule)
+  is_class = s.labels.isdecimal() and int(s.labels) < max(classes, 1)
+  rule = f"is unknown: use balanced, random or 0 to {classes - 1}"
+  require(is_class or s.labels in ("balanced", "random"), "sampling.labels", s.labels, rule)
+
+
+def _check_boundaries(config: ConfigDict) -> None:
+  """Check that timestep groups begin at 0, rise and, for a curriculum, end at T."""
+  field, value = "curriculum.boundaries", config.curriculum.boundaries
+  total = config.diffusion.num_train_timesteps
+  whole = len(value) > 1 and all(type(b) is int for b in value)
+  require(whole, field, value, "must be two or more whole numbers")
+  require(value[0] == 0, field, value, "must start at 0")
+  rises = all(a < b for a, b in itertools.pairwise(value))
+  require(rises, field, value, "must rise: leave out what is not above the number before it")
+  scaled = curriculum.scale_boundaries(value, total)
+  rule = f"must end at config.diffusion.num_train_timesteps={total}: use {scaled}"
+  require(value[-1] == total or not config.curriculum.enabled, field, value, rule)

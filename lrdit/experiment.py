@@ -1,0 +1,367 @@
+"""One experiment: everything that a resolved config makes, each part made once."""
+
+import dataclasses
+import functools
+import logging
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Float
+from ml_collections import ConfigDict
+
+from lrdit.config import derive
+from lrdit.config.checks import require
+from lrdit.config.schema import get
+from lrdit.data import images, latents, pipeline
+from lrdit.data.source import DataOptions, Source
+from lrdit.diffusion import solvers
+from lrdit.evaluation import classifier, features, inception
+from lrdit.model import dit, vae, vae_weights
+from lrdit.rank import strata
+from lrdit.rank.plan import RankPlan
+from lrdit.runtime import parallel
+from lrdit.runtime.errors import UserError
+from lrdit.sampling.sampler import Sampler, SamplerSettings
+from lrdit.train import loss, step
+from lrdit.train.curriculum import Curriculum, make_stages, stage_order
+from lrdit.train.optimizer import Schedule, learning_rate_schedule, make_optimizer
+
+log = logging.getLogger("lrdit")
+
+# From `Experiment.to_pixels`.
+ToPixels = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+  """What a config describes; properties are made when they are first used and kept.
+
+  Attributes:
+    config: from `config.resolve.resolve`; not to be changed.
+  """
+
+  config: ConfigDict
+
+  # The model.
+
+  @functools.cached_property
+  def shape(self) -> dit.DiTShape:
+    """The model's sizes."""
+    return derive.model_shape(self.config)
+
+  @functools.cached_property
+  def factorised_layers(self) -> list[str]:
+    """Names of the layers that a low-rank arm factorises, whatever the experiment's own arm."""
+    return derive.factorised_layers(self.config)
+
+  @functools.cached_property
+  def plan(self) -> RankPlan:
+    """The rank plan of the arm."""
+    return derive.rank_plan(self.config)
+
+  @property
+  def dtype(self) -> Any:
+    """The compute dtype; parameters are float32."""
+    return getattr(jnp, self.config.model.dtype)
+
+  def model(self, devices: parallel.Devices = ()) -> dit.DiT:
+    """Return the DiT, with the attention that the devices compute fastest."""
+    model = self.config.model
+    head = model.hidden_size // model.num_heads
+    return dit.DiT(
+      self.shape,
+      self.plan,
+      self.dtype,
+      remat=model.remat,
+      scan_blocks=model.scan_blocks,
+      attention=dit.choose_attention(devices, self.dtype, head),
+    )
+
+  def init_params(self) -> Any:
+    """Return fresh float32 parameters, fixed by the seed."""
+    return dit.init_params(self.model(), jax.random.key(self.config.seed))
+
+  @functools.cached_property
+  def params_template(self) -> Any:
+    """Shapes and dtypes of the parameters, without computing them."""
+    return jax.eval_shape(self.init_params)
+
+  # Training.
+
+  @functools.cached_property
+  def alphas_cumprod(self) -> Float[np.ndarray, " T"]:
+    """(T,) float64 products of 1 - beta."""
+    return derive.alphas_cumprod(self.config)
+
+  @functools.cached_property
+  def curriculum(self) -> Curriculum:
+    """The stages of training: without a curriculum, the one that trains everything."""
+    c, order = self.config.curriculum, ()
+    if c.enabled:
+      order = stage_order(c.start, len(c.boundaries) - 1)
+    return Curriculum(
+      boundaries=c.boundaries,
+      stages=make_stages(c.boundaries, order, self.config.training.batch_size),
+      patience=c.patience,
+      check_every_steps=c.check_every_steps,
+      restart_optimizer=c.restart_optimizer,
+    )
+
+  @functools.cached_property
+  def optimizer(self) -> optax.GradientTransformation:
+    """The optimizer, for a learning rate of 1."""
+    o = self.config.optimizer
+    return make_optimizer(
+      o.name,
+      o.weight_decay,
+      o.grad_clip_norm,
+      beta1=o.beta1,
+      beta2=o.beta2,
+      epsilon=o.epsilon,
+    )
+
+  @functools.cached_property
+  def learning_rate(self) -> Schedule:
+    """The learning rate of (step, step that the warm-up began at)."""
+    o, num_steps = self.config.optimizer, self.config.training.num_steps
+    return learning_rate_schedule(o.learning_rate, o.warmup_steps, num_steps, o.decay)
+
+  def objective(self, devices: parallel.Devices) -> loss.Objective:
+    """Return what training minimises, with its batch spread over `devices`."""
+    config, batch_size = self.config, self.config.training.batch_size
+    parallel.check_divisible("config.training.batch_size", batch_size, devices)
+    return loss.Objective(
+      model=self.model(devices),
+      alphas_cumprod=self.alphas_cumprod,
+      prediction=config.diffusion.prediction,
+      loss_weighting=config.diffusion.loss_weighting,
+      min_snr_gamma=config.diffusion.min_snr_gamma,
+      class_dropout_rate=config.model.class_dropout_rate,
+      compute=config.rank.compute,
+      strata=strata.uniform_strata(batch_size, config.diffusion.num_train_timesteps),
+      num_devices=len(devices),
+    )
+
+  def train_step(self, devices: parallel.Devices, stage: int) -> Callable:
+    """Return the pmapped step of a stage of the curriculum, which donates its state."""
+    train_step = functools.partial(
+      step.train_step,
+      objective=self.objective(devices),
+      optimizer=self.optimizer,
+      learning_rate=self.learning_rate,
+      curriculum=self.curriculum,
+      stage=stage,
+      ema_decay=self.config.optimizer.ema_decay,
+      log_every_steps=self.config.training.log_every_steps,
+    )
+    return parallel.pmap(train_step, devices, donate_argnums=(0,))
+
+  def eval_step(self, devices: parallel.Devices) -> Callable:
+    """Return the pmapped evaluation step, for `held_out.held_out_losses`."""
+    eval_step = functools.partial(
+      step.eval_step,
+      objective=self.objective(devices).without_augmentation(),
+      boundaries=self.curriculum.boundaries,
+    )
+    return parallel.pmap(eval_step, devices)
+
+  # Sampling.
+
+  @functools.cached_property
+  def solver_table(self) -> solvers.SolverTable:
+    """The sampling solver's coefficients."""
+    return derive.solver_table(self.config)
+
+  def sampler(self, devices: parallel.Devices, batch_size: int | None = None) -> Sampler:
+    """Return the sliced sampler; `batch_size` replaces the config's."""
+    s = self.config.sampling
+    batch_size = batch_size or s.batch_size
+    parallel.check_divisible("config.sampling.batch_size", batch_size, devices)
+    settings = SamplerSettings(
+      prediction=self.config.diffusion.prediction,
+      guidance_scale=s.guidance_scale,
+      clip_x_0=s.clip_x_0,
+      seed=s.seed,
+      batch_size=batch_size,
+    )
+    return Sampler(self.model(devices), self.solver_table, settings, devices)
+
+  def vae_runner(self, devices: parallel.Devices) -> vae.VaeRunner:
+    """Return the VAE at `vae.path`.
+
+    Raises:
+      UserError: there is none, or it is another kind than the config says.
+    """
+    field, path = "vae.downsample_factor", self.config.vae.path
+    rule = "makes a model on pixels: use a config with latents, or set it to the VAE's (8)"
+    require(bool(get(self.config, field)), field, get(self.config, field), rule)
+    rule = (
+      "must name the VAE, a diffusers directory or safetensors file (only training with "
+      "config.training.sample_every_steps=None needs none)"
+    )
+    require(bool(path), "vae.path", path, rule)
+    read = vae_weights.read_vae(os.path.expanduser(path))
+    found = {
+      "vae.downsample_factor": read.config.downsample_factor,
+      "vae.latent_channels": read.config.latent_channels,
+      "data.num_channels": read.config.in_channels,
+    }
+    for field, value in found.items():
+      asked = get(self.config, field)
+      require(asked == value, field, asked, f"does not fit the VAE: use {value}")
+    return vae.VaeRunner(read, devices, self.config.vae.batch_size)
+
+  def to_pixels(self, devices: parallel.Devices, vae_digest: str) -> ToPixels:
+    """Return what takes (B, H, W, C) samples of the model to uint8 pixels.
+
+    Beside the (B, height, width, channels) pixels it returns (B,) whether each image is
+    finite: where one is not, its pixels mean nothing.
+
+    Args:
+      devices: devices to decode on.
+      vae_digest: of the VAE that the run's latents were made with; "" for pixels.
+
+    Raises:
+      UserError: the VAE is missing, or another one.
+    """
+    if not self.config.vae.downsample_factor:
+      return lambda x_0: (images.to_uint8(x_0), images.are_finite(x_0))
+    runner = self.vae_runner(devices)
+    rule = (
+      f"is another VAE (digest {runner.digest[:12]}) than the one that made the latents "
+      f"({vae_digest[:12]})"
+    )
+    require(runner.digest == vae_digest, "vae.path", self.config.vae.path, rule)
+
+    def decode(x_0: Float[np.ndarray, "B H W C"]) -> tuple[np.ndarray, np.ndarray]:
+      decoded = runner.decode(vae.unscale_latents(runner.config, x_0))
+      return images.to_uint8(decoded), images.are_finite(x_0) & images.are_finite(decoded)
+
+    return decode
+
+  # Data and evaluation.
+
+  @property
+  def _data_options(self) -> DataOptions:
+    data = self.config.data
+    return DataOptions(
+      data_dir=data.data_dir,
+      image_size=data.image_size,
+      num_channels=data.num_channels,
+      cache_bytes=int(data.cache_gib * 2**30),
+      skip_unreadable=data.skip_unreadable,
+    )
+
+  def image_source(self, split: str) -> Source:
+    """Return the images of the "train" or "eval" split.
+
+    Raises:
+      UserError: the data is missing, or other than the config says.
+    """
+    source = pipeline.make_source(self.config.data.name, split, self._data_options)
+    return self._with_classes(source)
+
+  def source(self, split: str) -> Source:
+    """Return what the model is trained on: images, or their latents.
+
+    Raises:
+      UserError: the data is missing, or other than the config says.
+    """
+    if not self.config.vae.downsample_factor:
+      return self.image_source(split)
+    directory, shape = os.path.expanduser(self.config.vae.latents_dir), self.shape
+    rule = (
+      "must name the directory that --mode=encode wrote: make it by --mode=encode --output=DIR "
+      "--config.vae.path=VAE"
+    )
+    require(bool(directory), "vae.latents_dir", directory, rule)
+    source = latents.open_latents(directory, split)
+    self._check_origin(source, split)
+    expected = (shape.image_size, shape.image_size, shape.channels)
+    if source.image_shape != expected:
+      raise UserError(
+        f"the latents under {directory} have the shape {source.image_shape}, not "
+        f"{expected}: set config.vae.downsample_factor and latent_channels to the VAE's"
+      )
+    if self.config.data.flip and source.images.shape[1] == 1:
+      raise UserError(
+        f"config.data.flip=True needs latents of the mirrored images, and {directory} has none: "
+        "encode again with config.data.flip=True, or train with False"
+      )
+    return self._with_classes(source)
+
+  def _with_classes(self, source: Source) -> Source:
+    """Return the source restricted to the config's first classes.
+
+    Raises:
+      UserError: it has fewer classes than the config says.
+    """
+    field, wanted, name = "data.num_classes", self.config.data.num_classes, self.config.data.name
+    fix = ", which has no labels: use 0"
+    if source.num_classes:
+      fix = f": use {source.num_classes}, fewer for the first ones, or 0 for no labels"
+    rule = f"does not fit the data {name!r}{fix}"
+    require(wanted <= source.num_classes, field, wanted, rule)
+    if wanted in (0, source.num_classes):
+      return source
+    kept = source.first_classes(wanted)
+    rule = f"leaves none of the {len(source)} images of a split of {name!r}: use more"
+    require(len(kept) > 0, field, wanted, rule)
+    log.info("%d of %d images are of the first %d classes", len(kept), len(source), wanted)
+    return kept
+
+  def _check_origin(self, source: latents.LatentSource, split: str) -> None:
+    """Refuse latents of other images than the config's, or of what those were before.
+
+    The images themselves are looked at where `data.data_dir` names them, as
+    training needs no images and may be where there are none.
+    """
+    data = self.config.data
+    loader = pipeline.LOADERS[data.name]
+    expected = {"name": data.name, "crop": images.crop_name(loader.crop_size, data.image_size)}
+    if data.data_dir and os.path.exists(os.path.expanduser(data.data_dir)):
+      found = loader.fingerprint(split, self._data_options)
+      if "num_classes" in source.fingerprint:  # of the first classes only
+        found.pop("num_examples", None)
+      expected |= found
+    elif data.data_dir:
+      log.warning("the latents are not compared with their images: no %s", data.data_dir)
+    for field, value in expected.items():
+      if source.fingerprint.get(field) != value:
+        raise UserError(
+          f"the latents under {self.config.vae.latents_dir} are of other images: {field} is "
+          f"{source.fingerprint.get(field)!r} there and {value!r} here; encode again, with another "
+          "--output"
+        )
+
+  def extractors(self, directory: pathlib.Path) -> list[features.Extractor]:
+    """Return the extractors of `evaluation.extractors`.
+
+    Args:
+      directory: where the classifier is kept.
+    """
+    e, data = self.config.evaluation, self.config.data
+    make = {
+      "pixel": lambda: features.PixelExtractor(data.image_size, data.num_channels),
+      "classifier": lambda: self._classifier(directory),
+      "inception": lambda: inception.open_inception(e.inception_weights),
+    }
+    return [make[name]() for name in e.extractors]
+
+  def _classifier(self, directory: pathlib.Path) -> classifier.ClassifierExtractor:
+    """Return the classifier kept in a directory, trained first where there is none.
+
+    Its seed is not the run's: runs that are compared share the classifier.
+    """
+    train, held_out = self.image_source("train"), self.image_source("eval")
+    num_steps = self.config.evaluation.classifier_steps or classifier.default_num_steps(
+      len(train), classifier.ClassifierSettings.batch_size
+    )
+    settings = classifier.ClassifierSettings(0, num_steps, flip=self.config.data.flip)
+    return classifier.open_classifier(directory, train, held_out, settings)

@@ -1,0 +1,353 @@
+"""Files that survive a kill: whole or not there, described by JSON, checked when they are read.
+
+Sample sets, latents, the classifier, references and the units of an analysis are all kept the
+same way: arrays, and a JSON record of what they are, which is written last. A later start
+compares the record with what it was asked for.
+"""
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import math
+import os
+import pathlib
+import shutil
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from lrdit.runtime.errors import UserError
+from lrdit.runtime.locks import owned
+
+CHUNK_BYTES = 1 << 20  # read at once
+MAX_SHOWN_CHANGES = 3
+
+# What reading a damaged file raises: JSON, .npy and .npz.
+DAMAGE = (
+  ValueError,
+  LookupError,
+  TypeError,
+  AttributeError,
+  EOFError,
+  RuntimeError,
+  struct.error,
+  zipfile.BadZipFile,
+)
+
+T = TypeVar("T")
+
+
+class StoreError(UserError):
+  """Kept files are damaged, or hold something other than what was asked for.
+
+  Attributes:
+    reason: the message without its fix.
+  """
+
+  def __init__(self, reason: str, fix: str):
+    super().__init__(f"{reason}: {fix}")
+    self.reason = reason
+
+
+@contextlib.contextmanager
+def damage_of(path: pathlib.Path, fix: str) -> Iterator[None]:
+  """Raise a StoreError that names the path and the fix for whatever a damaged file raises."""
+  try:
+    yield
+  except FileNotFoundError as error:
+    raise StoreError(f"{error.filename or path} is missing", fix) from error
+  except DAMAGE as error:
+    raise StoreError(f"{path} is damaged ({error})", fix) from error
+  except OSError as error:
+    if error.errno != errno.EINVAL:  # a seek to an absurd offset
+      raise
+    raise StoreError(f"{path} is damaged ({error.strerror})", fix) from error
+
+
+@contextlib.contextmanager
+def atomic_path(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yield a temporary path beside `path`, which is renamed to it on success."""
+  temporary = path.with_name(path.name + ".tmp")
+  try:
+    yield temporary
+    os.replace(temporary, path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
+
+
+def remove_directory(path: pathlib.Path) -> None:
+  """Remove a directory, or a link in its place with all that it points to."""
+  if path.is_symlink() and path.is_dir():
+    for entry in path.iterdir():
+      shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    path.unlink()
+  elif path.exists():
+    shutil.rmtree(path)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Write indented JSON, which is on the disk before it takes its name."""
+  with atomic_path(path) as temporary, temporary.open("w") as file:
+    file.write(json.dumps(value, indent=2) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def read_json(path: pathlib.Path, fix: str) -> dict[str, Any]:
+  """Return the JSON object that a file holds.
+
+  Raises:
+    StoreError: the file is missing or damaged; `fix` says what to do.
+  """
+  with damage_of(path, fix):
+    value = json.loads(path.read_text())
+    if not isinstance(value, dict):
+      raise ValueError("not a JSON object")
+    return value
+
+
+def as_json(value: Any) -> Any:
+  """Return a value as JSON gives it back: tuples become lists."""
+  return json.loads(json.dumps(value))
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Return {"group.field": value} of a nested dict; tuples become lists, as in JSON."""
+  flat = {}
+  for key, value in config.items():
+    if isinstance(value, dict):
+      flat |= flatten(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+  return flat
+
+
+def changes(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+  """Return "field (stored value there, given value asked for)" of each field that differs."""
+  ours, theirs = flatten(ours), flatten(theirs)
+  return [
+    f"{field} ({theirs.get(field)!r} there, {ours.get(field)!r} asked for)"
+    for field in sorted(ours.keys() | theirs.keys())
+    if ours.get(field) != theirs.get(field)
+  ]
+
+
+def check_same(what: str, ours: dict[str, Any], theirs: dict[str, Any], fix: str) -> None:
+  """Refuse kept files whose description differs from ours.
+
+  Args:
+    what: the beginning of the message, such as "DIR holds other latents".
+    ours: what is asked for, as JSON.
+    theirs: what the files were made from.
+    fix: the end of the message.
+
+  Raises:
+    StoreError: some field differs; the first few are named.
+  """
+  found = changes(as_json(ours), theirs)
+  if found:
+    more = len(found) - MAX_SHOWN_CHANGES
+    shown = "; ".join(found[:MAX_SHOWN_CHANGES]) + (f" and {more} more" if more > 0 else "")
+    raise StoreError(f"{what}: {shown}", fix)
+
+
+def digest(head: str, arrays: Iterable[tuple[str, np.ndarray]]) -> str:
+  """Return the SHA-256, in hex, of a text and then of every array's text and bytes."""
+  sha256 = hashlib.sha256(head.encode())
+  for text, array in arrays:
+    sha256.update(text.encode())
+    sha256.update(np.ascontiguousarray(array))
+  return sha256.hexdigest()
+
+
+def check_finite(what: str, arrays: Mapping[str, np.ndarray], fix: str) -> None:
+  """Refuse weights that are not finite.
+
+  Args:
+    what: has the weights, for the message.
+    arrays: the weights by name.
+    fix: what to do.
+
+  Raises:
+    UserError: some value is not finite.
+  """
+  bad = sorted(name for name, array in arrays.items() if not np.isfinite(array).all())
+  if bad:
+    raise UserError(
+      f"{what} has weights that are not finite ({len(bad)} of {len(arrays)} arrays, {bad[0]} for "
+      f"one): {fix}"
+    )
+
+
+def save_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Write an .npz, which is on the disk before it takes its name."""
+  with atomic_path(path) as temporary, temporary.open("wb") as file:
+    np.savez(file, **arrays)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def load_arrays(path: pathlib.Path, fix: str) -> dict[str, np.ndarray]:
+  """Return the arrays of an .npz by name.
+
+  Raises:
+    StoreError: the file is missing or damaged.
+  """
+  # Opened here, as numpy leaves the file of a damaged archive open.
+  with damage_of(path, fix), path.open("rb") as file, np.load(file) as arrays:
+    return dict(arrays)
+
+
+def load_or_make(path: pathlib.Path, use: str, load: Callable[[], T], make: Callable[[], T]) -> T:
+  """Return what a file keeps, or make it once, however many processes ask for it.
+
+  Args:
+    path: there once `make` has ended.
+    use: name of the lock in the path's directory, which is made where there is none.
+    load: reads the file.
+    make: makes and writes it.
+  """
+  if not path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with owned(path.parent, use, wait=True):
+      if not path.exists():  # else the process that was waited for made it
+        return make()
+  return load()
+
+
+def _write_all(file: Any, data: np.ndarray) -> None:
+  view = memoryview(data).cast("B")
+  while view:
+    view = view[file.write(view) :]
+
+
+def npy_header(shape: tuple[int, ...], dtype: Any) -> bytes:
+  """Return the first bytes of an .npy file, up to its rows."""
+  file = io.BytesIO()
+  header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+  np.lib.format.write_array_header_1_0(file, header)
+  return file.getvalue()
+
+
+class RowFile:
+  """Rows of equal shape that are appended to a file, which another start goes on with.
+
+  A record kept elsewhere says how many rows count and what their checksum is. Opening cuts what
+  follows them, which a kill tore off. Writes are unbuffered and go through no memory map, so that
+  a full disk raises an error at once.
+
+  Attributes:
+    path: of the file.
+    num_rows: rows written so far.
+    crc32: of their bytes.
+  """
+
+  def __init__(
+    self,
+    path: pathlib.Path,
+    row_shape: tuple[int, ...],
+    dtype: Any,
+    fix: str,
+    header: bytes = b"",
+  ):
+    """Describe the file without opening it.
+
+    Args:
+      path: of the file.
+      row_shape: of one row.
+      dtype: of the rows.
+      fix: the end of the messages about damage.
+      header: the bytes before the rows.
+    """
+    self.path, self.num_rows, self.crc32 = path, 0, 0
+    self._row_shape, self._dtype = tuple(row_shape), np.dtype(dtype)
+    self._row_bytes = self._dtype.itemsize * math.prod(row_shape)
+    self._fix, self._header, self._file = fix, header, None
+
+  @property
+  def chunk_rows(self) -> int:
+    """Number of rows that are read at once."""
+    return max(1, CHUNK_BYTES // self._row_bytes)
+
+  def _check_size(self, num_rows: int, is_all: bool) -> int:
+    """Return the size in bytes of that many rows, which must be there."""
+    if not self.path.exists():
+      raise StoreError(f"{self.path} is missing", self._fix)
+    size, expected = self.path.stat().st_size, len(self._header) + num_rows * self._row_bytes
+    if size < expected:
+      raise StoreError(f"{self.path} has lost data", self._fix)
+    if is_all and size > expected:
+      raise StoreError(f"{self.path} has changed since it was written", self._fix)
+    return expected
+
+  def open(self, num_rows: int, crc32: int) -> None:
+    """Open the file for appending after its first rows, and cut the others.
+
+    Args:
+      num_rows: rows that count; 0 begins the file anew.
+      crc32: their checksum, which is not verified here.
+
+    Raises:
+      StoreError: the file has fewer rows.
+    """
+    if num_rows:
+      os.truncate(self.path, self._check_size(num_rows, is_all=False))
+    else:
+      self.path.write_bytes(self._header)
+    self.num_rows, self.crc32 = num_rows, crc32
+    self._file = self.path.open("ab", buffering=0)
+
+  def append(self, rows: np.ndarray) -> None:
+    """Write rows, which are safe against a kill after `sync`."""
+    rows = np.ascontiguousarray(rows, self._dtype)
+    _write_all(self._file, rows)
+    self.num_rows += len(rows)
+    self.crc32 = zlib.crc32(rows, self.crc32)
+
+  def sync(self) -> None:
+    """Wait until the disk has all rows."""
+    os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    """Close the file, if it is open."""
+    if self._file is not None:
+      self._file.close()
+
+  def read(self, num_rows: int, crc32: int | None = None) -> Iterator[np.ndarray]:
+    """Yield the first rows in chunks.
+
+    Args:
+      num_rows: rows to read.
+      crc32: their checksum, compared after the last chunk; None for no check.
+
+    Raises:
+      StoreError: there are fewer rows, or the checksum differs.
+    """
+    self._check_size(num_rows, is_all=False)
+    found = 0
+    with self.path.open("rb") as file:
+      file.seek(len(self._header))
+      for first in range(0, num_rows, self.chunk_rows):
+        count = min(self.chunk_rows, num_rows - first)
+        data = file.read(count * self._row_bytes)
+        found = zlib.crc32(data, found)
+        yield np.frombuffer(data, self._dtype).reshape(count, *self._row_shape)
+    if crc32 not in (None, found):
+      raise StoreError(f"{self.path} has changed since it was written", self._fix)
+
+  def verify(self, num_rows: int, crc32: int) -> None:
+    """Read the whole file.
+
+    Raises:
+      StoreError: it does not hold exactly those rows.
+    """
+    self._check_size(num_rows, is_all=True)
+    for _ in self.read(num_rows, crc32):
+      pass
