@@ -152,10 +152,7 @@ def _list_images(folder: str) -> list[str]:
 def _walk(folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:
   """Yield the relative paths of files at any depth, and of hidden folders without their files.
 
-  Args:
-    folder: where to look.
-    prefix: the sub-folder to look in; "" or ending in "/". Links are followed.
-    above: the real paths of the folders that lead to this one.
+  `above` holds the real paths of the folders that lead to `prefix`, as links are followed.
   """
   here = os.path.realpath(os.path.join(folder, prefix))
   if here in above:  # A link leads back up.
@@ -169,11 +166,7 @@ def _walk(folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:
 
 
 def _split_folders(folder: str, paths: Sequence[str]) -> dict[str, str]:
-  """Return the sub-folder of each split; {} if the folder is not divided into splits.
-
-  Raises:
-    UserError: the sub-folders have names of splits, but are not one of each.
-  """
+  """Return the sub-folder of each split; {} if the folder is not divided into splits."""
   tops = sorted({path.partition("/")[0] for path in paths})
   train = [top for top in tops if top.lower() == "train"]
   held_out = [top for top in tops if top.lower() in EVAL_FOLDERS]
@@ -188,11 +181,7 @@ def _split_folders(folder: str, paths: Sequence[str]) -> dict[str, str]:
 
 
 def _class_names(folder: str, paths: Sequence[str]) -> list[str]:
-  """Return the sub-folders that images lie in, in order; none if the images lie flat.
-
-  Raises:
-    UserError: images lie in sub-folders and also beside them.
-  """
+  """Return the sub-folders that images lie in, in order; none if the images lie flat."""
   flat = [path for path in paths if "/" not in path]
   nested = [path for path in paths if "/" in path]
   if flat and nested:
@@ -239,11 +228,7 @@ class _Files:
 
 
 def _decode_file(path: pathlib.Path) -> Image.Image:
-  """Return a file's image, upright.
-
-  Raises:
-    UnreadableImage: with a reason that does not name the file.
-  """
+  """Return a file's image, upright; raise UnreadableImage, which does not name the file."""
   try:
     # PIL would keep the file of an undecodable image open.
     content = path.read_bytes()
@@ -272,10 +257,7 @@ def _find_readable(
   """Decode every image, so that a damaged one is found before a run and not during it.
 
   Returns:
-    (n,) the indices of the readable images.
-
-  Raises:
-    UserError: there are unreadable images that may not be left out, or no others.
+    (n,) the indices of the readable images; the others are refused unless they may be left out.
   """
   reasons, total = {}, len(names)
 

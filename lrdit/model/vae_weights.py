@@ -181,33 +181,31 @@ def infer_config(shapes: dict[str, tuple[int, ...]], source: str) -> vae.VaeConf
     UserError: the keys are not those of an `AutoencoderKL`.
   """
 
-  def kernel_shape(key: str) -> tuple[int, ...]:
-    shape = shapes.get(f"{key}.weight", ())
-    if len(shape) != 4:
-      raise UserError(
-        f"{source} is not a VAE in diffusers' layout (no convolution {key}.weight): load it with "
-        "AutoencoderKL.from_single_file and convert it with "
-        "save_pretrained(safe_serialization=True)"
-      )
-    return shape
-
   def count(pattern: str) -> int:
     pattern = rf"encoder\.down_blocks\.{pattern}\.conv1\.weight"
     return sum(bool(re.fullmatch(pattern, key)) for key in shapes)
 
-  blocks = max(1, count(r"\d+\.resnets\.0"))
-  return vae.VaeConfig(
-    in_channels=kernel_shape("encoder.conv_in")[1],
-    out_channels=kernel_shape("decoder.conv_out")[0],
-    latent_channels=kernel_shape("decoder.conv_in")[1],
-    block_out_channels=tuple(
-      kernel_shape(f"encoder.down_blocks.{i}.resnets.0.conv1")[0] for i in range(blocks)
-    ),
-    layers_per_block=count(r"0\.resnets\.\d+"),
-    use_quant_conv="quant_conv.weight" in shapes,
-    use_post_quant_conv="post_quant_conv.weight" in shapes,
-    mid_block_add_attention="encoder.mid_block.attentions.0.to_q.weight" in shapes,
-  )
+  first_convs = [
+    f"encoder.down_blocks.{i}.resnets.0.conv1.weight"
+    for i in range(max(1, count(r"\d+\.resnets\.0")))
+  ]
+  try:
+    return vae.VaeConfig(
+      in_channels=shapes["encoder.conv_in.weight"][1],
+      out_channels=shapes["decoder.conv_out.weight"][0],
+      latent_channels=shapes["decoder.conv_in.weight"][1],
+      block_out_channels=tuple(shapes[key][0] for key in first_convs),
+      layers_per_block=count(r"0\.resnets\.\d+"),
+      use_quant_conv="quant_conv.weight" in shapes,
+      use_post_quant_conv="post_quant_conv.weight" in shapes,
+      mid_block_add_attention="encoder.mid_block.attentions.0.to_q.weight" in shapes,
+    )
+  except LookupError as error:
+    raise UserError(
+      f"{source} is not a VAE in diffusers' layout (no convolution {error}): load it with "
+      "AutoencoderKL.from_single_file and convert it with "
+      "save_pretrained(safe_serialization=True)"
+    ) from error
 
 
 # The layout of the weights in diffusers' files.
