@@ -107,7 +107,7 @@ def _find_split(folder: str, split: str) -> tuple[str, list[str], list[str]]:
     classes: the names of the classes.
 
   Raises:
-    UserError: the folder is not laid out as the module says.
+    UserError: the folder is not laid out as the module's docstring describes.
   """
   paths = _list_images(folder)
   folders = _split_folders(folder, paths)

@@ -1,4 +1,4 @@
-"""Datasets as random access: the example at an index, decoded when it is asked for.
+"""Datasets as random access: the example at an index, decoded when it is read.
 
 Axes: N examples, b requested examples, H W image, C channels.
 """
@@ -102,7 +102,7 @@ class Source:
     return {"image": batch, "label": self.labels[index]}
 
   def subset(self, index: Int[np.ndarray, " n"], **fingerprint: Any) -> "Source":
-    """Return the examples at `index`; `fingerprint` holds the entries that tell which they are."""
+    """Return the examples at `index`; `fingerprint` adds the entries that identify them."""
     return dataclasses.replace(
       self,
       images=_Subset(self.images, index),
@@ -166,7 +166,7 @@ class DecodedImages:
 
 
 def read_ahead(make: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
-  """Yield `make(i)` for each number in order, computed by threads before it is asked for.
+  """Yield `make(i)` for each number in order, computed by threads in advance.
 
   An exception in `make` is raised here, in its turn. Closing or dropping the iterator ends the
   threads.

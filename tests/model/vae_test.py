@@ -1,3 +1,5 @@
+"""Encoding and decoding with the Stable Diffusion VAE."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

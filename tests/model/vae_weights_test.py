@@ -1,4 +1,7 @@
+"""Reading the VAE files of diffusers."""
+
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -47,6 +50,15 @@ def old_key(key):
 
 def flat(params):
   return flax.traverse_util.flatten_dict(params, sep="/")
+
+
+TEMPLATE = functools.cache(vae.params_template)
+
+
+@pytest.fixture(autouse=True)
+def architectures_are_traced_once(monkeypatch):
+  """Tracing takes a second, and most tests here read the same architecture."""
+  monkeypatch.setattr(vae, "params_template", TEMPLATE)
 
 
 @pytest.fixture(scope="module")
