@@ -96,7 +96,7 @@ def _grid_settings(own: SampleSet) -> dict[str, Any]:
 def _read_grid(arm: int, run: Run, name: str, settings: dict[str, Any]) -> Grid | None:
   directory = pathlib.Path(run.workdir).expanduser() / "samples" / name
   try:
-    _, batches = sample_set.iterate_export(directory, MAX_SAMPLES)
+    _, batches = sample_set.read_sample_set(directory, MAX_SAMPLES)
     pixels, labels = next(batches)
   except (UserError, OSError, StopIteration) as error:
     run.notes.append(f"the samples {name!r} cannot be shown: {error or 'there are none'}")

@@ -111,12 +111,10 @@ def test_more_samples_are_added_to_the_bit_and_a_finished_export_is_left_alone(
 def test_the_path_of_a_sample_names_its_ranks(workdir):
   directory = export(workdir, "path", num_steps=4)
   path = json.loads((directory / "path.json").read_text())
-  plan = builders.make_plan(tiny.tiny_config())
+  plan = Experiment(tiny.tiny_config()).plan
   t = np.asarray(path["timesteps"])
   assert (path["label"], path["steps"]) == (0, [0, 1, 2, 3])
-  assert (
-    t.tolist() == builders.make_solver_table(tiny.tiny_config(sampling__num_steps=4)).t.tolist()
-  )
+  assert t.tolist() == Experiment(tiny.tiny_config(sampling__num_steps=4)).solver_table.t.tolist()
   assert path["ranks"] == {
     name: [ranks.active[bucket] for bucket in plan.bucket_of_timestep[t]]
     for name, ranks in plan.layers

@@ -118,7 +118,7 @@ def test_macs_of_an_image(tmp_path):
   config = tiny.tiny_config("method=adaptive")
   shape, plan = Experiment(config).shape, Experiment(config).plan
   macs = [row.cells[0].exact for row in made.rows if row.key == "sampling_macs"]
-  t = builders.make_solver_table(tiny.tiny_config(sampling__num_steps=20)).t
+  t = Experiment(tiny.tiny_config(sampling__num_steps=20)).solver_table.t
   both_passes = [2 * flops.forward_macs(shape, plan, int(plan.bucket_of_timestep[i])) for i in t]
   once = analyze.count_flops(config)["adaptive"]["sampling_macs"]
   assert macs == [once, sum(both_passes), None]
