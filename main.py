@@ -5,9 +5,14 @@ import logging
 import os
 import sys
 
+from lrdit.runtime import malloc
+
+if __name__ == "__main__":  # before anything else, as this may start the program again
+  malloc.restart_tuned()
+
 from lrdit.config.flags import MODES, SHARED_BY_PROCESSES, parse_flags, wants_tracebacks
 from lrdit.runtime import startup
-from lrdit.runtime.errors import UserError, tell
+from lrdit.runtime.errors import UserError, print_error
 
 
 def run(argv: list[str]) -> int:
@@ -18,7 +23,7 @@ def run(argv: list[str]) -> int:
     if values.help:
       print(__doc__, values.get_help(), sep="\n")
       return 0
-    notes = startup.prepare(values.mode)
+    notes = startup.prepare()
     # Only now, as they import jax.
     from lrdit.config.resolve import resolve, resolve_for_run
     from lrdit.runtime import cluster, progress
@@ -29,10 +34,10 @@ def run(argv: list[str]) -> int:
         raise UserError(
           f"--mode={values.mode} is for one process: start it once, or --num_processes=1", 2
         )
-      who = job.name_of_process
+      who = job.process_name
       progress.start_logging(debug, who, is_first=True)  # none has met another yet
       cluster.connect(job, shares_sigterm=values.mode == "train")
-      who = cluster.name_of_process()
+      who = cluster.process_name()
     startup.open_devices()
     progress.start_logging(debug, who, cluster.is_first())
     for note in notes:
@@ -46,10 +51,11 @@ def run(argv: list[str]) -> int:
 
       dry_run(values.mode, *arguments)
     else:
-      getattr(importlib.import_module(f"lrdit.modes.{values.mode}"), values.mode)(*arguments)
+      mode = importlib.import_module(f"lrdit.modes.{values.mode}")
+      return getattr(mode, values.mode)(*arguments) or 0
     return 0
   except (Exception, KeyboardInterrupt) as error:
-    status = tell(error, debug, who)
+    status = print_error(error, debug, who)
     if who:  # jax would have this process wait for the others, which wait for it
       os._exit(status)
     return status

@@ -23,12 +23,12 @@ from lrdit.data.source import DataOptions, Source
 from lrdit.diffusion import solvers
 from lrdit.evaluation import classifier, features, inception
 from lrdit.model import dit, vae, vae_weights
+from lrdit.rank import strata
 from lrdit.rank.plan import RankPlan
-from lrdit.rank.strata import uniform_strata
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.sampling.sampler import Sampler, SamplerSettings
-from lrdit.train import training_step
+from lrdit.train import loss, step
 from lrdit.train.curriculum import Curriculum, make_stages, stage_order
 from lrdit.train.optimizer import Schedule, learning_rate_schedule, make_optimizer
 
@@ -132,11 +132,11 @@ class Experiment:
     o, num_steps = self.config.optimizer, self.config.training.num_steps
     return learning_rate_schedule(o.learning_rate, o.warmup_steps, num_steps, o.decay)
 
-  def objective(self, devices: parallel.Devices) -> training_step.Objective:
+  def objective(self, devices: parallel.Devices) -> loss.Objective:
     """Return what training minimises, with its batch spread over `devices`."""
     config, batch_size = self.config, self.config.training.batch_size
     parallel.check_divisible("config.training.batch_size", batch_size, devices)
-    return training_step.Objective(
+    return loss.Objective(
       model=self.model(devices),
       alphas_cumprod=self.alphas_cumprod,
       prediction=config.diffusion.prediction,
@@ -144,14 +144,14 @@ class Experiment:
       min_snr_gamma=config.diffusion.min_snr_gamma,
       class_dropout_rate=config.model.class_dropout_rate,
       compute=config.rank.compute,
-      strata=uniform_strata(batch_size, config.diffusion.num_train_timesteps),
+      strata=strata.uniform_strata(batch_size, config.diffusion.num_train_timesteps),
       num_devices=len(devices),
     )
 
   def train_step(self, devices: parallel.Devices, stage: int) -> Callable:
     """Return the pmapped step of a stage of the curriculum, which donates its state."""
-    step = functools.partial(
-      training_step.train_step,
+    train_step = functools.partial(
+      step.train_step,
       objective=self.objective(devices),
       optimizer=self.optimizer,
       learning_rate=self.learning_rate,
@@ -160,16 +160,16 @@ class Experiment:
       ema_decay=self.config.optimizer.ema_decay,
       log_every_steps=self.config.training.log_every_steps,
     )
-    return parallel.pmap(step, devices, donate_argnums=(0,))
+    return parallel.pmap(train_step, devices, donate_argnums=(0,))
 
   def eval_step(self, devices: parallel.Devices) -> Callable:
     """Return the pmapped evaluation step, for `held_out.held_out_losses`."""
-    step = functools.partial(
-      training_step.eval_step,
+    eval_step = functools.partial(
+      step.eval_step,
       objective=self.objective(devices).without_augmentation(),
       boundaries=self.curriculum.boundaries,
     )
-    return parallel.pmap(step, devices)
+    return parallel.pmap(eval_step, devices)
 
   # Sampling.
 
@@ -192,7 +192,7 @@ class Experiment:
     )
     return Sampler(self.model(devices), self.solver_table, settings, devices)
 
-  def vae_runner(self, devices: parallel.Devices) -> vae.Codec:
+  def vae_runner(self, devices: parallel.Devices) -> vae.VaeRunner:
     """Return the VAE at `vae.path`.
 
     Raises:
@@ -215,7 +215,7 @@ class Experiment:
     for field, value in found.items():
       asked = get(self.config, field)
       require(asked == value, field, asked, f"does not fit the VAE: use {value}")
-    return vae.Codec(read, devices, self.config.vae.batch_size)
+    return vae.VaeRunner(read, devices, self.config.vae.batch_size)
 
   def to_pixels(self, devices: parallel.Devices, vae_digest: str) -> ToPixels:
     """Return what takes (B, H, W, C) samples of the model to uint8 pixels.

@@ -21,7 +21,7 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 else:
   # Products of float32 are those of float32, as the tolerances expect, and not TF32's.
   os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
-  startup.take_products_from_libraries()
+  startup.use_cublas()
 # Many tests compile the same small programs: one cache, shared by the workers
 # and by the command lines and test runs they start, and gone with the process that made it.
 if "LRDIT_TEST_CACHE" not in os.environ:
@@ -40,7 +40,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ANNOTATED = [
   ".".join(path.relative_to(ROOT).with_suffix("").parts)
   for path in sorted(ROOT.glob("lrdit/**/*.py"))
-  if "from jaxtyping import" in path.read_text() and path.stem != "train_state"
+  if "from jaxtyping import" in path.read_text() and path != ROOT / "lrdit/train/state.py"
 ]
 jaxtyping.install_import_hook(ANNOTATED, "beartype.beartype")
 

@@ -67,18 +67,19 @@ def test_a_mistake_in_the_environment_names_the_variable(variables, words, tmp_p
 
 
 @pytest.mark.parametrize("given", ["two", "0", "-5", "1.5"])
-def test_devices_are_counted_from_one(given):
+def test_devices_are_counted_from_one(given, monkeypatch):
+  monkeypatch.setenv("JAX_NUM_CPU_DEVICES", given)
   with pytest.raises(UserError, match=f"JAX_NUM_CPU_DEVICES={given} "):
-    startup.num_cpu_devices({"JAX_NUM_CPU_DEVICES": given})
+    startup.prepare()
 
 
 @pytest.mark.parametrize("name", cluster.COUNTS)
 def test_counts_of_processes_may_be_empty_but_not_words(name):
   alone = {"TPU_SKIP_MDS_QUERY": "1"}
-  assert cluster.cluster_method(alone | {name: ""}) is None
+  assert cluster.detection_method(alone | {name: ""}) is None
   for given in ("x", "-1", "2.0"):
     with pytest.raises(UserError, match=f"{name}={given} in the environment"):
-      cluster.cluster_method(alone | {name: given})
+      cluster.detection_method(alone | {name: given})
 
 
 def test_a_process_whose_others_never_come_says_so_and_ends(tmp_path):
@@ -93,9 +94,9 @@ def test_a_process_whose_others_never_come_says_so_and_ends(tmp_path):
     "SLURM_LOCALID": "0",
   }
   program = (
-    "import sys, main; from lrdit.runtime import startup; startup.prepare('train'); "
+    "import sys, main; from lrdit.runtime import startup; startup.prepare(); "
     "from lrdit.runtime import cluster; "
-    "cluster.START_SECONDS, cluster.SAID_AFTER_SECONDS = 3, 1; "
+    "cluster.START_SECONDS, cluster.LOGGED_AFTER_SECONDS = 3, 1; "
     "sys.exit(main.run(['main.py', *sys.argv[1:]]))"
   )
   done = subprocess.run(
@@ -110,7 +111,10 @@ def test_a_process_whose_others_never_come_says_so_and_ends(tmp_path):
   assert done.returncode == 75, done.stderr
   waiting, error = done.stderr.splitlines()
   for line in (waiting, error):
-    assert "--num_processes=1 runs this process alone (SLURM_STEP_NUM_TASKS=4 told" in line
+    assert (
+      "--num_processes=1 runs this process alone (there are several by SLURM_STEP_NUM_TASKS=4"
+      in line
+    )
   assert waiting.startswith("a process: waiting for the other processes, up to 3 s")
   assert error.startswith("a process: error: the other processes cannot be reached (not all came")
   assert not (tmp_path / "run").exists()

@@ -19,6 +19,8 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["config"] = tuple(MAY_IMPORT)
 MAY_IMPORT["experiment"] = tuple(MAY_IMPORT)
+MAY_IMPORT["benchmark"] = tuple(MAY_IMPORT)
+MAY_IMPORT["run"] = tuple(MAY_IMPORT)
 MAY_IMPORT["analysis"] = tuple(MAY_IMPORT)
 MAY_IMPORT["report"] = tuple(MAY_IMPORT)
 MAY_IMPORT["modes"] = tuple(MAY_IMPORT)
@@ -54,3 +56,8 @@ def test_a_package_imports_only_what_lies_below(package):
 def test_every_package_is_in_the_table():
   found = {path.parent.name for path in ROOT.glob("lrdit/*/__init__.py")}
   assert found <= set(MAY_IMPORT)
+
+
+def test_modes_do_not_import_each_other():
+  for path in ROOT.glob("lrdit/modes/*.py"):
+    assert not [parts for parts in imported(path) if parts[0] == "modes"], path.name

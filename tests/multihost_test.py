@@ -373,7 +373,7 @@ def test_killed_exports_end_as_an_undisturbed_one(one_process, record_property, 
 
 def test_the_environments_of_clusters_are_known():
   def is_cluster(environment):
-    return cluster.cluster_method(environment) == "jax"
+    return cluster.detection_method(environment) == "jax"
 
   alone = {"TPU_SKIP_MDS_QUERY": "1", "PATH": os.environ["PATH"]}
   assert not is_cluster(alone)
@@ -385,7 +385,7 @@ def test_the_environments_of_clusters_are_known():
   assert is_cluster(alone | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://a:1"})
   assert is_cluster(alone | {"TPU_WORKER_HOSTNAMES": "a,b"})
   mpi = [{"OMPI_COMM_WORLD_SIZE": "2"}, {"PMI_SIZE": "2"}, slurm | {"PMI_SIZE": "8"}]
-  assert [cluster.cluster_method(alone | e) for e in mpi] == ["mpi4py"] * 3
+  assert [cluster.detection_method(alone | e) for e in mpi] == ["mpi4py"] * 3
 
 
 def test_an_mpi_that_needs_mpi4py_says_so(monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.benchmarks import processes_benchmark
-from tests.benchmarks.processes_benchmark import summarise
+from tests.benchmarks.processes_benchmark import summarize
 
 
 def report(cpu, wall, idle_cpu=0.0):
@@ -16,7 +16,7 @@ def test_a_side_takes_the_cpu_time_of_all_its_processes_and_the_wall_time_of_the
     [report([3.0, 1.0], 2.5), report([2.0, 0.0], 3.0, idle_cpu=0.5)],
     [report([4.0, 2.0], 5.0), report([1.0, 1.0], 4.0, idle_cpu=0.5)],
   ]
-  summary = summarise(rounds, num_steps=2)
+  summary = summarize(rounds, num_steps=2)
   assert summary["cpu"] == [3.0, 4.0]
   assert summary["system"] == [0.5, 1.5]
   assert summary["wall"] == [1.5, 2.5]

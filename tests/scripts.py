@@ -1,6 +1,8 @@
-"""Starts the scripts under launch/ from a copy of the checkout."""
+"""Starts the scripts under launch/ from a copy of the checkout, with a stand-in for main.py."""
 
+import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -12,9 +14,44 @@ from tests import tiny
 LAUNCH = tiny.ROOT / "launch"
 TIMEOUT = 300  # of each command
 
+# Records that it was started, then does what the test says.
+STAND_IN = r"""
+import json, os, pathlib, signal, sys, time
+
+flags = dict(flag[2:].split("=", 1) for flag in sys.argv[1:])
+process = int(flags.get("process_id", 0))
+records = pathlib.Path(os.environ["RECORDS"])
+start = len(list(records.glob(f"{process}.*")))
+record = {"pid": os.getpid(), "argv": sys.argv[1:], "environment": dict(os.environ)}
+(records / f"new.{process}").write_text(json.dumps(record))
+(records / f"new.{process}").rename(records / f"{process}.{start:03d}")
+
+
+def wait_for(path):
+  while not (records / path).exists():
+    time.sleep(0.01)
+
+
+def stop_on_sigterm(*_):  # as a training does; a second signal kills
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)
+  time.sleep(0.2)
+  print("saved", flush=True)
+  os._exit(75)
+
+
+def work(handler=None):
+  if handler:
+    signal.signal(signal.SIGTERM, handler)
+  (records / f"ready.{process}").touch()
+  time.sleep(60)
+
+
+exec(os.environ["BEHAVIOUR"])
+"""
+
 
 def copy_checkout(root, *names):
-  """A checkout of some files and directories, in which the tests' environment is used."""
+  """Copy some files and directories, in which the tests' environment is used."""
   root.mkdir()
   for name in names:
     source = tiny.ROOT / name
@@ -23,12 +60,52 @@ def copy_checkout(root, *names):
     else:
       shutil.copy(source, root)
   if "launch" in names:
-    (root / "launch" / "setup.sh").write_text("")
+    (root / "launch" / "setup.sh").write_text(f"set -euo pipefail\nroot={root}\n")
   return root
 
 
+class StandIn:
+  """A checkout whose main.py only records its starts and behaves as told."""
+
+  def __init__(self, directory):
+    self.root = copy_checkout(directory / "checkout", "launch")
+    (self.root / "main.py").write_text(STAND_IN)
+    self.records = directory / "records"
+    self.records.mkdir()
+
+  def start(self, command, behaviour="", path=(), **environment):
+    """Start a command next to the checkout."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "JAX_"))}
+    for_main = {"RECORDS": str(self.records), "BEHAVIOUR": behaviour}
+    return start(command, self.root.parent, clean | for_main | environment, path)
+
+  def run(self, *args, **environment):
+    return finish(self.start(*args, **environment), timeout=40)
+
+  def wait_for_work(self, count, process):
+    """Return once so many processes of a started command are at work."""
+    ready = [self.records / f"ready.{i}" for i in range(count)]
+    wait_until(lambda: all(path.exists() for path in ready), process, timeout=40)
+
+  def starts(self, process=0):
+    """Return what was recorded by each start of a process."""
+    return [json.loads(p.read_text()) for p in sorted(self.records.glob(f"{process}.[0-9]*"))]
+
+  def assert_all_have_ended(self):
+    pids = [json.loads(p.read_text())["pid"] for p in self.records.glob("*.[0-9][0-9]*")]
+    assert pids
+    wait_until(lambda: not any(map(is_running, pids)), timeout=40)
+
+
+def is_running(pid):
+  try:
+    return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+  except (FileNotFoundError, ProcessLookupError):
+    return False
+
+
 def start(command, cwd, environment, path=()):
-  """Starts a command in a process group of its own.
+  """Start a command in a process group of its own.
 
   Args:
     command: its words.
@@ -49,7 +126,7 @@ def start(command, cwd, environment, path=()):
 
 
 def finish(process, timeout=TIMEOUT):
-  """(exit status, standard output, standard error); nothing of it is left running."""
+  """Return (exit status, standard output, standard error)."""
   try:
     stdout, stderr = process.communicate(timeout=timeout)
   except subprocess.TimeoutExpired:
@@ -59,7 +136,7 @@ def finish(process, timeout=TIMEOUT):
 
 
 def wait_until(condition, process=None, timeout=TIMEOUT):
-  """Returns once a condition holds; fails where the process ends before."""
+  """Return once a condition holds; fail if the process ends before."""
   deadline = time.monotonic() + timeout
   while not condition():
     if (process and process.poll() is not None) or time.monotonic() > deadline:
@@ -74,23 +151,14 @@ def has_lines(path, count=1):
 
 
 def times(directory):
-  """When each file below a directory was last written."""
-  return {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+  """Return when each file below a directory was last written."""
+  return {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
 
 
-def assert_help(done, script):
-  status, stdout, stderr = done
-  assert (status, stderr) == (0, "")
-  assert f"launch/{script}" in stdout
-  assert "set -euo" not in stdout
-
-
-def assert_wrong_argument(done, script, words):
-  """Ended with one line that says what is wrong, and the usage."""
+def assert_wrong_argument(done, words):
+  """Assert that a script ended with one line that names the mistake."""
   status, stdout, stderr = done
   assert (status, stdout) == (2, "")
-  error, usage = stderr.splitlines()
+  (error,) = stderr.splitlines()
   assert error.startswith("error: ")
   assert words in error
-  assert usage.startswith("Usage: ")
-  assert f"launch/{script}" in usage

@@ -8,8 +8,9 @@ import numpy as np
 
 from lrdit.experiment import Experiment
 from lrdit.model import dit
+from lrdit.runtime import parallel
 from lrdit.train.checkpoints import Checkpoints
-from lrdit.train.train_state import create_train_state
+from lrdit.train.state import create_train_state
 from tests import tiny
 
 
@@ -29,9 +30,19 @@ def _noisy_params(model):
 
 def fresh_state(config, params=None):
   """The state before the first step, from the initial parameters or the ones given."""
-  optimizer = Experiment(config).optimizer
-  params = Experiment(config).init_params() if params is None else params
-  return create_train_state(params, optimizer, Experiment(config).curriculum.num_groups)
+  experiment = Experiment(config)
+  params = experiment.init_params() if params is None else params
+  return create_train_state(params, experiment.optimizer, experiment.curriculum.num_groups)
+
+
+def save_checkpoint(workdir, config, step=8, scale=1.0):
+  """Write a checkpoint of noisy parameters."""
+  params = jax.tree.map(lambda x: scale * x, noisy_params(config))
+  state = parallel.to_host(fresh_state(config, params))
+  opened = Checkpoints(workdir, keep=1)
+  opened.save(state.replace(step=np.asarray(step, np.int32)), config.to_dict())
+  opened.wait()
+  opened.close()
 
 
 def final_state(workdir, arg="", **overrides):

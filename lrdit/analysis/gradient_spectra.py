@@ -44,7 +44,7 @@ from lrdit.model.low_rank import uniform_selection
 from lrdit.rank.plan import RankPlan, dense_plan
 from lrdit.runtime import progress
 from lrdit.runtime.errors import UserError
-from lrdit.train.training_step import Objective
+from lrdit.train.loss import Objective
 
 CONDITIONS = ("data", "shuffled", "noise", "residual")
 SIDES = ("left", "right")  # the subspaces of R^D_in and of R^D_out
@@ -146,7 +146,7 @@ def _at(values: Float[np.ndarray, " T"], t: Int[np.ndarray, " N"]) -> Float[np.n
 def regression(
   objective: Objective, examples: Examples, t: Int[np.ndarray, " N"]
 ) -> dict[str, np.ndarray]:
-  """What the model is given and is to predict, as in `training_step.example_losses`.
+  """What the model is given and is to predict, as in `loss.example_losses`.
 
   Returns:
     "x_t" and "target" (N, H, W, C) float32, "t" (N,) int32, "weight" (N,) float32 of the

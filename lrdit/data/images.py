@@ -1,105 +1,96 @@
-"""Images as files: decoding and cropping to a size, grids and single PNGs."""
+"""Images as files: decoding, cropping and resizing, grids and single PNGs."""
 
+import collections
 import io
+import logging
 import math
-import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
 from lrdit.runtime.errors import system_limit
 from lrdit.runtime.store import atomic_path
 
-MIN_TILE = 48  # pixels; smaller images are enlarged by a whole factor
-GAP = 2  # white pixels between tiles
+MIN_TILE = 48  # Smaller images, in pixels, are enlarged in a grid by a whole factor.
+GAP = 2  # white pixels between the tiles of a grid
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+KIND_OF_MODE = {"1": "black and white", "L": "grey", "P": "palette", "RGB": "colour"}
+
+log = logging.getLogger("lrdit")
 
 
 class UnreadableImage(Exception):
-  """Bytes that are no image, or only part of one."""
+  """Bytes that are not an image, or only part of one."""
 
 
 def crop_name(crop_size: int, size: int) -> str:
-  """Says what `fit` does, for the records that figures are compared by."""
+  """Describe what `fit` does, for the fingerprints of datasets."""
   side = f"{crop_size} pixels" if crop_size else "short side"
   return f"centre crop of the {side}, bicubic antialiased resize to {size}"
 
 
-def decode(file: bytes | os.PathLike) -> Image.Image:
-  """Decodes a whole image from its bytes or a path.
+def decode(content: bytes) -> Image.Image:
+  """Decode a whole image.
 
   Raises:
-    UnreadableImage: it is of no known format, damaged, cut short, or of a kind that cannot
-      become RGB.
+    UnreadableImage: the format is unknown, the bytes are damaged or cut short, or the pixels
+      cannot become RGB.
   """
   try:
-    image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
     image.load()
-    if image.mode.startswith("I;"):  # 16 bits in either order, of which PIL can do little
+    if image.mode.startswith("I;"):  # PIL can do little with 16 bits of either byte order.
       image = image.convert("I")
-    _check_kind(image)
-  except UnreadableImage:
-    raise
-  except Exception as error:  # whatever the bytes lead PIL to, which keeps no list of it
+  except Exception as error:  # PIL does not document what its readers raise.
     if system_limit(error) is not None:
       raise
     raise UnreadableImage(str(error) or type(error).__name__) from error
-  return image
-
-
-def _check_kind(image: Image.Image) -> None:
-  """Refuses what `fit` cannot convert, or could only guess how to."""
   if image.mode == "F":
     raise UnreadableImage("its pixels are floats of unknown range")
   if image.mode == "LAB":
     raise UnreadableImage("its colours are CIELAB, not RGB or grey")
-  if image.mode == "I":
-    low, high = image.getextrema()
-    if low < 0 or high >= 2**16:
-      raise UnreadableImage("its pixels are not 16-bit numbers")
+  if image.mode == "I" and not 0 <= image.getextrema()[0] <= image.getextrema()[1] < 2**16:
+    raise UnreadableImage("its pixels are not 16-bit numbers")
+  return image
 
 
 def fit(
   image: Image.Image, crop_size: int, size: int, num_channels: int
 ) -> UInt8[np.ndarray, "size size C"]:
-  """Brings an image of any kind to one size and RGB or grey.
+  """Bring an image of any kind to one size and to RGB or grey.
 
-  Palettes and CMYK are converted, transparent pixels laid over white.
+  Palettes and CMYK are converted; transparent pixels are laid over white.
 
   Args:
     image: decoded.
-    crop_size: side of the centre crop; 0 for the short side.
-    size: side of the result; antialiased (bicubic) where it differs.
+    crop_size: the side of the centre crop; 0 for the short side.
+    size: the side of the result; antialiased (bicubic) where it differs.
     num_channels: 3, or 1 for grey.
 
   Returns:
     (size, size, num_channels) uint8.
   """
-  image = _flatten(image, "L" if num_channels == 1 else "RGB")
-  width, height = image.size
-  side = min(crop_size or width, width, height)
-  if (width, height, side) != (size, size, size):
-    left, top = (width - side) // 2, (height - side) // 2
-    box = (left, top, left + side, top + side)
-    # Not resize's own `box`, which lets pixels outside it bleed in at the border.
-    image = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
-  return np.asarray(image).reshape(size, size, num_channels)
-
-
-def _flatten(image: Image.Image, mode: str) -> Image.Image:
-  """Any mode to `mode`, "L" or "RGB"."""
-  if image.mode.startswith("I"):  # "I;16" of an array
+  if image.mode.startswith("I"):  # "I;16" comes from an array.
     image = _to_8_bits(image)
   if image.has_transparency_data:
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-  return image.convert(mode)
+  image = image.convert("L" if num_channels == 1 else "RGB")
+  width, height = image.size
+  side = min(crop_size or width, width, height)
+  if (width, height, side) != (size, size, size):
+    left, top = (width - side) // 2, (height - side) // 2
+    # `resize` has a `box` of its own, but it mixes in pixels from outside at the border.
+    image = image.crop((left, top, left + side, top + side))
+    image = image.resize((size, size), Image.Resampling.BICUBIC)
+  return np.asarray(image).reshape(size, size, num_channels)
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-  """16-bit grey, which PIL would clip at 255, to its upper 8 bits."""
+  """Return the upper 8 bits of 16-bit grey, which PIL would clip at 255."""
   values = np.asarray(image, np.int64)
   grey = Image.fromarray((values >> 8).astype(np.uint8))
   transparent = image.info.get("transparency")
@@ -108,10 +99,44 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
   return grey
 
 
-def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-  """Return [-1, 1] as uint8, round half up of 127.5 x + 127.5 (design, section 8).
+def conversion(image: Image.Image, num_channels: int) -> str:
+  """Return in words what kind of image `fit` converts; "" if its pixels stay."""
+  if image.has_transparency_data:
+    return "with transparency"
+  if image.mode == ("L" if num_channels == 1 else "RGB"):
+    return ""
+  return "16-bit grey" if image.mode[0] == "I" else KIND_OF_MODE.get(image.mode, image.mode)
 
-  NaN becomes 0, which says nothing of the image: see `are_finite`.
+
+def report_conversions(
+  kinds: Sequence[str], sides: Int[np.ndarray, "N 2"], size: int, num_channels: int
+) -> None:
+  """Log how many images of a dataset `fit` changes, and in what way.
+
+  Args:
+    kinds: (N) results of `conversion`.
+    sides: (N, 2) widths and heights in pixels.
+    size: as for `fit`.
+    num_channels: as for `fit`.
+  """
+  total = len(kinds)
+  converted = collections.Counter(kind for kind in kinds if kind)
+  if converted:
+    target = "grey" if num_channels == 1 else "RGB"
+    named = ", ".join(f"{count} {kind}" for kind, count in converted.most_common())
+    log.info("%d of %d images converted to %s: %s", converted.total(), total, target, named)
+  oblong = np.count_nonzero(sides[:, 0] != sides[:, 1])
+  if oblong:
+    log.info("%d of %d images are not square: only the centre is used", oblong, total)
+  small = np.count_nonzero(sides.min(axis=1) < size)
+  if small:
+    log.warning("%d of %d images are smaller than %d pixels and enlarged", small, total, size)
+
+
+def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+  """Return [-1, 1] as uint8: 127.5 x + 127.5, rounded half up.
+
+  NaN becomes 0, which means nothing; check the values with `are_finite`.
   """
   levels = np.clip(np.floor(127.5 * images.astype(np.float64) + 128.0), 0, 255)
   return np.nan_to_num(levels, nan=0).astype(np.uint8)
@@ -123,17 +148,14 @@ def are_finite(rows: Float[np.ndarray, "N ..."]) -> Bool[np.ndarray, " N"]:
 
 
 def to_rgb(images: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "N H W 3"]:
-  """(N, H, W, 1 or 3) to (N, H, W, 3); grey is repeated."""
+  """Return (N, H, W, 1 or 3) as (N, H, W, 3) by repeating grey."""
   return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
 def make_grid(
   images: UInt8[np.ndarray, "N H W 3"], columns: int
 ) -> UInt8[np.ndarray, "grid_H grid_W 3"]:
-  """Tiles (N, H, W, 3) uint8 row by row into one image, `GAP` pixels apart.
-
-  Missing last tiles are white.
-  """
+  """Tile images row by row into one, `GAP` pixels apart, with white for missing last tiles."""
   images = np.pad(images, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
   n, h, w, c = images.shape
   rows = math.ceil(n / columns)
@@ -144,13 +166,13 @@ def make_grid(
 
 
 def write_png(path: pathlib.Path, image: UInt8[np.ndarray, "H W 3"]) -> None:
-  """Writes one (H, W, 3) uint8 image, whole or not at all."""
+  """Write an (H, W, 3) uint8 image, completely or not at all."""
   with atomic_path(path) as temporary:
     Image.fromarray(image).save(temporary, format="PNG")
 
 
 def write_grid(path: pathlib.Path, images: UInt8[np.ndarray, "N H W C"], columns: int) -> None:
-  """Writes (N, H, W, 1 or 3) uint8 images as one grid, small ones enlarged."""
+  """Write (N, H, W, 1 or 3) uint8 images as one grid, with small ones enlarged."""
   factor = max(1, MIN_TILE // images.shape[1])
   enlarged = to_rgb(images).repeat(factor, axis=1).repeat(factor, axis=2)
   write_png(path, make_grid(enlarged, columns))

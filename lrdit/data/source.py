@@ -1,25 +1,30 @@
-"""Datasets as random access: what stands at index i, decoded when it is asked for.
+"""Datasets as random access: the example at an index, decoded when it is asked for.
 
-The digits are here; `tfds_data.py`, `image_files.py` and `latents.py` make further
-sources.
-
-Axes: N examples, b examples asked for, H W image, C channels.
+Axes: N examples, b requested examples, H W image, C channels.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
-import itertools
 import logging
 import os
 import tarfile
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Int, UInt8
 
-NAMED_CLASSES = 100  # the log lists at most so many classes
-NAMED_ENTRIES = 3  # of a directory, in an error
-# What files begin with that are given for another kind.
+from lrdit.runtime.errors import UserError
+from lrdit.runtime.text import name_some
+
+# The decoders release the interpreter's lock, the rest of the work does not: more threads than
+# this gain nothing.
+MAX_THREADS = 16
+NAMED_CLASSES = 100  # The log lists at most this many classes.
+HELD_OUT_ONE_IN = 20
+# The first bytes of files that people pass by mistake.
 SIGNATURES = {
   b"PAR1": "a Parquet file",
   b"PK": "a zip archive or .npz",
@@ -35,17 +40,36 @@ SIGNATURES = {
 log = logging.getLogger("lrdit")
 
 
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+  """How to read a dataset.
+
+  Attributes:
+    data_dir: where the data is; "" for the dataset's default place.
+    image_size: height and width in pixels that images are resized to.
+    num_channels: 3, or 1 for grey.
+    cache_bytes: keep the decoded images of a split in memory if they take at most this much.
+    skip_unreadable: leave out the user's own files that cannot be read instead of refusing them.
+  """
+
+  data_dir: str
+  image_size: int
+  num_channels: int
+  cache_bytes: int
+  skip_unreadable: bool
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
   """A split of a dataset.
 
   Attributes:
-    images: (N, H, W, C) uint8 in [0, 255] or float32 in [-1, 1]; anything that
-      has a shape and takes an index array, such as `DecodedImages`.
-    labels: (N,) int32, or what takes an index array likewise.
-    num_classes: classes the labels count; 0 for none.
-    fingerprint: what the split was made from, as JSON: two sources of the same
-      fingerprint hold the same examples in the same order.
+    images: (N, H, W, C) uint8 in [0, 255] or float32 in [-1, 1]: an array, or an object that
+      has its shape and accepts an index array, such as `DecodedImages`.
+    labels: (N,) int32, likewise.
+    num_classes: the number of classes that the labels count; 0 for none.
+    fingerprint: what the split was made from, as JSON. Two sources with the same fingerprint
+      hold the same examples in the same order.
   """
 
   images: Any
@@ -62,11 +86,11 @@ class Source:
     return tuple(self.images.shape[1:])
 
   def gather(self, index: Int[np.ndarray, " b"], flip: Bool[np.ndarray, " b"]) -> dict[str, Any]:
-    """Reads examples.
+    """Read examples.
 
     Args:
       index: (b,) in [0, N).
-      flip: (b,) which to mirror left to right.
+      flip: (b,) which images to mirror left to right.
 
     Returns:
       "image" (b, H, W, C) float32 in [-1, 1] and "label" (b,) int32.
@@ -78,7 +102,7 @@ class Source:
     return {"image": batch, "label": self.labels[index]}
 
   def subset(self, index: Int[np.ndarray, " n"], **fingerprint: Any) -> "Source":
-    """The examples at `index`, under a fingerprint that says which they are."""
+    """Return the examples at `index`; `fingerprint` holds the entries that tell which they are."""
     return dataclasses.replace(
       self,
       images=_Subset(self.images, index),
@@ -87,14 +111,14 @@ class Source:
     )
 
   def first_classes(self, num_classes: int) -> "Source":
-    """The examples of the classes [0, num_classes); reads every label once."""
+    """Return the examples of the classes [0, num_classes), after reading every label once."""
     keep = np.flatnonzero(self.labels[np.arange(len(self))] < num_classes)
     kept = self.subset(keep, num_classes=num_classes)
     return dataclasses.replace(kept, num_classes=num_classes)
 
 
 class _Subset:
-  """Some rows of what takes an index array."""
+  """A selection of the rows of images or labels, which are read only when indexed."""
 
   def __init__(self, rows: Any, index: Int[np.ndarray, " n"]):
     self._rows, self._index = rows, index
@@ -102,43 +126,42 @@ class _Subset:
 
   @property
   def are_known(self) -> bool:
-    """Of labels: no record need be read for them."""
     return getattr(self._rows, "are_known", True)
 
   def __getitem__(self, index: Any) -> np.ndarray:
-    if isinstance(index, tuple):  # further axes, of latents
+    if isinstance(index, tuple):  # Latents are indexed by further axes.
       return self._rows[(self._index[index[0]], *index[1:])]
     return self._rows[self._index[index]]
 
 
 class DecodedImages:
-  """Images decoded when first asked for, and kept from then on if they fit.
+  """Images that are decoded when first indexed, and kept in memory if they fit.
 
-  Several threads may read at once: a row counts as known only once it is
-  written, and writing it twice writes the same.
+  Several threads may read at once: a row is marked as known only after it is written, and two
+  threads that write the same row write the same values.
   """
 
   def __init__(
     self,
-    decode: Callable[[Int[np.ndarray, " b"]], list[Shaped[np.ndarray, "H W C"]]],
+    decode: Callable[[Int[np.ndarray, " b"]], list[UInt8[np.ndarray, "H W C"]]],
     shape: tuple[int, int, int, int],
     cache_bytes: int,
   ):
-    """Decodes nothing yet.
+    """Decode nothing yet.
 
     Args:
-      decode: images at (b,) indices, each (H, W, C) uint8.
+      decode: returns the images at (b,) indices, each (H, W, C) uint8.
       shape: (N, H, W, C).
       cache_bytes: keep decoded images if all of them take at most this much.
     """
     self.shape = shape
     self._decode = decode
     self._known = np.zeros(shape[0], bool)
-    # Pages are allocated as rows are written, so an unread split costs nothing.
+    # The system allocates pages as rows are written, so an unread split takes no memory.
     self._kept = np.empty(shape, np.uint8) if np.prod(shape) <= cache_bytes else None
 
-  def __getitem__(self, index: Int[np.ndarray, " b"]) -> Shaped[np.ndarray, "b H W C"]:
-    """(b, H, W, C) uint8, the caller's own."""
+  def __getitem__(self, index: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b H W C"]:
+    """Return (b, H, W, C) uint8 that the caller may change."""
     if self._kept is None:
       return np.stack(self._decode(index))
     missing = index[~self._known[index]]
@@ -148,52 +171,60 @@ class DecodedImages:
     return self._kept[index]
 
 
-def report_classes(source: Source, num_classes: int) -> None:
-  """Log the table of named classes, and warn of those without a training image.
+def read_ahead(make: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
+  """Yield `make(i)` for each number in order, computed by threads before it is asked for.
 
-  Nothing is said where every record would have to be read for its label.
+  An exception in `make` is raised here, in its turn. Closing or dropping the iterator ends the
+  threads.
+  """
+  num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+  with concurrent.futures.ThreadPoolExecutor(num_threads, "read_ahead") as pool:
+    pending: collections.deque[concurrent.futures.Future] = collections.deque()
+    try:
+      for number in numbers:
+        pending.append(pool.submit(make, number))
+        if len(pending) > 2 * num_threads:
+          yield pending.popleft().result()
+      while pending:
+        yield pending.popleft().result()
+    finally:
+      pool.shutdown(wait=False, cancel_futures=True)
+
+
+def report_classes(source: Source, num_classes: int) -> None:
+  """Log the table of named classes, and warn of classes without a training image.
+
+  Log nothing if the labels are known only after reading every record.
 
   Args:
     source: the training split.
-    num_classes: classes [0, K) that the model is trained on; 0 for none.
+    num_classes: the model is trained on the classes [0, num_classes); 0 for none.
   """
   if not num_classes or not getattr(source.labels, "are_known", True):
     return
-  labels = source.labels[np.arange(len(source))]
-  counts = np.bincount(labels, minlength=num_classes)[:num_classes]
+  counts = np.bincount(source.labels[np.arange(len(source))], minlength=num_classes)
   names = source.fingerprint.get("classes", [])[:num_classes]
   if names:
-    rows = [f"{i} is {name!r} ({n})" for i, (name, n) in enumerate(zip(names, counts, strict=True))]
+    rows = [f"{i} is {name!r} ({counts[i]})" for i, name in enumerate(names)]
     more = f" and {num_classes - NAMED_CLASSES} more" if num_classes > NAMED_CLASSES else ""
     table = ", ".join(rows[:NAMED_CLASSES])
     log.info("classes by label (number of training images): %s%s", table, more)
-  empty = np.flatnonzero(counts == 0).tolist()
+  empty = np.flatnonzero(counts[:num_classes] == 0).tolist()
   if empty:
     log.warning(
       "%d of %d classes have no training image, and samples of them will mean nothing: %s. "
       "Number the labels from 0 without gaps, or add images",
       len(empty),
       num_classes,
-      ", ".join(f"{i} ({names[i]!r})" for i in empty) if names else _ranges(empty),
+      ", ".join(f"{i} ({names[i]!r})" if names else str(i) for i in empty),
     )
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-  """Return rising numbers with runs as "3 to 7"."""
-  runs = []
-  for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
-    members = [number for _, number in run]
-    runs.append(f"{members[0]} to {members[-1]}" if len(members) > 1 else f"{members[0]}")
-  return ", ".join(runs)
-
-
 def describe_path(path: str) -> str:
-  """Return what stands at a path where something else was expected, in words."""
+  """Return in words what is at a path where something else was expected."""
   if os.path.isdir(path):
     entries = sorted(entry for entry in os.listdir(path) if not entry.startswith("."))
-    more = f" and {len(entries) - NAMED_ENTRIES} more" if len(entries) > NAMED_ENTRIES else ""
-    named = ", ".join(entries[:NAMED_ENTRIES]).encode("utf-8", "backslashreplace").decode()
-    return f"a directory that holds {named}{more}" if entries else "an empty directory"
+    return f"a directory that holds {name_some(entries)}" if entries else "an empty directory"
   if not os.path.isfile(path):
     return "no file or directory" if not os.path.exists(path) else "no regular file"
   with open(path, "rb") as file:
@@ -206,21 +237,47 @@ def describe_path(path: str) -> str:
   return "a tar archive" if tarfile.is_tarfile(path) else "a file of another kind"
 
 
-@dataclasses.dataclass(frozen=True)
-class DataOptions:
-  """How a source is read.
+def own_path(options: DataOptions, name: str, exists: Callable[[str], bool], what: str) -> str:
+  """Return the path of the user's own images.
 
-  Attributes:
-    data_dir: where the data lies; "" for the source's default place.
-    image_size: height and width in pixels that images are resized to.
-    num_channels: 3, or 1 for grey.
-    cache_bytes: keep decoded images in memory up to this much per split.
-    skip_unreadable: leave out own files that cannot be read instead of
-      refusing them.
+  Args:
+    options: `data_dir` is the path.
+    name: the dataset's `data.name`.
+    exists: whether what is at the path can be right.
+    what: the expected thing, for the error.
+
+  Raises:
+    UserError: no path is given, or something else is there.
   """
+  if not options.data_dir:
+    raise UserError(f"data.name={name} needs config.data.data_dir: set it to {what}")
+  path = os.path.expanduser(options.data_dir)
+  if not exists(path):
+    found = describe_path(path)
+    raise UserError(f"config.data.data_dir={path} is {found}: set it to {what}")
+  return path
 
-  data_dir: str
-  image_size: int
-  num_channels: int
-  cache_bytes: int
-  skip_unreadable: bool
+
+def choose_split(keys: Iterable[bytes], split: str, fix: str) -> Int[np.ndarray, " n"]:
+  """Hold out about one example in twenty, by a hash of its key alone.
+
+  An example that is added or removed therefore never moves another one to the other split.
+
+  Args:
+    keys: a key for each example.
+    split: "train" or "eval".
+    fix: what to do about too few examples, for the error.
+
+  Returns:
+    (n,) the indices of the split's examples, in rising order.
+
+  Raises:
+    UserError: a split would be empty.
+  """
+  held_out = np.array([zlib.crc32(key) % HELD_OUT_ONE_IN == 0 for key in keys])
+  if held_out.all() or not held_out.any():
+    raise UserError(
+      f"too few images to hold out about one in {HELD_OUT_ONE_IN} for evaluation (number of "
+      f"images: {len(held_out)}): {fix}"
+    )
+  return np.flatnonzero(held_out == (split == "eval"))

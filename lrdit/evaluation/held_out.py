@@ -1,7 +1,7 @@
 """Loss on the held-out split, overall and by timestep group.
 
-Noise and timesteps are functions of the draw, the batch number and the index in
-the batch alone: the same for every arm, seed, run and number of devices.
+Noise and timesteps are functions of the pass, the batch number and the index in the batch alone:
+they are the same for every arm, seed, run and number of devices.
 
 Axes: n devices, b local batch, G timestep groups.
 """
@@ -18,10 +18,10 @@ from lrdit.data import pipeline
 from lrdit.data.source import Source
 from lrdit.runtime import parallel
 
-# Of the noise, timesteps and slots; no run's own seed, so that runs can be compared. Another
-# number for every change of what is drawn: losses of different seeds are not compared.
+# Seed of noise, timesteps and slots. It is no run's own, so that runs can be compared; it changes
+# with every change of what is sampled, as losses of different seeds are not compared.
 SEED = 1
-EVAL_STREAM = 2**31 - 1  # keeps the draws apart from those of a training step
+EVAL_STREAM = 2**31 - 1  # keeps the noise apart from that of training steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +29,8 @@ class HeldOutLosses:
   """Sums over held-out examples and draws.
 
   Attributes:
-    loss_sum: (G,) float64, of the losses of each timestep group.
-    count: (G,) number of losses of each.
+    loss_sum: (G,) float64, sum of the losses of each timestep group.
+    count: (G,) number of losses in each.
   """
 
   loss_sum: Float[np.ndarray, " G"]
@@ -38,12 +38,12 @@ class HeldOutLosses:
 
   @property
   def mean(self) -> float:
-    """Over all examples, draws and timesteps."""
+    """Mean over all examples and passes."""
     return float(self.loss_sum.sum() / self.count.sum())
 
   @property
   def group_means(self) -> list[float | None]:
-    """Of each group; None where no timestep of it was drawn."""
+    """Mean of each group; None where none of its timesteps was sampled."""
     return [float(s / n) if n else None for s, n in zip(self.loss_sum, self.count, strict=True)]
 
 
@@ -55,14 +55,14 @@ def held_out_losses(
   batch_size: int,
   draws: int,
 ) -> HeldOutLosses:
-  """Passes over the held-out split, each with other noise and timesteps.
+  """Sum losses over passes through the held-out split, each with other noise and timesteps.
 
-  A slot of the batch is a stratum of timesteps. An example's slot is drawn from its index
-  (`input_pipeline.eval_batches`), and each pass shifts the examples over the slots: an example
-  meets another stratum each time.
+  A slot of the batch is a stratum of timesteps. `pipeline.eval_batches` samples an example's slot
+  from its index, and each pass shifts the examples over the slots, so that an example meets
+  another stratum each time.
 
   Args:
-    eval_step: pmapped `training_step.eval_step`.
+    eval_step: pmapped `step.eval_step`.
     params: replicated parameters.
     source: the held-out split.
     slots: of the global batch, from `parallel.batch_slots`.

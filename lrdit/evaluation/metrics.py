@@ -1,6 +1,6 @@
 """Sample quality: distances between sets of features, and recognition of labels.
 
-All in float64. What the features are is the caller's to say, in a figure's name too.
+All computations are in float64. The caller knows what the features are, and names the metrics.
 
 Axes: N features of one set, M of the other, b a batch of them, D values of a feature.
 """
@@ -17,7 +17,7 @@ KERNEL_SUBSETS = 100
 KERNEL_SUBSET_SIZE = 1000
 NEIGHBOURS = 3
 
-# Distances are held for so many of both sets at once: 64 MiB.
+# Rows and columns of distances in memory at once: 64 MiB.
 BLOCK_ROWS, BLOCK_COLUMNS = 1024, 8192
 # Squared distances below this share of the squared norms are rounding errors of
 # |x|^2 + |y|^2 - 2 x.y, and stand for equal features.
@@ -26,7 +26,7 @@ RADIUS_EPSILON = 1e-9  # a distance that is the radius but for rounding counts a
 
 
 class Moments(NamedTuple):
-  """What a stream of features is remembered by.
+  """Running moments of a stream of features.
 
   Attributes:
     count: features seen.
@@ -40,7 +40,7 @@ class Moments(NamedTuple):
 
 
 def moments(features: Real[np.ndarray, "b D"]) -> Moments:
-  """Of one batch, at least one feature."""
+  """Return the moments of one batch of at least one feature."""
   features = np.asarray(features, np.float64)
   mean = features.mean(axis=0)
   centred = features - mean
@@ -48,7 +48,7 @@ def moments(features: Real[np.ndarray, "b D"]) -> Moments:
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
-  """Of two batches together (Chan, Golub and LeVeque 1983, eq. 2.1)."""
+  """Return the moments of two batches together (Chan, Golub and LeVeque 1983, eq. 2.1)."""
   count = a.count + b.count
   offset = b.mean - a.mean
   mean = a.mean + offset * (b.count / count)
@@ -57,7 +57,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
 
 def statistics_of(seen: Moments) -> Statistics:
-  """Mean (D,) and unbiased covariance (D, D).
+  """Return the mean (D,) and the unbiased covariance (D, D).
 
   Raises:
     ValueError: fewer than two features.
@@ -68,19 +68,19 @@ def statistics_of(seen: Moments) -> Statistics:
 
 
 def gaussian_statistics(features: Real[np.ndarray, "N D"]) -> Statistics:
-  """Mean (D,) and unbiased covariance (D, D) of (N, D) features, float64."""
+  """Return the mean (D,) and the unbiased covariance (D, D) of (N, D) features, float64."""
   return statistics_of(moments(features))
 
 
 def _factor(covariance: Float64[np.ndarray, "D D"]) -> Float64[np.ndarray, "D r"]:
-  """A with A A^T the covariance, without the directions that rounding alone fills."""
+  """Return A with A A^T the covariance, without directions that hold rounding errors only."""
   values, vectors = np.linalg.eigh(covariance)
   kept = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
   return vectors[:, kept] * np.sqrt(values[kept])
 
 
 def frechet_distance(statistics_1: Statistics, statistics_2: Statistics) -> float:
-  """Squared Frechet distance of two Gaussians (Dowson and Landau 1982).
+  """Return the squared Frechet distance of two Gaussians (Dowson and Landau 1982).
 
   |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). With S1 = A A^T and S2 = B B^T
   the trace of the root is the sum of the singular values of A^T B: exact for
@@ -99,16 +99,16 @@ def frechet_distance(statistics_1: Statistics, statistics_2: Statistics) -> floa
 def _cubic_kernel(
   x: Float64[np.ndarray, "N D"], y: Float64[np.ndarray, "M D"]
 ) -> Float64[np.ndarray, "N M"]:
-  """(x.y / D + 1)^3 of every pair."""
+  """Return (x.y / D + 1)^3 of every pair."""
   base = x @ y.T / x.shape[1] + 1.0
   return base * base * base
 
 
 def squared_mmd(x: Float64[np.ndarray, "n D"], y: Float64[np.ndarray, "n D"]) -> float:
-  """Unbiased estimate of the squared maximum mean discrepancy under the cubic
-  kernel (Gretton et al. 2012, eq. 3), of equally many features of each.
+  """Return an unbiased estimate of the squared maximum mean discrepancy of equally large sets.
 
-  It may be negative where both are alike.
+  The kernel is cubic (Gretton et al. 2012, eq. 3). The estimate may be negative where the sets are
+  alike.
   """
   n = len(x)
   k_xx, k_yy, k_xy = _cubic_kernel(x, x), _cubic_kernel(y, y), _cubic_kernel(x, y)
@@ -119,12 +119,12 @@ def squared_mmd(x: Float64[np.ndarray, "n D"], y: Float64[np.ndarray, "n D"]) ->
 def kernel_distance(
   features_1: Real[np.ndarray, "N D"], features_2: Real[np.ndarray, "M D"], seed: int = 0
 ) -> tuple[float, float]:
-  """Kernel distance (Binkowski et al. 2018, "KID" over Inception features).
+  """Return the kernel distance (Binkowski et al. 2018, "KID" over Inception features).
 
-  `squared_mmd` of 100 pairs of random subsets of 1,000 features each, or of
-  half the smaller set (rounded down, at least 2) where that is less: of whole
-  sets all estimates would be one, and their deviation rounding only. Their mean
-  is unbiased for any size of the subsets.
+  It is the mean `squared_mmd` of 100 pairs of random subsets of 1,000 features each, or of half
+  the smaller set (rounded down, at least 2) where that is less: subsets that are whole sets would
+  all give one estimate, whose deviation is rounding only. The mean is unbiased for any size of
+  the subsets.
 
   Args:
     features_1, features_2: the two sets, of at least two each.
@@ -154,7 +154,7 @@ def kernel_distance(
 def _distance_blocks(
   x: Float64[np.ndarray, "b D"], features: Real[np.ndarray, "N D"]
 ) -> Iterator[tuple[slice, Float64[np.ndarray, "b n"]]]:
-  """Squared distances of `x` to the features, some columns at a time."""
+  """Yield the squared distances of `x` to the features, some columns at a time."""
   x_norms = np.square(x).sum(axis=1)[:, None]
   for start in range(0, len(features), BLOCK_COLUMNS):
     columns = slice(start, start + BLOCK_COLUMNS)
@@ -171,7 +171,7 @@ def _row_blocks(features: Real[np.ndarray, "N D"]) -> Iterator[Float64[np.ndarra
 
 
 def _squared_radii(features: Real[np.ndarray, "N D"], k: int) -> Float64[np.ndarray, " N"]:
-  """Squared distance of each feature to its k-th nearest other one."""
+  """Return the squared distance of each feature to its k-th nearest other one."""
   radii = []
   for x in _row_blocks(features):
     nearest = np.empty((len(x), 0))
@@ -188,7 +188,7 @@ def _share_covered(
   centres: Real[np.ndarray, "M D"],
   squared_radii: Float64[np.ndarray, " M"],
 ) -> float:
-  """Share of the features that lie in at least one ball."""
+  """Return the share of the features that lie in at least one ball."""
   num_covered = 0
   for x in _row_blocks(features):
     covered = np.zeros(len(x), bool)
@@ -201,11 +201,11 @@ def _share_covered(
 def precision_recall(
   generated: Real[np.ndarray, "N D"], real: Real[np.ndarray, "M D"], k: int = NEIGHBOURS
 ) -> tuple[float, float]:
-  """Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1 and 2).
+  """Return improved precision and recall (Kynkaanniemi et al. 2019, eq. 1 and 2).
 
-  Balls around the features of a set, each reaching to its k-th nearest other
-  one, stand for the set's manifold. The memory needed beside the features is
-  bounded. Both figures depend on N and M: compare those of equal numbers.
+  Balls around the features of a set, each reaching to its k-th nearest other one, stand for the
+  set's manifold. Memory beside the features is bounded. Both metrics depend on N and M: compare
+  those of equal numbers only.
 
   Args:
     generated: features of generated images.
@@ -213,8 +213,8 @@ def precision_recall(
     k: neighbours.
 
   Returns:
-    (share of the generated in the manifold of the real ones, share of the real
-    in that of the generated ones), each in [0, 1].
+    (share of the generated in the real ones' manifold, share of the real in that of the generated
+    ones), each in [0, 1].
 
   Raises:
     ValueError: a set has no more than k features.
@@ -227,5 +227,5 @@ def precision_recall(
 
 
 def recognition_accuracy(predicted: Int[np.ndarray, " N"], labels: Int[np.ndarray, " N"]) -> float:
-  """Share of images that a classifier takes for their label, in [0, 1]."""
+  """Return the share of images whose label a classifier predicts, in [0, 1]."""
   return float((predicted == labels).mean())

@@ -1,12 +1,10 @@
-"""The Stable Diffusion VAE (Rombach et al. 2022, arXiv:2112.10752), to encode and decode.
+"""The Stable Diffusion VAE (Rombach et al. 2022, arXiv:2112.10752).
 
-Layer for layer `AutoencoderKL` of diffusers, whose files `vae_files.py` reads.
-Modules bear the names diffusers gives its own, dots included, so that a
-parameter's path is its key in a file. Parameters and arithmetic are float32, products at JAX's
-default precision for the device.
+Each layer is that of `AutoencoderKL` in diffusers, whose files `vae_weights.py` reads. Modules
+have the names of diffusers' own, dots included, so that a parameter's path is its key in a file.
+Parameters and arithmetic are float32, products at JAX's default precision for the device.
 
-Axes: N images, B images in flight, H W image, h w latent, C channels, c latent
-channels, D features.
+Axes: N images, B batch, H W image, h w latent, C channels, c latent channels, D features.
 """
 
 import dataclasses
@@ -28,14 +26,14 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 @dataclasses.dataclass(frozen=True)
 class VaeConfig:
-  """The fields of diffusers' config that are honoured, with its defaults.
+  """The supported fields of diffusers' config, with its defaults.
 
   Attributes:
-    in_channels: of the images to encode.
-    out_channels: of the decoded images.
+    in_channels: channels of the images to encode.
+    out_channels: channels of the decoded images.
     latent_channels: c; the encoder's output has twice as many.
     block_out_channels: features of each resolution, from the image's down.
-    layers_per_block: residual blocks per resolution, one more in the decoder.
+    layers_per_block: residual blocks per resolution; the decoder has one more.
     norm_num_groups: groups of every GroupNorm.
     scaling_factor, shift_factor: see `scale_latents`.
     use_quant_conv, use_post_quant_conv: 1x1 convolutions around the latents.
@@ -56,7 +54,7 @@ class VaeConfig:
 
   @property
   def downsample_factor(self) -> int:
-    """Image pixels per latent pixel, along one side."""
+    """Return the number of image pixels per latent pixel along one side."""
     return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -69,15 +67,14 @@ def _group_norm(groups: int, name: str) -> nn.GroupNorm:
   return nn.GroupNorm(groups, epsilon=GROUP_NORM_EPSILON, use_fast_variance=False, name=name)
 
 
-class ResnetBlock(nn.Module):
-  """Two normalised convolutions and the residual connection."""
+class _ResnetBlock(nn.Module):
+  """Two normalized convolutions and the residual connection."""
 
   features: int
   groups: int
 
   @nn.compact
   def __call__(self, x: Float32[Array, "B H W D_in"]) -> Float32[Array, "B H W D"]:
-    """(B, H, W, D_in) to (B, H, W, features)."""
     y = _conv3(self.features, "conv1")(nn.silu(_group_norm(self.groups, "norm1")(x)))
     y = _conv3(self.features, "conv2")(nn.silu(_group_norm(self.groups, "norm2")(y)))
     if x.shape[-1] != self.features:
@@ -85,18 +82,17 @@ class ResnetBlock(nn.Module):
     return x + y
 
 
-class Attention(nn.Module):
+class _Attention(nn.Module):
   """Single-head self-attention over all positions, and the residual connection.
 
-  The (h w, h w) scores are held at once: for images up to 1024 x 1024 they are
-  no larger than the decoder's activations at full resolution.
+  All (h w, h w) scores are in memory at once: for images up to 1024 x 1024 they are no larger
+  than the decoder's activations at full resolution.
   """
 
   groups: int
 
   @nn.compact
   def __call__(self, x: Float32[Array, "B h w D"]) -> Float32[Array, "B h w D"]:
-    """(B, h, w, D) to (B, h, w, D)."""
     b, h, w, d = x.shape
     tokens = _group_norm(self.groups, "group_norm")(x).reshape(b, h * w, d)
     q, k, v = (nn.Dense(d, name=name)(tokens) for name in ("to_q", "to_k", "to_v"))
@@ -105,29 +101,28 @@ class Attention(nn.Module):
     return x + nn.Dense(d, name="to_out.0")(values).reshape(x.shape)
 
 
-class MidBlock(nn.Module):
+class _MidBlock(nn.Module):
   """The layers at the lowest resolution."""
 
   config: VaeConfig
 
   @nn.compact
   def __call__(self, x: Float32[Array, "B h w D"]) -> Float32[Array, "B h w D"]:
-    """(B, h, w, D) to (B, h, w, D)."""
     groups = self.config.norm_num_groups
-    x = ResnetBlock(x.shape[-1], groups, name="resnets.0")(x)
+    x = _ResnetBlock(x.shape[-1], groups, name="resnets.0")(x)
     if self.config.mid_block_add_attention:
-      x = Attention(groups, name="attentions.0")(x)
-    return ResnetBlock(x.shape[-1], groups, name="resnets.1")(x)
+      x = _Attention(groups, name="attentions.0")(x)
+    return _ResnetBlock(x.shape[-1], groups, name="resnets.1")(x)
 
 
 class Encoder(nn.Module):
-  """Images to the Gaussian of their latents."""
+  """The Gaussian posterior of an image's latents."""
 
   config: VaeConfig
 
   @nn.compact
   def __call__(self, images: Float32[Array, "B H W C"]) -> Float32[Array, "B 2 h w c"]:
-    """(B, H, W, C) in [-1, 1] to (B, 2, h, w, c): mean and log-variance, unscaled."""
+    """Return (B, 2, h, w, c) unscaled means and log-variances for images in [-1, 1]."""
     c = self.config
     x = _conv3(c.block_out_channels[0], "conv_in")(images)
     for i, features in enumerate(c.block_out_channels):
@@ -136,8 +131,8 @@ class Encoder(nn.Module):
         name, padding = f"down_blocks.{i - 1}.downsamplers.0.conv", ((0, 1), (0, 1))
         x = nn.Conv(x.shape[-1], (3, 3), strides=2, padding=padding, name=name)(x)
       for j in range(c.layers_per_block):
-        x = ResnetBlock(features, c.norm_num_groups, name=f"down_blocks.{i}.resnets.{j}")(x)
-    x = MidBlock(c, name="mid_block")(x)
+        x = _ResnetBlock(features, c.norm_num_groups, name=f"down_blocks.{i}.resnets.{j}")(x)
+    x = _MidBlock(c, name="mid_block")(x)
     x = nn.silu(_group_norm(c.norm_num_groups, "conv_norm_out")(x))
     x = _conv3(2 * c.latent_channels, "conv_out")(x)
     if c.use_quant_conv:
@@ -147,25 +142,25 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Latents to images."""
+  """The image of latents."""
 
   config: VaeConfig
 
   @nn.compact
   def __call__(self, latents: Float32[Array, "B h w c"]) -> Float32[Array, "B H W C"]:
-    """(B, h, w, c) unscaled to (B, H, W, C), about [-1, 1] but not clipped."""
+    """Return (B, H, W, C) in about [-1, 1], not clipped, for unscaled latents."""
     c = self.config
     x = latents
     if c.use_post_quant_conv:
       x = nn.Conv(c.latent_channels, (1, 1), name="post_quant_conv")(x)
     x = _conv3(c.block_out_channels[-1], "conv_in")(x)
-    x = MidBlock(c, name="mid_block")(x)
+    x = _MidBlock(c, name="mid_block")(x)
     for i, features in enumerate(reversed(c.block_out_channels)):
       if i > 0:
         x = x.repeat(2, axis=1).repeat(2, axis=2)
         x = _conv3(x.shape[-1], f"up_blocks.{i - 1}.upsamplers.0.conv")(x)
       for j in range(c.layers_per_block + 1):
-        x = ResnetBlock(features, c.norm_num_groups, name=f"up_blocks.{i}.resnets.{j}")(x)
+        x = _ResnetBlock(features, c.norm_num_groups, name=f"up_blocks.{i}.resnets.{j}")(x)
     x = nn.silu(_group_norm(c.norm_num_groups, "conv_norm_out")(x))
     return _conv3(c.out_channels, "conv_out")(x)
 
@@ -173,42 +168,36 @@ class Decoder(nn.Module):
 def scale_latents(
   config: VaeConfig, latents: Float[Array | np.ndarray, "*shape"]
 ) -> Float[Array | np.ndarray, "*shape"]:
-  """The VAE's latents to those a diffusion model sees, of about unit variance."""
+  """Return the VAE's latents as a diffusion model sees them, with about unit variance."""
   return (latents - config.shift_factor) * config.scaling_factor
 
 
 def unscale_latents(
   config: VaeConfig, latents: Float[Array | np.ndarray, "*shape"]
 ) -> Float[Array | np.ndarray, "*shape"]:
-  """Inverse of `scale_latents`."""
+  """Invert `scale_latents`."""
   return latents / config.scaling_factor + config.shift_factor
 
 
 def params_template(config: VaeConfig) -> dict[str, Any]:
-  """Shapes of the parameters, {"encoder": ..., "decoder": ...}; computes nothing."""
-  side = config.downsample_factor
+  """Return the parameters' shapes, {"encoder": ..., "decoder": ...}, without computing them."""
+  side, key = config.downsample_factor, jax.random.key(0)
   images = jnp.zeros((1, side, side, config.in_channels))
   latents = jnp.zeros((1, 1, 1, config.latent_channels))
-
-  def init() -> dict[str, Any]:
-    key = jax.random.key(0)
-    return {
-      "encoder": Encoder(config).init(key, images)["params"],
-      "decoder": Decoder(config).init(key, latents)["params"],
-    }
-
-  return jax.eval_shape(init)
+  encoder = jax.eval_shape(Encoder(config).init, key, images)
+  decoder = jax.eval_shape(Decoder(config).init, key, latents)
+  return {"encoder": encoder["params"], "decoder": decoder["params"]}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vae:
-  """A VAE as read.
+  """A VAE and its weights.
 
   Attributes:
     config: its architecture and scaling.
     params: {"encoder": ..., "decoder": ...} of float32 numpy arrays.
-    digest: hexadecimal SHA-256 of the config and the parameters; the same
-      however they were stored.
+    digest: hexadecimal SHA-256 of the config and the parameters, whatever format they were
+      stored in.
   """
 
   config: VaeConfig
@@ -216,20 +205,20 @@ class Vae:
   digest: str
 
 
-class Codec:
-  """Encodes and decodes any number of images, on all devices.
+class VaeRunner:
+  """Encodes and decodes any number of images on all devices.
 
-  Inputs go through in batches of one size, the last one padded, so each
-  function is compiled once per image size.
+  Batches have one size, and the last one is padded, so each function is compiled once for each
+  image size.
   """
 
   def __init__(self, vae: Vae, devices: parallel.Devices, batch_size: int):
-    """Puts the parameters on the devices; compiles nothing yet.
+    """Put the parameters on the devices; compile nothing yet.
 
     Args:
-      vae: as read.
+      vae: from `vae_weights.read_vae`.
       devices: where to run.
-      batch_size: images in flight, B.
+      batch_size: B, over all devices.
 
     Raises:
       UserError: the batch does not divide over the devices.
@@ -238,17 +227,16 @@ class Codec:
     self.config, self.digest, self.batch_size = vae.config, vae.digest, batch_size
     self._batch_sharding, replicated = parallel.shardings(devices)
     self._params = jax.device_put(vae.params, replicated)
-    self._encode = self._compiled(Encoder(vae.config))
-    self._decode = self._compiled(Decoder(vae.config))
+    self._encode = self._compile(Encoder(vae.config))
+    self._decode = self._compile(Decoder(vae.config))
 
-  def _compiled(self, half: Encoder | Decoder) -> Callable:
-    def apply(params, x):
-      return half.apply({"params": params}, x)
-
-    return jax.jit(apply, out_shardings=self._batch_sharding)
+  def _compile(self, half: Encoder | Decoder) -> Callable:
+    return jax.jit(
+      lambda params, x: half.apply({"params": params}, x), out_shardings=self._batch_sharding
+    )
 
   def encode(self, images: Float32[np.ndarray, "N H W C"]) -> Float32[np.ndarray, "N 2 h w c"]:
-    """Means and log-variances of the latents, unscaled.
+    """Return the means and log-variances of the latents, unscaled.
 
     Args:
       images: (N, H, W, C) in [-1, 1].
@@ -257,7 +245,7 @@ class Codec:
       (N, 2, h, w, c): mean, and log-variance in [-30, 20].
 
     Raises:
-      UserError: a size or a number of channels the VAE cannot encode.
+      UserError: the VAE cannot encode this size or number of channels.
     """
     _, height, width, channels = images.shape
     factor, config = self.config.downsample_factor, self.config
@@ -272,33 +260,34 @@ class Codec:
         f"multiples of {factor}"
       )
     shape = (2, height // factor, width // factor, config.latent_channels)
-    return self._in_batches(self._encode, self._params["encoder"], images, shape)
+    return self._run(self._encode, self._params["encoder"], images, shape)
 
   def decode(self, latents: Float32[np.ndarray, "N h w c"]) -> Float32[np.ndarray, "N H W C"]:
-    """(N, h, w, c) unscaled latents to (N, H, W, C) images, not clipped."""
+    """Return the (N, H, W, C) images, not clipped, of (N, h, w, c) unscaled latents."""
     _, height, width, _ = latents.shape
     factor = self.config.downsample_factor
     shape = (height * factor, width * factor, self.config.out_channels)
-    return self._in_batches(self._decode, self._params["decoder"], latents, shape)
+    return self._run(self._decode, self._params["decoder"], latents, shape)
 
-  def _in_batches(
+  def _run(
     self, function: Callable, params: Any, inputs: np.ndarray, shape: tuple[int, ...]
   ) -> np.ndarray:
-    """(N, *shape) outputs; a batch is fetched while the next one is computed."""
+    """Return (N, *shape) outputs; a batch is fetched while the next one is computed."""
     outputs = np.empty((len(inputs), *shape), np.float32)
-    pending: list[tuple[int, Array]] = []
+    pending: tuple[int, Array] | None = None
 
     def fetch() -> None:
-      start, batch = pending.pop(0)
+      start, batch = pending
       outputs[start : start + self.batch_size] = np.asarray(batch)[: len(inputs) - start]
 
     for start in range(0, len(inputs), self.batch_size):
       batch = inputs[start : start + self.batch_size]
       padded = np.zeros((self.batch_size, *inputs.shape[1:]), np.float32)
       padded[: len(batch)] = batch
-      pending.append((start, function(params, jax.device_put(padded, self._batch_sharding))))
-      if len(pending) > 1:
+      result = function(params, jax.device_put(padded, self._batch_sharding))
+      if pending:
         fetch()
-    while pending:
+      pending = start, result
+    if pending:
       fetch()
     return outputs

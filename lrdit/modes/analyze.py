@@ -12,13 +12,14 @@ from ml_collections import ConfigDict
 
 from lrdit.analysis import figures, gradient_spectra, truncation, weight_spectra
 from lrdit.analysis.unit_cache import UnitCache
+from lrdit.benchmark.arms import arm_config
+from lrdit.benchmark.results import format_table
 from lrdit.config import measured_schedule
 from lrdit.config.run_config import open_trained
 from lrdit.data.source import Source
 from lrdit.evaluation import held_out
 from lrdit.experiment import Experiment
 from lrdit.model import flops
-from lrdit.modes import benchmark
 from lrdit.rank import measured
 from lrdit.rank.plan import RankPlan
 from lrdit.runtime import parallel
@@ -48,7 +49,7 @@ def count_flops(config: ConfigDict) -> dict[str, Any]:
   arms = {}
   for arm in ARMS:
     try:
-      own = benchmark.arm_config(config, arm)
+      own = arm_config(config, arm)
     except UserError as error:
       log.warning("%s is not counted: %s", arm, error)
       continue
@@ -82,7 +83,7 @@ def format_flops(arms: dict[str, Any]) -> str:
     "million MACs: forward": lambda e: f"{e['forward_macs'] / 1e6:,.3f}",
     "sampling run": lambda e: e["sampling"],
   }
-  return benchmark.format_table("of one image", columns, entries)
+  return format_table("of one image", columns, entries)
 
 
 class Analysis:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from lrdit.data import images, latents, pipeline
 from lrdit.data.source import Source, report_classes
 from lrdit.experiment import Experiment
-from lrdit.model.vae import Codec
+from lrdit.model.vae import VaeRunner
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
@@ -23,7 +23,7 @@ log = logging.getLogger("lrdit")
 KEEP_EVERY_IMAGES = 1024  # a kill loses at most about this much work
 
 
-def describe(config: ConfigDict, codec: Codec, sources: dict[str, Source]) -> dict[str, Any]:
+def describe(config: ConfigDict, codec: VaeRunner, sources: dict[str, Source]) -> dict[str, Any]:
   """Return the part of a manifest that a later start must agree with."""
   size = config.data.image_size // config.vae.downsample_factor
   copies = 2 if config.data.flip else 1
@@ -38,7 +38,7 @@ def describe(config: ConfigDict, codec: Codec, sources: dict[str, Source]) -> di
 
 
 def encode_split(
-  config: ConfigDict, codec: Codec, source: Source, split: str, writer: latents.LatentWriter
+  config: ConfigDict, codec: VaeRunner, source: Source, split: str, writer: latents.LatentWriter
 ) -> None:
   """Encode what a split still lacks; the mirrored images too where the config flips.
 
@@ -96,7 +96,7 @@ def encode(config: ConfigDict, output: str, devices: parallel.Devices | None = N
 
 
 def _encode_into(
-  directory: pathlib.Path, config: ConfigDict, codec: Codec, sources: dict[str, Source]
+  directory: pathlib.Path, config: ConfigDict, codec: VaeRunner, sources: dict[str, Source]
 ) -> None:
   """Write what the directory still lacks; no other process writes it."""
   num_examples = {split: len(source) for split, source in sources.items()}

@@ -1,15 +1,15 @@
-"""Measures a trained model: held-out loss, and the quality of exported samples."""
+"""Measures a trained model: its held-out loss, and the quality of a sample set."""
 
 import contextlib
 import importlib.metadata
 import itertools
-import json
 import logging
 import pathlib
 import platform
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from lrdit.config.run_config import open_trained
@@ -17,21 +17,37 @@ from lrdit.data.source import Source
 from lrdit.evaluation import held_out, references
 from lrdit.evaluation.features import Extractor
 from lrdit.experiment import Experiment
-from lrdit.modes.sample import make_settings
 from lrdit.runtime import cluster, parallel
-from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
-from lrdit.runtime.store import write_json
-from lrdit.sampling import sample_set
+from lrdit.runtime.store import StoreError, as_json, check_same, read_json, write_json
+from lrdit.sampling.sample_set import read_sample_set
+from lrdit.sampling.settings import make_settings
 from lrdit.train import checkpoints, run_files
 
 log = logging.getLogger("lrdit")
 
+# Of `evaluation`, what the metrics of samples do not depend on.
+HELD_OUT_FIELDS = ("draws", "extractors")
+BY_EXTRACTOR = ("figures", "extractors", "settings")  # of a sample set's entry
 
-def held_out_figures(
+
+def describe_held_out(config: ConfigDict, source: Source) -> dict[str, Any]:
+  """Return how held-out losses are measured, as JSON."""
+  description = {
+    "draws": config.evaluation.draws,
+    "examples": len(source),
+    "seed": held_out.SEED,
+    "batch_size": config.training.batch_size,
+    "dtype": config.model.dtype,
+    "data": source.fingerprint,
+  }
+  return as_json(description)
+
+
+def held_out_metrics(
   config: ConfigDict, source: Source, weights: dict[str, Any], devices: parallel.Devices
 ) -> dict[str, Any]:
-  """Losses on the held-out split, overall and by timestep group.
+  """Return the losses on the held-out split, overall and by timestep group.
 
   Noise and timesteps are the same for every run; see `held_out`.
 
@@ -42,26 +58,18 @@ def held_out_figures(
     devices: devices to use.
 
   Returns:
-    how they were measured, and the losses by the name of the weights.
+    `describe_held_out`, and the losses by the name of the weights.
   """
-  batch_size = config.training.batch_size
+  batch_size, draws = config.training.batch_size, config.evaluation.draws
   step, slots = Experiment(config).eval_step(devices), parallel.batch_slots(batch_size, devices)
-  draws = config.evaluation.draws
-  figures: dict[str, Any] = {
-    "draws": draws,
-    "examples": len(source),
-    "seed": held_out.SEED,
-    "batch_size": batch_size,
-    "dtype": config.model.dtype,
-    "data": source.fingerprint,
-  }
   edges = list(itertools.pairwise(Experiment(config).curriculum.boundaries))
+  metrics = describe_held_out(config, source)
   for name, params in weights.items():
     losses = held_out.held_out_losses(
       step, parallel.replicate(params, devices), source, slots, batch_size, draws
     )
     groups = zip(edges, losses.group_means, losses.count, strict=True)
-    figures[name] = {
+    metrics[name] = {
       "loss": losses.mean,
       "groups": [
         {"t_first": first, "t_last": end - 1, "loss": loss, "examples": int(count)}
@@ -69,93 +77,113 @@ def held_out_figures(
       ],
     }
     log.info("held-out loss %.5f (%s weights)", losses.mean, name)
-  return figures
+  return metrics
 
 
-def check_export(
+def check_sample_set(
   config: ConfigDict, directory: pathlib.Path, step: int, params: Any, vae_digest: str
-) -> None:
-  """Refuses samples of other weights or settings than those the config and the workdir name.
+) -> dict[str, Any]:
+  """Return a sample set's metadata; refuse samples of other weights or settings.
 
   Args:
     config: resolved.
-    directory: of the export.
+    directory: of the sample set.
     step: of the newest checkpoint.
     params: its weights that `sampling.use_ema` names.
     vae_digest: of the VAE that decodes; "" for pixels.
 
   Raises:
-    UserError: the export is missing, unfinished, or of something else.
+    UserError: the sample set is missing, unfinished, or of something else.
   """
-  metadata, _ = sample_set.read_sample_set(directory, 1)
-  drawn = Experiment(config).sampler(parallel.all_devices())
-  asked = make_settings(config, drawn, step, params, vae_digest)
-  asked = json.loads(json.dumps(asked | {"num_samples": config.sampling.num_samples}))
-  differing = [name for name in asked if metadata.get(name) != asked[name]]
-  if differing:
-    shown = [f"{n} ({metadata.get(n)!r} there, {asked[n]!r} asked for)"[:120] for n in differing]
-    raise UserError(
-      f"the samples under {directory} are of something else: {'; '.join(shown[:3])}. Run the same "
-      "command with --mode=sample first; --config.sampling.name=NAME in both keeps the others"
-    )
+  metadata, _ = read_sample_set(directory, 1)
+  sampler = Experiment(config).sampler(parallel.all_devices())
+  wanted = make_settings(config, sampler, step, checkpoints.digest(params), vae_digest)
+  wanted["num_samples"] = config.sampling.num_samples
+  check_same(
+    f"the samples under {directory} are of something else",
+    wanted,
+    {name: metadata[name] for name in wanted if name in metadata},
+    "run the same command with --mode=sample first; --config.sampling.name=NAME in both keeps "
+    "the others",
+  )
+  return metadata
 
 
-def sample_figures(
+def sample_metrics(
   config: ConfigDict, directory: pathlib.Path, extractors: list[Extractor], features: pathlib.Path
 ) -> dict[str, Any]:
-  """An export's metadata and its figures against real images.
+  """Return a sample set's metadata and its metrics against real images.
 
   Args:
     config: resolved.
-    directory: of the export.
+    directory: of the sample set.
     extractors: what the images are compared by.
-    features: where the statistics of the real images are kept.
+    features: directory of the real images' statistics.
 
   Raises:
-    UserError: the export is damaged or too small, or the kept statistics are
-      of something else.
+    UserError: the sample set is damaged or too small, or the statistics are of something else.
   """
   e = config.evaluation
   source = Experiment(config).image_source(e.reference_split)
-  result: dict[str, Any] = {"figures": {}, "extractors": {}}
+  result: dict[str, Any] = {field: {} for field in BY_EXTRACTOR}
   for extractor in extractors:
     path = features / f"reference_{extractor.name}_{e.reference_split}.npz"
     reference = references.open_reference(path, source, extractor, e.max_features)
-    metadata, batches = sample_set.read_sample_set(directory, extractor.batch_size)
-    figures = references.measure(batches, extractor, reference)
-    for name, value in figures.items():
+    metadata, batches = read_sample_set(directory, extractor.batch_size)
+    metrics = references.measure(batches, extractor, reference)
+    for name, value in metrics.items():
       log.info("%s %.6g", name, value)
     fingerprint = dict(reference.fingerprint)
     result["extractors"][extractor.name] = fingerprint.pop("extractor")
-    result["figures"] |= figures
+    result["settings"][extractor.name] = _sample_settings(config)
+    result["figures"] |= metrics
     result |= {"metadata": metadata, "reference": fingerprint | {"split": e.reference_split}}
   return result
 
 
+def _sample_settings(config: ConfigDict) -> dict[str, Any]:
+  """Return what the metrics of samples depend on beside the samples, as JSON."""
+  fields = config.evaluation.to_dict().items()
+  return as_json({name: value for name, value in fields if name not in HELD_OUT_FIELDS})
+
+
+def is_measured(config: ConfigDict, kept: dict[str, Any] | None, metadata: dict[str, Any]) -> bool:
+  """Return whether a kept entry has the metrics over all extractors, of these samples."""
+  return (
+    kept is not None
+    and kept["metadata"] == metadata
+    and all(
+      kept.get("settings", {}).get(name) == _sample_settings(config)
+      for name in config.evaluation.extractors
+    )
+  )
+
+
 def merged(kept: dict[str, Any] | None, measured: dict[str, Any]) -> dict[str, Any]:
-  """New figures of an export, beside those over other extractors that still hold."""
-  fields = ("metadata", "reference")
-  if not kept or any(kept.get(field) != measured[field] for field in fields):
+  """Return new metrics of a sample set beside those over other extractors that still hold."""
+  if not kept or any(kept.get(field) != measured[field] for field in ("metadata", "reference")):
     return measured
-  return measured | {field: kept[field] | measured[field] for field in ("figures", "extractors")}
+  return measured | {field: kept.get(field, {}) | measured[field] for field in BY_EXTRACTOR}
 
 
-def kept_samples(path: pathlib.Path, held_out_key: dict[str, Any]) -> dict[str, Any]:
-  """Figures of the workdir's exports that were measured before.
+def read_kept(path: pathlib.Path, key: dict[str, Any]) -> dict[str, Any]:
+  """Return what was measured before of the same checkpoint: "held_out" and "samples" by name.
 
   Args:
     path: of evaluation.json.
-    held_out_key: "checkpoint_step" and "checkpoint_digest" that must be the same.
+    key: "checkpoint_step" and "checkpoint_digest", which must be the same.
   """
+  nothing = {"held_out": {}, "samples": {}}
+  if not path.exists():
+    return nothing
   try:
-    evaluation = json.loads(path.read_text())
-    same = all(evaluation[name] == value for name, value in held_out_key.items())
-    return dict(evaluation["samples"]) if same else {}
-  except FileNotFoundError:
-    return {}
-  except (ValueError, KeyError, TypeError) as error:
-    log.warning("%s is damaged (%s): its figures are not kept", path, error)
-    return {}
+    evaluation = read_json(path, "it is measured again")
+    if any(evaluation[name] != value for name, value in key.items()):
+      return nothing
+    return {name: dict(evaluation[name]) for name in nothing}
+  except (StoreError, ValueError, KeyError, TypeError) as error:
+    log.warning("%s is damaged (%s): its metrics are not kept", path, error)
+    return nothing
 
 
 def _software() -> dict[str, str | None]:
@@ -170,20 +198,20 @@ def _software() -> dict[str, str | None]:
 
 
 def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:
-  """Runs `--mode=evaluate`: writes evaluation.json.
+  """Run `--mode=evaluate`: write evaluation.json, or leave one alone that has it all.
 
-  All processes measure held-out losses, the first one alone the samples.
-  Figures over other extractors, and of the workdir's other exports (other
-  `sampling.name`s), stay in it as long as they are of the same checkpoint.
+  All processes measure held-out losses, the first one alone the samples. Metrics over other
+  extractors, and of the workdir's other sample sets (other `sampling.name`s), stay in the file as
+  long as they are of the same checkpoint.
 
   Args:
     config: resolved.
-    workdir: of a trained run, with an export named `sampling.name` unless
+    workdir: of a trained run, with a sample set named `sampling.name` unless
       `evaluation.extractors` is empty.
     devices: devices to use; all by default.
 
   Raises:
-    UserError: no checkpoint or no export, other data, and the like.
+    UserError: no checkpoint or no sample set, other data, and the like.
   """
   path = open_trained(workdir, config)
   with contextlib.ExitStack() as opened:
@@ -196,31 +224,35 @@ def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None 
 
 
 def _evaluate(config: ConfigDict, path: pathlib.Path, devices: parallel.Devices) -> None:
-  """Measure the newest checkpoint and its export, which nobody else writes meanwhile."""
-  e = config.evaluation
+  """Measure the newest checkpoint and its samples, which no other process writes meanwhile."""
+  e, name, target = config.evaluation, config.sampling.name, path / "evaluation.json"
+  directory = path / "samples" / name
+  features = pathlib.Path(e.features_dir).expanduser() if e.features_dir else path / "features"
   template = Experiment(config).params_template
   step, weights = run_files.restore_params(path, template, ("raw", "ema"))
   source = Experiment(config).source("eval")
   run_files.check_run_data(path, "eval", source.fingerprint)
   vae_digest = run_files.read_vae_digest(path) if config.vae.downsample_factor else ""
-  directory = path / "samples" / config.sampling.name
-  features = pathlib.Path(e.features_dir).expanduser() if e.features_dir else path / "features"
-  extractors = []
+  key = {"checkpoint_step": step, "checkpoint_digest": checkpoints.digest(weights["ema"])}
+  kept, extractors = read_kept(target, key), []
   if e.extractors and cluster.is_first():  # checked before anything takes long
     params = weights["ema" if config.sampling.use_ema else "raw"]
-    check_export(config, directory, step, params, vae_digest)
-    extractors = Experiment(config).extractors(features)
-  losses = held_out_figures(config, source, weights, devices)
+    metadata = check_sample_set(config, directory, step, params, vae_digest)
+    if not is_measured(config, kept["samples"].get(name), metadata):
+      extractors = Experiment(config).extractors(features)
+  losses, wanted = kept["held_out"], describe_held_out(config, source)
+  has_losses = all(losses.get(field) == value for field, value in wanted.items())
+  if not cluster.from_first(np.bool_(has_losses)):
+    losses = held_out_metrics(config, source, weights, devices)
   if not cluster.is_first():
     return
-  key = {"checkpoint_step": step, "checkpoint_digest": checkpoints.digest(weights["ema"])}
-  samples = kept_samples(path / "evaluation.json", key)
+  if has_losses and not extractors:
+    log.info("%s has all of it, of step %d: delete it to measure again", target, step)
+    return
+  samples = kept["samples"]
   if extractors:
-    name = config.sampling.name
-    samples[name] = merged(
-      samples.get(name), sample_figures(config, directory, extractors, features)
-    )
+    measured = sample_metrics(config, directory, extractors, features)
+    samples[name] = merged(samples.get(name), measured)
   settings = {"settings": e.to_dict(), "software": _software()}
-  evaluation = key | {"held_out": losses, "samples": samples} | settings
-  write_json(path / "evaluation.json", evaluation)
-  log.info("%s", path / "evaluation.json")
+  write_json(target, key | {"held_out": losses, "samples": samples} | settings)
+  log.info("%s", target)

@@ -1,9 +1,10 @@
-"""Exports samples of a trained model for evaluation by any tool."""
+"""Export samples of a trained model for evaluation by any tool."""
 
-import functools
+import dataclasses
 import logging
+import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,133 +13,110 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from lrdit.config.run_config import open_trained
+from lrdit.data import images
 from lrdit.experiment import Experiment, ToPixels
 from lrdit.runtime import cluster, parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.progress import make_bar
-from lrdit.sampling import sampler
+from lrdit.runtime.store import write_json
 from lrdit.sampling.sample_set import SampleSetWriter
+from lrdit.sampling.sampler import Sampler
+from lrdit.sampling.settings import make_label_rule, make_settings
 from lrdit.train import checkpoints, run_files
 
 log = logging.getLogger("lrdit")
 
-
-def make_label_rule(config: ConfigDict) -> sampler.LabelRule | None:
-  """(B,) sample indices to (B,) int32 labels; None for an unconditional model."""
-  s, classes = config.sampling, config.data.num_classes
-  if not classes:
-    return None
-  if s.labels == "balanced":
-    return lambda index: sampler.balanced_labels(index, classes)
-  if s.labels == "random":
-    return lambda index: sampler.random_labels(s.seed, index, classes)
-  return lambda index: np.full(len(index), int(s.labels), np.int32)
+PATH_STEPS = 10  # solver steps that the path of a sample shows
 
 
-def make_settings(
-  config: ConfigDict, drawn: sampler.Sampler, step: int, params: Any, vae_digest: str
-) -> dict[str, Any]:
-  """All that defines a sample beside its index; a figure measured is quoted with it.
+@dataclasses.dataclass
+class SampleBatches:
+  """The batches of a sample set, which all processes compute together.
 
-  Args:
+  Attributes:
     config: resolved.
-    drawn: what draws the samples.
-    step: of the checkpoint.
-    params: its weights, on the host.
-    vae_digest: of the VAE that decodes; "" for pixels.
-  """
-  s, plan = config.sampling, drawn.model.plan
-  visited = [(bucket, end - first) for bucket, first, end in drawn.segments]
-  return {
-    "checkpoint_step": step,
-    "checkpoint_digest": checkpoints.digest(params),
-    "weights": "ema" if s.use_ema else "raw",
-    "method": config.method,
-    "solver": s.solver,
-    "num_steps": s.num_steps,
-    "first_timestep": int(drawn.table.t[0]),
-    "eta": s.eta,
-    "guidance_scale": s.guidance_scale,
-    "clip_x_0": s.clip_x_0,
-    "seed": s.seed,
-    "labels": s.labels if config.data.num_classes else None,
-    "dtype": config.model.dtype,
-    "prediction": config.diffusion.prediction,
-    "noise_schedule": config.diffusion.noise_schedule,
-    "num_train_timesteps": config.diffusion.num_train_timesteps,
-    "rank_table": {name: list(ranks.active) for name, ranks in plan.layers},
-    "solver_steps_per_bucket": [
-      sum(n for b, n in visited if b == bucket) for bucket in range(plan.num_buckets)
-    ],
-    "vae_digest": vae_digest or None,
-  }
-
-
-def draw(
-  config: ConfigDict,
-  drawn: sampler.Sampler,
-  params: Any,
-  to_pixels: ToPixels,
-  step: int,
-  first: int,
-) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
-  """Yield the samples [first, num_samples) by batches, drawn by all processes, on each of them.
-
-  Args:
-    config: resolved.
-    drawn: what draws the samples.
-    params: its weights.
+    sampler: the config's.
+    params: the sampler's weights.
     to_pixels: from `Experiment.to_pixels`.
     step: of the weights' checkpoint.
-    first: index of the first sample.
-
-  Raises:
-    UserError: on all processes, at a sample that is not finite.
   """
-  s = config.sampling
-  starts, rows = range(first, s.num_samples, s.batch_size), parallel.own_rows(s.batch_size)
-  for start, x_0 in drawn.sample_rows(params, make_label_rule(config), starts, rows):
-    kept = s.num_samples - start
-    pixels, are_finite = (parallel.gather_rows(part)[:kept] for part in to_pixels(x_0))
-    if not are_finite.all():
-      raise _non_finite(config, step, start + int(np.argmin(are_finite)))
-    yield pixels
+
+  config: ConfigDict
+  sampler: Sampler
+  params: Any
+  to_pixels: ToPixels
+  step: int
+
+  def compile(self) -> None:
+    """Compile what `iterate` runs."""
+    rows = parallel.own_rows(self.config.sampling.batch_size)
+    self.sampler.compile(self.params, make_label_rule(self.config), rows)
+
+  def iterate(self, first: int) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
+    """Yield the batches of the samples [first, num_samples), whole on every process.
+
+    Raises:
+      UserError: on all processes, at a sample that is not finite.
+    """
+    s = self.config.sampling
+    starts, rows = range(first, s.num_samples, s.batch_size), parallel.own_rows(s.batch_size)
+    label_rule = make_label_rule(self.config)
+    for start, x_0 in self.sampler.sample_rows(self.params, label_rule, starts, rows):
+      kept = s.num_samples - start
+      pixels, are_finite = (parallel.gather_rows(part)[:kept] for part in self.to_pixels(x_0))
+      if not are_finite.all():
+        raise self._non_finite(start + int(np.argmin(are_finite)))
+      yield pixels
+
+  def write_path(self, directory: pathlib.Path) -> None:
+    """Write path.png, the clean images predicted on the way to sample 0, and path.json.
+
+    path.json holds the label, the solver steps, their timesteps, and the active ranks of each
+    factorised layer there.
+    """
+    label_rule, t, plan = (
+      make_label_rule(self.config),
+      self.sampler.table.t,
+      self.sampler.model.plan,
+    )
+    steps = np.unique(np.linspace(0, len(t) - 1, PATH_STEPS).round().astype(int)).tolist()
+    rows = parallel.own_rows(self.config.sampling.batch_size)
+    x_0 = self.sampler.path(self.params, label_rule, rows, steps)
+    images.write_grid(directory / "path.png", self.to_pixels(x_0)[0], len(steps))
+    buckets = plan.bucket_of_timestep[t[steps]]
+    record = {
+      "label": None if label_rule is None else int(label_rule(np.arange(1))[0]),
+      "steps": steps,
+      "timesteps": t[steps].tolist(),
+      "ranks": {name: [ranks.active[bucket] for bucket in buckets] for name, ranks in plan.layers},
+    }
+    write_json(directory / "path.json", record)
+
+  def _non_finite(self, index: int) -> UserError:
+    s, fixes = self.config.sampling, []
+    if s.guidance_scale != 1.0:
+      fixes.append(f"lower config.sampling.guidance_scale={s.guidance_scale}")
+    if not (s.clip_x_0 or self.config.vae.downsample_factor):
+      fixes.append("set config.sampling.clip_x_0=True")
+    if self.config.model.dtype != "float32":
+      fixes.append("set config.model.dtype=float32")
+    fixes.append("train longer, or again with a lower config.optimizer.learning_rate")
+    weights = "averaged" if s.use_ema else "raw"
+    return UserError(
+      f"sample {index} of the {weights} weights of step {self.step} is not finite, and no sample "
+      f"from there on was written: {'; or '.join(fixes)}"
+    )
 
 
-def _non_finite(config: ConfigDict, step: int, index: int) -> UserError:
-  """Return what to say of a sample that is not finite."""
-  s, mends = config.sampling, []
-  if s.guidance_scale != 1.0:
-    mends.append(f"lower config.sampling.guidance_scale={s.guidance_scale}")
-  if not (s.clip_x_0 or config.vae.downsample_factor):
-    mends.append("set config.sampling.clip_x_0=True")
-  if config.model.dtype != "float32":
-    mends.append("set config.model.dtype=float32")
-  mends.append("train longer, or again with a lower config.optimizer.learning_rate")
-  weights = "averaged" if s.use_ema else "raw"
-  return UserError(
-    f"sample {index} of the {weights} weights of step {step} is not finite, and no sample from "
-    f"there on was written: {'; or '.join(mends)}"
-  )
-
-
-def write_samples(
-  config: ConfigDict,
-  writer: SampleSetWriter,
-  compile_all: Callable[[], None],
-  batches: Callable[[int], Iterator],
-  num_devices: int,
-) -> None:
-  """Exports what is missing; the first process's part.
+def export(batches: SampleBatches, writer: SampleSetWriter, num_devices: int) -> None:
+  """Write the samples that a set lacks, in the first process.
 
   Args:
-    config: resolved.
-    writer: of the export.
-    compile_all: what draws them, before the export's clock starts.
-    batches: samples from an index on.
-    num_devices: they are drawn on.
+    batches: of the sample set.
+    writer: of its files.
+    num_devices: devices of all processes.
   """
-  s = config.sampling
+  s = batches.config.sampling
   cluster.from_first((np.int32(writer.num_done), np.bool_(writer.is_finished)))
   if writer.is_finished:
     log.info("%s: all %d samples are there", writer.directory, s.num_samples)
@@ -147,35 +125,35 @@ def write_samples(
     log.info("%s: going on from %d of %d samples", writer.directory, writer.num_done, s.num_samples)
   start = time.perf_counter()
   if writer.num_done < s.num_samples:
-    compile_all()
+    batches.compile()
   compile_seconds = time.perf_counter() - start
+  batches.write_path(writer.directory)
   writer.start_clock()
   with make_bar(s.num_samples, writer.num_done, "image") as bar:
-    for batch in batches(writer.num_done):
+    for batch in batches.iterate(writer.num_done):
       writer.append(batch)
       bar.update(len(batch))
-  machine = {"batch_size": s.batch_size, "num_devices": num_devices}
-  metadata = writer.finish(make_label_rule(config), machine | {"compile_seconds": compile_seconds})
+  facts = {
+    "batch_size": s.batch_size,
+    "num_devices": num_devices,
+    "compile_seconds": compile_seconds,
+  }
+  metadata = writer.finish(make_label_rule(batches.config), facts)
   text = "%d samples of step %d in %.1f s: %s"
-  seconds = metadata["wall_clock_seconds"]
-  log.info(text, s.num_samples, metadata["checkpoint_step"], seconds, writer.directory)
+  log.info(text, s.num_samples, batches.step, metadata["wall_clock_seconds"], writer.directory)
 
 
-def help_to_draw(compile_all: Callable[[], None], batches: Callable[[int], Iterator]) -> None:
-  """Draws with the first process what that one exports; the other processes' part.
-
-  Args:
-    compile_all, batches: as for `write_samples`.
-  """
+def join_export(batches: SampleBatches) -> None:
+  """Compute with the first process the samples that it exports, in another process."""
   first, is_finished = cluster.from_first((np.int32(0), np.bool_(False)))
   if not is_finished:
-    compile_all()
-    for _ in batches(int(first)):
+    batches.compile()
+    for _ in batches.iterate(int(first)):
       pass
 
 
 def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:
-  """Runs `--mode=sample`: exactly `sampling.num_samples` images.
+  """Run `--mode=sample`: exactly `sampling.num_samples` images.
 
   An export that was stopped goes on where it was; a finished one is left alone.
 
@@ -188,23 +166,20 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
     UserError: no checkpoint, another model's workdir, a full disk, and the like.
   """
   devices, s = devices or parallel.all_devices(), config.sampling
-  drawn = Experiment(config).sampler(devices)
+  sampler = Experiment(config).sampler(devices)
   path = open_trained(workdir, config)
   weights = "ema" if s.use_ema else "raw"
   step, restored = run_files.restore_params(path, Experiment(config).params_template, [weights])
   params = restored[weights]
   vae_digest = run_files.read_vae_digest(path) if config.vae.downsample_factor else ""
   to_pixels = Experiment(config).to_pixels(devices, vae_digest)
-  batches = functools.partial(draw, config, drawn, params, to_pixels, step)
-  compile_all = functools.partial(
-    drawn.compile, params, make_label_rule(config), parallel.own_rows(s.batch_size)
-  )
+  batches = SampleBatches(config, sampler, params, to_pixels, step)
   if not cluster.is_first():
-    help_to_draw(compile_all, batches)
+    join_export(batches)
     return
   with SampleSetWriter(
     path / "samples" / s.name,
-    settings=make_settings(config, drawn, step, params, vae_digest),
+    settings=make_settings(config, sampler, step, checkpoints.digest(params), vae_digest),
     software={
       "backend": jax.default_backend(),
       "jax": jax.__version__,
@@ -215,4 +190,4 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
     batch_size=s.batch_size,
     png_files=s.png_files,
   ) as writer:
-    write_samples(config, writer, compile_all, batches, len(devices))
+    export(batches, writer, len(devices))

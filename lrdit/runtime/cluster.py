@@ -14,39 +14,38 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lrdit.runtime.errors import RESTART_STATUS, UserError, tell
+from lrdit.runtime.errors import RESTART_STATUS, UserError, print_error
 from lrdit.runtime.parallel import AXIS
 
 log = logging.getLogger("lrdit")
 
-# A process that has been silent for so long is taken for dead, and the others end.
+# A process that has been silent for so long counts as dead, and the others end.
 HEARTBEAT_SECONDS = 20
-# Processes of a job are started within so long of each other.
+# All processes of a job start within so long of each other.
 START_SECONDS = 300
 # A wait is logged after this long.
-SAID_AFTER_SECONDS = 5
-MOST_PROCESSES = 2**31 - 1
-# Variables by which launchers tell each process how many there are.
-COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-# The others wait at the end for the first one, which may have much to write.
+LOGGED_AFTER_SECONDS = 5
+# The others wait at the end for the first process, which may have much to write.
 SHUTDOWN_SECONDS = 24 * 3600
+MAX_PROCESSES = 2**31 - 1
+# Variables by which launchers give each process the number of processes.
+COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+NOT_REACHED = (
+  "the other processes cannot be reached ({}): check that all are started, and --coordinator, "
+  "--num_processes and --process_id; {}"
+)
 
 
-def cluster_method(environment: Mapping[str, str]) -> str | None:
-  """How one of several processes of a job learns of the others, by its environment.
-
-  Told by what MPI's mpirun, SLURM's srun and TPU pods (also on GKE) set.
+def detection_method(environment: Mapping[str, str]) -> str | None:
+  """Return how a process finds the others by the variables of mpirun, srun or a TPU pod.
 
   Returns:
-    None for a process on its own; "jax" where jax finds the coordinator; "mpi4py"
-    where it needs that package to, as under all of MPI but Open MPI 4.
-
-  Raises:
-    UserError: a variable that counts processes is no number.
+    None for a process on its own; "jax" where jax finds the coordinator; "mpi4py" where that needs
+    this package, as with all of MPI but Open MPI 4.
   """
 
   def count(name: str) -> int:
-    value = environment.get(name) or "1"  # set but empty, as by a script: not there
+    value = environment.get(name) or "1"  # a script may set it to ""
     if not value.strip().isdecimal():
       raise UserError(
         f"{name}={value} in the environment is not a number of processes: correct or unset it, or "
@@ -55,24 +54,18 @@ def cluster_method(environment: Mapping[str, str]) -> str | None:
       )
     return int(value)
 
-  # mpirun's processes may be a SLURM step's as well, but not the other way round;
-  # srun --mpi=pmi2 sets PMI_SIZE as MPICH and Intel MPI do, to the step's own size.
+  # The processes of mpirun may belong to a SLURM step too, but not the other way round. With
+  # --mpi=pmi2, srun sets PMI_SIZE as MPICH and Intel MPI do, but to the size of its step.
   if count("OMPI_COMM_WORLD_SIZE") > 1:
     return "jax" if "OMPI_MCA_orte_hnp_uri" in environment else "mpi4py"
   if count("PMI_SIZE") > 1 and count("PMI_SIZE") != count("SLURM_STEP_NUM_TASKS"):
     return "mpi4py"
-  if count("SLURM_STEP_NUM_TASKS") > 1:  # srun's; not of the batch script
+  if count("SLURM_STEP_NUM_TASKS") > 1 or "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
     return "jax"
-  if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
-    return "jax"
-  # The machines of a pod are alike, and told apart by the metadata server alone.
-  is_pod = "TPU_SKIP_MDS_QUERY" not in environment and _is_tpu_machine()
-  return "jax" if is_pod else None
-
-
-def _is_tpu_machine() -> bool:
+  # The hosts of a TPU pod have nothing else that tells them from a single one.
   has_chips = os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")
-  return has_chips and importlib.util.find_spec("libtpu") is not None
+  is_pod = "TPU_SKIP_MDS_QUERY" not in environment and has_chips
+  return "jax" if is_pod and importlib.util.find_spec("libtpu") else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +73,7 @@ class Cluster:
   """Where the processes of a job meet; all None where jax finds it.
 
   Attributes:
-    coordinator: "HOST:PORT" that the first process listens at.
+    coordinator: "HOST:PORT" at which the first process listens.
     num_processes: P.
     process_id: this process, in [0, P).
     detection: jax's `cluster_detection_method`.
@@ -92,50 +85,39 @@ class Cluster:
   detection: str | None = None
 
   @property
-  def name_of_process(self) -> str:
-    """What this process' lines begin with before it has met the others."""
+  def process_name(self) -> str:
+    """The beginning of this process's lines before it has met the others."""
     return "a process: " if self.process_id is None else f"process {self.process_id}: "
 
   @property
   def how_to_stay_alone(self) -> str:
-    """What to do where there are no others, as in an interactive shell of several tasks."""
+    """What to do if there are no other processes, as in an interactive shell of several tasks."""
     if self.num_processes is not None:
       return "leave out these flags to run this process alone"
     counts = [f"{name}={os.environ[name]}" for name in COUNTS if os.environ.get(name)]
-    told = f" ({' '.join(counts)} told of them)" if counts else ""
-    return f"--num_processes=1 runs this process alone{told}"
+    reason = f" (there are several by {' '.join(counts)})" if counts else ""
+    return f"--num_processes=1 runs this process alone{reason}"
 
 
 def find_cluster(
   coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> Cluster | None:
-  """The cluster that the flags name, or else the environment; None to stay alone.
+  """Return the cluster that the flags name, or else the environment; None to stay alone.
 
   Args:
-    coordinator, num_processes, process_id: as in `Cluster`, all or none of them.
-      num_processes=1 stays alone, whatever the environment says.
+    coordinator, num_processes, process_id: as in `Cluster`, all or none of them. With
+      num_processes=1 the process stays alone, whatever the environment says.
 
   Raises:
-    UserError: some are missing or do not fit, or the environment says too little.
+    UserError: some are missing or invalid, or the environment is not sufficient.
   """
   given = (coordinator, num_processes, process_id)
-  if num_processes is not None and not 1 <= num_processes <= MOST_PROCESSES:
-    raise UserError(f"--num_processes={num_processes} must be in [1, {MOST_PROCESSES}]", 2)
+  if num_processes is not None and not 1 <= num_processes <= MAX_PROCESSES:
+    raise UserError(f"--num_processes={num_processes} must be in [1, {MAX_PROCESSES}]", 2)
   if num_processes == 1 and process_id in (None, 0):
     return None
   if given == (None, None, None):
-    method = cluster_method(os.environ)
-    if method == "mpi4py":
-      try:
-        importlib.import_module("mpi4py.MPI")
-      except (ImportError, RuntimeError) as error:
-        raise UserError(
-          f"this MPI leaves it to mpi4py to find the first process, which does not work ({error}): "
-          "install mpi4py and the MPI it is for, or give --coordinator, --num_processes and "
-          "--process_id",
-          2,
-        ) from error
-    return method and Cluster(detection="mpi4py" if method == "mpi4py" else None)
+    return _detect()
   if None in given:
     raise UserError("--coordinator, --num_processes and --process_id go together: give all", 2)
   if not 0 <= process_id < num_processes:
@@ -154,62 +136,70 @@ def find_cluster(
   return Cluster(*given)
 
 
+def _detect() -> Cluster | None:
+  method = detection_method(os.environ)
+  if method != "mpi4py":
+    return method and Cluster()
+  try:
+    importlib.import_module("mpi4py.MPI")
+  except (ImportError, RuntimeError) as error:
+    raise UserError(
+      f"this MPI leaves it to mpi4py to find the first process, which does not work ({error}): "
+      "install mpi4py and the MPI it is for, or give --coordinator, --num_processes and "
+      "--process_id",
+      2,
+    ) from error
+  return Cluster(detection=method)
+
+
 def connect(cluster: Cluster, shares_sigterm: bool) -> None:
-  """Joins the processes of a job; to be called before any device is used.
+  """Join the processes of a job; call this before any device is used.
 
   Args:
     cluster: from `find_cluster`.
-    shares_sigterm: SIGTERM is for `is_preempted` to tell, and does not end the process.
+    shares_sigterm: SIGTERM makes `is_preempted` true in all processes instead of ending this one.
 
   Raises:
-    UserError: the others cannot be reached, or are not alike.
+    UserError: the others cannot be reached, or have another number of devices.
   """
   jax.config.update("jax_enable_preemption_service", shares_sigterm)
   try:
-    with _watch_the_wait(cluster):
+    with _limited_wait(cluster):
       jax.distributed.initialize(
         cluster.coordinator,
         cluster.num_processes,
         cluster.process_id,
         cluster_detection_method=cluster.detection,
-        initialization_timeout=2 * START_SECONDS,  # `_watch_the_wait` gives up before
+        initialization_timeout=2 * START_SECONDS,  # `_limited_wait` gives up before
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=SHUTDOWN_SECONDS,
       )
   except Exception as error:  # whatever a wrong address or variable leads jax to
     cause = (str(error).splitlines() or [type(error).__name__])[0]
-    raise UserError(
-      f"the other processes cannot be reached ({cause}): check that all are started, and "
-      f"--coordinator, --num_processes and --process_id; {cluster.how_to_stay_alone}",
-      RESTART_STATUS,
-    ) from error
+    raise UserError(NOT_REACHED.format(cause, cluster.how_to_stay_alone), RESTART_STATUS) from error
   _open_connections()
 
 
 @contextlib.contextmanager
-def _watch_the_wait(cluster: Cluster) -> Iterator[None]:
-  """Says that a process waits for the others, and ends it after `START_SECONDS`.
+def _limited_wait(cluster: Cluster) -> Iterator[None]:
+  """Log that this process waits for the others, and end it after `START_SECONDS`.
 
-  jax would end it with a stack trace and status 134, from a thread of its own, which
-  leaves nothing to be caught.
+  jax would end it with a stack trace and status 134 from one of its threads, where no exception
+  can be caught.
   """
   met = threading.Event()
 
   def watch() -> None:
-    if met.wait(SAID_AFTER_SECONDS):
+    if met.wait(LOGGED_AFTER_SECONDS):
       return
     log.warning(
       "waiting for the other processes, up to %d s: %s", START_SECONDS, cluster.how_to_stay_alone
     )
-    if met.wait(START_SECONDS - SAID_AFTER_SECONDS):
+    if met.wait(START_SECONDS - LOGGED_AFTER_SECONDS):
       return
-    error = UserError(
-      f"the other processes cannot be reached (not all came within {START_SECONDS} s): check that "
-      "all are started, and --coordinator, --num_processes and --process_id; "
-      f"{cluster.how_to_stay_alone}",
-      RESTART_STATUS,
-    )
-    os._exit(tell(error, False, cluster.name_of_process))
+    cause = f"not all came within {START_SECONDS} s"
+    error = UserError(NOT_REACHED.format(cause, cluster.how_to_stay_alone), RESTART_STATUS)
+    os._exit(print_error(error, False, cluster.process_name))
 
   threading.Thread(target=watch, daemon=True).start()
   try:
@@ -219,10 +209,10 @@ def _watch_the_wait(cluster: Cluster) -> Iterator[None]:
 
 
 def _open_connections() -> None:
-  """Runs each kind of collective once.
+  """Run each kind of collective once.
 
-  On CPUs the first of a kind fails if a process is 30 s behind another, as one may
-  well be later on; those that follow wait as long as they must.
+  On CPUs, the first collective of a kind fails if a process is 30 s behind another, as may happen
+  later on; those that follow wait as long as they must.
   """
   counts = multihost_utils.process_allgather(np.int32(jax.local_device_count()))
   if len(set(counts.tolist())) > 1:
@@ -233,45 +223,45 @@ def _open_connections() -> None:
 
 
 def num_processes() -> int:
-  """P."""
+  """Return P."""
   return jax.process_count()
 
 
-def name_of_process() -> str:
-  """What this process' lines begin with, one of several."""
-  return f"process {jax.process_index()}: "
-
-
 def process_id() -> int:
-  """This process, in [0, P)."""
+  """Return the index of this process, in [0, P)."""
   return jax.process_index()
 
 
+def process_name() -> str:
+  """Return the beginning of this process's lines, where it is one of several."""
+  return f"process {jax.process_index()}: "
+
+
 def is_first() -> bool:
-  """Whether this is the process that reads and writes the workdir."""
+  """Return whether this process reads and writes the workdir."""
   return jax.process_index() == 0
 
 
 def from_first(tree: Any) -> Any:
-  """The first process's tree, on every process.
+  """Return the first process's tree on every process.
 
   Args:
-    tree: numpy arrays or scalars; on the other processes anything of the same
-      structure, shapes and dtypes of at most 32 bits.
+    tree: numpy arrays or scalars; on the other processes anything of the same structure, shapes
+      and dtypes of at most 32 bits.
   """
   if jax.process_count() == 1:
     return tree
   return multihost_utils.broadcast_one_to_all(tree)
 
 
-def is_preempted(steps_asked: int) -> bool:
-  """Whether all processes stop now, as one of them got SIGTERM.
+def is_preempted(num_calls: int) -> bool:
+  """Return whether all processes stop now because one of them got SIGTERM.
 
-  To be asked before every step by all; they get the same answer.
+  All processes ask before every step, and get the same answer.
 
   Args:
-    steps_asked: how often this start has asked before. jax answers at the number
-      after the highest that any has asked with, so counting from a run's step would
-      never meet it where the signal came before the first question.
+    num_calls: how often this process has asked before. jax answers at the number after the highest
+      one that any process has asked with. A count of the run's steps would never meet that number
+      if the signal came before the first question.
   """
-  return multihost_utils.reached_preemption_sync_point(steps_asked)
+  return multihost_utils.reached_preemption_sync_point(num_calls)

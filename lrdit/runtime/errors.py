@@ -1,4 +1,4 @@
-"""What a user can mend, told in one line."""
+"""Errors that a user can fix, each reported in one line."""
 
 import errno
 import os
@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-# What jax says in the other processes when one of several ends, and the exit status by
-# which a launcher knows that starting all again is the mend (EX_TEMPFAIL).
+# What jax raises in the other processes when one of several ends, and the exit status by which a
+# launcher knows that it should start all of them again (EX_TEMPFAIL).
 OTHERS_ARE_GONE = (
   "Connection closed by peer",
   "Connection reset by peer",
@@ -20,15 +20,15 @@ OTHERS_ARE_GONE = (
   "Coordination service",
 )
 RESTART_STATUS = 75
-# By which jax ends a process at the first such value.
+# With one of these, jax ends a process at the first such value.
 DEBUG_VARIABLES = ("JAX_DEBUG_NANS", "JAX_DEBUG_INFS")
 
 
 class UserError(Exception):
-  """A mistake or a circumstance the user can mend.
+  """A mistake or a circumstance that the user can fix.
 
-  The message is one line that names the cause and the mend; `main.py` prints
-  it without a traceback and exits with `exit_status`.
+  The message is one line that names the cause and the fix. `main.py` prints it without a traceback
+  and exits with `exit_status`.
   """
 
   def __init__(self, message: str, exit_status: int = 1):
@@ -37,16 +37,16 @@ class UserError(Exception):
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-  """The error and what it says it was raised from, newest first."""
+  """Yield the error and those that it was raised from, newest first."""
   while error is not None:
     yield error
     error = error.__cause__
 
 
 def system_limit(error: BaseException) -> UserError | None:
-  """Return the one line for a limit of the system that was met, or None for any other error.
+  """Return the one line for a limit of the system, or None for any other error.
 
-  Whoever takes errors for damaged files asks here first: nothing is wrong with those.
+  Code that takes errors for damaged files asks here first, as the files are intact then.
   """
   code = error.errno if isinstance(error, OSError) else None
   if code in (errno.EMFILE, errno.ENFILE) or os.strerror(errno.EMFILE) in str(error):
@@ -67,20 +67,20 @@ def system_limit(error: BaseException) -> UserError | None:
 
 
 def as_user_error(error: Exception) -> UserError | None:
-  """The one line for an error, or None where it is a defect of ours."""
+  """Return the one line for an error, or None where it is a defect of this package."""
   for cause in _causes(error):
     if isinstance(cause, UserError):
       return cause
     if (limit := system_limit(cause)) is not None:
       return limit
-    # Fields are read as attributes, and the schema has all there are.
+    # All fields are declared in the schema and read as attributes.
     if isinstance(cause, AttributeError) and isinstance(getattr(cause, "obj", None), ConfigDict):
       return UserError(
         f"the config has no field {cause.name!r}: begin get_config with "
         "lrdit.config.schema.get_default_config, which makes all fields",
         2,
       )
-    if isinstance(cause.__context__, UserError):  # a library's wrapper of ours
+    if isinstance(cause.__context__, UserError):  # raised while ours was handled
       return cause.__context__
     asked = [name for name in DEBUG_VARIABLES if os.environ.get(name)]
     if isinstance(cause, FloatingPointError) and asked:
@@ -98,7 +98,7 @@ def as_user_error(error: Exception) -> UserError | None:
   if any(words in str(error) for words in OTHERS_ARE_GONE):
     return UserError(
       f"another process has ended or does not answer ({str(error).splitlines()[0][:200]}): start "
-      "all again, which go on from the last checkpoint",
+      "all again; they go on from the last checkpoint",
       RESTART_STATUS,
     )
   if "RESOURCE_EXHAUSTED" in str(error):
@@ -109,13 +109,13 @@ def as_user_error(error: Exception) -> UserError | None:
   return None
 
 
-def tell(error: BaseException, with_traceback: bool, who: str = "") -> int:
-  """Prints what ended a command, in one line if the user can mend it.
+def print_error(error: BaseException, with_traceback: bool, who: str = "") -> int:
+  """Print the error that ended a command, in one line if the user can fix it.
 
   Args:
     error: the exception being handled.
     with_traceback: show where even a `UserError` came from.
-    who: which of several processes, as the line begins.
+    who: the beginning of the line, which names one of several processes.
 
   Returns:
     the exit status.
@@ -123,12 +123,12 @@ def tell(error: BaseException, with_traceback: bool, who: str = "") -> int:
   if isinstance(error, KeyboardInterrupt):
     print(f"{who}interrupted", file=sys.stderr)
     return 130
-  told = as_user_error(error)
-  if told is None or with_traceback:
+  user_error = as_user_error(error)
+  if user_error is None or with_traceback:
     traceback.print_exception(error)
-  if told is None:
+  if user_error is None:
     if who:
       print(f"{who}failed", file=sys.stderr)
     return 70
-  print(f"{who}error: {told}", file=sys.stderr)
-  return told.exit_status
+  print(f"{who}error: {user_error}", file=sys.stderr)
+  return user_error.exit_status

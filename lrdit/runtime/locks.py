@@ -1,7 +1,7 @@
-"""Who writes a directory: one process at a time, and the others are told which.
+"""Locks: one process at a time writes a directory, and the others learn which one.
 
-The kernel holds the lock and releases it when its process ends, however that ends, so no
-lock outlives its process and none has to be judged by its age. On NFS the server holds it.
+The kernel holds a lock and releases it when its process ends, however that ends. No lock outlives
+its process, and none has to be judged by its age. On NFS the server holds it.
 """
 
 import contextlib
@@ -17,35 +17,35 @@ from collections.abc import Iterator
 
 from lrdit.runtime.errors import UserError
 
-# Of file systems without locks.
+# Errors of file systems without locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 log = logging.getLogger("lrdit")
 
 
 def lock_path(directory: pathlib.Path, use: str) -> pathlib.Path:
-  """Return the file that stands for a use of a directory, there while it is in use."""
+  """Return the lock file of a use of a directory, which exists while it is in use."""
   return directory / f".{use}.lock"
 
 
 @contextlib.contextmanager
 def owned(directory: pathlib.Path, use: str, wait: bool = False) -> Iterator[None]:
-  """Keep a use of a directory to this process.
+  """Hold the lock for a use of a directory.
 
   Args:
     directory: must be there.
-    use: what is written, by the name of the mode; other uses are locked apart.
+    use: the name of the mode that writes; each use has a lock of its own.
     wait: wait for the other process instead of raising.
 
   Raises:
-    UserError: another process uses the directory so.
+    UserError: another process holds the lock.
   """
   path = lock_path(directory, use)
   file = _take(path, wait)
   try:
     yield
   finally:
-    try:  # removed before it is released: whoever waits for it sees that it has gone
+    try:  # remove it before releasing it, so that those who wait see that it has gone
       with contextlib.suppress(OSError):
         if _is_at(file, path):
           path.unlink()
@@ -54,7 +54,7 @@ def owned(directory: pathlib.Path, use: str, wait: bool = False) -> Iterator[Non
 
 
 def _take(path: pathlib.Path, wait: bool) -> int:
-  """Return the descriptor of the locked file."""
+  """Lock the file and return its descriptor."""
   while True:
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -65,7 +65,7 @@ def _take(path: pathlib.Path, wait: bool) -> int:
     except BaseException:
       os.close(file)
       raise
-    os.close(file)  # removed by the process before, and perhaps made again by another
+    os.close(file)  # the previous process removed it, and another may have made it again
 
 
 def _lock(file: int, path: pathlib.Path, wait: bool) -> None:
@@ -99,13 +99,13 @@ def _sign(file: int, path: pathlib.Path) -> None:
     log.info("%s was left by %s, which has ended", path.parent, _describe(before))
   now = time.strftime("%Y-%m-%d %H:%M:%S %z")
   holder = {"host": socket.gethostname(), "process": os.getpid(), "since": now}
-  with contextlib.suppress(OSError):  # a full disk, which the first real write will tell of
+  with contextlib.suppress(OSError):  # a full disk, which the first real write reports
     os.ftruncate(file, 0)
     os.pwrite(file, json.dumps(holder).encode(), 0)
 
 
 def _read(file: int) -> dict:
-  """Return what the holder wrote; {} where it has not come to that."""
+  """Return what the holder wrote; {} where it has not written yet."""
   try:
     holder = json.loads(os.pread(file, 4096, 0))
   except (ValueError, OSError):

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl always, TensorBoard if it is there."""
+"""Writes a run's metrics to metrics.jsonl, and to TensorBoard where it is installed."""
 
 import json
 import logging
@@ -10,11 +10,13 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from lrdit.runtime.store import atomic_path
+
 log = logging.getLogger("lrdit")
 
 
 def _drop_lines_after(path: pathlib.Path, step: int) -> None:
-  """Removes lines of steps a resumed run will write again, and a torn last one."""
+  """Remove lines of steps that a resumed run writes again, and a torn last one."""
   if not path.is_file():
     return
   kept = []
@@ -24,23 +26,22 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> None:
         kept.append(line + "\n")
     except (ValueError, TypeError, KeyError):
       break  # written when the process was killed; nothing follows it
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text("".join(kept))
-  os.replace(temporary, path)
+  with atomic_path(path) as temporary:
+    temporary.write_text("".join(kept))
 
 
 class _EventWriter:
-  """Writes TensorBoard events of one start of a run, without tensorflow."""
+  """Writes TensorBoard events of one start of a run, without TensorFlow."""
 
   def __init__(self, directory: pathlib.Path, first_step: int):
-    """Open a file, which begins by taking back what is there of later steps.
+    """Open a file, whose first event takes back later steps of earlier starts.
 
     Args:
-      directory: of all starts' event files.
-      first_step: step the run resumes from.
+      directory: of the event files of all starts.
+      first_step: step that the run resumes from.
 
     Raises:
-      ImportError, AttributeError, TypeError: there is no tensorboard, or none that fits.
+      ImportError, AttributeError, TypeError: tensorboard is missing or does not fit.
     """
     from tensorboard.compat.proto import event_pb2, summary_pb2
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -73,22 +74,21 @@ def _tensorboard_writer(workdir: pathlib.Path, first_step: int) -> _EventWriter 
   """Return a writer of events, or None where tensorboard cannot be imported."""
   try:
     return _EventWriter(workdir / "tensorboard", first_step)
-  except (ImportError, AttributeError, TypeError) as error:  # so clashing versions show
+  except (ImportError, AttributeError, TypeError) as error:  # clashing versions raise these too
     log.info("TensorBoard events are off (%s): pip install 'lrdit[tensorboard]'", error)
     return None
 
 
 class MetricWriter:
-  """Appends scalars of a step as one JSON object a line, full precision."""
+  """Appends the scalars of each step as one JSON object a line, in full precision."""
 
   def __init__(self, workdir: pathlib.Path, first_step: int, tensorboard: bool):
-    """Opens the files.
+    """Open the files.
 
     Args:
       workdir: the run's directory.
-      first_step: step the run resumes from; later lines are dropped.
-      tensorboard: also write TensorBoard events where it can be imported; the file's first one
-        takes back those of the dropped lines.
+      first_step: step that the run resumes from; later lines are dropped.
+      tensorboard: also write TensorBoard events where tensorboard can be imported.
     """
     path = workdir / "metrics.jsonl"
     _drop_lines_after(path, first_step)
@@ -96,7 +96,7 @@ class MetricWriter:
     self._tensorboard = _tensorboard_writer(workdir, first_step) if tensorboard else None
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
-    """Writes one line and flushes it; non-finite values become null."""
+    """Write one line and flush it; non-finite values become null."""
     values = {k: float(v) if math.isfinite(v) else None for k, v in scalars.items()}
     self._file.write(json.dumps({"step": step} | values) + "\n")
     self._file.flush()
@@ -104,7 +104,7 @@ class MetricWriter:
       self._tensorboard.write(step, {k: v for k, v in values.items() if v is not None})
 
   def close(self) -> None:
-    """Flushes and closes the files."""
+    """Close the files."""
     self._file.close()
     if self._tensorboard:
       self._tensorboard.close()

@@ -12,22 +12,22 @@ URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://|file:/")
 def local_path(name: str, path: str, exit_status: int = 1) -> str:
   """Return a path with the user's home directory filled in.
 
-  Nothing here reads or writes anything but mounted file systems: taken as a path, an
-  address makes a directory of the name "gs:".
+  Only mounted file systems are read and written: as a path, an address would make a directory
+  named "gs:".
 
   Args:
-    name: the flag, field or variable that the path was given by, for the error.
+    name: of the flag, field or variable that holds the path, for the error.
     path: as given; "" stays "".
     exit_status: of the error.
 
   Raises:
-    UserError: the path is an address such as gs://bucket/run, holds a zero byte, or names the
-      home directory of nobody.
+    UserError: the path is an address such as gs://bucket/run, holds a zero byte, or begins with
+      the name of a user without a home directory.
   """
   if URL.match(path):
     local = re.sub(r"^file:/+", "/", path)
-    mend = f"write {local}" if local != path else "mount it and name the directory"
-    raise UserError(f"{name}={path} is an address, not a path on this machine: {mend}", exit_status)
+    fix = f"write {local}" if local != path else "mount it and name the directory"
+    raise UserError(f"{name}={path} is an address, not a path on this machine: {fix}", exit_status)
   if "\0" in path:
     raise UserError(f"{name}={path!r} holds a zero byte, which no path can", exit_status)
   expanded = os.path.expanduser(path)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, plain lines in a log file."""
+"""Logging and progress: a bar on a terminal, plain lines in a log file."""
 
 import contextlib
 import logging
@@ -23,17 +23,16 @@ class _BarHandler(logging.Handler):
 
 
 def start_logging(debug: bool, who: str, is_first: bool) -> None:
-  """Sends the package's log lines, and no library's, to standard error.
+  """Send the package's log lines, and no library's, to standard error.
 
-  Of several processes the first one speaks for all, which do the same.
-
-  A failed write makes orbax and tensorstore print tracebacks from their own
-  threads; the error itself reaches the main thread and is told there.
+  Of several processes, which all do the same, only the first one logs. A failed write makes orbax
+  and tensorstore print tracebacks from their own threads; the error itself reaches the main
+  thread, which reports it.
 
   Args:
-    debug: let the libraries speak too.
-    who: what lines begin with.
-    is_first: this process is alone, or the first of several.
+    debug: let the libraries log too.
+    who: the beginning of each line.
+    is_first: this process is the only one, or the first of several.
   """
   if not debug:
     absl.logging.set_verbosity(absl.logging.FATAL)
@@ -41,7 +40,7 @@ def start_logging(debug: bool, who: str, is_first: bool) -> None:
     logging.raiseExceptions = False  # a full disk under the log file, say
     sys.unraisablehook = _ignore_closed_event_loop
   for handler in [handler for handler in log.handlers if isinstance(handler, _BarHandler)]:
-    log.removeHandler(handler)  # of before the processes met
+    log.removeHandler(handler)  # from before the processes met
   handler = _BarHandler()
   handler.setFormatter(logging.Formatter(who + "%(message)s"))
   # Lines of progress are DEBUG: a terminal shows the bar instead.
@@ -71,12 +70,12 @@ def log_to_file(path: pathlib.Path) -> Iterator[None]:
 
 
 def make_bar(total: int, done: int, unit: str) -> tqdm.tqdm:
-  """A bar with rate and time left on the first process's terminal, nothing elsewhere.
+  """Return a progress bar, which is shown on the first process's terminal only.
 
   Args:
     total: steps or items in all.
-    done: how many were done before this process.
-    unit: what is counted.
+    done: items that were done before this process started.
+    unit: name of one item.
   """
   return tqdm.tqdm(
     total=total,

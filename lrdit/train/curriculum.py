@@ -2,11 +2,11 @@
 
 Group i is [boundaries[i], boundaries[i + 1]). In a stage most slots of a batch
 train the current group, and some replay the finished range: the groups of the
-stages before, which are always one run next to the current group. The last
+earlier stages, which are always one run next to the current group. The last
 stage is ordinary training over all timesteps; a run without a curriculum has
 that stage alone.
 
-Axes: B global batch, b local batch, G groups.
+Axes: B global batch, G groups.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Curriculum:
 
   Attributes:
     boundaries: (G + 1,) rising timesteps from 0 to T.
-    stages: in the order they are entered; the last one never ends.
+    stages: in the order in which they are entered; the last one never ends.
     patience: checks without a better loss that end a stage.
     check_every_steps: steps whose mean loss one check looks at.
     restart_optimizer: begin each stage with fresh moments and a new warm-up.
@@ -50,20 +50,20 @@ class Curriculum:
 
   @property
   def num_groups(self) -> int:
-    """G."""
+    """The number of timestep groups, G."""
     return len(self.boundaries) - 1
 
   def timesteps_of(self, stage: int) -> tuple[int, int]:
-    """[low, high) of the stage's own groups."""
+    """Return [low, high) of the stage's own groups."""
     first, end = self.stages[stage].groups
     return self.boundaries[first], self.boundaries[end]
 
 
 def stage_order(start: str, num_groups: int) -> tuple[int, ...]:
-  """Groups in the order they are entered, each next to those before it.
+  """Return the groups in the order they are entered, each next to those before it.
 
-  From the first group outward, lower and higher neighbours in turn, and on with
-  the one side where the other is exhausted.
+  The order leads outward from the first group, to lower and higher neighbours in turn,
+  and on with the one side where the other is exhausted.
 
   Args:
     start: one of `STARTS`; the lower of two middle groups counts as the middle.
@@ -78,9 +78,9 @@ def stage_order(start: str, num_groups: int) -> tuple[int, ...]:
 def stage_strata(
   current: tuple[int, int], finished: tuple[int, int], batch_size: int, total: int
 ) -> Strata:
-  """The batch of a stage: the current range, and a replay of the finished one.
+  """Return the batch of a stage: the current range, and a replay of the finished one.
 
-  The finished range has its share of all timesteps in slots, rounded, but
+  The finished range gets its share of all timesteps in slots, rounded, but
   leaves the current one at least one slot; without a slot it is left out.
 
   Args:
@@ -98,7 +98,7 @@ def stage_strata(
 def make_stages(
   boundaries: tuple[int, ...], order: tuple[int, ...], batch_size: int
 ) -> tuple[Stage, ...]:
-  """A stage for each group of `order`, then ordinary training.
+  """Return a stage for each group of `order`, then ordinary training.
 
   Args:
     boundaries: (G + 1,) rising timesteps from 0 to T.
@@ -116,5 +116,5 @@ def make_stages(
 
 
 def scale_boundaries(boundaries: tuple[int, ...], total: int) -> tuple[int, ...]:
-  """The same groups for T = `total`; those that would hold no timestep are dropped."""
+  """Return the same groups for T = `total`, without those that would hold no timestep."""
   return tuple(sorted({b * total // boundaries[-1] for b in boundaries}))

@@ -1,6 +1,5 @@
-"""The optimiser and the moving average of the parameters."""
+"""The optimizer, its learning rate and the moving average of the parameters."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-# float32 learning rate of (step, step the warm-up began at).
+# float32 learning rate of (step, step at which the warm-up began).
 Schedule = Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike], Float[Array, ""]]
 
 OPTIMIZERS = ("adamw", "lion")
@@ -19,7 +18,7 @@ DECAYS = ("cosine", "constant")
 def learning_rate_schedule(
   learning_rate: float, warmup_steps: int, num_steps: int, decay: str
 ) -> Schedule:
-  """Linear warm-up to `learning_rate`, then cosine decay to 0 or a constant.
+  """Return a linear warm-up to `learning_rate`, then cosine decay to 0 or a constant.
 
   Args:
     learning_rate: peak, per step.
@@ -29,7 +28,7 @@ def learning_rate_schedule(
 
   Returns:
     float32 rate of (step, start): `step` updates were applied before, and the
-    warm-up counts from step `start`; the decay does not begin again with it.
+    warm-up counts from step `start`, with which the decay does not begin again.
   """
   if decay == "cosine":
     share = optax.cosine_decay_schedule(1.0, max(1, num_steps - warmup_steps))
@@ -49,11 +48,11 @@ def make_optimizer(
   weight_decay: float,
   grad_clip_norm: float | None,
   *,
-  beta1: float = 0.9,
+  beta1: float | None = None,
   beta2: float | None = None,
-  epsilon: float = 1e-8,
+  epsilon: float | None = None,
 ) -> optax.GradientTransformation:
-  """Clips the global gradient norm, then applies the named optimiser.
+  """Return the named optimizer behind a clip of the global gradient norm.
 
   Its updates are for a learning rate of 1: the training step scales them, since
   a rate that counts from the start of a stage is no function of optax's counter.
@@ -61,27 +60,28 @@ def make_optimizer(
   Args:
     name: one of `OPTIMIZERS`.
     weight_decay: decoupled decay of matrices; vectors (biases) do not decay.
-    grad_clip_norm: largest global norm; None turns clipping off.
-    beta1, beta2: decays of the moments; None is the optimizer's own default.
-    epsilon: of AdamW; Lion has none.
+    grad_clip_norm: largest global norm; 0 or None turns clipping off.
+    beta1, beta2: decay rates of the moments; None takes the optimizer's own, (0.9, 0.999)
+      for adamw and (0.9, 0.99) for lion.
+    epsilon: term in adamw's denominator; None takes 1e-8. lion has none.
   """
-  make = {"adamw": functools.partial(optax.adamw, eps=epsilon), "lion": optax.lion}[name]
-  decays = {"b1": beta1} | ({} if beta2 is None else {"b2": beta2})
+  make = {"adamw": optax.adamw, "lion": optax.lion}[name]
+  constants = {"b1": beta1, "b2": beta2} | ({"eps": epsilon} if name == "adamw" else {})
   update = make(
     learning_rate=1.0,
-    **decays,
     weight_decay=weight_decay,
     mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+    **{key: value for key, value in constants.items() if value is not None},
   )
   clip = optax.clip_by_global_norm(grad_clip_norm) if grad_clip_norm else optax.identity()
   return optax.chain(clip, update)
 
 
 def update_ema(ema_params: Any, params: Any, step: jax.Array, ema_decay: float) -> Any:
-  """Moves the average towards `params`, with warm-up.
+  """Return the average moved towards `params`, with warm-up.
 
-  The decay is min(ema_decay, (1 + step) / (10 + step)), so that an early
-  average is not dominated by the initial parameters.
+  The decay is min(ema_decay, (1 + step) / (10 + step)), so that the initial
+  parameters do not dominate an early average.
 
   Args:
     ema_params, params: equal trees.

@@ -1,8 +1,7 @@
-"""A run's files, which are the first process's: the others get from it what they need."""
+"""A run's files, which the first process alone reads and writes."""
 
 import contextlib
 import json
-import logging
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,48 +17,16 @@ from lrdit.runtime.locks import owned
 from lrdit.runtime.metric_writer import MetricWriter
 from lrdit.runtime.progress import log_to_file
 from lrdit.runtime.store import changes
-from lrdit.runtime.workdir import (
-  check_data,
-  read_data,
-)
+from lrdit.runtime.workdir import check_data, read_data
 from lrdit.train.checkpoints import Checkpoints
-from lrdit.train.train_state import TrainState
-
-log = logging.getLogger("lrdit")
+from lrdit.train.state import TrainState
 
 
 class RunFiles:
-  """What training reads and writes; as it stands, of a process that is not the first: nothing."""
-
-  def restore_state(self, template: TrainState) -> TrainState | None:
-    """The newest intact checkpoint's state on the host, or None; see `Checkpoints`."""
-    return None
-
-  def begin(self, first_step: int) -> None:
-    """Stores the config and opens the metrics, which go on after `first_step`."""
-
-  def write_metrics(self, step: int, scalars: Mapping[str, float]) -> None:
-    """A line of metrics."""
-
-  def write_grid(self, step: int, samples: np.ndarray, columns: int) -> None:
-    """A grid of (N, H, W, C) uint8 samples."""
-
-  def save(self, state: TrainState) -> None:
-    """Starts a checkpoint of a replicated state."""
-
-  def finish_saves(self) -> list[int]:
-    """Waits for checkpoints under way; steps of those known of, newest first."""
-    return []
-
-  def close(self) -> None:
-    """Waits for saves and closes everything, whatever happened before."""
-
-
-class FirstProcessFiles(RunFiles):
-  """A workdir that is read and written, by this process alone."""
+  """The files that training reads and writes; in other processes than the first, none at all."""
 
   def __init__(self, config: ConfigDict, workdir: str, fingerprint: dict[str, Any]):
-    """Opens the workdir.
+    """Open the workdir.
 
     Args:
       config: resolved.
@@ -67,59 +34,62 @@ class FirstProcessFiles(RunFiles):
       fingerprint: of the data, by split.
 
     Raises:
-      UserError: another run's workdir, other data, a place that cannot be written, or one that
+      UserError: other data, a place that cannot be written, or one that
         another training has.
     """
-    self._config, self._writer = config, None
-    self._workdir = pathlib.Path(workdir)
-    self._workdir.mkdir(parents=True, exist_ok=True)
+    self._config, self._workdir = config, pathlib.Path(workdir)
+    self._checkpoints: Checkpoints | None = None
+    self._writer: MetricWriter | None = None
     with contextlib.ExitStack() as opened:
-      opened.enter_context(owned(self._workdir, "train"))
-      check_data(self._workdir, fingerprint)
-      (self._workdir / "samples").mkdir(exist_ok=True)
-      self._checkpoints = Checkpoints(self._workdir, config.checkpoint.keep)
-      opened.callback(self._checkpoints.close)
-      opened.enter_context(log_to_file(self._workdir / "train.log"))
+      if cluster.is_first():
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        opened.enter_context(owned(self._workdir, "train"))
+        check_data(self._workdir, fingerprint)
+        (self._workdir / "samples").mkdir(exist_ok=True)
+        self._checkpoints = Checkpoints(self._workdir, config.checkpoint.keep)
+        opened.callback(self._checkpoints.close)
+        opened.enter_context(log_to_file(self._workdir / "train.log"))
       self._opened = opened.pop_all()
 
   def restore_state(self, template: TrainState) -> TrainState | None:
-    """As `RunFiles` says."""
-    state = self._checkpoints.restore_state(template)
-    if state is not None:
-      log.info("resuming from the checkpoint of step %d", state.step)
-    return state
+    """Return the newest intact checkpoint's state on the host, or None; see `Checkpoints`."""
+    return self._checkpoints.restore_state(template) if self._checkpoints else None
 
   def begin(self, first_step: int) -> None:
-    """As `RunFiles` says."""
-    tensorboard = self._config.training.tensorboard
-    self._writer = MetricWriter(self._workdir, first_step, tensorboard)
+    """Open the metrics, which go on after `first_step`."""
+    if self._checkpoints:
+      self._writer = MetricWriter(self._workdir, first_step, self._config.training.tensorboard)
+      self._opened.callback(self._writer.close)
 
   def write_metrics(self, step: int, scalars: Mapping[str, float]) -> None:
-    """As `RunFiles` says."""
-    self._writer.write(step, scalars)
+    """Write a line of metrics."""
+    if self._writer:
+      self._writer.write(step, scalars)
 
   def write_grid(self, step: int, samples: np.ndarray, columns: int) -> None:
-    """As `RunFiles` says."""
-    images.write_grid(self._workdir / "samples" / f"step_{step:08d}.png", samples, columns)
+    """Write a grid of (N, H, W, C) uint8 samples."""
+    if self._checkpoints:
+      images.write_grid(self._workdir / "samples" / f"step_{step:08d}.png", samples, columns)
 
   def save(self, state: TrainState) -> None:
-    """As `RunFiles` says."""
-    self._checkpoints.save(parallel.read(state), self._config.to_dict())
+    """Start to save a checkpoint of a replicated state."""
+    if self._checkpoints:
+      self._checkpoints.save(parallel.read(state), self._config.to_dict())
 
   def finish_saves(self) -> list[int]:
-    """As `RunFiles` says."""
+    """Wait for checkpoints under way; return the steps of all, newest first."""
+    if not self._checkpoints:
+      return []
     self._checkpoints.wait()
     return self._checkpoints.steps()
 
   def close(self) -> None:
-    """As `RunFiles` says."""
-    if self._writer:
-      self._opened.callback(self._writer.close)
+    """Wait for saves and close everything, whatever happened before."""
     self._opened.close()
 
 
 def check_same(what: str, value: dict[str, Any]) -> None:
-  """Refuses processes that were started on different things.
+  """Refuse processes that were started on different things.
 
   Args:
     what: the value's name.
@@ -134,15 +104,15 @@ def check_same(what: str, value: dict[str, Any]) -> None:
   differing = changes(json.loads(bytes(own)), json.loads(first))
   others = np.flatnonzero(parallel.gather_rows(np.array([bool(differing)])))
   if len(others):
-    says = "; ".join(differing) or "see its message"
+    difference = "; ".join(differing) or "see its message"
     raise UserError(
-      f"process {others[0]} has another {what} than process 0: {says}. Start all with the same "
-      "flags, on the same data"
+      f"process {others[0]} has another {what} than process 0: {difference}. Start all with the "
+      "same flags, on the same data"
     )
 
 
 def check_run_data(workdir: pathlib.Path, split: str, fingerprint: dict[str, Any]) -> None:
-  """Refuses to measure a run on other data than its own.
+  """Refuse to measure a run on other data than its own.
 
   Args:
     workdir: of the run.
@@ -166,7 +136,7 @@ def check_run_data(workdir: pathlib.Path, split: str, fingerprint: dict[str, Any
 def restore_params(
   workdir: pathlib.Path, template: Any, weights: Sequence[str]
 ) -> tuple[int, dict[str, Any]]:
-  """(step, parameters on the host by name) of the newest intact checkpoint, on every process.
+  """Return (step, host parameters by name) of the newest intact checkpoint, on every process.
 
   Args:
     workdir: of the run.
@@ -188,7 +158,7 @@ def restore_params(
 
 
 def read_vae_digest(workdir: pathlib.Path) -> str:
-  """Of the VAE that a run's latents were made with, on every process."""
+  """Return the digest of the VAE that made a run's latents, on every process."""
   digest = bytes(32)
   if cluster.is_first():
     digest = bytes.fromhex(read_data(workdir)["train"]["vae"])

@@ -14,7 +14,7 @@ from lrdit.experiment import Experiment
 from lrdit.model import dit, low_rank
 from lrdit.rank import plan as rank_schedule
 from lrdit.runtime.errors import UserError
-from lrdit.train import training_step
+from lrdit.train import loss as loss_module
 from tests.tiny import load_digits, tiny_config
 
 BOUNDARIES = (0, 300, 650, 1000)
@@ -72,14 +72,14 @@ def add_rows(gradients, batch, rows):
 
 def trainings_losses(params, objective, t, examples):
   """(N,) losses of training for the same noise and timesteps, every label kept."""
-  draws = training_step.Draws(
+  draws = loss_module.StepNoise(
     t=jnp.asarray(t, jnp.int32),
     eps=jnp.asarray(examples.eps),
     drop=jnp.zeros(len(t), bool),
     posterior_noise=jnp.zeros(examples.eps.shape),
   )
   x_0, y = jnp.asarray(examples.x_0), jnp.asarray(examples.y)
-  return training_step.example_losses(params, objective, x_0, y, draws)
+  return loss_module.example_losses(params, objective, x_0, y, draws)
 
 
 def gradients_by_perturbation(objective, t, examples):

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from lrdit.runtime import startup
+from lrdit.runtime.errors import RESTART_STATUS
 
 ROOT = pathlib.Path(__file__).parents[2]
 METHODS = ("full", "static", "adaptive")
@@ -100,16 +101,16 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def run_main(*flags: str) -> None:
+def run_main(*flags: str, expected: int = 0) -> None:
   """Run a command line of main.py in this process.
 
   Raises:
-    SystemExit: it failed.
+    SystemExit: it ended with another status than expected.
   """
   import main
 
-  if status := main.run(["main.py", *flags]):
-    raise SystemExit(status)
+  if (status := main.run(["main.py", *flags])) != expected:
+    raise SystemExit(status or "training ended before it was stopped")
 
 
 def run_tests(args: argparse.Namespace) -> None:
@@ -205,7 +206,7 @@ def run_cifar10(args: argparse.Namespace) -> None:
     ]
     start = time.perf_counter()
     with stop_after(seconds, workdir):
-      run_main(*common, "--mode=train")
+      run_main(*common, "--mode=train", expected=RESTART_STATUS)
     trained = time.perf_counter()
     run_main(*common, "--mode=sample")
     sampled = time.perf_counter()

@@ -1,13 +1,12 @@
-"""The CPU time of a training step in several processes against that in one, on this machine.
+"""Compare the CPU time of a training step in several processes with that in one, on this machine.
 
 python -m tests.benchmarks.processes_benchmark [--sides=1x2,2x1] [--variant=S/2] [--rounds=10]
 
-A side PxN is P processes of N virtual CPU devices each; all sides have as many
-devices and the same global batch, and train the same model from the same state.
-They take turns: only one computes at a time, and each round goes once through
-all. CPU time is user and system time of all threads of all processes of a side.
-The processes of a side share --threads evenly, as `launch/multihost_local.sh` has
-them do; --threads=0 lets each start as many as there are cores.
+A side PxN is P processes of N virtual CPU devices each. All sides have the same number of devices
+and the same global batch, and train the same model from the same state. They take turns: only one
+computes at a time, and each round goes once through all. CPU time is the user and system time of
+all threads of all processes of a side. The processes of a side share --threads evenly, as under
+`launch/multihost_local.sh`; with --threads=0 each starts as many as there are cores.
 
 All sides are held in memory at once.
 """
@@ -24,13 +23,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from lrdit.runtime import malloc
+
 ROOT = pathlib.Path(__file__).parents[2]
 # Sides whose losses differ by more did not do the same work.
 LOSS_TOLERANCE = 1e-4
 
 
 def free_port() -> int:
-  """A port of this machine that nothing listens at."""
+  """Return a port of this machine at which nothing listens."""
   with socket.socket() as sock:
     sock.bind(("127.0.0.1", 0))
     return sock.getsockname()[1]
@@ -45,7 +46,7 @@ class Side:
   """
 
   def __init__(self, name: str, flags: Sequence[str], threads: int):
-    """Starts the processes and waits until they have compiled and run their first steps.
+    """Start the processes and wait until they have compiled and run their first steps.
 
     Args:
       name: "PxN".
@@ -55,6 +56,7 @@ class Side:
     self.name = name
     num_processes, num_devices = map(int, name.split("x"))
     environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices)}
+    environment["GLIBC_TUNABLES"] = malloc.KEEP_FREED
     if threads:
       environment["PJRT_NPROC"] = str(threads)
     self.reports: list[list[dict[str, Any]]] = []
@@ -88,15 +90,15 @@ class Side:
     return [json.loads(line) for line in lines]
 
   def run(self, num_steps: int) -> None:
-    """Has all processes train so many steps, and keeps what they report."""
-    with contextlib.suppress(BrokenPipeError):  # a process that has ended: reading tells of it
+    """Have all processes train so many steps, and keep what they report."""
+    with contextlib.suppress(BrokenPipeError):  # a process has ended: reading finds out
       for process in self._processes:
         process.stdin.write(f"{num_steps}\n")
         process.stdin.flush()
     self.reports.append(self._read())
 
   def close(self) -> None:
-    """Ends the processes."""
+    """End the processes."""
     for process in self._processes:
       process.stdin.close()
     for process in self._processes:
@@ -104,15 +106,15 @@ class Side:
       process.stdout.close()
 
   def kill(self) -> None:
-    """Ends them whatever they do."""
+    """Kill the processes."""
     for process in self._processes:
       process.kill()
       process.wait()
       process.stdout.close()
 
 
-def summarise(reports: Sequence[Sequence[dict[str, Any]]], num_steps: int) -> dict[str, Any]:
-  """What a side took, its processes together.
+def summarize(reports: Sequence[Sequence[dict[str, Any]]], num_steps: int) -> dict[str, Any]:
+  """Return what a side took, its processes together.
 
   Args:
     reports: by round and process.
@@ -136,13 +138,13 @@ def summarise(reports: Sequence[Sequence[dict[str, Any]]], num_steps: int) -> di
 
 
 def ratios(seconds: Sequence[float], reference: Sequence[float]) -> str:
-  """Median, least and greatest of the rounds' ratios."""
+  """Return the median, least and greatest of the rounds' ratios."""
   each = [a / b for a, b in zip(seconds, reference, strict=True)]
   return f"{statistics.median(each):.3f} ({min(each):.3f} to {max(each):.3f})"
 
 
 def format_table(summaries: dict[str, dict[str, Any]]) -> str:
-  """A line of medians for each side; the first one is the reference."""
+  """Return a line of medians for each side; the first one is the reference."""
   reference = next(iter(summaries.values()))
   header = ["side", "CPU s/step", "least", "system", "wall s/step", "idle CPU", "GiB"]
   rows = [[*header, "CPU / first", "wall / first", "loss"]]
@@ -157,12 +159,12 @@ def format_table(summaries: dict[str, dict[str, Any]]) -> str:
 
 
 def threads_of_process(side: str, threads: int) -> int:
-  """An even share of the threads for each process of a side "PxN", at least one; 0 of 0."""
+  """Return each process's even share of the threads of a side "PxN", at least one; 0 of 0."""
   return max(1, threads // int(side.split("x")[0])) if threads else 0
 
 
 def measure(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
-  """`summarise` of every side after all rounds, by name."""
+  """Run all rounds; return `summarize` of every side, by name."""
   sides: list[Side] = []
   try:
     for name in args.sides:
@@ -178,17 +180,17 @@ def measure(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
     for side in sides:
       side.kill()
   # Not the first round: while the others got ready, a side's memory may have been swept out.
-  return {side.name: summarise(side.reports[1:], args.steps) for side in sides}
+  return {side.name: summarize(side.reports[1:], args.steps) for side in sides}
 
 
 def num_devices_of(side: str) -> int:
-  """Devices of a side "PxN"."""
+  """Return the number of devices of a side "PxN"."""
   num_processes, num_devices = map(int, side.split("x"))
   return num_processes * num_devices
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  """The flags of a command line."""
+  """Return the flags of a command line."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -208,7 +210,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Measures and prints the table."""
+  """Measure all sides and print the table."""
   args = parse(argv)
   names = ("method", "variant", "image_size", "batch_size")
   flags = [f"--{name}={getattr(args, name)}" for name in names]

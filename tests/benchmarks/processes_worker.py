@@ -1,13 +1,8 @@
 """One process of one side of `processes_benchmark`: a training step as `train.run_steps` runs it.
 
-Joins the others of its side, prints what it is as one line of JSON, then for every
-line on standard input, a number of steps, what they took (`Worker.run`).
+It joins the others of its side and prints one line of JSON that describes it. For every line on
+standard input, a number of steps, it prints what these took (`Worker.run`).
 """
-
-# ruff: noqa: E402  As in `main.py`, the allocator is set up before numpy and jax are imported.
-from lrdit.runtime import startup
-
-startup.keep_freed_memory()
 
 import argparse
 import itertools
@@ -23,15 +18,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import cifar10
+from lrdit.benchmark import arms
 from lrdit.config.resolve import resolve
 from lrdit.experiment import Experiment
-from lrdit.modes import benchmark
-from lrdit.runtime import cluster, parallel
-from lrdit.train.train_state import create_train_state
+from lrdit.runtime import cluster, parallel, startup
+from lrdit.train.state import create_train_state
 
 
 def make_config(args: argparse.Namespace) -> ConfigDict:
-  """Random pixels, so the name of the data does not matter; one line of metrics, never cut."""
+  """Return a config for random pixels, with one endless window of metrics."""
   config = cifar10.get_config(f"method={args.method},variant={args.variant}").unlock()
   config.data.image_size, config.training.batch_size = args.image_size, args.batch_size
   config.training.log_every_steps = 10**9
@@ -39,27 +34,27 @@ def make_config(args: argparse.Namespace) -> ConfigDict:
 
 
 def own_batch(config: ConfigDict, devices: parallel.Devices) -> dict[str, np.ndarray]:
-  """This process's (n, b) slots of one global batch, the same for every topology."""
+  """Return this process's (n, b) slots of one global batch, the same for every topology."""
   slots = parallel.batch_slots(config.training.batch_size, devices)
-  images = benchmark.random_images(config, config.training.batch_size)
+  images = arms.random_images(config, config.training.batch_size)
   return {"image": images[slots], "label": (slots % config.data.num_classes).astype(np.int32)}
 
 
 def cpu_seconds() -> np.ndarray:
-  """(2,) user and system seconds of all threads of this process so far."""
+  """Return the (2,) user and system seconds of all threads of this process so far."""
   usage = resource.getrusage(resource.RUSAGE_SELF)
   return np.array([usage.ru_utime, usage.ru_stime])
 
 
 class Worker:
-  """A training in this process's share, from step to step."""
+  """This process's share of a training, from step to step."""
 
   def __init__(self, config: ConfigDict, devices: parallel.Devices):
     """Makes the state and runs two steps: first calls compile and allocate."""
     curriculum = Experiment(config).curriculum
     self._step = Experiment(config).train_step(devices, len(curriculum.stages) - 1)
     optimizer = Experiment(config).optimizer
-    state = create_train_state(benchmark.random_params(config), optimizer, curriculum.num_groups)
+    state = create_train_state(arms.random_params(config), optimizer, curriculum.num_groups)
     self._state = parallel.replicate(parallel.to_host(state), devices)
     self._batches: Iterator[Any] = parallel.prefetch(
       itertools.repeat(own_batch(config, devices)), devices
@@ -70,7 +65,7 @@ class Worker:
     self._ended = time.perf_counter(), cpu_seconds()
 
   def _train(self, num_steps: int) -> float:
-    """Mean loss of all steps so far, as it is read for a line of metrics."""
+    """Train, and return the mean loss of all steps so far as training reads it for a line."""
     window = None
     for _ in range(num_steps):
       if cluster.num_processes() > 1:  # as training asks before every step
@@ -85,7 +80,7 @@ class Worker:
     return float(window.loss) / float(window.count)
 
   def run(self, num_steps: int) -> dict[str, Any]:
-    """Trains, and says what it took.
+    """Train, and return what it took.
 
     Returns:
       "wall", and "cpu" as [user, system], seconds of the steps; "idle_wall" and
@@ -107,7 +102,7 @@ class Worker:
 
 
 def main() -> None:
-  """Serves requests until standard input ends."""
+  """Serve requests until standard input ends."""
   parser = argparse.ArgumentParser(description=__doc__)
   for name in ("method", "variant", "coordinator"):
     parser.add_argument(f"--{name}", required=True)

@@ -18,6 +18,7 @@ import sys
 from typing import Any
 
 from lrdit.model import dit
+from lrdit.runtime import malloc
 
 ROOT = pathlib.Path(__file__).parents[2]
 # What a round times: the forward pass twice, as it is short.
@@ -32,12 +33,12 @@ class Side:
     seconds: by task, in order of time.
   """
 
-  def __init__(self, command: list[str]):
-    """Starts the worker; it gets ready meanwhile."""
+  def __init__(self, command: list[str], **environment: str):
+    """Start the worker, which gets ready meanwhile."""
     self._process = subprocess.Popen(
       command,
       cwd=ROOT,
-      env=os.environ | {"JAX_PLATFORMS": "cpu"},
+      env=os.environ | environment,
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
@@ -52,31 +53,33 @@ class Side:
     return line
 
   def wait_ready(self) -> None:
-    """Reads what the worker says of itself."""
+    """Read how the worker describes itself."""
     self.about = json.loads(self._read())
 
   def time(self, task: str) -> None:
-    """Has the worker do a task, and keeps its seconds."""
+    """Have the worker do a task, and keep its seconds."""
     self._process.stdin.write(task + "\n")
     self._process.stdin.flush()
     self.seconds[task].append(float(self._read()))
 
   def close(self) -> None:
-    """Ends the worker."""
+    """End the worker."""
     self._process.stdin.close()
     self._process.wait()
     self._process.stdout.close()
 
 
 def start(args: argparse.Namespace) -> tuple[Side, Side]:
-  """(lrdit's side, PyTorch's side), ready, of one parameter count."""
+  """Start lrdit's and PyTorch's sides; return them once they are ready and equally large."""
   sizes = dit.decode_variant(args.variant)
   common = [
     f"--{name}={getattr(args, name)}"
     for name in ("image_size", "channels", "num_classes", "batch_size")
   ]
   ours = Side(
-    [sys.executable, "-m", "tests.benchmarks.lrdit_worker", f"--variant={args.variant}"] + common
+    [sys.executable, "-m", "tests.benchmarks.lrdit_worker", f"--variant={args.variant}"] + common,
+    JAX_PLATFORMS="cpu",
+    GLIBC_TUNABLES=malloc.KEEP_FREED,  # as main.py has it
   )
   ours.wait_ready()
   worker = str(pathlib.Path(__file__).with_name("torch_worker.py"))
@@ -89,8 +92,8 @@ def start(args: argparse.Namespace) -> tuple[Side, Side]:
   return ours, theirs
 
 
-def report(ours: Side, theirs: Side) -> None:
-  """Medians, minima, rates and the ratio of medians, lrdit's over PyTorch's."""
+def print_report(ours: Side, theirs: Side) -> None:
+  """Print medians, minima, rates and the ratio of medians, lrdit's over PyTorch's."""
   for task in dict.fromkeys(ROUND):
     medians = [statistics.median(side.seconds[task]) for side in (ours, theirs)]
     for side, median in zip((ours, theirs), medians, strict=True):
@@ -104,7 +107,7 @@ def report(ours: Side, theirs: Side) -> None:
 
 
 def main() -> None:
-  """Parses the command line."""
+  """Run the benchmark of a command line."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -122,7 +125,7 @@ def main() -> None:
       # Each side goes first in every other round.
       for side in (ours, theirs)[:: 1 if number % 2 == 0 else -1]:
         side.time(task)
-  report(ours, theirs)
+  print_report(ours, theirs)
   ours.close()
   theirs.close()
 

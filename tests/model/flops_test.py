@@ -12,8 +12,8 @@ from jax.interpreters import partial_eval
 from lrdit.experiment import Experiment
 from lrdit.model import dit, flops, low_rank
 from lrdit.rank import plan as rank_schedule
-from lrdit.train import train_state
-from lrdit.train import training_step as step_module
+from lrdit.train import loss as loss_module
+from lrdit.train import state as train_state
 from tests.tiny import tiny_config
 
 DENSE = rank_schedule.dense_plan(1000)
@@ -103,7 +103,7 @@ def training(config, devices):
     "label": jax.ShapeDtypeStruct((n, local), jnp.int32),
   }
   key = structs(jax.random.key(0))
-  groups = step_module.select_ranks(objective, jnp.zeros(local, jnp.int32)).groups
+  groups = loss_module.select_ranks(objective, jnp.zeros(local, jnp.int32)).groups
   return Experiment(config).train_step(devices, stage=0), (state, batch, key), groups
 
 

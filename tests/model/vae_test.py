@@ -23,9 +23,9 @@ def tiny():
 
 
 @pytest.fixture(scope="module")
-def codec(tiny):
+def runner(tiny):
   """A batch of three, which neither the golden pair nor most counts fill."""
-  return vae.Codec(tiny, jax.devices()[:1], 3)
+  return vae.VaeRunner(tiny, jax.devices()[:1], 3)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def golden():
 @pytest.mark.parametrize(("num_devices", "batch_size"), [(1, 1), (1, 3), (4, 4)])
 def test_outputs_are_those_of_diffusers(tiny, golden, num_devices, batch_size):
   images, mean, log_variance, decoded = golden
-  made = vae.Codec(tiny, jax.devices()[:num_devices], batch_size)
+  made = vae.VaeRunner(tiny, jax.devices()[:num_devices], batch_size)
   encoded = made.encode(images)
   assert encoded.dtype == np.float32
   np.testing.assert_allclose(encoded[:, 0], mean, rtol=0, atol=2e-5)
@@ -49,19 +49,19 @@ def test_outputs_are_those_of_diffusers(tiny, golden, num_devices, batch_size):
   np.testing.assert_allclose(output, decoded, rtol=0, atol=5e-5)
 
 
-def test_results_do_not_depend_on_the_batch(tiny, codec):
+def test_results_do_not_depend_on_the_batch(tiny, runner):
   images = random_images(7)
-  encoded = codec.encode(images)
-  decoded = codec.decode(encoded[:, 0])
-  four = vae.Codec(tiny, jax.devices(), 8)
+  encoded = runner.encode(images)
+  decoded = runner.decode(encoded[:, 0])
+  four = vae.VaeRunner(tiny, jax.devices(), 8)
   np.testing.assert_allclose(four.encode(images), encoded, rtol=0, atol=1e-5)
   np.testing.assert_allclose(four.decode(encoded[:, 0]), decoded, rtol=0, atol=1e-5)
   # In another order and another count, so every image moves to another slot.
-  np.testing.assert_allclose(codec.encode(images[:5][::-1]), encoded[:5][::-1], rtol=0, atol=1e-5)
+  np.testing.assert_allclose(runner.encode(images[:5][::-1]), encoded[:5][::-1], rtol=0, atol=1e-5)
 
 
 def test_one_shape_is_compiled_whatever_the_count(tiny):
-  made = vae.Codec(tiny, jax.devices()[:2], 2)
+  made = vae.VaeRunner(tiny, jax.devices()[:2], 2)
   for count in (0, 1, 2, 5):
     encoded = made.encode(random_images(count))
     assert encoded.shape == (count, 2, 2, 2, 4)
@@ -69,11 +69,11 @@ def test_one_shape_is_compiled_whatever_the_count(tiny):
   assert made._encode._cache_size() == made._decode._cache_size() == 1
 
 
-def test_images_need_not_be_square(codec):
+def test_images_need_not_be_square(runner):
   images = random_images(2)[:, :8]
-  encoded = codec.encode(images)
+  encoded = runner.encode(images)
   assert encoded.shape == (2, 2, 1, 2, 4)
-  assert codec.decode(encoded[:, 0]).shape == images.shape
+  assert runner.decode(encoded[:, 0]).shape == images.shape
 
 
 def test_group_norm_survives_a_large_mean():
@@ -91,19 +91,19 @@ def test_log_variance_is_clipped(tiny):
   params["encoder"]["quant_conv"]["bias"][4:] = [-100, 100, -29, 19]
   params["encoder"]["quant_conv"]["kernel"][:] = 0
   changed = dataclasses.replace(tiny, params=params)
-  encoded = vae.Codec(changed, jax.devices()[:1], 3).encode(random_images(1))
+  encoded = vae.VaeRunner(changed, jax.devices()[:1], 3).encode(random_images(1))
   np.testing.assert_array_equal(encoded[0, 1, 0, 0], [-30, 20, -29, 19])
 
 
 @pytest.mark.parametrize("shape", [(1, 12, 16, 3), (1, 16, 20, 3), (1, 16, 16, 1)])
-def test_images_that_do_not_fit_are_refused(codec, shape):
+def test_images_that_do_not_fit_are_refused(runner, shape):
   with pytest.raises(UserError, match=r"multiples of 8|1 channels and the VAE encodes 3"):
-    codec.encode(np.zeros(shape, np.float32))
+    runner.encode(np.zeros(shape, np.float32))
 
 
 def test_batch_must_divide_over_the_devices(tiny):
   with pytest.raises(UserError, match=r"config.vae.batch_size=6 .* multiple of 4"):
-    vae.Codec(tiny, jax.devices(), 6)
+    vae.VaeRunner(tiny, jax.devices(), 6)
 
 
 @pytest.mark.parametrize("library", [np, jnp])

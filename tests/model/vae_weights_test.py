@@ -242,6 +242,10 @@ def no_safetensors(directory):
   (directory / vae_weights.WEIGHTS_NAME).write_bytes(b"<html>not found</html>")
 
 
+def eight_bits(directory):
+  write(directory, tiny_tensors() | {"quant_conv.bias": np.zeros(8, jnp.float8_e4m3fn)})
+
+
 def several(directory):
   for name in ("a", "b"):
     shutil.copy(directory / vae_weights.WEIGHTS_NAME, directory / f"{name}.safetensors")
@@ -267,6 +271,7 @@ REFUSALS = {
   reshaped: r"1 of another shape: encoder.conv_in.weight \(8, 4, 3, 3\) instead of \(8, 3, 3, 3\)",
   not_a_number: r"not finite \(2 of \d+ arrays, decoder\.conv_out\.bias for one\): download or c",
   integers: r"quant_conv.bias in I32: .*F32, F16, BF16",
+  eight_bits: r"quant_conv.bias in F8_E4M3: ",
   both_names: r"both \S*\.mid_block\.attentions\.0\.\S* and \S*\.to_",
   without_config: r"norm_num_groups=32 does not divide .*: put the VAE's own config.json",
   another_layout: r"not a VAE in diffusers' layout.*convert it with save_pretrained",
@@ -301,9 +306,9 @@ BAD_FIELDS = [
   ("act_fn", "relu", "act_fn='relu', but only \"silu\" is supported"),
   ("latents_mean", [0.0], "latents_mean=[0.0], but only null is supported"),
   ("latents_std", [1.0], "latents_std=[1.0], but only null is supported"),
-  ("down_block_types", ["AttnDownEncoderBlock2D"], "only 'DownEncoderBlock2D' is supported"),
-  ("up_block_types", ["UpDecoderBlock2D", "X"], "only 'UpDecoderBlock2D' is supported"),
-  ("up_block_types", None, "only 'UpDecoderBlock2D' is supported"),
+  ("down_block_types", ["AttnDownEncoderBlock2D"], 'only "DownEncoderBlock2D" is supported'),
+  ("up_block_types", ["UpDecoderBlock2D", "X"], 'only "UpDecoderBlock2D" is supported'),
+  ("up_block_types", None, 'only "UpDecoderBlock2D" is supported'),
   ("latent_channels", 4.5, "latent_channels=4.5 is not a whole number above 0"),
   ("norm_num_groups", 0, "norm_num_groups=0 is not a whole number above 0"),
   ("layers_per_block", True, "layers_per_block=True is not a whole number above 0"),

@@ -1,7 +1,8 @@
-"""A tiny run of the real command line, and the arithmetic of the report. No timings."""
+"""A tiny run of the real command line, results of made-up timings, and each arm. No speed."""
 
 import json
 import re
+import types
 from unittest import mock
 
 import jax
@@ -9,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lrdit.benchmark import arms as arms_module
+from lrdit.benchmark import measure, results
 from lrdit.experiment import Experiment
 from lrdit.model import dit, flops, low_rank
 from lrdit.modes import benchmark
 from lrdit.rank import plan as rank_schedule
-from lrdit.train import training_step
+from lrdit.train import step as step_module
 from tests import tiny
 from tests.tiny import tiny_config
 
@@ -25,43 +28,6 @@ FIELDS = {
   "sampling.guidance_scale": 2.0,
 }
 ARMS = ["full", "static", "adaptive", "adaptive, masked"]
-TRAINING_FIELDS = {
-  "num_parameters",
-  "rank_groups",
-  "flops_per_step",
-  "compile_seconds",
-  "step_seconds",
-  "steps_per_second",
-  "images_per_second",
-  "flops_per_second",
-  "peak_fraction",
-  "memory_bytes",
-  "speedup_over_full",
-  "full_flops_over_these",
-}
-BUCKET_FIELDS = {
-  "bucket",
-  "solver_steps",
-  "flops_per_step",
-  "step_seconds",
-  "step_seconds_per_image",
-  "flops_per_second",
-  "peak_fraction",
-  "time_over_highest_bucket",
-  "flops_over_highest_bucket",
-}
-SAMPLING_FIELDS = {
-  "compile_seconds",
-  "buckets",
-  "flops_per_run",
-  "run_seconds",
-  "run_seconds_from_buckets",
-  "seconds_per_image",
-  "flops_per_second",
-  "peak_fraction",
-  "speedup_over_full",
-  "full_flops_over_these",
-}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +40,7 @@ def finished(tmp_path_factory):
   return done.stdout, json.loads((workdir / "benchmark.json").read_text())
 
 
-def test_says_what_its_figures_must_be_quoted_with(finished):
+def test_holds_what_its_results_must_be_quoted_with(finished):
   _, result = finished
   assert result["jax"] == jax.__version__
   assert (result["backend"], result["num_devices"]) == ("cpu", 2)
@@ -82,61 +48,34 @@ def test_says_what_its_figures_must_be_quoted_with(finished):
   assert (result["rounds"], result["num_steps"], result["sampling_batch_size"]) == (3, 10, 4)
   assert result["model"]["hidden_size"] == 32
   assert result["rank"]["num_buckets"] == 3
-  assert result["device_peak_bytes_of_all_arms"] is None  # a CPU does not say
+  assert result["device_peak_bytes_of_all_arms"] is None  # a CPU does not report it
   assert result["matmul_peak"]["size"] == 64
 
 
-def test_reports_training_of_every_arm(finished):
+def test_counts_the_work_of_every_arm_and_bucket(finished):
   _, result = finished
-  arms, peak = result["training"], result["matmul_peak"]["flops_per_second"]
-  assert list(arms) == ARMS
-  for arm in arms.values():
-    assert set(arm) == TRAINING_FIELDS
-    seconds = arm["step_seconds"]["median"]
-    assert len(arm["step_seconds"]["rounds"]) == 3
-    assert seconds == np.median(arm["step_seconds"]["rounds"])
-    assert arm["step_seconds"]["min"] == min(arm["step_seconds"]["rounds"])
-    assert arm["images_per_second"] == pytest.approx(16 / seconds)
-    assert arm["images_per_second"] == pytest.approx(16 * arm["steps_per_second"])
-    assert arm["flops_per_second"] == pytest.approx(arm["flops_per_step"] / seconds)
-    assert arm["peak_fraction"] == pytest.approx(arm["flops_per_second"] / peak)
-    full = arms["full"]
-    assert arm["speedup_over_full"] == pytest.approx(full["step_seconds"]["median"] / seconds)
-    ratio = full["flops_per_step"] / arm["flops_per_step"]
-    assert arm["full_flops_over_these"] == pytest.approx(ratio)
+  training, sampling = result["training"], result["sampling"]
+  assert list(training) == ARMS
+  assert list(sampling) == ARMS[:3]
+  for arm in training.values():
     # Parameters, their average and two moments in float32, and more.
     assert arm["memory_bytes"] > 16 * arm["num_parameters"]
     assert arm["compile_seconds"] > 0
+    assert len(arm["step_seconds"]["rounds"]) == 3
     assert sum(size for size, _ in arm["rank_groups"]) == 8  # of one of the two devices
-  counts = {name: arm["flops_per_step"] for name, arm in arms.items()}
+  counts = {name: arm["flops_per_step"] for name, arm in training.items()}
   assert counts["static"] < counts["adaptive, masked"] < counts["full"]
   assert counts["adaptive"] < counts["adaptive, masked"]
-  assert len(arms["adaptive"]["rank_groups"]) == 3
-  assert arms["adaptive, masked"]["rank_groups"] == [[8, 2]]
-
-
-def test_reports_sampling_of_every_arm(finished):
-  _, result = finished
-  arms, peak = result["sampling"], result["matmul_peak"]["flops_per_second"]
-  assert list(arms) == ["full", "static", "adaptive"]
-  for arm in arms.values():
-    assert set(arm) == SAMPLING_FIELDS
+  assert len(training["adaptive"]["rank_groups"]) == 3
+  assert training["adaptive, masked"]["rank_groups"] == [[8, 2]]
+  for arm in sampling.values():
     assert arm["compile_seconds"] > 0
     assert sum(bucket["solver_steps"] for bucket in arm["buckets"]) == 10
-    total = sum(bucket["solver_steps"] * bucket["flops_per_step"] for bucket in arm["buckets"])
-    assert arm["flops_per_run"] == total
-    from_buckets = sum(
-      bucket["solver_steps"] * bucket["step_seconds"]["median"] for bucket in arm["buckets"]
-    )
-    assert arm["run_seconds_from_buckets"] == pytest.approx(from_buckets)
-    assert arm["run_seconds"]["median"] > 0
-    seconds = arm["run_seconds_from_buckets"]
-    assert arm["seconds_per_image"] == pytest.approx(seconds / 4)
-    assert arm["peak_fraction"] == pytest.approx(arm["flops_per_run"] / seconds / peak)
-    full = arms["full"]
-    assert arm["speedup_over_full"] == pytest.approx(full["run_seconds_from_buckets"] / seconds)
-    ratio = full["flops_per_run"] / arm["flops_per_run"]
-    assert arm["full_flops_over_these"] == pytest.approx(ratio)
+    assert len(arm["run_seconds"]["rounds"]) == result["sampling_runs"]
+  buckets = sampling["adaptive"]["buckets"]
+  assert [bucket["bucket"] for bucket in buckets] == [0, 1, 2]
+  low, middle, high = (bucket["flops_per_step"] for bucket in buckets)
+  assert low < middle < high
 
 
 def test_counts_both_passes_of_guidance_and_every_device(finished):
@@ -148,29 +87,14 @@ def test_counts_both_passes_of_guidance_and_every_device(finished):
   training = 2 * flops.training_macs(shape, plan, [(16, 0)])
   assert result["training"]["full"]["flops_per_step"] == training
   seconds = result["matmul_peak"]["seconds"]["median"]
-  of_products = 2 * benchmark.MATMUL_COUNT * 2 * 64**3
+  of_products = 2 * arms_module.MATMUL_COUNT * 2 * 64**3
   assert result["matmul_peak"]["flops_per_second"] == pytest.approx(of_products / seconds)
-
-
-def test_reports_every_bucket(finished):
-  _, result = finished
-  buckets = result["sampling"]["adaptive"]["buckets"]
-  assert [bucket["bucket"] for bucket in buckets] == [0, 1, 2]
-  highest = buckets[-1]
-  for bucket in buckets:
-    assert set(bucket) == BUCKET_FIELDS
-    seconds = bucket["step_seconds"]["median"]
-    assert bucket["step_seconds_per_image"] == pytest.approx(seconds / 4)
-    time_ratio = seconds / highest["step_seconds"]["median"]
-    assert bucket["time_over_highest_bucket"] == pytest.approx(time_ratio)
-    flop_ratio = bucket["flops_per_step"] / highest["flops_per_step"]
-    assert bucket["flops_over_highest_bucket"] == pytest.approx(flop_ratio)
-  assert buckets[0]["flops_per_step"] < buckets[1]["flops_per_step"] < highest["flops_per_step"]
 
 
 def test_prints_a_line_per_arm_and_bucket(finished):
   printed, result = finished
   assert f"jax {jax.__version__}" in printed
+  assert "medians of 3 rounds; batch 16 in training, 4 in sampling by ddim" in printed
   for name in ARMS:
     text = f"{result['training'][name]['num_parameters']:,}"
     assert re.search(rf"^{name} +{text} ", printed, re.MULTILINE)
@@ -178,6 +102,134 @@ def test_prints_a_line_per_arm_and_bucket(finished):
     assert re.search(rf"^adaptive, bucket {bucket} ", printed, re.MULTILINE)
   for table in printed.split("\n\n")[1:]:
     assert len({len(line) for line in table.rstrip("\n").split("\n")}) == 1
+
+
+def made_up_arms():
+  """A peak of 1000 FLOPs, and a full and an adaptive arm, with the seconds of every task."""
+
+  def training(flops, seconds):
+    return types.SimpleNamespace(
+      groups=((16, 0),),
+      flops=flops,
+      num_parameters=7,
+      compile_seconds=1.0,
+      memory_bytes=None,
+      time=lambda number: seconds[number],
+    )
+
+  def sampling(flops_of_bucket, steps_of_bucket, seconds_of_bucket, run_seconds):
+    return types.SimpleNamespace(
+      sampler=types.SimpleNamespace(settings=types.SimpleNamespace(batch_size=4)),
+      buckets=sorted(flops_of_bucket),
+      compile_seconds=1.0,
+      solver_steps=steps_of_bucket.get,
+      step_flops=flops_of_bucket.get,
+      run_flops=lambda: sum(n * flops_of_bucket[b] for b, n in steps_of_bucket.items()),
+      time_bucket=lambda bucket, number: seconds_of_bucket[bucket][number],
+      make_run=lambda: lambda number: run_seconds[number],
+    )
+
+  peak = types.SimpleNamespace(size=5, flops=1000, time=lambda number: [1.0, 0.5, 1.0][number])
+  # Two steps a timing: a step of the full arm takes 2 s, one of the adaptive arm 0.5 s.
+  trained = {"full": training(1000, [4, 4, 9]), "adaptive": training(100, [1, 0.8, 1])}
+  sampled = {
+    "full": sampling({0: 100}, {0: 10}, {0: [2, 2, 8]}, [3, 3, 4]),
+    "adaptive": sampling(
+      {0: 10, 1: 40}, {0: 6, 1: 4}, {0: [0.5] * 3, 1: [1, 1, 3]}, [1.0, 1.5, 1.0]
+    ),
+  }
+  return peak, trained, sampled
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+  """A config of three rounds, whose arms are made up."""
+  config = tiny_config(benchmark__rounds=3, benchmark__steps=2, benchmark__sampling_runs=1)
+  peak, trained, sampled = made_up_arms()
+  monkeypatch.setattr(measure, "MatmulPeak", lambda *_: peak)
+  monkeypatch.setattr(measure, "make_arms", lambda *_: (config, trained, sampled))
+  return config
+
+
+def test_results_of_known_seconds(made_up):
+  written = []
+  measure.measure(made_up, jax.devices()[:1], written.append)
+  assert [result["rounds"] for result in written] == [1, 2, 3]
+  assert [result["sampling"]["full"]["run_seconds"] for result in written[:2]] == [None, None]
+  result = written[-1]
+  assert result["matmul_peak"] == {
+    "size": 5,
+    "flops_per_second": 1000,
+    "highest_flops_per_second": 2000,
+    "seconds": {"median": 1.0, "min": 0.5, "rounds": [1.0, 0.5, 1.0]},
+  }
+  assert result["training"]["adaptive"] == {
+    "num_parameters": 7,
+    "rank_groups": [[16, 0]],
+    "flops_per_step": 100,
+    "compile_seconds": 1.0,
+    "step_seconds": {"median": 0.5, "min": 0.4, "rounds": [0.5, 0.4, 0.5]},
+    "steps_per_second": 2,
+    "images_per_second": 32,
+    "flops_per_second": 200,
+    "peak_fraction": 0.2,
+    "memory_bytes": None,
+    "speedup_over_full": 4,
+    "full_flops_over_these": 10,
+  }
+  sampled = result["sampling"]["adaptive"]
+  assert sampled.pop("buckets") == [
+    {
+      "bucket": 0,
+      "solver_steps": 6,
+      "flops_per_step": 10,
+      "step_seconds": {"median": 0.25, "min": 0.25, "rounds": [0.25] * 3},
+      "step_seconds_per_image": 0.0625,
+      "flops_per_second": 40,
+      "peak_fraction": 0.04,
+      "time_over_highest_bucket": 0.5,
+      "flops_over_highest_bucket": 0.25,
+    },
+    {
+      "bucket": 1,
+      "solver_steps": 4,
+      "flops_per_step": 40,
+      "step_seconds": {"median": 0.5, "min": 0.5, "rounds": [0.5, 0.5, 1.5]},
+      "step_seconds_per_image": 0.125,
+      "flops_per_second": 80,
+      "peak_fraction": 0.08,
+      "time_over_highest_bucket": 1,
+      "flops_over_highest_bucket": 1,
+    },
+  ]
+  assert sampled == {
+    "compile_seconds": 1.0,
+    "flops_per_run": 220,
+    "run_seconds": {"median": 3.5, "min": 3.5, "rounds": [3.5]},
+    "run_seconds_from_buckets": 3.5,
+    "seconds_per_image": 0.875,
+    "flops_per_second": pytest.approx(220 / 3.5),
+    "peak_fraction": pytest.approx(0.22 / 3.5),
+    "speedup_over_full": pytest.approx(10 / 3.5),
+    "full_flops_over_these": pytest.approx(1000 / 220),
+  }
+
+
+def test_a_benchmark_that_is_killed_keeps_its_rounds(made_up, monkeypatch, tmp_path):
+  interleave = measure.interleave
+
+  def killed_in_the_third_round(tasks, rounds, after_round):
+    interleave(tasks, 2, after_round)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(measure, "interleave", killed_in_the_third_round)
+  with pytest.raises(KeyboardInterrupt):
+    benchmark.benchmark(made_up, str(tmp_path), jax.devices()[:1])
+  kept = json.loads((tmp_path / "benchmark.json").read_text())
+  assert kept["rounds"] == 2
+  assert kept["training"]["full"]["step_seconds"]["rounds"] == [2, 2]
+  assert kept["sampling"]["full"]["run_seconds"] is None
+  assert "not run" in results.format_results(kept)
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(1e12, 16), (None, 16), (2.5e6, 8), (1, 1)])
@@ -189,12 +241,12 @@ def test_halves_the_batch_until_all_arms_fit(limit, expected, monkeypatch):
     tried.append(config.training.batch_size)
     return mock.Mock(memory_bytes=1_000_000 + 100_000 * tried[-1])
 
-  monkeypatch.setattr(benchmark, "TrainingArm", make_arm)
-  monkeypatch.setattr(benchmark, "bytes_of_other_arms", lambda config: 400_000)
+  monkeypatch.setattr(arms_module, "TrainingArm", make_arm)
+  monkeypatch.setattr(arms_module, "bytes_of_other_arms", lambda config: 400_000)
   stats = None if limit is None else {"bytes_limit": limit}
   device = mock.Mock(spec=jax.Device, memory_stats=lambda: stats)
   config = tiny_config()
-  benchmark.full_arm_that_fits(config, [device])
+  arms_module.full_arm_that_fits(config, [device])
   assert config.training.batch_size == expected == tried[-1]
   assert tried == [16, 8, 4, 2, 1][: len(tried)]
 
@@ -202,21 +254,21 @@ def test_halves_the_batch_until_all_arms_fit(limit, expected, monkeypatch):
 def test_bytes_of_other_arms_are_those_of_their_states_and_sampling_parameters():
   config, devices = tiny_config(model__depth=1), jax.devices()[:1]
   expected = 0
-  for arm in benchmark.ARMS:
-    fields = benchmark.arm_config(config, arm)
+  for arm in arms_module.ARMS:
+    fields = arms_module.arm_config(config, arm)
     template = Experiment(fields).params_template
     expected += 16 * sum(p.size for p in jax.tree.leaves(template)) if arm != "full" else 0
-    if arm in benchmark.SAMPLING_ARMS:
+    if arm in arms_module.SAMPLING_ARMS:
       made = Experiment(fields).sampler(devices)
       sliced = made.slice_params(jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), template))
       expected += sum(p.nbytes for p in jax.tree.leaves(sliced))
-  assert benchmark.bytes_of_other_arms(config) == expected
+  assert arms_module.bytes_of_other_arms(config) == expected
 
 
 def test_arms_differ_in_method_and_compute_alone():
   config = tiny_config("method=static", rank__ratio=0.4)
-  for arm, (method, compute) in benchmark.ARMS.items():
-    made = benchmark.arm_config(config, arm).to_dict()
+  for arm, (method, compute) in arms_module.ARMS.items():
+    made = arms_module.arm_config(config, arm).to_dict()
     assert (made["method"], made["rank"]["compute"]) == (method, compute)
     made["method"], made["rank"]["compute"] = config.method, config.rank.compute
     assert made == config.to_dict()
@@ -228,8 +280,9 @@ def test_every_round_times_every_task_once_in_turn():
   def make(name):
     return lambda number: calls.append((number, name)) or float(number)
 
-  seconds = benchmark.interleave({name: make(name) for name in "abc"}, 4, lambda: None)
-  assert seconds == {key: [0.0, 1.0, 2.0, 3.0] for key in "abc"}
+  rounds = []
+  measure.interleave({name: make(name) for name in "abc"}, 4, lambda s: rounds.append(len(s["a"])))
+  assert rounds == [1, 2, 3, 4]
   order = ["".join(name for number, name in calls if number == n) for n in range(4)]
   assert order == ["abc", "bca", "cab", "abc"]
 
@@ -238,7 +291,7 @@ def test_the_parts_of_a_run_are_the_whole_run():
   """Rounds that do not divide the steps, and more rounds than steps."""
   for rounds in (1, 3, 12):
     config = tiny_config(benchmark__rounds=rounds, sampling__num_steps=10)
-    arm = benchmark.SamplingArm(config, jax.devices()[:1])
+    arm = arms_module.SamplingArm(config, jax.devices()[:1])
     ranges = []
 
     def run_range(carry, first, end, ranges=ranges):
@@ -255,7 +308,7 @@ def test_the_parts_of_a_run_are_the_whole_run():
 
 def test_a_run_by_parts_ends_where_the_sampler_does():
   config = tiny_config(benchmark__rounds=3)
-  arm = benchmark.SamplingArm(config, jax.devices()[:1])
+  arm = arms_module.SamplingArm(config, jax.devices()[:1])
   carry = arm._start
   for first, end in ((0, 4), (4, 5), (5, 10)):
     carry = arm._run_range(carry, first, end)
@@ -268,8 +321,8 @@ def test_gradients_of_the_random_parameters_are_not_zero():
   """Zeros would flatter: fresh parameters leave most gradients exactly zero."""
   config = tiny_config(model__depth=1)
   model = Experiment(config).model()
-  params = jax.jit(lambda: benchmark.random_params(config))()
-  x = jnp.asarray(benchmark.random_images(config, 4))
+  params = jax.jit(lambda: arms_module.random_params(config))()
+  x = jnp.asarray(arms_module.random_images(config, 4))
   t = y = jnp.arange(4)
 
   def loss(params):
@@ -282,10 +335,10 @@ def test_gradients_of_the_random_parameters_are_not_zero():
 
 def test_times_the_very_step_of_training_with_its_state_donated(monkeypatch):
   program = mock.Mock(memory_analysis=lambda: None)
-  monkeypatch.setattr(benchmark.TrainingArm, "_compile", lambda self: program)
-  arm = benchmark.TrainingArm(tiny_config("method=full", model__depth=1), jax.devices()[:1])
+  monkeypatch.setattr(arms_module.TrainingArm, "_compile", lambda self: program)
+  arm = arms_module.TrainingArm(tiny_config("method=full", model__depth=1), jax.devices()[:1])
   assert arm.memory_bytes is None
-  assert arm._step.__wrapped__.func is training_step.train_step
+  assert arm._step.__wrapped__.func is step_module.train_step
   lowered = arm._step.lower(arm._state, arm._batch, arm._key)
   donated = re.findall(r"tf\.aliasing_output|jax\.buffer_donor", lowered.as_text())
   state = arm._state

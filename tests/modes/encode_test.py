@@ -27,7 +27,7 @@ from lrdit.modes import encode, sample, train
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
-from lrdit.train import training_step
+from lrdit.train import loss as loss_module
 from tests import tiny
 from tests.trained import noisy_params
 
@@ -150,7 +150,7 @@ def copy(encoded, tmp_path):
 
 def test_the_directory_holds_the_source_s_images_encoded(images, encoded):
   config = make_config(images)
-  codec = vae_module.Codec(vae_weights.read_vae(VAE), one_device(), 5)
+  codec = vae_module.VaeRunner(vae_weights.read_vae(VAE), one_device(), 5)
   manifest = json.loads((encoded / "manifest.json").read_text())
   total = 0
   for split in ("train", "eval"):
@@ -234,7 +234,7 @@ def first_batch(config, devices):
 def losses_of(config, batch, devices):
   """(n, b) losses under the key."""
   objective = Experiment(config).objective(devices)
-  made = parallel.pmap(lambda p, b, k: training_step.batch_losses(p, objective, k, b)[0], devices)
+  made = parallel.pmap(lambda p, b, k: loss_module.batch_losses(p, objective, k, b)[0], devices)
   return np.asarray(made(parallel.replicate(noisy_params(config), devices), batch, KEY))
 
 
@@ -254,7 +254,7 @@ def test_training_draws_from_the_posterior_by_the_global_index(images, encoded):
   none = losses_of(config, batch | {"std": np.zeros_like(batch["std"])}, one_device())
   np.testing.assert_allclose(none, without, rtol=1e-6)
   objective = Experiment(config).objective(one_device())
-  draws = training_step.draw(KEY, jnp.arange(16), (4, 4, 4), objective)
+  draws = loss_module.draw_step_noise(KEY, jnp.arange(16), (4, 4, 4), objective)
   noise = np.asarray(draws.posterior_noise)
   drawn = plain | {"image": batch["image"] + batch["std"] * noise[None]}
   np.testing.assert_allclose(
@@ -267,7 +267,7 @@ def test_training_draws_from_the_posterior_by_the_global_index(images, encoded):
 def test_encoding_goes_on_without_doing_anything_twice(monkeypatch, images, encoded, tmp_path):
   monkeypatch.setattr(encode, "KEEP_EVERY_IMAGES", 16)
   output, calls = tmp_path / "resumed", []
-  original = vae_module.Codec.encode
+  original = vae_module.VaeRunner.encode
 
   def fails_at(number):
     def patched(self, batch):
@@ -279,13 +279,15 @@ def test_encoding_goes_on_without_doing_anything_twice(monkeypatch, images, enco
     return patched
 
   config = make_config(images)
-  monkeypatch.setattr(vae_module.Codec, "encode", fails_at(10))  # in the fifth batch, its mirror
+  monkeypatch.setattr(
+    vae_module.VaeRunner, "encode", fails_at(10)
+  )  # in the fifth batch, its mirror
   with pytest.raises(OSError, match="pulled the plug"):
     encode.encode(config, str(output), one_device())
   progress = json.loads((output / "progress.json").read_text())
   assert [entry["done"] for entry in progress["splits"].values()] == [32, 0]
   calls.clear()
-  monkeypatch.setattr(vae_module.Codec, "encode", fails_at(0))
+  monkeypatch.setattr(vae_module.VaeRunner, "encode", fails_at(0))
   encode.encode(config, str(output), one_device())
   assert sum(calls) == 2 * (NUM_IMAGES - 32)
   assert contents(output) == contents(encoded)
@@ -295,14 +297,14 @@ def test_encoding_goes_on_without_doing_anything_twice(monkeypatch, images, enco
 
 
 def test_an_image_without_finite_latents_is_named(monkeypatch, images, tmp_path):
-  whole = vae_module.Codec.encode
+  whole = vae_module.VaeRunner.encode
 
   def broken(self, scans):
     encoded = whole(self, scans)
     encoded[2, 1] = np.inf
     return encoded
 
-  monkeypatch.setattr(vae_module.Codec, "encode", broken)
+  monkeypatch.setattr(vae_module.VaeRunner, "encode", broken)
   with pytest.raises(UserError, match=r"latents of image 2 of the split train are not finite"):
     encode.encode(make_config(images), str(tmp_path), one_device())
 

@@ -92,44 +92,78 @@ def test_a_shift_moves_each_example_to_another_slot():
   assert sum(a == b for a, b in zip(*seen, strict=True)) < 10
 
 
-def test_two_evaluations_agree_to_the_last_digit(trained, tmp_path):
+@pytest.fixture(scope="module")
+def evaluated(trained):
+  """The run with its evaluation.json."""
+  evaluate.evaluate(config_of(), str(trained), jax.devices()[:1])
+  return trained
+
+
+@pytest.fixture
+def copy(evaluated, tmp_path):
+  return shutil.copytree(evaluated, tmp_path / "run")
+
+
+def test_two_evaluations_agree_to_the_last_digit(copy, tmp_path):
   """Also where the classifier and the reference are made anew."""
   texts = []
   for features in ("", "", str(tmp_path / "features")):
     config = config_of(evaluation__features_dir=features)
-    evaluate.evaluate(config, str(trained), jax.devices()[:1])
-    evaluation = read(trained)
+    evaluate.evaluate(config, str(copy), jax.devices()[:1])
+    evaluation = read(copy)
+    (copy / "evaluation.json").unlink()
     assert evaluation.pop("settings")["features_dir"] == features
+    for settings in evaluation["samples"]["default"]["settings"].values():
+      assert settings.pop("features_dir") == features
     texts.append(json.dumps(evaluation))
   assert texts[0] == texts[1] == texts[2]
-  assert (trained / "features" / "classifier.npz").exists()
-  figures = json.loads(texts[0])["samples"]["default"]["figures"]
+  assert (copy / "features" / "classifier.npz").exists()
+  metrics = json.loads(texts[0])["samples"]["default"]["figures"]
   for extractor in ("classifier", "pixel"):
-    assert figures[f"{extractor}_frechet_distance"] > 0
-    assert 0 <= figures[f"{extractor}_precision"] <= 1
-  assert 0 <= figures["classifier_recognition_accuracy"] <= 1
-  assert not any("fid" in name.lower() for name in figures)
+    assert metrics[f"{extractor}_frechet_distance"] > 0
+    assert 0 <= metrics[f"{extractor}_precision"] <= 1
+  assert 0 <= metrics["classifier_recognition_accuracy"] <= 1
+  assert not any("fid" in name.lower() for name in metrics)
 
 
-def test_figures_of_other_exports_are_kept_while_the_checkpoint_is_the_same(trained, tmp_path):
-  workdir = tmp_path / "run"
-  shutil.copytree(trained, workdir)
-  evaluate.evaluate(config_of(), str(workdir), jax.devices()[:1])
+def test_a_finished_evaluation_is_left_alone(copy, monkeypatch, told):
+  before = (copy / "evaluation.json").read_bytes()
+  monkeypatch.setattr(held_out, "held_out_losses", None)  # measuring would call them
+  monkeypatch.setattr(Experiment, "extractors", None)
+  for extractors in (("classifier", "pixel"), ("pixel",), ()):
+    config = config_of(evaluation__extractors=extractors)
+    evaluate.evaluate(config, str(copy), jax.devices()[:1])
+    assert told.messages[-1].endswith("has all of it, of step 8: delete it to measure again")
+  assert (copy / "evaluation.json").read_bytes() == before
+  for changed in (dict(evaluation__draws=2), dict(evaluation__max_features=20)):
+    with pytest.raises(TypeError, match="NoneType"):
+      evaluate.evaluate(config_of(**changed), str(copy), jax.devices()[:1])
+  # A sample set that was written again is measured again.
+  path = copy / "samples" / "default" / "metadata.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"num_starts": 9}))
+  with pytest.raises(TypeError, match="NoneType"):
+    evaluate.evaluate(config_of(), str(copy), jax.devices()[:1])
+
+
+def test_metrics_of_other_sample_sets_are_kept_while_the_checkpoint_is_the_same(copy, monkeypatch):
   other = config_of(sampling__name="other", sampling__seed=5)
-  sample.sample(other, str(workdir), jax.devices()[:1])
-  evaluate.evaluate(other, str(workdir), jax.devices()[:1])
-  evaluation = read(workdir)
+  sample.sample(other, str(copy), jax.devices()[:1])
+  monkeypatch.setattr(held_out, "held_out_losses", None)  # held-out losses are kept as well
+  evaluate.evaluate(other, str(copy), jax.devices()[:1])
+  evaluation = read(copy)
   assert sorted(evaluation["samples"]) == ["default", "other"]
   assert evaluation["samples"]["other"]["metadata"]["seed"] == 5
-  for step, names in ((8, {"default", "other"}), (9, set())):
-    key = {"checkpoint_step": step, "checkpoint_digest": evaluation["checkpoint_digest"]}
-    assert evaluate.kept_samples(workdir / "evaluation.json", key).keys() == names
-  assert evaluate.kept_samples(workdir / "evaluation.json", key | {"checkpoint_digest": ""}) == {}
+  key = {name: evaluation[name] for name in ("checkpoint_step", "checkpoint_digest")}
+  path = copy / "evaluation.json"
+  assert evaluate.read_kept(path, key)["samples"].keys() == {"default", "other"}
+  for changed in ({"checkpoint_step": 9}, {"checkpoint_digest": ""}):
+    assert evaluate.read_kept(path, key | changed) == {"held_out": {}, "samples": {}}
 
 
-def test_figures_over_another_extractor_join_those_that_still_hold():
-  kept = dict(metadata={"n": 1}, reference={"r": 1}, figures={"a": 1.0}, extractors={"a": {}})
-  new = kept | dict(figures={"b": 2.0}, extractors={"b": {}})
+def test_metrics_over_another_extractor_join_those_that_still_hold():
+  kept = dict(metadata={"n": 1}, reference={"r": 1})
+  kept |= dict(figures={"a": 1.0}, extractors={"a": {}}, settings={"a": {}})
+  new = kept | dict(figures={"b": 2.0}, extractors={"b": {}}, settings={"b": {}})
   joined = evaluate.merged(kept, new)
   assert (joined["figures"], list(joined["extractors"])) == ({"a": 1.0, "b": 2.0}, ["a", "b"])
   for field in ("metadata", "reference"):
@@ -137,41 +171,31 @@ def test_figures_over_another_extractor_join_those_that_still_hold():
   assert evaluate.merged(None, new) == new
 
 
-def test_statistics_of_something_else_are_refused(trained, tmp_path):
-  workdir = tmp_path / "run"
-  shutil.copytree(trained, workdir)
-  evaluate.evaluate(config_of(), str(workdir), jax.devices()[:1])
+def test_statistics_of_something_else_are_refused(copy):
   with pytest.raises(UserError, match="is a reference of something else: num_features"):
     fewer = config_of(evaluation__max_features=20)
-    evaluate.evaluate(fewer, str(workdir), jax.devices()[:1])
+    evaluate.evaluate(fewer, str(copy), jax.devices()[:1])
   with pytest.raises(UserError, match="num_steps"):
     longer = config_of(evaluation__classifier_steps=4)
-    evaluate.evaluate(longer, str(workdir), jax.devices()[:1])
+    evaluate.evaluate(longer, str(copy), jax.devices()[:1])
 
 
-def test_samples_of_other_weights_are_refused(trained, tmp_path):
-  workdir = tmp_path / "run"
-  shutil.copytree(trained, workdir)
-  path = workdir / "samples" / "default" / "metadata.json"
-  path.write_text(json.dumps(json.loads(path.read_text()) | {"checkpoint_digest": "0"}))
-  with pytest.raises(UserError, match="of something else: checkpoint_digest"):
-    evaluate.evaluate(config_of(), str(workdir), jax.devices()[:1])
-
-
-def test_samples_drawn_otherwise_than_asked_for_are_refused(trained):
+def test_samples_of_other_weights_or_settings_are_refused(copy):
   other = config_of(sampling__num_steps=5, sampling__seed=7)
   with pytest.raises(UserError, match=r"of something else: num_steps .* seed"):
-    evaluate.evaluate(other, str(trained), jax.devices()[:1])
+    evaluate.evaluate(other, str(copy), jax.devices()[:1])
+  path = copy / "samples" / "default" / "metadata.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"checkpoint_digest": "0"}))
+  with pytest.raises(UserError, match="of something else: checkpoint_digest"):
+    evaluate.evaluate(config_of(), str(copy), jax.devices()[:1])
 
 
-def test_a_run_is_measured_on_its_own_data(trained, tmp_path):
-  workdir = tmp_path / "run"
-  shutil.copytree(trained, workdir)
-  data = json.loads((workdir / "data.json").read_text())
+def test_a_run_is_measured_on_its_own_data(copy):
+  data = json.loads((copy / "data.json").read_text())
   data["eval"]["num_examples"] = 3
-  (workdir / "data.json").write_text(json.dumps(data))
+  (copy / "data.json").write_text(json.dumps(data))
   with pytest.raises(UserError, match="on other data: num_examples"):
-    evaluate.evaluate(config_of(), str(workdir), jax.devices()[:1])
+    evaluate.evaluate(config_of(), str(copy), jax.devices()[:1])
 
 
 @pytest.mark.parametrize(

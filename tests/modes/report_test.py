@@ -615,7 +615,7 @@ def run_main(capsys, *flags):
 
 
 def test_the_command_line_writes_both_files(workdirs, made, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(main.startup, "prepare", lambda mode: [])
+  monkeypatch.setattr(main.startup, "prepare", list)
   output = tmp_path / "a" / "b"
   flags = ["--mode=report", f"--workdirs={','.join(workdirs)}", f"--output={output}"]
   assert run_main(capsys, *flags)[0] == 0
@@ -658,7 +658,7 @@ def test_labels_that_differ_are_told(tmp_path):
 )
 def test_wrong_flags_end_in_one_line(flags, status, words, capsys, monkeypatch):
   monkeypatch.chdir(tiny.ROOT)
-  monkeypatch.setattr(main.startup, "prepare", lambda mode: [])
+  monkeypatch.setattr(main.startup, "prepare", list)
   got, stderr = run_main(capsys, *flags)
   assert (got, len(stderr.splitlines())) == (status, 1), stderr
   assert stderr.startswith("error: ")

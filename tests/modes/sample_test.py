@@ -14,21 +14,12 @@ import pytest
 from lrdit.config.run_config import store_config
 from lrdit.experiment import Experiment
 from lrdit.modes import sample
-from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.sampling.sampler import Sampler, random_labels
-from lrdit.train.checkpoints import Checkpoints
+from lrdit.sampling.settings import make_settings
+from lrdit.train import checkpoints
 from tests import tiny
-from tests.trained import fresh_state, noisy_params
-
-
-def save_checkpoint(workdir, config, step=8, scale=1.0):
-  params = jax.tree.map(lambda x: scale * x, noisy_params(config))
-  state = parallel.to_host(fresh_state(config, params))
-  checkpoints = Checkpoints(workdir, keep=1)
-  checkpoints.save(state.replace(step=np.asarray(step, np.int32)), config.to_dict())
-  checkpoints.wait()
-  checkpoints.close()
+from tests.trained import save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -151,14 +142,14 @@ def test_labels_are_those_asked_for_and_those_drawn(workdir, monkeypatch, rule, 
 
 
 @pytest.mark.parametrize(
-  ("fields", "mend"),
+  ("fields", "fix"),
   [
     (dict(), "train longer, or again with a lower config.optimizer.learning_rate"),
     (dict(guidance_scale=1000.0), "lower config.sampling.guidance_scale=1000.0; or train"),
     (dict(clip_x_0=False, use_ema=False), "set config.sampling.clip_x_0=True; or train"),
   ],
 )
-def test_a_sample_that_is_not_finite_stops_the_export(workdir, monkeypatch, fields, mend):
+def test_a_sample_that_is_not_finite_stops_the_export(workdir, monkeypatch, fields, fix):
   sample_batch = Sampler.sample_batch
 
   def broken(self, params, index, labels):
@@ -168,10 +159,10 @@ def test_a_sample_that_is_not_finite_stops_the_export(workdir, monkeypatch, fiel
     return x_0
 
   monkeypatch.setattr(Sampler, "sample_batch", broken)
-  name = f"bad_{len(mend)}"
+  name = f"bad_{len(fix)}"
   with pytest.raises(UserError, match=r"sample 5 of the (averaged|raw) weights of step 8") as error:
     export(workdir, name, **fields)
-  assert mend in str(error.value)
+  assert fix in str(error.value)
   assert not (workdir / "samples" / name / "metadata.json").exists()
   monkeypatch.setattr(Sampler, "sample_batch", sample_batch)
   assert metadata(export(workdir, name, **fields))["num_drawn"] == 10
@@ -204,9 +195,9 @@ def test_every_field_that_defines_a_sample_is_among_the_settings():
 
   def settings(step=8, params=None, vae_digest="", **fields):
     config = tiny.tiny_config(**fields)
-    drawn = Experiment(config).sampler(jax.devices()[:1])
+    sampler = Experiment(config).sampler(jax.devices()[:1])
     params = {"a": np.zeros(3, np.float32)} if params is None else params
-    return sample.make_settings(config, drawn, step, params, vae_digest)
+    return make_settings(config, sampler, step, checkpoints.digest(params), vae_digest)
 
   base = settings()
   for field, value in FREE.items():

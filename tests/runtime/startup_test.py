@@ -5,108 +5,89 @@ import sys
 import jax
 import pytest
 
-from lrdit.runtime import startup
+from lrdit.runtime import malloc, startup
 from tests import tiny
 
-BLOCK_BYTES = 256 << 20
-
-# Page faults of writing a large block that was freed just before.
-PROGRAM = f"""
+# Page faults of writing a large block that was just freed, and the MiB held after freeing it.
+PROGRAM = """
 import resource
-{{setup}}
 import numpy as np
 def touch():
-  np.empty({BLOCK_BYTES}, np.uint8).fill(1)
+  np.empty(256 << 20, np.uint8).fill(1)
 touch()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 touch()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+with open("/proc/self/statm") as file:
+  print(int(file.read().split()[1]) * resource.getpagesize() >> 20)
 """
 
 
-def count_faults(setup):
+def run_program(program, **environment):
   done = subprocess.run(
-    [sys.executable, "-c", PROGRAM.format(setup=setup)],
+    [sys.executable, "-c", program],
     cwd=tiny.ROOT,
+    env={k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | environment,
     capture_output=True,
     text=True,
     check=True,
   )
-  return int(done.stdout)
+  return [int(word) for word in done.stdout.split()]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
-def test_freed_memory_is_used_again_without_faults():
-  pages_at_most = BLOCK_BYTES // (2 << 20)  # as many as there are huge pages
-  assert count_faults("") >= pages_at_most
-  kept = count_faults("from lrdit.runtime import startup; startup.keep_freed_memory()")
-  assert kept < pages_at_most // 4
+def test_freed_memory_is_kept_without_faults_or_returned():
+  huge_pages = 128
+  faults, held = run_program(PROGRAM, GLIBC_TUNABLES=malloc.KEEP_FREED)
+  assert faults < huge_pages // 4
+  faults_returned, held_returned = run_program(PROGRAM, GLIBC_TUNABLES=malloc.RETURN_FREED)
+  assert faults_returned >= huge_pages
+  assert held > held_returned + 200
 
 
-def test_several_cpu_devices_keep_the_allocator_as_it_is(monkeypatch):
-  kept = []
-  monkeypatch.setattr(startup, "keep_freed_memory", lambda: kept.append(True))
-  monkeypatch.setattr(startup, "use_compilation_cache", lambda: None)
-  flag = "--xla_force_host_platform_device_count=4"
-  for variables, count in (
-    ({}, 1),
-    ({"JAX_NUM_CPU_DEVICES": "2"}, 2),
-    ({"XLA_FLAGS": f"--a {flag}"}, 4),
-  ):
-    assert startup.num_cpu_devices(variables) == count
-    for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS"):
-      monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-      monkeypatch.setenv(name, value)
-    startup.prepare("train")
-  assert len(kept) == 1
+CPU = {"JAX_PLATFORMS": "cpu"}
+TRAIN, ANALYZE = ["main.py", "--mode=train"], ["main.py", "--mode=analyze"]
 
 
-# Memory that is held after a large block was freed.
-HELD = """
-import resource
-from lrdit.runtime import startup
-startup.{setup}()
-import numpy as np
-np.ones(256 << 20, np.uint8)
-with open("/proc/self/statm") as file:
-  print(int(file.read().split()[1]) * resource.getpagesize())
-"""
+@pytest.mark.parametrize(
+  ("argv", "environment", "plugin", "expected"),
+  [
+    (TRAIN, CPU, True, malloc.KEEP_FREED),
+    (TRAIN, {}, False, malloc.KEEP_FREED),
+    (ANALYZE, CPU, False, malloc.RETURN_FREED),
+    (TRAIN, {}, True, None),  # an accelerator
+    (ANALYZE, {"JAX_PLATFORMS": "cuda,cpu"}, False, None),
+    (TRAIN, CPU | {"JAX_NUM_CPU_DEVICES": "2"}, False, None),
+    (TRAIN, CPU | {"XLA_FLAGS": "--a --xla_force_host_platform_device_count=4"}, False, None),
+    (TRAIN, CPU | {"JAX_NUM_CPU_DEVICES": "many"}, False, None),  # startup reports it
+    (TRAIN, CPU | {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}, False, None),
+  ],
+)
+def test_malloc_is_tuned_on_one_cpu_device_alone(argv, environment, plugin, expected, monkeypatch):
+  monkeypatch.setattr(malloc.importlib.util, "find_spec", lambda name: plugin or None)
+  assert malloc.choose_tunables(argv, environment) == expected
+  monkeypatch.setattr(malloc.sys, "platform", "darwin")
+  assert malloc.choose_tunables(argv, environment) is None
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
-def test_an_analysis_gives_freed_memory_back(monkeypatch):
-  def held(setup):
-    command = [sys.executable, "-c", HELD.format(setup=setup)]
-    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, check=True)
-    return int(done.stdout)
-
-  assert held("keep_freed_memory") > held("give_back_freed_memory") + (200 << 20)
-  called = []
-  for name in ("keep_freed_memory", "give_back_freed_memory", "use_compilation_cache"):
-    monkeypatch.setattr(startup, name, lambda name=name: called.append(name))
-  startup.prepare("analyze")
-  assert called == ["give_back_freed_memory", "use_compilation_cache"]
-
-
-def test_other_allocators_are_left_alone(monkeypatch):
-  monkeypatch.setattr(startup.sys, "platform", "darwin")
-  opened = []
-  monkeypatch.setattr(startup.ctypes, "CDLL", opened.append)
-  startup.keep_freed_memory()
-  assert opened == []
+def test_a_program_starts_again_once_with_the_same_arguments():
+  program = (
+    "import os, sys; sys.path.insert(0, '.'); from lrdit.runtime import malloc; "
+    "malloc.restart_tuned(); print(int(os.environ['GLIBC_TUNABLES'] == malloc.KEEP_FREED))"
+  )
+  assert run_program(program, **CPU, JAX_NUM_CPU_DEVICES="1", XLA_FLAGS="") == [1]
 
 
 def test_settings_of_a_run_are_the_defaults_of_jax_and_flax():
-  """Else every process would be told that its shell says otherwise."""
-  assert startup.fix_settings_of_a_run() == []
+  """Otherwise every process would log that its environment differs."""
+  assert startup.fix_settings() == []
 
 
-def test_what_is_overridden_and_what_is_heeded_is_said():
+def test_overridden_settings_and_those_that_change_rounding_are_logged():
   jax.config.update("jax_random_seed_offset", 3)
   jax.config.update("jax_default_matmul_precision", "highest")
   try:
-    ignored, heeded = startup.fix_settings_of_a_run()
+    ignored, heeded = startup.fix_settings()
     assert ignored.startswith("JAX_RANDOM_SEED_OFFSET is ignored")
     assert heeded.startswith("JAX_DEFAULT_MATMUL_PRECISION=highest is heeded")
     assert jax.config.jax_random_seed_offset == 0
@@ -117,8 +98,9 @@ def test_what_is_overridden_and_what_is_heeded_is_said():
 
 
 def test_no_shell_makes_plots_look_for_a_window(monkeypatch):
+  monkeypatch.setattr(startup, "use_compilation_cache", lambda: None)
   monkeypatch.setenv("MPLBACKEND", "no_such_backend")
-  startup.prepare("analyze")
+  startup.prepare()
   assert startup.os.environ["MPLBACKEND"] == "agg"
 
 
@@ -128,7 +110,7 @@ def test_as_many_files_may_be_open_as_the_system_lets(monkeypatch):
   endless = startup.resource.RLIM_INFINITY
   for limits in ((1024, 4096), (1024, 1 << 20), (1024, endless), (4096, 4096), (endless, endless)):
     monkeypatch.setattr(startup.resource, "getrlimit", lambda _, limits=limits: limits)
-    startup.raise_limit_of_open_files()
+    startup.raise_open_files_limit()
   assert asked == [(4096, 4096), (1 << 16, 1 << 20), (1 << 16, endless)]
 
   def refuse(*_):
@@ -136,13 +118,13 @@ def test_as_many_files_may_be_open_as_the_system_lets(monkeypatch):
 
   monkeypatch.setattr(startup.resource, "setrlimit", refuse)
   monkeypatch.setattr(startup.resource, "getrlimit", lambda _: (256, endless))
-  startup.raise_limit_of_open_files()
+  startup.raise_open_files_limit()
 
 
 COMPILE = """
 from lrdit.runtime import startup
 startup.MIN_CACHED_SECONDS = 0.0  # however fast this machine compiles
-startup.prepare("train")
+startup.prepare()
 import jax
 def slow_to_compile(x):
   for _ in range(8):
@@ -189,6 +171,6 @@ def test_products_on_a_gpu_come_from_libraries(given, plugin, known, expected, m
   if given:
     monkeypatch.setenv("XLA_FLAGS", given)
   monkeypatch.setattr(startup.importlib.util, "find_spec", lambda name: plugin or None)
-  monkeypatch.setattr(startup, "_complaint_of_xla", lambda: None if known else "unknown")
-  startup.take_products_from_libraries()
+  monkeypatch.setattr(startup, "_xla_complaint", lambda: None if known else "unknown")
+  startup.use_cublas()
   assert os.environ.get("XLA_FLAGS") == expected

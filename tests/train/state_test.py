@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lrdit.train.curriculum import Curriculum, make_stages
-from lrdit.train.train_state import StageProgress
+from lrdit.train.state import StageProgress, WindowMetrics
 
 BOUNDARIES = (0, 300, 700, 1000)
 
@@ -62,3 +62,26 @@ def test_the_mean_over_the_checked_steps_decides():
     progress = progress.add(jnp.float32(loss), jnp.int32(count), jnp.int32(step), curriculum)
   assert float(progress.best_loss) == pytest.approx(26 / 16)
   assert int(progress.number) == 0
+
+
+def test_window_sums_restart():
+  window = WindowMetrics.empty(2)
+  assert window.non_finite == 0
+  for step, loss in enumerate([1.0, 2.0, 3.0, 4.0], start=1):
+    new = WindowMetrics(
+      loss=jnp.float32(loss),
+      grad_norm=jnp.float32(10 * loss),
+      count=jnp.int32(1),
+      learning_rate=jnp.float32(step / 10),
+      group_loss=jnp.array([loss, 0.0]),
+      group_count=jnp.array([2, 0]),
+      non_finite=jnp.int32(step),
+    )
+    window = window.add(new, jnp.int32(step), log_every_steps=3)
+    assert window.non_finite == step  # the last step's own
+    if step == 3:
+      assert (float(window.loss), float(window.grad_norm), int(window.count)) == (6.0, 60.0, 3)
+      assert (window.group_loss.tolist(), window.group_count.tolist()) == ([6, 0], [6, 0])
+      assert window.learning_rate == pytest.approx(0.3)
+  assert (float(window.loss), int(window.count)) == (4.0, 1)
+  assert (window.group_loss.tolist(), window.group_count.tolist()) == ([4, 0], [2, 0])

@@ -15,11 +15,11 @@ from lrdit.model import dit
 from lrdit.model.low_rank import RankSelection
 from lrdit.runtime import parallel
 from lrdit.runtime.parallel import AXIS
-from lrdit.train import training_step
-from lrdit.train.train_state import (
+from lrdit.train import loss as loss_module
+from lrdit.train import step as step_module
+from lrdit.train.state import (
   NON_FINITE_QUANTITIES,
   StageProgress,
-  WindowMetrics,
 )
 from tests.tiny import GOLDEN, tiny_config
 from tests.trained import fresh_state, noisy_params
@@ -29,17 +29,16 @@ KEY = jax.random.key(7)
 
 def make_step(config, devices, stage=0, **changes):
   """The pmapped training step of a stage."""
-  tx, rate = Experiment(config).optimizer
   settings = dict(
     objective=Experiment(config).objective(devices),
-    optimizer=tx,
-    learning_rate=rate,
+    optimizer=Experiment(config).optimizer,
+    learning_rate=Experiment(config).learning_rate,
     curriculum=Experiment(config).curriculum,
     stage=stage,
     ema_decay=config.optimizer.ema_decay,
     log_every_steps=config.training.log_every_steps,
   )
-  return parallel.pmap(functools.partial(training_step.train_step, **(settings | changes)), devices)
+  return parallel.pmap(functools.partial(step_module.train_step, **(settings | changes)), devices)
 
 
 def make_state(config, devices, params=None, stage=0):
@@ -94,7 +93,7 @@ def gradients(config, num_devices=1, seed_key=KEY, strata=None):
 
   def gradient(params, batch, key):
     def mean(p):
-      return training_step.batch_losses(p, objective, key, batch)[0].mean()
+      return loss_module.batch_losses(p, objective, key, batch)[0].mean()
 
     return jax.lax.pmean(jax.grad(mean)(params), AXIS)
 
@@ -157,7 +156,7 @@ def test_losses_by_group_are_means_over_their_examples():
   step = make_step(config, devices, learning_rate=lambda step, start: jnp.float32(0))
   state = make_state(config, devices, noisy_params(config))
   objective = Experiment(config).objective(devices)
-  evaluate = parallel.pmap(lambda p, b, k: training_step.batch_losses(p, objective, k, b), devices)
+  evaluate = parallel.pmap(lambda p, b, k: loss_module.batch_losses(p, objective, k, b), devices)
   batch = {name: rows.reshape(2, 8, *rows.shape[2:]) for name, rows in digits_batch().items()}
   losses, t = [], []
   for number in range(3):
@@ -241,7 +240,7 @@ def draws(config, num_devices, key=KEY):
   parts = []
   for device in range(num_devices):
     index = jnp.arange(local) * num_devices + device
-    parts.append((index, training_step.draw(key, index, (8, 8, 1), objective)))
+    parts.append((index, loss_module.draw_step_noise(key, index, (8, 8, 1), objective)))
   order = np.argsort(np.concatenate([index for index, _ in parts]))
   fields = ("t", "eps", "drop", "posterior_noise")
   return {f: np.concatenate([getattr(d, f) for _, d in parts])[order] for f in fields}
@@ -275,7 +274,7 @@ def test_draws_have_their_distributions():
 def losses_of(config, batch, num_devices=1):
   devices = jax.devices()[:num_devices]
   objective = Experiment(config).objective(devices)
-  run = parallel.pmap(lambda p, b, k: training_step.batch_losses(p, objective, k, b)[0], devices)
+  run = parallel.pmap(lambda p, b, k: loss_module.batch_losses(p, objective, k, b)[0], devices)
   params = parallel.replicate(noisy_params(config), devices)
   return np.asarray(run(params, batch, KEY)).reshape(-1)
 
@@ -319,7 +318,7 @@ def test_learned_variance_trains_by_the_bound_alone(prediction):
   )
   objective = Experiment(config).objective(jax.devices()[:1])
   x_0 = jnp.asarray(digits_batch()["image"][0])
-  batch_draws = training_step.draw(KEY, jnp.arange(16), (8, 8, 1), objective)
+  chosen = loss_module.draw_step_noise(KEY, jnp.arange(16), (8, 8, 1), objective)
 
   # Stands for the model: its output is the parameters.
   model = mock.Mock(
@@ -332,12 +331,12 @@ def test_learned_variance_trains_by_the_bound_alone(prediction):
   output = jax.random.normal(KEY, (16, 8, 8, 2))
 
   def loss(out):
-    return training_step.example_losses(out, fake, x_0, None, batch_draws).sum()
+    return loss_module.example_losses(out, fake, x_0, None, chosen).sum()
 
   grad = jax.grad(loss)(output)
-  signal = np.sqrt(objective.alphas_cumprod)[batch_draws.t][:, None, None, None]
-  noise = np.sqrt(1 - objective.alphas_cumprod)[batch_draws.t][:, None, None, None]
-  target = batch_draws.eps if prediction == "epsilon" else signal * batch_draws.eps - noise * x_0
+  signal = np.sqrt(objective.alphas_cumprod)[chosen.t][:, None, None, None]
+  sigma = np.sqrt(1 - objective.alphas_cumprod)[chosen.t][:, None, None, None]
+  target = chosen.eps if prediction == "epsilon" else signal * chosen.eps - sigma * x_0
   np.testing.assert_allclose(
     grad[..., :1], 2 * (output[..., :1] - target) / 64, rtol=1e-3, atol=1e-5
   )
@@ -352,29 +351,6 @@ def test_min_snr_reweights_each_example():
   alpha_bar = Experiment(tiny_config()).alphas_cumprod[t]
   snr = alpha_bar / (1 - alpha_bar)
   np.testing.assert_allclose(weighted, uniform * np.minimum(snr, 5) / (snr + 1), rtol=1e-4)
-
-
-def test_window_sums_restart():
-  window = WindowMetrics.empty(2)
-  assert window.non_finite == 0
-  for step, loss in enumerate([1.0, 2.0, 3.0, 4.0], start=1):
-    window = window.add(
-      loss=jnp.float32(loss),
-      grad_norm=jnp.float32(10 * loss),
-      learning_rate=jnp.float32(step / 10),
-      group_loss=jnp.array([loss, 0.0]),
-      group_count=jnp.array([2, 0]),
-      non_finite=jnp.int32(step),
-      step=jnp.int32(step),
-      log_every_steps=3,
-    )
-    assert window.non_finite == step  # the last step's own
-    if step == 3:
-      assert (float(window.loss), float(window.grad_norm), int(window.count)) == (6.0, 60.0, 3)
-      assert (window.group_loss.tolist(), window.group_count.tolist()) == ([6, 0], [6, 0])
-      assert window.learning_rate == pytest.approx(0.3)
-  assert (float(window.loss), int(window.count)) == (4.0, 1)
-  assert (window.group_loss.tolist(), window.group_count.tolist()) == ([4, 0], [2, 0])
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step, all of it checkpointed.
+"""What a training run carries from step to step; checkpoints hold all of it.
 
 Axes: G timestep groups.
 """
@@ -18,29 +18,23 @@ NON_FINITE_QUANTITIES = ("batch", "loss", "gradient", "update")
 
 
 def first_non_finite(*is_finite: Bool[Array, ""]) -> Int[Array, ""]:
-  """int32: 0 if all are, or 1 + the index of the first that is not."""
+  """Return 1 + the index of the first flag that is False, or 0 if all are True; int32."""
   flags = jnp.stack(is_finite)
   return jnp.where(flags.all(), 0, 1 + flags.argmin()).astype(jnp.int32)
-
-
-def where_tree(condition: Bool[Array, ""], chosen: Any, other: Any) -> Any:
-  """One of two equal trees."""
-  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, other)
 
 
 @flax.struct.dataclass
 class WindowMetrics:
   """Sums over the steps of one line of metrics.
 
-  They are part of the state, so that a resumed run writes the lines of an
-  uninterrupted one.
+  They are part of the state, so that a resumed run writes the lines of an uninterrupted one.
 
   Attributes:
     loss, grad_norm: float32 sums over steps.
     count: int32 number of steps.
     learning_rate: float32, the one applied in the last step.
     group_loss: (G,) float32 sum over the examples of each timestep group.
-    group_count: (G,) int32 number of examples of each.
+    group_count: (G,) int32 number of examples of each group.
     non_finite: int32, of the last step: 0, or 1 + the index of the first of
       `NON_FINITE_QUANTITIES` that was not finite.
   """
@@ -55,43 +49,33 @@ class WindowMetrics:
 
   @classmethod
   def empty(cls, num_groups: int) -> "WindowMetrics":
-    """No steps yet."""
-    zero = jnp.zeros((), jnp.float32)
+    """Return the window before any step."""
     return cls(
-      loss=zero,
-      grad_norm=zero,
+      loss=jnp.zeros((), jnp.float32),
+      grad_norm=jnp.zeros((), jnp.float32),
       count=jnp.zeros((), jnp.int32),
-      learning_rate=zero,
+      learning_rate=jnp.zeros((), jnp.float32),
       group_loss=jnp.zeros(num_groups, jnp.float32),
       group_count=jnp.zeros(num_groups, jnp.int32),
       non_finite=jnp.zeros((), jnp.int32),
     )
 
   def add(
-    self,
-    *,
-    loss: Float[Array, ""],
-    grad_norm: Float[Array, ""],
-    learning_rate: Float[Array, ""],
-    group_loss: Float[Array, " G"],
-    group_count: Int[Array, " G"],
-    non_finite: Int[Array, ""],
-    step: Int[Array, ""],
-    log_every_steps: int,
+    self, new: "WindowMetrics", step: Int[Array, ""], log_every_steps: int
   ) -> "WindowMetrics":
-    """With the numbers of step number `step` (from 1) added.
+    """Return the window with step number `step` (from 1) added.
 
     The first step after a multiple of `log_every_steps` starts new sums.
+
+    Args:
+      new: the window of that step alone.
+      step: int32.
+      log_every_steps: steps in a window.
     """
-    going_on = (step - 1) % log_every_steps != 0
-    return WindowMetrics(
-      loss=jnp.where(going_on, self.loss, 0.0) + loss,
-      grad_norm=jnp.where(going_on, self.grad_norm, 0.0) + grad_norm,
-      count=jnp.where(going_on, self.count, 0) + 1,
-      learning_rate=learning_rate,
-      group_loss=jnp.where(going_on, self.group_loss, 0.0) + group_loss,
-      group_count=jnp.where(going_on, self.group_count, 0) + group_count,
-      non_finite=non_finite,
+    goes_on = (step - 1) % log_every_steps != 0
+    summed = ("loss", "grad_norm", "count", "group_loss", "group_count")
+    return new.replace(
+      **{name: jnp.where(goes_on, getattr(self, name), 0) + getattr(new, name) for name in summed}
     )
 
 
@@ -102,7 +86,7 @@ class StageProgress:
   Attributes:
     number: int32 stage, from 0.
     first_step: int32 updates applied before the stage began.
-    best_loss: float32, the lowest mean loss a check of the stage has seen.
+    best_loss: float32, the lowest mean loss that a check of the stage has seen.
     bad_checks: int32 checks since then.
     loss_sum: float32 sum over the current group's examples since the last check.
     example_count: int32 number of those examples.
@@ -117,7 +101,7 @@ class StageProgress:
 
   @classmethod
   def begin(cls, number: Int[Array, ""] | int, first_step: Int[Array, ""] | int) -> "StageProgress":
-    """Stage `number`, before its first step."""
+    """Return stage `number` before its first step."""
     return cls(
       number=jnp.asarray(number, jnp.int32),
       first_step=jnp.asarray(first_step, jnp.int32),
@@ -134,26 +118,23 @@ class StageProgress:
     step: Int[Array, ""],
     curriculum: Curriculum,
   ) -> "StageProgress":
-    """With the current group's examples of step number `step` (from 1) added.
+    """Return the progress with the current group's examples of step `step` (from 1) added.
 
     Every `check_every_steps` the mean since the last check is compared with the
     best one; after `patience` checks without a better one the next stage begins.
     """
-    loss_sum, example_count = self.loss_sum + loss_sum, self.example_count + example_count
-    is_check = step % curriculum.check_every_steps == 0
-    mean = loss_sum / example_count
-    is_better = mean < self.best_loss
-    bad_checks = jnp.where(is_better, 0, self.bad_checks + 1)
+    sums = self.replace(
+      loss_sum=self.loss_sum + loss_sum, example_count=self.example_count + example_count
+    )
+    mean = sums.loss_sum / sums.example_count
+    bad_checks = jnp.where(mean < self.best_loss, 0, self.bad_checks + 1)
     ends = bad_checks >= curriculum.patience
     ends &= self.number < len(curriculum.stages) - 1
-    sums_on = StageProgress(
-      self.number, self.first_step, self.best_loss, self.bad_checks, loss_sum, example_count
-    )
     checked = StageProgress.begin(self.number, self.first_step).replace(
       best_loss=jnp.minimum(mean, self.best_loss), bad_checks=bad_checks
     )
-    after_check = where_tree(ends, StageProgress.begin(self.number + 1, step), checked)
-    return where_tree(is_check, after_check, sums_on)
+    after_check = optax.tree.where(ends, StageProgress.begin(self.number + 1, step), checked)
+    return optax.tree.where(step % curriculum.check_every_steps == 0, after_check, sums)
 
 
 @flax.struct.dataclass
@@ -180,12 +161,12 @@ class TrainState:
 def create_train_state(
   params: Any, optimizer: optax.GradientTransformation, num_groups: int
 ) -> TrainState:
-  """The state before the first update; the average starts at `params`.
+  """Return the state before the first update, whose average starts at `params`.
 
   Args:
     params: float32 parameters.
     optimizer: the optax chain.
-    num_groups: timestep groups whose losses the metrics tell apart.
+    num_groups: number of timestep groups G in the metrics.
   """
   return TrainState(
     step=jnp.zeros((), jnp.int32),

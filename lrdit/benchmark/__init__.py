@@ -1,0 +1,1 @@
+"""How fast each arm trains and samples, beside how fast its FLOPs say it should be."""

@@ -1,0 +1,332 @@
+"""What a benchmark times: each arm's training step and sampler, and the machine's matmul peak."""
+
+import concurrent.futures
+import functools
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from lrdit.config.resolve import resolve
+from lrdit.experiment import Experiment
+from lrdit.model import flops
+from lrdit.runtime import parallel
+from lrdit.runtime.progress import make_bar
+from lrdit.train import loss
+from lrdit.train.state import create_train_state
+
+log = logging.getLogger("lrdit")
+
+# arm: (method, rank.compute). The last is the reference for training alone: it
+# samples as `adaptive` does.
+ARMS = {
+  "full": ("full", "grouped"),
+  "static": ("static", "grouped"),
+  "adaptive": ("adaptive", "grouped"),
+  "adaptive, masked": ("adaptive", "masked"),
+}
+SAMPLING_ARMS = ("full", "static", "adaptive")
+
+# Square matrices, large enough to be compute-bound, and how many products in a row.
+MATMUL_SIZES = {"cpu": 2048}
+MATMUL_SIZE_ELSEWHERE = 8192
+MATMUL_COUNT = 5
+
+# A state holds the parameters, their average and two moments.
+STATE_ARRAYS, BYTES_PER_FLOAT = 4, 4
+# The rest is for what XLA does not count: fragments, libraries' work space.
+USABLE_SHARE = 0.9
+
+# A task times its work in round number i and returns seconds.
+Task = Callable[[int], float]
+
+
+def arm_config(config: ConfigDict, arm: str) -> ConfigDict:
+  """Return the config of one of `ARMS`, all else equal.
+
+  Raises:
+    UserError: the arm cannot be made of these fields.
+  """
+  copy = ConfigDict(config.to_dict())
+  copy.method, copy.rank.compute = ARMS[arm]
+  return resolve(copy)
+
+
+def random_params(config: ConfigDict) -> Any:
+  """Return parameters of the model's shapes, N(0, 0.02**2) float32, drawn on the device.
+
+  Initial parameters would flatter: their zeros make most gradients zero, and zeros
+  can be multiplied faster than other numbers.
+  """
+  leaves, tree = jax.tree.flatten(Experiment(config).params_template)
+  ends = np.cumsum([leaf.size for leaf in leaves])
+  # One draw, which compiles in a moment, and a barrier, or every slice would draw for itself.
+  flat = 0.02 * jax.random.normal(jax.random.key(0), (int(ends[-1]),))
+  parts = jnp.split(jax.lax.optimization_barrier(flat), ends[:-1])
+  return tree.unflatten(part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True))
+
+
+def random_images(config: ConfigDict, *batch_axes: int) -> np.ndarray:
+  """Return (*batch_axes, H, W, C) float32 standard normal."""
+  s = Experiment(config).shape
+  shape = (*batch_axes, s.image_size, s.image_size, s.channels)
+  return np.random.default_rng(1).standard_normal(shape, np.float32)
+
+
+def seconds_of(function: Callable[[], Any]) -> tuple[float, Any]:
+  """Return the seconds until the function's arrays are there, and the arrays."""
+  start = time.perf_counter()
+  out = jax.block_until_ready(function())
+  return time.perf_counter() - start, out
+
+
+class MatmulPeak:
+  """Large square products in the compute dtype, one per device at a time.
+
+  Attributes:
+    size: rows and columns.
+    flops: FLOPs of one timing, over all devices.
+  """
+
+  def __init__(self, config: ConfigDict, devices: parallel.Devices):
+    default = MATMUL_SIZES.get(devices[0].platform, MATMUL_SIZE_ELSEWHERE)
+    self.size = config.benchmark.matmul_size or default
+    self.flops = flops.FLOPS_PER_MAC * MATMUL_COUNT * len(devices) * self.size**3
+    split, replicated = parallel.shardings(devices)
+    dtype = Experiment(config).dtype
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((len(devices) * self.size, self.size), np.float32)
+    # Products of this scale neither grow nor vanish.
+    factor = rng.standard_normal((self.size, self.size), np.float32) / np.sqrt(self.size)
+    self._rows = jax.device_put(jnp.asarray(rows, dtype), split)
+    self._factor = jax.device_put(jnp.asarray(factor, dtype), replicated)
+    self._product = jax.jit(jnp.matmul, out_shardings=split)
+
+  def _products(self) -> jax.Array:
+    x = self._rows
+    for _ in range(MATMUL_COUNT):
+      x = self._product(x, self._factor)
+    return x
+
+  def time(self, _round: int) -> float:
+    """Return the seconds of all products."""
+    return seconds_of(self._products)[0]
+
+
+class TrainingArm:
+  """One arm's training step with its state, donated from step to step.
+
+  Attributes:
+    groups: (examples, rank bucket) of one device.
+    flops: FLOPs of one step, over all devices.
+    num_parameters: allocated parameters.
+    compile_seconds: of tracing and compiling the step.
+    memory_bytes: see `results.MEMORY_MEANING`; None where the backend does not say.
+  """
+
+  def __init__(self, config: ConfigDict, devices: parallel.Devices):
+    """Make the state and compile the step."""
+    objective = Experiment(config).objective(devices)
+    optimizer = Experiment(config).optimizer
+    curriculum = Experiment(config).curriculum
+    self._step = Experiment(config).train_step(devices, len(curriculum.stages) - 1)
+    self._count = config.benchmark.steps
+    self._key = jax.random.key(config.seed)
+    self._batch = random_batch(config, devices)
+    self._state = parallel.make_replicated(
+      lambda: create_train_state(random_params(config), optimizer, curriculum.num_groups), devices
+    )
+    local = config.training.batch_size // len(devices)
+    self.groups = loss.select_ranks(objective, jnp.zeros(local, jnp.int32)).groups
+    shape, plan = objective.model.shape, objective.model.plan
+    macs = len(devices) * flops.training_macs(shape, plan, self.groups)
+    self.flops = flops.FLOPS_PER_MAC * macs
+    self.num_parameters = flops.num_parameters(shape, plan)
+    self.compile_seconds, self._compiled = seconds_of(self._compile)
+    self.memory_bytes = program_bytes(self._compiled)
+
+  def _compile(self) -> Any:
+    return self._step.lower(self._state, self._batch, self._key).compile()
+
+  def _run(self) -> Any:
+    for _ in range(self._count):
+      self._state, _ = self._compiled(self._state, self._batch, self._key)
+    return self._state
+
+  def time(self, _round: int) -> float:
+    """Return the seconds of `benchmark.steps` training steps."""
+    return seconds_of(self._run)[0]
+
+
+def random_batch(config: ConfigDict, devices: parallel.Devices) -> dict[str, jax.Array]:
+  """Return a training batch on the devices, where reading ahead would have put it."""
+  n, classes = len(devices), config.data.num_classes
+  local = config.training.batch_size // n
+  label = np.arange(n * local, dtype=np.int32).reshape(n, local) % max(classes, 1)
+  batch = {"image": random_images(config, n, local), "label": label}
+  if config.vae.downsample_factor:
+    batch["std"] = np.ones_like(batch["image"])
+  return jax.device_put(batch, parallel.shardings(devices)[0])
+
+
+def program_bytes(compiled: Any) -> int | None:
+  """Return the memory of one device while a compiled program runs; None if unknown."""
+  memory = compiled.memory_analysis()
+  if memory is None:
+    return None
+  arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes
+  return arrays - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+
+
+class SamplingArm:
+  """One arm's sampler on a batch of images.
+
+  Attributes:
+    sampler: as `--mode=sample` uses it.
+    buckets: the rank buckets that the solver visits, ascending.
+    compile_seconds: of tracing and compiling every bucket.
+  """
+
+  def __init__(self, config: ConfigDict, devices: parallel.Devices):
+    """Slice the parameters and compile every bucket."""
+    self.sampler = Experiment(config).sampler(devices)
+    self.buckets = sorted(self.sampler.run_bucket)
+    params = jax.jit(functools.partial(random_params, config))()
+    self._sliced_params = self.sampler.slice_params(params)
+    size, classes = self.sampler.settings.batch_size, config.data.num_classes
+    split = parallel.shardings(devices)[0]
+    index = np.arange(size)
+    self._index = jax.device_put(index.astype(np.uint32), split)
+    self._y = jax.device_put((index % classes).astype(np.int32), split) if classes else None
+    noise = random_images(config, size)
+    self._start = jax.device_put((noise, np.zeros_like(noise)), split)
+    self._count = min(config.benchmark.steps, config.sampling.num_steps)
+    self._rounds = config.benchmark.rounds
+    self.compile_seconds, self._programs = seconds_of(self._compile)
+
+  def _compile(self) -> dict[int, Any]:
+    return {
+      bucket: run.lower(*self._arguments(bucket, self._start, 0, 1)).compile()
+      for bucket, run in self.sampler.run_bucket.items()
+    }
+
+  def solver_steps(self, bucket: int) -> int:
+    """Return the number of the run's solver steps that fall in a bucket."""
+    return sum(end - first for b, first, end in self.sampler.segments if b == bucket)
+
+  def step_flops(self, bucket: int) -> int:
+    """Return the FLOPs of one solver step of the batch in a bucket."""
+    return self._flops(self.sampler.model.plan.at_bucket(bucket), np.zeros(1, np.int32))
+
+  def run_flops(self) -> int:
+    """Return the FLOPs of a whole run of the batch."""
+    return self._flops(self.sampler.model.plan, self.sampler.table.t)
+
+  def _flops(self, plan: Any, t: np.ndarray) -> int:
+    settings, shape = self.sampler.settings, self.sampler.model.shape
+    macs = flops.sampling_macs(shape, plan, t, settings.batch_size, settings.guidance_scale)
+    return flops.FLOPS_PER_MAC * macs
+
+  def _arguments(self, bucket: int, carry: Any, first: int, end: int) -> tuple[Any, ...]:
+    steps = np.int32(first), np.int32(end)
+    return (self._sliced_params[bucket], carry, self._y, self._index, *steps)
+
+  def _copy_start(self) -> Any:
+    """Return images to begin from; a copy, as a run may overwrite what it is given."""
+    return jax.block_until_ready(jax.tree.map(jnp.copy, self._start))
+
+  def time_bucket(self, bucket: int, _round: int) -> float:
+    """Return the seconds of `benchmark.steps` consecutive solver steps in a bucket."""
+    arguments = self._arguments(bucket, self._copy_start(), 0, self._count)
+    return seconds_of(lambda: self._programs[bucket](*arguments))[0]
+
+  def make_run(self) -> Task:
+    """Return a task whose rounds are the parts of one whole run, from noise to images."""
+    total, carry = self.sampler.table.t.size, self._copy_start()
+
+    def part(number: int) -> float:
+      nonlocal carry
+      first, end = (total * i // self._rounds for i in (number, number + 1))
+      seconds, carry = seconds_of(lambda: self._run_range(carry, first, end))
+      return seconds
+
+    return part
+
+  def _run_range(self, carry: Any, first: int, end: int) -> Any:
+    """Run the solver steps [first, end), each in its own bucket."""
+    for bucket, low, high in self.sampler.segments:
+      low, high = max(low, first), min(high, end)
+      if low < high:
+        carry = self._programs[bucket](*self._arguments(bucket, carry, low, high))
+    return carry
+
+
+def bytes_of_other_arms(config: ConfigDict) -> int:
+  """Return what lies on a device beside the full arm's training: states, sliced parameters."""
+  arrays = 0
+  for arm in ARMS:
+    fields = arm_config(config, arm)
+    shape, plan = Experiment(fields).shape, Experiment(fields).plan
+    if arm != "full":
+      arrays += STATE_ARRAYS * flops.num_parameters(shape, plan)
+    if arm in SAMPLING_ARMS:
+      buckets = range(plan.num_buckets)
+      arrays += sum(flops.num_parameters(shape, plan.at_bucket(bucket)) for bucket in buckets)
+  return BYTES_PER_FLOAT * arrays
+
+
+def full_arm_that_fits(config: ConfigDict, devices: parallel.Devices) -> TrainingArm:
+  """Return the full arm at a batch that fits, the given one or less; set it in the config.
+
+  The batch is halved until XLA's estimate of the full arm, whose activations are the largest,
+  fits beside what the other arms hold. It is kept where a device does not report its memory.
+  """
+  limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+  others = bytes_of_other_arms(config)
+  while True:
+    arm = TrainingArm(arm_config(config, "full"), devices)
+    half = config.training.batch_size // 2
+    too_much = limit and (arm.memory_bytes or 0) + others > USABLE_SHARE * limit
+    if not too_much or half % len(devices) or not half:
+      return arm
+    log.info("a batch of %d does not fit: trying %d", config.training.batch_size, half)
+    config.training.batch_size = half
+    del arm  # and its state, before the next one is made
+
+
+def make_arms(
+  config: ConfigDict, devices: parallel.Devices
+) -> tuple[ConfigDict, dict[str, TrainingArm], dict[str, SamplingArm]]:
+  """Return the config, with a batch that fits if asked to, and the compiled arms.
+
+  On several threads the compile times would be those of sharing the cores, so they are dropped.
+  """
+  threads = config.benchmark.compile_threads
+  training: dict[str, TrainingArm] = {}
+  with make_bar(len(ARMS) + len(SAMPLING_ARMS), 0, "program") as bar:
+    if config.benchmark.fit_memory:
+      config = ConfigDict(config.to_dict())
+      training["full"] = full_arm_that_fits(config, devices)
+      bar.update()
+    configs = {name: arm_config(config, name) for name in ARMS}
+
+    def make(kind: type, name: str) -> TrainingArm | SamplingArm:
+      log.debug("compiling %s, %s", kind.__name__, name)
+      arm = kind(configs[name], devices)
+      bar.update()
+      return arm
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+      jobs = {n: pool.submit(make, TrainingArm, n) for n in ARMS if n not in training}
+      samplers = {n: pool.submit(make, SamplingArm, n) for n in SAMPLING_ARMS}
+      training |= {name: job.result() for name, job in jobs.items()}
+      sampling = {name: job.result() for name, job in samplers.items()}
+  if threads > 1:
+    for arm in (*training.values(), *sampling.values()):
+      arm.compile_seconds = None
+  return config, training, sampling

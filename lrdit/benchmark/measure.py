@@ -1,0 +1,70 @@
+"""All arms in one process, which take turns.
+
+One round times, once each, a training step of every arm, solver steps of every arm
+and bucket, a part of a whole sampling run of every arm, and the machine's matrix
+products. Medians over rounds are compared, so whatever else the machine does slows
+all of them alike.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lrdit.benchmark.arms import MatmulPeak, Task, make_arms
+from lrdit.benchmark.results import make_results
+from lrdit.runtime import parallel
+from lrdit.runtime.progress import make_bar
+
+
+def interleave(
+  tasks: Mapping[Any, Task], rounds: int, after_round: Callable[[dict[Any, list[float]]], Any]
+) -> None:
+  """Time every task in every round.
+
+  Each round begins with another task, so that no task always follows the same
+  one into warm caches or a hot chip's lower clock.
+
+  Args:
+    tasks: by any key.
+    rounds: how many.
+    after_round: called with every task's seconds in the rounds so far.
+  """
+  keys = list(tasks)
+  seconds: dict[Any, list[float]] = {key: [] for key in keys}
+  for number in range(rounds):
+    first = number % len(keys)
+    for key in keys[first:] + keys[:first]:
+      seconds[key].append(tasks[key](number))
+    after_round(seconds)
+
+
+def measure(
+  config: ConfigDict, devices: parallel.Devices, after_round: Callable[[dict[str, Any]], Any]
+) -> None:
+  """Time everything.
+
+  Args:
+    config: resolved; its arm does not matter.
+    devices: devices to use.
+    after_round: called with the results of the rounds so far, as JSON.
+  """
+  peak = MatmulPeak(config, devices)
+  config, training, sampling = make_arms(config, devices)
+  tasks: dict[Any, Task] = {("peak",): peak.time}
+  tasks |= {("training", name): arm.time for name, arm in training.items()}
+  for name, arm in sampling.items():
+    for bucket in arm.buckets:
+      tasks["bucket", name, bucket] = functools.partial(arm.time_bucket, bucket)
+  for task in tasks.values():
+    task(0)  # not counted: first calls touch memory for the first time
+  for number in range(config.benchmark.sampling_runs or 0):
+    tasks |= {("run", name, number): arm.make_run() for name, arm in sampling.items()}
+  with make_bar(config.benchmark.rounds, 0, "round") as bar:
+
+    def finish_round(seconds: dict[Any, list[float]]) -> None:
+      after_round(make_results(config, devices, peak, training, sampling, seconds))
+      bar.update()
+
+    interleave(tasks, config.benchmark.rounds, finish_round)

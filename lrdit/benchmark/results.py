@@ -1,0 +1,265 @@
+"""From the seconds of each round to `benchmark.json`, and from that to tables."""
+
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from lrdit.benchmark.arms import MatmulPeak, SamplingArm, TrainingArm
+from lrdit.experiment import Experiment
+from lrdit.runtime import parallel
+
+MEMORY_MEANING = (
+  "arguments + outputs + temporaries - donated arguments of the compiled training step, per device"
+)
+
+
+def summarize(seconds: Sequence[float], per: int = 1) -> dict[str, Any]:
+  """Return the median, the minimum and all of some timings, each divided by `per`."""
+  each = [s / per for s in seconds]
+  return {"median": statistics.median(each), "min": min(each), "rounds": each}
+
+
+def _rates(flops: int, seconds: float, peak: float) -> dict[str, float]:
+  return {"flops_per_second": flops / seconds, "peak_fraction": flops / seconds / peak}
+
+
+def training_results(
+  arms: Mapping[str, TrainingArm],
+  seconds: Mapping[Any, list[float]],
+  config: ConfigDict,
+  peak: float,
+) -> dict[str, dict[str, Any]]:
+  """Return the results of each arm's training.
+
+  Args:
+    arms: by name, `full` among them.
+    seconds: of each task, from `interleave`.
+    config: has the batch size, and the steps of one timing.
+    peak: FLOP/s of the matrix products, all devices together.
+  """
+  timings = {name: summarize(seconds["training", name], config.benchmark.steps) for name in arms}
+  results = {}
+  for name, arm in arms.items():
+    step_seconds = timings[name]["median"]
+    results[name] = {
+      "num_parameters": arm.num_parameters,
+      "rank_groups": [list(group) for group in arm.groups],
+      "flops_per_step": arm.flops,
+      "compile_seconds": arm.compile_seconds,
+      "step_seconds": timings[name],
+      "steps_per_second": 1 / step_seconds,
+      "images_per_second": config.training.batch_size / step_seconds,
+      **_rates(arm.flops, step_seconds, peak),
+      "memory_bytes": arm.memory_bytes,
+      "speedup_over_full": timings["full"]["median"] / step_seconds,
+      "full_flops_over_these": arms["full"].flops / arm.flops,
+    }
+  return results
+
+
+def bucket_results(
+  arm: SamplingArm, timings: Mapping[int, dict[str, Any]], peak: float
+) -> list[dict[str, Any]]:
+  """Return the results of each bucket of a sampler, by ascending rank.
+
+  Args:
+    arm: the sampler.
+    timings: seconds of one solver step of a batch by bucket, from `summarize`.
+    peak: as in `training_results`.
+  """
+  highest, results = arm.buckets[-1], []
+  for bucket in arm.buckets:
+    seconds, flops = timings[bucket]["median"], arm.step_flops(bucket)
+    results.append(
+      {
+        "bucket": bucket,
+        "solver_steps": arm.solver_steps(bucket),
+        "flops_per_step": flops,
+        "step_seconds": timings[bucket],
+        "step_seconds_per_image": seconds / arm.sampler.settings.batch_size,
+        **_rates(flops, seconds, peak),
+        "time_over_highest_bucket": seconds / timings[highest]["median"],
+        "flops_over_highest_bucket": flops / arm.step_flops(highest),
+      }
+    )
+  return results
+
+
+def sampling_results(
+  arms: Mapping[str, SamplingArm],
+  seconds: Mapping[Any, list[float]],
+  config: ConfigDict,
+  peak: float,
+) -> dict[str, dict[str, Any]]:
+  """Return the results of each arm's sampling.
+
+  Rates and speed-ups are those of the buckets' medians over all rounds; a whole run is
+  one timing, and stands beside them as a check once all its rounds are done.
+
+  Args:
+    arms, seconds, peak: as in `training_results`.
+    config: has the rounds, and the steps of one timing.
+  """
+  steps, results = min(config.benchmark.steps, config.sampling.num_steps), {}
+  for name, arm in arms.items():
+    timings = {b: summarize(seconds["bucket", name, b], steps) for b in arm.buckets}
+    from_buckets = sum(arm.solver_steps(b) * timings[b]["median"] for b in arm.buckets)
+    parts = [parts for key, parts in seconds.items() if key[:2] == ("run", name)]
+    runs = [sum(p) for p in parts if len(p) == config.benchmark.rounds]
+    results[name] = {
+      "compile_seconds": arm.compile_seconds,
+      "buckets": bucket_results(arm, timings, peak),
+      "flops_per_run": arm.run_flops(),
+      "run_seconds": summarize(runs) if runs else None,
+      "run_seconds_from_buckets": from_buckets,
+      "seconds_per_image": from_buckets / arm.sampler.settings.batch_size,
+      **_rates(arm.run_flops(), from_buckets, peak),
+      "full_flops_over_these": arms["full"].run_flops() / arm.run_flops(),
+    }
+  full = results["full"]["seconds_per_image"]
+  for entry in results.values():
+    entry["speedup_over_full"] = full / entry["seconds_per_image"]
+  return results
+
+
+def describe(config: ConfigDict, devices: parallel.Devices) -> dict[str, Any]:
+  """Return what the results must be quoted with."""
+  shape, s, b = Experiment(config).shape, config.sampling, config.benchmark
+  return {
+    "jax": jax.__version__,
+    "backend": devices[0].platform,
+    "device_kind": devices[0].device_kind,
+    "num_devices": len(devices),
+    "cpu_count": os.cpu_count(),
+    "variant": config.model.variant,
+    "model": {name: getattr(shape, name) for name in shape.__dataclass_fields__},
+    "dtype": config.model.dtype,
+    "remat": config.model.remat,
+    "scan_blocks": config.model.scan_blocks,
+    "rank": config.rank.to_dict(),
+    "batch_size": config.training.batch_size,
+    "sampling_batch_size": s.batch_size,
+    "solver": s.solver,
+    "num_steps": s.num_steps,
+    "guidance_scale": s.guidance_scale,
+    "steps": b.steps,
+    "sampling_runs": b.sampling_runs or 0,
+    "compile_threads": b.compile_threads,
+    "memory_bytes_are": MEMORY_MEANING,
+  }
+
+
+def device_peak_bytes(devices: parallel.Devices) -> int | None:
+  """Return the most memory the process has held on a device; None if unknown."""
+  peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
+  return max((peak for peak in peaks if peak is not None), default=None)
+
+
+def make_results(
+  config: ConfigDict,
+  devices: parallel.Devices,
+  peak: MatmulPeak,
+  training: Mapping[str, TrainingArm],
+  sampling: Mapping[str, SamplingArm],
+  seconds: Mapping[Any, list[float]],
+) -> dict[str, Any]:
+  """Return what `benchmark.json` holds after the rounds whose seconds are given."""
+  products = summarize(seconds["peak",])
+  peak_rate = peak.flops / products["median"]
+  return describe(config, devices) | {
+    "rounds": len(products["rounds"]),
+    "matmul_peak": {
+      "size": peak.size,
+      "flops_per_second": peak_rate,
+      "highest_flops_per_second": peak.flops / products["min"],
+      "seconds": products,
+    },
+    "device_peak_bytes_of_all_arms": device_peak_bytes(devices),
+    "training": training_results(training, seconds, config, peak_rate),
+    "sampling": sampling_results(sampling, seconds, config, peak_rate),
+  }
+
+
+# Columns of the tables: header -> text of an entry of the results.
+Columns = Mapping[str, Callable[[Any], str]]
+_RATES: Columns = {
+  "GFLOP/s": lambda e: f"{e['flops_per_second'] / 1e9:.4g}",
+  "of peak": lambda e: f"{100 * e['peak_fraction']:.0f} %",
+}
+_STEP: Columns = {
+  "GFLOPs": lambda e: f"{e['flops_per_step'] / 1e9:.4g}",
+  "median s": lambda e: f"{e['step_seconds']['median']:.4g}",
+  "min s": lambda e: f"{e['step_seconds']['min']:.4g}",
+}
+_AGAINST_FULL: Columns = {
+  "compile s": lambda e: "-" if (s := e["compile_seconds"]) is None else f"{s:.1f}",
+  "speed-up": lambda e: f"{e['speedup_over_full']:.2f}",
+  "by FLOPs": lambda e: f"{e['full_flops_over_these']:.2f}",
+}
+TRAINING_COLUMNS: Columns = {
+  "parameters": lambda e: f"{e['num_parameters']:,}",
+  **_STEP,
+  "steps/s": lambda e: f"{e['steps_per_second']:.4g}",
+  "images/s": lambda e: f"{e['images_per_second']:.4g}",
+  **_RATES,
+  "memory MiB": lambda e: "-" if e["memory_bytes"] is None else f"{e['memory_bytes'] / 2**20:,.0f}",
+  **_AGAINST_FULL,
+}
+BUCKET_COLUMNS: Columns = {
+  "in a run": lambda e: str(e["solver_steps"]),
+  **_STEP,
+  "s/image": lambda e: f"{e['step_seconds_per_image']:.3g}",
+  **_RATES,
+  "over top bucket": lambda e: f"{e['time_over_highest_bucket']:.3f}",
+  "by FLOPs": lambda e: f"{e['flops_over_highest_bucket']:.3f}",
+}
+RUN_COLUMNS: Columns = {
+  "GFLOPs": lambda e: f"{e['flops_per_run'] / 1e9:.4g}",
+  "median s": lambda e: f"{e['run_seconds']['median']:.4g}" if e["run_seconds"] else "not run",
+  "from buckets s": lambda e: f"{e['run_seconds_from_buckets']:.4g}",
+  "s/image": lambda e: f"{e['seconds_per_image']:.3g}",
+  **_RATES,
+  **_AGAINST_FULL,
+}
+
+
+def format_table(title: str, columns: Columns, entries: Mapping[str, Mapping[str, Any]]) -> str:
+  """Return aligned columns, one line per entry, whose name stands under the title."""
+  rows = [[title, *columns]]
+  rows += [[name, *(text(entry) for text in columns.values())] for name, entry in entries.items()]
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = []
+  for name, *cells in rows:
+    cells = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+    lines.append("  ".join([f"{name:<{widths[0]}}", *cells]))
+  return "\n".join(lines)
+
+
+def format_results(results: Mapping[str, Any]) -> str:
+  """Return what a person reads of `benchmark.json`."""
+  r, model, peak = results, results["model"], results["matmul_peak"]
+  size = f"{model['image_size']}x{model['image_size']}x{model['channels']}"
+  head = f"""\
+DiT-{r["variant"]} (width {model["hidden_size"]}, depth {model["depth"]}) on {size}, {r["dtype"]}, \
+{r["num_devices"]} x {r["device_kind"]}, jax {r["jax"]}
+medians of {r["rounds"]} rounds; batch {r["batch_size"]} in training, \
+{r["sampling_batch_size"]} in sampling by {r["solver"]} with {r["num_steps"]} steps \
+at guidance {r["guidance_scale"]:g}
+matmul peak {peak["flops_per_second"] / 1e9:.4g} GFLOP/s, highest \
+{peak["highest_flops_per_second"] / 1e9:.4g} ({peak["size"]} squared)
+memory: {MEMORY_MEANING}"""
+  buckets = {
+    f"{name}, bucket {entry['bucket']}" if len(arm["buckets"]) > 1 else name: entry
+    for name, arm in results["sampling"].items()
+    for entry in arm["buckets"]
+  }
+  tables = [
+    format_table("training step", TRAINING_COLUMNS, results["training"]),
+    format_table("solver step", BUCKET_COLUMNS, buckets),
+    format_table("sampling run", RUN_COLUMNS, results["sampling"]),
+  ]
+  return "\n\n".join([head, *tables])

@@ -1,0 +1,226 @@
+"""The training loss: a batch's noise and timesteps, and the loss of each example.
+
+All randomness of an example is drawn from (seed, step, global example index),
+so a run does not depend on how its batch is spread over devices.
+
+Axes: B global batch, b local batch, H W image, C channels, G timestep groups.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from lrdit.diffusion import process
+from lrdit.model.dit import DiT
+from lrdit.model.low_rank import RankSelection
+from lrdit.rank.strata import Strata, rank_groups, stratified_timesteps
+from lrdit.runtime import parallel
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Objective:
+  """What is trained: the model, its diffusion and how a batch is drawn.
+
+  Attributes:
+    model: the DiT with its rank plan.
+    alphas_cumprod: (T,) float64.
+    prediction: one of `process.PREDICTIONS`.
+    loss_weighting: one of `process.LOSS_WEIGHTINGS`.
+    min_snr_gamma: of the weighting `min_snr`.
+    class_dropout_rate: probability of replacing a label by the null class.
+    compute: one of `strata.COMPUTES`.
+    strata: how the global batch B is spread over timesteps.
+    num_devices: devices that the batch is spread over.
+  """
+
+  model: DiT
+  alphas_cumprod: Float[np.ndarray, " T"]
+  prediction: str
+  loss_weighting: str
+  min_snr_gamma: float
+  class_dropout_rate: float
+  compute: str
+  strata: Strata
+  num_devices: int
+
+  def without_augmentation(self) -> "Objective":
+    """Return the same objective with every label kept, for evaluation."""
+    return dataclasses.replace(self, class_dropout_rate=0.0)
+
+  def with_strata(self, strata: Strata) -> "Objective":
+    """Return the same objective on a stage's timesteps, for the same global batch."""
+    return dataclasses.replace(self, strata=strata)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepNoise:
+  """The random choices of one step for a local batch.
+
+  Attributes:
+    t: (b,) int32 timesteps in [0, T).
+    eps: (b, H, W, C) float32 standard normal.
+    drop: (b,) bool, whether the label is replaced by the null class.
+    posterior_noise: (b, H, W, C) float32 standard normal, for latents.
+  """
+
+  t: Int[Array, " b"]
+  eps: Float[Array, "b H W C"]
+  drop: Bool[Array, " b"]
+  posterior_noise: Float[Array, "b H W C"]
+
+
+def draw_step_noise(
+  key: Key[Array, ""],
+  index: Int[Array, " b"],
+  image_shape: tuple[int, int, int],
+  objective: Objective,
+) -> StepNoise:
+  """Draw each example's noise from the step's key and its global index alone.
+
+  Args:
+    key: key of the step.
+    index: (b,) int32 global example index in [0, B).
+    image_shape: (H, W, C).
+    objective: has the strata and the dropout rate.
+  """
+  keys = jax.vmap(lambda j: jax.random.split(jax.random.fold_in(key, j), 4))(index)
+  uniform = jax.vmap(jax.random.uniform)
+  normal = jax.vmap(lambda k: jax.random.normal(k, image_shape))
+  return StepNoise(
+    t=stratified_timesteps(uniform(keys[:, 0]), index, objective.strata),
+    eps=normal(keys[:, 1]),
+    drop=uniform(keys[:, 2]) < objective.class_dropout_rate,
+    posterior_noise=normal(keys[:, 3]),
+  )
+
+
+def select_ranks(objective: Objective, t: Int[Array, " b"]) -> RankSelection:
+  """Return the static rank groups, and each example's bucket where the plan has several."""
+  plan = objective.model.plan
+  groups = rank_groups(plan, objective.compute, objective.strata, objective.num_devices)
+  if plan.num_buckets == 1:
+    return RankSelection(groups)
+  return RankSelection(groups, jnp.asarray(plan.bucket_of_timestep)[t])
+
+
+def example_losses(
+  params: Any,
+  objective: Objective,
+  x_0: Float[Array, "b H W C"],
+  y: Int[Array, " b"] | None,
+  noise: StepNoise,
+) -> Float[Array, " b"]:
+  """Return the weighted loss of each example: squared error, plus L_vlb with learn_sigma.
+
+  The hybrid objective is Nichol and Dhariwal 2021, eq. 16, with the bound
+  rescaled by T / 1000 as in that paper's code.
+
+  Args:
+    params: model parameters.
+    objective: what is trained.
+    x_0: (b, H, W, C) clean images in [-1, 1].
+    y: (b,) labels with the null class applied, or None.
+    noise: the batch's random choices.
+
+  Returns:
+    (b,) float32.
+  """
+  alphas_cumprod, shape = objective.alphas_cumprod, objective.model.shape
+
+  def at_t(values):
+    return jnp.asarray(values, jnp.float32)[noise.t][:, None, None, None]
+
+  signal, sigma = at_t(alphas_cumprod**0.5), at_t((1 - alphas_cumprod) ** 0.5)
+  x_t = process.q_sample(x_0, noise.eps, signal, sigma)
+  selection = select_ranks(objective, noise.t)
+  output = objective.model.apply({"params": params}, x_t, noise.t, y, selection)
+  prediction, coordinate = output[..., : shape.channels], output[..., shape.channels :]
+  target = process.training_target(objective.prediction, x_0, noise.eps, signal, sigma)
+  losses = jnp.square(prediction - target).mean(axis=(1, 2, 3))
+  weights = process.loss_weights(
+    objective.loss_weighting, objective.prediction, alphas_cumprod, objective.min_snr_gamma
+  )
+  losses = losses * at_t(weights)[:, 0, 0, 0]
+  if not shape.learn_sigma:
+    return losses
+  # The bound trains the variance alone.
+  predicted_x_0, _ = process.predict_x_0_eps(
+    objective.prediction, jax.lax.stop_gradient(prediction), x_t, signal, sigma
+  )
+  bound = _variational_bound(alphas_cumprod, at_t, x_0, x_t, predicted_x_0, coordinate, noise.t)
+  return losses + bound * (len(alphas_cumprod) / 1000.0)
+
+
+def _variational_bound(
+  alphas_cumprod: Float[np.ndarray, " T"],
+  at_t: Callable,
+  x_0: Float[Array, "b H W C"],
+  x_t: Float[Array, "b H W C"],
+  predicted_x_0: Float[Array, "b H W C"],
+  coordinate: Float[Array, "b H W C"],
+  t: Int[Array, " b"],
+) -> Float[Array, " b"]:
+  """Return L_vlb of each example, whose log variance lies at `coordinate` in [-1, 1]."""
+  q = process.posterior(alphas_cumprod, np.append(1.0, alphas_cumprod[:-1]))
+  low, high = (at_t(bound) for bound in q.log_variance_range)
+  share = (coordinate + 1) / 2
+  return process.variational_bound(
+    true_mean=at_t(q.on_x_0) * x_0 + at_t(q.on_x_t) * x_t,
+    log_true_variance=low,
+    mean=at_t(q.on_x_0) * predicted_x_0 + at_t(q.on_x_t) * x_t,
+    log_variance=share * high + (1 - share) * low,
+    x_0=x_0,
+    is_last=(t == 0)[:, None, None, None],
+  )
+
+
+def batch_losses(
+  params: Any, objective: Objective, key: Key[Array, ""], batch: dict[str, Array]
+) -> tuple[Float[Array, " b"], Int[Array, " b"]]:
+  """Return the losses and timesteps of a device's share of a global batch.
+
+  Runs under an axis named `parallel.AXIS`.
+
+  Args:
+    params: model parameters.
+    objective: what is trained.
+    key: key of the step.
+    batch: "image" (b, H, W, C) float32 and "label" (b,) int32; where the images
+      are the means of latents, also "std" (b, H, W, C), and x_0 is drawn.
+
+  Returns:
+    (b,) float32 and (b,) int32.
+  """
+  x_0, y = batch["image"], batch["label"]
+  device = jax.lax.axis_index(parallel.AXIS)
+  index = parallel.global_index(device, x_0.shape[0], objective.num_devices)
+  noise = draw_step_noise(key, index, x_0.shape[1:], objective)
+  if "std" in batch:
+    x_0 = x_0 + batch["std"] * noise.posterior_noise
+  num_classes = objective.model.shape.num_classes
+  y = jnp.where(noise.drop, num_classes, y) if num_classes else None
+  return example_losses(params, objective, x_0, y, noise), noise.t
+
+
+def group_sums(
+  losses: Float[Array, " b"],
+  t: Int[Array, " b"],
+  counts: Bool[Array, " b"],
+  boundaries: tuple[int, ...],
+) -> tuple[Float[Array, " G"], Int[Array, " G"]]:
+  """Return the sum of losses and the number of examples of each timestep group.
+
+  Args:
+    losses: (b,) float32.
+    t: (b,) int32.
+    counts: (b,) bool, False for padding.
+    boundaries: (G + 1,) rising; group i is [boundaries[i], boundaries[i + 1]).
+  """
+  edges = jnp.asarray(boundaries, jnp.int32)
+  is_member = (t[:, None] >= edges[:-1]) & (t[:, None] < edges[1:]) & counts[:, None]
+  return jnp.where(is_member, losses[:, None], 0.0).sum(0), is_member.sum(0, dtype=jnp.int32)

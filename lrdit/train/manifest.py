@@ -1,0 +1,85 @@
+"""What a checkpoint says of its own arrays, and how a restored one is compared with that.
+
+A manifest is JSON: the step, and of every array by its path its dtype, shape and CRC-32,
+with a CRC-32 of all that.
+"""
+
+import json
+import re
+import zlib
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+
+
+class DamagedCheckpoint(Exception):
+  """A checkpoint that cannot be read or whose contents changed."""
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def layout(tree: Any) -> dict[str, str]:
+  """Return dtype and shape of every leaf by its path, for arrays and templates."""
+  return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in _leaves(tree).items()}
+
+
+def checksums(tree: Any) -> dict[str, int]:
+  """Return the CRC-32 of every array by its path."""
+  return {path: zlib.crc32(np.ascontiguousarray(leaf)) for path, leaf in _leaves(tree).items()}
+
+
+def _crc32_of_json(value: Any) -> int:
+  return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def make_manifest(step: int, items: dict[str, Any]) -> dict[str, Any]:
+  """Return the manifest of a checkpoint's trees by name."""
+  arrays = {
+    name: {"layout": layout(tree), "crc32": checksums(tree)} for name, tree in items.items()
+  }
+  contents = {"step": step, "items": arrays}
+  return {"contents": contents, "crc32": _crc32_of_json(contents)}
+
+
+def check_manifest(step: int, manifest: Any) -> dict[str, Any]:
+  """Return the "layout" and "crc32" of each tree by name.
+
+  Raises:
+    DamagedCheckpoint: the manifest changed, or is another step's.
+  """
+  contents = manifest.get("contents") if isinstance(manifest, dict) else None
+  if contents is None or manifest.get("crc32") != _crc32_of_json(contents):
+    raise DamagedCheckpoint("its manifest changed")
+  if contents["step"] != step:
+    raise DamagedCheckpoint(
+      f"it holds step {contents['step']}: give the directory that name to use it"
+    )
+  return contents["items"]
+
+
+def zeros(layout: dict[str, str]) -> Any:
+  """Return the tree of plain dicts with numpy zeros that a layout describes."""
+  flat = {}
+  for path, kind in layout.items():
+    dtype, shape = re.fullmatch(r"(\w+)\[(.*)\]", kind).groups()
+    keys = tuple(re.findall(r"\['([^']*)'\]", path))
+    flat[keys] = np.zeros([int(size) for size in shape.split(",") if size], dtype)
+  return flax.traverse_util.unflatten_dict(flat)
+
+
+def merge(fresh: Any, stored: Any) -> Any:
+  """Return the stored leaves that have the layout of those of `fresh`, and the latter elsewhere.
+
+  Args:
+    fresh, stored: trees of plain dicts.
+  """
+  if isinstance(fresh, dict):
+    stored = stored if isinstance(stored, dict) else {}
+    return {name: merge(value, stored.get(name)) for name, value in fresh.items()}
+  same = stored is not None and layout(fresh) == layout(stored)
+  return stored if same else fresh

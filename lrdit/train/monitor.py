@@ -1,0 +1,132 @@
+"""What a run says of itself: its speed, its line of metrics, a profile, and advice."""
+
+import itertools
+import pathlib
+import time
+from typing import Any
+
+import jax
+
+from lrdit.runtime import cluster
+from lrdit.train.curriculum import Curriculum
+from lrdit.train.state import WindowMetrics
+
+
+class Stopwatch:
+  """Measures steps per second of training alone: `pause` keeps other work out."""
+
+  def __init__(self):
+    self.steps, self.seconds, self._since = 0, 0.0, None
+
+  def tick(self) -> None:
+    """Count a dispatched step; the first one, which compiles, only starts time."""
+    if self._since is None:
+      self._since = time.perf_counter()
+    else:
+      self.steps += 1
+
+  def pause(self) -> None:
+    """Stop time, as the steps counted are done and something else begins."""
+    if self._since is not None:
+      self.seconds += time.perf_counter() - self._since
+      self._since = None
+
+  def resume(self) -> None:
+    """Start time, as training goes on."""
+    self._since = time.perf_counter()
+
+  def take_rate(self) -> float | None:
+    """Return the steps per second since the last call, if a step was timed; time goes on."""
+    self.pause()
+    rate = self.steps / self.seconds if self.steps else None
+    self.steps, self.seconds = 0, 0.0
+    self.resume()
+    return rate
+
+
+class Profiler:
+  """Writes a trace of some of the first process's steps, for TensorBoard or Perfetto."""
+
+  def __init__(self, steps: tuple[int, ...], directory: pathlib.Path):
+    """Prepare a trace.
+
+    Args:
+      steps: (first, last) step to trace, counted from 1; () for none.
+      directory: the trace goes under `plugins/profile` in it.
+    """
+    self._steps = range(steps[0], steps[1] + 1) if steps and cluster.is_first() else range(0)
+    self._directory, self._is_tracing = directory, False
+
+  def before(self, step: int, state: Any, watch: Stopwatch) -> None:
+    """Start the trace before the first of its steps that this process runs."""
+    if step in self._steps and not self._is_tracing:
+      jax.block_until_ready(state)
+      watch.pause()
+      jax.profiler.start_trace(self._directory, create_perfetto_trace=True)
+      self._is_tracing = True
+
+  def after(self, step: int, state: Any, watch: Stopwatch) -> None:
+    """End the trace after its last step."""
+    if self._is_tracing and step + 1 not in self._steps:
+      jax.block_until_ready(state)
+      watch.pause()
+      self.close()
+
+  def close(self) -> None:
+    """End a trace that is under way."""
+    if self._is_tracing:
+      self._is_tracing = False
+      jax.profiler.stop_trace()
+
+
+def window_scalars(window: WindowMetrics, curriculum: Curriculum, stage: int) -> dict[str, float]:
+  """Return the means since the last line of metrics, by name.
+
+  Args:
+    window: on the host.
+    curriculum: of the run.
+    stage: that the window's last step was in.
+  """
+  count = int(window.count)
+  scalars = {
+    "train/loss": float(window.loss) / count,
+    "train/grad_norm": float(window.grad_norm) / count,
+    "train/learning_rate": float(window.learning_rate),
+  }
+  if len(curriculum.stages) > 1:
+    scalars["train/stage"] = stage + 1
+  groups = itertools.pairwise(curriculum.boundaries)
+  for (low, high), total, n in zip(groups, window.group_loss, window.group_count, strict=True):
+    if n:
+      scalars[f"train/loss_t{low:04d}-{high - 1:04d}"] = float(total) / int(n)
+  return scalars
+
+
+def advice_on_non_finite(
+  quantity: str, step: int, newest: int, before: int, directory: pathlib.Path
+) -> str:
+  """Return what can be done about a quantity that is not finite.
+
+  Args:
+    quantity: one of `state.NON_FINITE_QUANTITIES`.
+    step: updates applied.
+    newest, before: steps of the last two checkpoints; 0 where there is none.
+    directory: of the checkpoints.
+  """
+  lower = "ower config.optimizer.learning_rate or raise config.optimizer.warmup_steps"
+  # What a step computes before its update depends on the checkpoint alone.
+  if newest and step == newest + 1 and quantity in ("loss", "gradient"):
+    goes_on = f"step {before}" if before else "the start"
+    return (
+      f"The parameters of the checkpoint of step {newest} are spoilt already: delete "
+      f"{directory / str(newest)}, l{lower}, and run the command again, which goes on from "
+      f"{goes_on}"
+    )
+  last_good = f"The last good checkpoint is step {newest}. " if newest else ""
+  if quantity == "batch":
+    return (
+      f"{last_good}The data is damaged: where it is latents, run the command that made them, "
+      "--mode=encode, again, which says what has changed"
+    )
+  goes_on = f", which goes on from step {newest}" if newest else ""
+  return f"{last_good}L{lower}, and run the command again{goes_on}"
