@@ -148,7 +148,7 @@ def describe(config: ConfigDict, devices: parallel.Devices) -> dict[str, Any]:
     "num_steps": s.num_steps,
     "guidance_scale": s.guidance_scale,
     "steps": b.steps,
-    "sampling_runs": b.sampling_runs,
+    "sampling_runs": b.sampling_runs or 0,
     "compile_threads": b.compile_threads,
     "memory_bytes_are": MEMORY_MEANING,
   }
