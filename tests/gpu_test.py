@@ -17,9 +17,8 @@ from lrdit import builders
 from lrdit.model import dit, low_rank
 from lrdit.modes import train
 from tests import tiny
-from tests.modes.train_test import assert_same_run
 from tests.tiny import tiny_config
-from tests.train.training_step_test import noisy_params
+from tests.trained import assert_same_run, noisy_params
 
 pytestmark = pytest.mark.gpu
 

@@ -18,7 +18,7 @@ from PIL import Image
 from lrdit.runtime import cluster
 from lrdit.runtime.errors import UserError
 from tests import tiny
-from tests.modes.train_test import final_state
+from tests.trained import final_state
 
 TIMEOUT = 240
 STEPS = 40

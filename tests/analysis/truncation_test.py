@@ -11,7 +11,7 @@ from lrdit.evaluation.held_out import HeldOutLosses
 from lrdit.model import low_rank
 from lrdit.runtime.progress import make_bar
 from tests.tiny import tiny_config
-from tests.train.training_step_test import noisy_params
+from tests.trained import noisy_params
 
 NAME = "blocks_1/attn/qkv"
 

@@ -14,7 +14,7 @@ from lrdit.rank import plan as rank_schedule
 from lrdit.rank import timesteps
 from lrdit.runtime.errors import UserError
 from tests.tiny import GOLDEN, tiny_config
-from tests.train.training_step_test import noisy_params
+from tests.trained import noisy_params
 
 ARMS = ["full", "static", "adaptive"]
 

@@ -28,7 +28,7 @@ from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from lrdit.train import training_step
 from tests import tiny
-from tests.train.training_step_test import noisy_params
+from tests.trained import noisy_params
 
 VAE = tiny.GOLDEN / "sd_vae_tiny"
 SCALE = 0.18215  # of that VAE

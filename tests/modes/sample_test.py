@@ -18,16 +18,13 @@ from lrdit.runtime.errors import UserError
 from lrdit.runtime.workdir import store_config
 from lrdit.sampling.sampler import Sampler, random_labels
 from lrdit.train.checkpoints import Checkpoints
-from lrdit.train.train_state import create_train_state
 from tests import tiny
-from tests.train.training_step_test import noisy_params
+from tests.trained import fresh_state, noisy_params
 
 
 def save_checkpoint(workdir, config, step=8, scale=1.0):
-  optimizer, _ = builders.make_optimizer(config)
-  groups = builders.make_curriculum(config).num_groups
   params = jax.tree.map(lambda x: scale * x, noisy_params(config))
-  state = parallel.to_host(create_train_state(params, optimizer, groups))
+  state = parallel.to_host(fresh_state(config, params))
   checkpoints = Checkpoints(workdir, keep=1)
   checkpoints.save(state.replace(step=np.asarray(step, np.int32)), config.to_dict())
   checkpoints.wait()

@@ -27,39 +27,11 @@ from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from lrdit.runtime.workdir import read_changes
 from lrdit.train import optimizer
-from lrdit.train.checkpoints import Checkpoints
-from lrdit.train.train_state import create_train_state
 from tests import tiny
+from tests.trained import assert_same_run, final_state
 
 # Long enough to be interrupted, and with everything that happens on the way.
 LONG = ("--config.training.num_steps=60", "--config.checkpoint.every_steps=10")
-
-
-def final_state(workdir, arg="", **overrides):
-  """The newest checkpoint of a tiny run."""
-  config = tiny.tiny_config(arg, **overrides)
-  made, _ = builders.make_optimizer(config)
-  num_groups = builders.make_curriculum(config).num_groups
-  template = jax.eval_shape(
-    lambda: create_train_state(builders.init_params(config), made, num_groups)
-  )
-  return Checkpoints(workdir).restore_state(template)
-
-
-def assert_same_run(workdir, reference, **overrides):
-  """Equal metrics and, to the bit, equal final states."""
-  got, expected = (
-    [
-      {name: value for name, value in line.items() if not name.endswith("_per_second")}
-      for line in tiny.read_metrics(path)
-    ]
-    for path in (workdir, reference)
-  )
-  assert got == expected
-  a, b = final_state(workdir, **overrides), final_state(reference, **overrides)
-  assert a.step == expected[-1]["step"]
-  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    np.testing.assert_array_equal(x, y)
 
 
 @pytest.fixture(scope="module")

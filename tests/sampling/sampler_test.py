@@ -12,7 +12,7 @@ from lrdit.model import dit
 from lrdit.model.low_rank import RankSelection
 from lrdit.sampling import sampler
 from tests.tiny import tiny_config
-from tests.train.training_step_test import noisy_params
+from tests.trained import noisy_params
 
 DEVICES = jax.devices()[:1]
 

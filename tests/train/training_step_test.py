@@ -20,25 +20,11 @@ from lrdit.train.train_state import (
   NON_FINITE_QUANTITIES,
   StageProgress,
   WindowMetrics,
-  create_train_state,
 )
 from tests.tiny import GOLDEN, tiny_config
+from tests.trained import fresh_state, noisy_params
 
 KEY = jax.random.key(7)
-
-
-def noisy_params(config):
-  """Parameters away from the zero output of initialisation."""
-  return _noisy_params(builders.make_model(config).clone(dtype=jnp.float32))
-
-
-@functools.cache
-def _noisy_params(model):
-  params = dit.init_params(model, jax.random.key(0))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  noisy = [p + 0.05 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-  return jax.tree.unflatten(tree, noisy)
 
 
 def make_step(config, devices, stage=0, **changes):
@@ -58,9 +44,7 @@ def make_step(config, devices, stage=0, **changes):
 
 def make_state(config, devices, params=None, stage=0):
   """A replicated state before the first step of a stage."""
-  tx, _ = builders.make_optimizer(config)
-  num_groups = builders.make_curriculum(config).num_groups
-  state = create_train_state(params or builders.init_params(config), tx, num_groups)
+  state = fresh_state(config, params)
   return parallel.replicate(state.replace(stage=StageProgress.begin(stage, 0)), devices)
 
 

@@ -1,0 +1,56 @@
+"""Parameters away from their initial zeros, and the checkpoints of tiny runs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrdit import builders
+from lrdit.model import dit
+from lrdit.train.checkpoints import Checkpoints
+from lrdit.train.train_state import create_train_state
+from tests import tiny
+
+
+def noisy_params(config):
+  """Parameters whose model has no zero output, as it has at initialisation."""
+  return _noisy_params(builders.make_model(config).clone(dtype=jnp.float32))
+
+
+@functools.cache
+def _noisy_params(model):
+  params = dit.init_params(model, jax.random.key(0))
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  noisy = [p + 0.05 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
+  return jax.tree.unflatten(tree, noisy)
+
+
+def fresh_state(config, params=None):
+  """The state before the first step, from the initial parameters or the ones given."""
+  optimizer, _ = builders.make_optimizer(config)
+  params = builders.init_params(config) if params is None else params
+  return create_train_state(params, optimizer, builders.make_curriculum(config).num_groups)
+
+
+def final_state(workdir, arg="", **overrides):
+  """The newest checkpoint of a tiny run."""
+  config = tiny.tiny_config(arg, **overrides)
+  return Checkpoints(workdir).restore_state(jax.eval_shape(lambda: fresh_state(config)))
+
+
+def assert_same_run(workdir, reference, **overrides):
+  """Equal metrics and, to the bit, equal final states."""
+  got, expected = (
+    [
+      {name: value for name, value in line.items() if not name.endswith("_per_second")}
+      for line in tiny.read_metrics(path)
+    ]
+    for path in (workdir, reference)
+  )
+  assert got == expected
+  a, b = final_state(workdir, **overrides), final_state(reference, **overrides)
+  assert a.step == expected[-1]["step"]
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(x, y)
