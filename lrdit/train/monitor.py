@@ -1,4 +1,4 @@
-"""What a run says of itself: its speed, its line of metrics, a profile, and advice."""
+"""What a run reports of itself: its speed, a profile, its line of metrics, and advice."""
 
 import itertools
 import pathlib
@@ -62,7 +62,7 @@ class Profiler:
     if step in self._steps and not self._is_tracing:
       jax.block_until_ready(state)
       watch.pause()
-      jax.profiler.start_trace(self._directory, create_perfetto_trace=True)
+      jax.profiler.start_trace(self._directory)
       self._is_tracing = True
 
   def after(self, step: int, state: Any, watch: Stopwatch) -> None:
