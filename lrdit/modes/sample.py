@@ -29,10 +29,8 @@ class SampleBatches:
 
   Attributes:
     config: resolved.
-    sampler: the config's.
-    params: the sampler's weights.
-    to_pixels: from `builders.make_to_pixels`.
-    step: of the weights' checkpoint.
+    sampler, to_pixels: the config's.
+    params: weights, of the checkpoint of step `step`.
   """
 
   config: ConfigDict
@@ -79,13 +77,7 @@ class SampleBatches:
 
 
 def export(batches: SampleBatches, writer: ExportWriter, num_devices: int) -> None:
-  """Write the samples that a set lacks, in the first process.
-
-  Args:
-    batches: of the sample set.
-    writer: of its files.
-    num_devices: devices of all processes.
-  """
+  """Write the samples that a set lacks, in the first process."""
   s = batches.config.sampling
   cluster.from_first((np.int32(writer.num_done), np.bool_(writer.is_finished)))
   if writer.is_finished:

@@ -69,8 +69,7 @@ def random_labels(
 
 
 def _sample_key(seed: int, index: Integer[Array, ""]) -> Key[Array, ""]:
-  key = jax.random.fold_in(jax.random.key(seed), SAMPLING_STREAM)
-  return jax.random.fold_in(key, index)
+  return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), SAMPLING_STREAM), index)
 
 
 def _noise(
@@ -119,12 +118,11 @@ def guided_output(
   learned variance is always the conditional one.
 
   Args:
-    model: a DiT of one bucket.
-    params: its parameters.
+    model: a DiT of one bucket, whose parameters `params` are.
     x_t: (B, H, W, C).
     t: int32 scalar timestep.
     y: (B,) labels, or None.
-    scale: guidance scale, static.
+    scale: static.
 
   Returns:
     (B, H, W, C or 2 C).
@@ -233,11 +231,7 @@ class Sampler:
     }
 
   def compile(self, params: Any, label_rule: LabelRule | None, rows: slice) -> None:
-    """Compile what `sample_rows` runs, by running no solver step of each bucket.
-
-    Args:
-      params, label_rule, rows: as for `sample_rows`.
-    """
+    """Compile what `sample_rows` runs, by running no solver step of each bucket."""
     index = np.arange(self.settings.batch_size)[rows]
     y = None if label_rule is None else label_rule(index)
     no_steps = [(bucket, 0, 0) for bucket in self.run_bucket]
@@ -309,14 +303,13 @@ class Sampler:
     Yields:
       the batch's start, and (b, H, W, C) float32; the next batch is computed meanwhile.
     """
-    sliced = self.slice_params(params)
-    pending: list[tuple[int, Array]] = []
+    sliced, pending = self.slice_params(params), None
     for start in starts:
       index = np.arange(start, start + self.settings.batch_size)[rows]
       y = None if label_rule is None else label_rule(index)
-      pending.append((start, self.sample_batch(sliced, index, y)))
-      if len(pending) > 1:
-        done, images = pending.pop(0)
-        yield done, np.asarray(images)
-    for done, images in pending:
-      yield done, np.asarray(images)
+      ahead = start, self.sample_batch(sliced, index, y)
+      if pending:
+        yield pending[0], np.asarray(pending[1])
+      pending = ahead
+    if pending:
+      yield pending[0], np.asarray(pending[1])

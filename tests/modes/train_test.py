@@ -261,7 +261,7 @@ def test_a_spoilt_checkpoint_is_deleted_as_its_message_says(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("quantity", "step", "newest", "before", "says"),
+  ("quantity", "step", "newest", "before", "advice"),
   [
     ("loss", 9, 8, 4, "delete checkpoints/8, lower .*, which goes on from step 4$"),
     ("gradient", 9, 8, 0, "delete checkpoints/8, lower .*, which goes on from the start$"),
@@ -271,14 +271,14 @@ def test_a_spoilt_checkpoint_is_deleted_as_its_message_says(tmp_path):
     ("batch", 9, 8, 4, r"^The last good checkpoint is step 8. The data is damaged: "),
   ],
 )
-def test_advice_fits_what_is_there(quantity, step, newest, before, says):
+def test_advice_fits_what_is_there(quantity, step, newest, before, advice):
   assert re.search(
-    says, advice_on_non_finite(quantity, step, newest, before, pathlib.Path("checkpoints"))
+    advice, advice_on_non_finite(quantity, step, newest, before, pathlib.Path("checkpoints"))
   )
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_another_dtype_and_says_so(tmp_path, told):
+def test_a_run_goes_on_in_another_dtype_and_logs_it(tmp_path, told):
   train_one_device(tmp_path, training__num_steps=4)
   train_one_device(tmp_path, training__num_steps=5, model__dtype="bfloat16", model__remat=True)
   assert np.isfinite(tiny.losses(tmp_path)).all()
@@ -303,7 +303,7 @@ def test_a_workdir_in_training_is_refused_to_another_training(tmp_path):
       train.Trainer(other, str(tmp_path), jax.devices()[:1])
 
 
-def test_a_nan_in_the_data_is_told_with_its_step(tmp_path, monkeypatch):
+def test_a_nan_in_the_data_is_reported_with_its_step(tmp_path, monkeypatch):
   config = tiny.tiny_config(training__num_steps=200)
   clean = builders.make_source(config, "train")
   images = clean.images.copy()
@@ -452,7 +452,7 @@ def test_the_learning_rate_in_the_metrics_is_the_one_applied(undisturbed):
     )
 
 
-def test_a_grid_that_is_not_finite_is_told_of(monkeypatch, caplog):
+def test_a_grid_that_is_not_finite_is_logged(monkeypatch, caplog):
   batch = np.zeros((80, 8, 8, 1), np.float32)
   batch[3, 0, 0] = np.nan
   config = tiny.tiny_config(training__sample_every_steps=4)

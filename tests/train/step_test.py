@@ -367,7 +367,7 @@ def step_of_rate(rate):
 
 @pytest.mark.parametrize("quantity", [None, *NON_FINITE_QUANTITIES])
 def test_a_step_reports_the_first_quantity_that_is_not_finite(quantity):
-  """The loss of a step says nothing of the parameters it leaves behind."""
+  """The loss of a step does not show the parameters it leaves behind."""
   config, devices = shallow_config(), jax.devices()[:2]
   params = noisy_params(config)
   if quantity in ("loss", "gradient"):
@@ -390,7 +390,7 @@ def test_golden_one_step_metrics():
 
   Regenerate tests/golden/one_step.json (print `got` below) only for a change
   that is meant to alter the numbers of training: the initialisation, the
-  randomness, the loss, the optimiser or the rank plan. Never to quiet a change
+  randomness, the loss, the optimizer or the rank plan. Never to quiet a change
   that should not have touched them.
   """
   golden = json.loads((GOLDEN / "one_step.json").read_text())
