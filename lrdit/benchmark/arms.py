@@ -126,7 +126,7 @@ class TrainingArm:
     flops: FLOPs of one step, over all devices.
     num_parameters: allocated parameters.
     compile_seconds: of tracing and compiling the step.
-    memory_bytes: see `results.MEMORY_MEANING`; None where the backend does not say.
+    memory_bytes: see `results.MEMORY_MEANING`; None where it is unknown.
   """
 
   def __init__(self, config: ConfigDict, devices: parallel.Devices):

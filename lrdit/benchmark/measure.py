@@ -24,12 +24,8 @@ def interleave(
   """Time every task in every round.
 
   Each round begins with another task, so that no task always follows the same
-  one into warm caches or a hot chip's lower clock.
-
-  Args:
-    tasks: by any key.
-    rounds: how many.
-    after_round: called with every task's seconds in the rounds so far.
+  one into warm caches or a hot chip's lower clock. `after_round` is called with every
+  task's seconds in the rounds so far.
   """
   keys = list(tasks)
   seconds: dict[Any, list[float]] = {key: [] for key in keys}
@@ -43,13 +39,7 @@ def interleave(
 def measure(
   config: ConfigDict, devices: parallel.Devices, after_round: Callable[[dict[str, Any]], Any]
 ) -> None:
-  """Time everything.
-
-  Args:
-    config: resolved; its arm does not matter.
-    devices: devices to use.
-    after_round: called with the results of the rounds so far, as JSON.
-  """
+  """Time all arms; call `after_round` with the results of the rounds so far, as JSON."""
   peak = MatmulPeak(config, devices)
   config, training, sampling = make_arms(config, devices)
   tasks: dict[Any, Task] = {("peak",): peak.time}

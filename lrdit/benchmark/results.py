@@ -34,14 +34,7 @@ def training_results(
   config: ConfigDict,
   peak: float,
 ) -> dict[str, dict[str, Any]]:
-  """Return the results of each arm's training.
-
-  Args:
-    arms: by name, `full` among them.
-    seconds: of each task, from `interleave`.
-    config: has the batch size, and the steps of one timing.
-    peak: FLOP/s of the matrix products, all devices together.
-  """
+  """Return the results of each arm's training, `full` among them, against a peak in FLOP/s."""
   timings = {name: summarize(seconds["training", name], config.benchmark.steps) for name in arms}
   results = {}
   for name, arm in arms.items():
@@ -65,13 +58,7 @@ def training_results(
 def bucket_results(
   arm: SamplingArm, timings: Mapping[int, dict[str, Any]], peak: float
 ) -> list[dict[str, Any]]:
-  """Return the results of each bucket of a sampler, by ascending rank.
-
-  Args:
-    arm: the sampler.
-    timings: seconds of one solver step of a batch by bucket, from `summarize`.
-    peak: as in `training_results`.
-  """
+  """Return the results of each bucket of a sampler, by ascending rank."""
   highest, results = arm.buckets[-1], []
   for bucket in arm.buckets:
     seconds, flops = timings[bucket]["median"], arm.step_flops(bucket)
@@ -100,10 +87,6 @@ def sampling_results(
 
   Rates and speed-ups are those of the buckets' medians over all rounds; a whole run is
   one timing, and stands beside them as a check once all its rounds are done.
-
-  Args:
-    arms, seconds, peak: as in `training_results`.
-    config: has the rounds, and the steps of one timing.
   """
   steps, results = min(config.benchmark.steps, config.sampling.num_steps), {}
   for name, arm in arms.items():

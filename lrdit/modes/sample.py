@@ -1,6 +1,7 @@
 """Export samples of a trained model for evaluation by any tool."""
 
 import dataclasses
+import functools
 import logging
 import pathlib
 import time
@@ -20,7 +21,7 @@ from lrdit.runtime.errors import UserError
 from lrdit.runtime.progress import make_bar
 from lrdit.runtime.store import write_json
 from lrdit.sampling.sample_set import SampleSetWriter
-from lrdit.sampling.sampler import Sampler
+from lrdit.sampling.sampler import SamplePath, Sampler
 from lrdit.sampling.settings import make_label_rule, make_settings
 from lrdit.train import checkpoints, run_files
 
@@ -47,6 +48,12 @@ class SampleBatches:
   to_pixels: ToPixels
   step: int
 
+  @functools.cached_property
+  def path(self) -> SamplePath:
+    """The way to sample 0, shown at steps that are spread over the solver's."""
+    shown = np.linspace(0, len(self.sampler.table.t) - 1, PATH_STEPS)
+    return SamplePath(np.unique(shown.round().astype(int)).tolist())
+
   def compile(self) -> None:
     """Compile what `iterate` runs."""
     rows = parallel.own_rows(self.config.sampling.batch_size)
@@ -61,7 +68,7 @@ class SampleBatches:
     s = self.config.sampling
     starts, rows = range(first, s.num_samples, s.batch_size), parallel.own_rows(s.batch_size)
     label_rule = make_label_rule(self.config)
-    for start, x_0 in self.sampler.sample_rows(self.params, label_rule, starts, rows):
+    for start, x_0 in self.sampler.sample_rows(self.params, label_rule, starts, rows, self.path):
       kept = s.num_samples - start
       pixels, are_finite = (parallel.gather_rows(part)[:kept] for part in self.to_pixels(x_0))
       if not are_finite.all():
@@ -69,20 +76,16 @@ class SampleBatches:
       yield pixels
 
   def write_path(self, directory: pathlib.Path) -> None:
-    """Write path.png, the clean images predicted on the way to sample 0, and path.json.
+    """Write path.png and path.json once the first batch of the set has been computed.
 
+    path.png shows the clean images that the model predicts on the way to sample 0.
     path.json holds the label, the solver steps, their timesteps, and the active ranks of each
     factorised layer there.
     """
-    label_rule, t, plan = (
-      make_label_rule(self.config),
-      self.sampler.table.t,
-      self.sampler.model.plan,
-    )
-    steps = np.unique(np.linspace(0, len(t) - 1, PATH_STEPS).round().astype(int)).tolist()
-    rows = parallel.own_rows(self.config.sampling.batch_size)
-    x_0 = self.sampler.path(self.params, label_rule, rows, steps)
+    label_rule, t, steps = make_label_rule(self.config), self.sampler.table.t, self.path.steps
+    x_0 = np.stack([np.asarray(x_0) for x_0 in self.path.x_0])
     images.write_grid(directory / "path.png", self.to_pixels(x_0)[0], len(steps))
+    plan = self.sampler.model.plan
     buckets = plan.bucket_of_timestep[t[steps]]
     record = {
       "label": None if label_rule is None else int(label_rule(np.arange(1))[0]),
@@ -127,10 +130,11 @@ def export(batches: SampleBatches, writer: SampleSetWriter, num_devices: int) ->
   if writer.num_done < s.num_samples:
     batches.compile()
   compile_seconds = time.perf_counter() - start
-  batches.write_path(writer.directory)
   writer.start_clock()
   with make_bar(s.num_samples, writer.num_done, "image") as bar:
     for batch in batches.iterate(writer.num_done):
+      if writer.num_done == 0:
+        batches.write_path(writer.directory)
       writer.append(batch)
       bar.update(len(batch))
   facts = {

@@ -150,13 +150,7 @@ class Trainer:
   """One run's compiled steps, data and files."""
 
   def __init__(self, config: ConfigDict, workdir: str, devices: parallel.Devices):
-    """Build what does not depend on the state, checking before it writes.
-
-    Args:
-      config: resolved.
-      workdir: the run's directory.
-      devices: devices to train on.
-    """
+    """Build what does not depend on the state, checking before it writes."""
     check_same("config", config.to_dict())
     self.config, self.workdir, self.devices = config, pathlib.Path(workdir), devices
     self.experiment = Experiment(config)
@@ -226,11 +220,7 @@ class Trainer:
   ) -> None:
     """Wait for a step, stop if its numbers are bad, and write its line of metrics.
 
-    Args:
-      finished: the step.
-      watch: paused, or running while the next step is under way.
-      bar: of the progress.
-      extra: other numbers for the line.
+    The watch runs while the next step is under way; `extra` are other numbers for the line.
     """
     step, window = finished.step, parallel.read(finished.window)
     if window.non_finite:
@@ -319,7 +309,7 @@ def warn_of_too_few_steps(curriculum: Curriculum, num_steps: int) -> None:
   least = checks * curriculum.check_every_steps
   if least >= num_steps:
     log.warning(
-      "the curriculum takes at least %d steps to come to all timesteps, and config.training."
+      "the curriculum takes at least %d steps to reach all timesteps, and config.training."
       "num_steps is %d: lower config.curriculum.check_every_steps or patience",
       least,
       num_steps,

@@ -1,4 +1,4 @@
-"""Sampling: one compiled function per rank bucket, parameters sliced to it.
+"""Sampling: one compiled function per rank bucket, with the parameters sliced to it.
 
 Each bucket's function runs all consecutive solver steps of the bucket in one
 loop on the device. Step bounds are arguments, so it is traced once, whatever
@@ -10,7 +10,7 @@ Axes: B images in flight, S solver steps, H W image, C channels.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -25,22 +25,22 @@ from lrdit.runtime import parallel
 
 # Keeps sampling's keys apart from training's, which fold a step into the seed.
 SAMPLING_STREAM = 2**31 - 2
-# The streams of a sample, folded into its key.
+# Folded into a sample's key.
 LABEL_STREAM, NOISE_STREAM = 0, 1
 
-# Labels of sample indices.
+# From sample indices to int32 labels.
 LabelRule = Callable[[Integer[np.ndarray, " B"]], Int[np.ndarray, " B"]]
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
-  """How samples are drawn.
+  """What a sample depends on beside the model, the solver, its index and its label.
 
   Attributes:
-    prediction: what the model predicts, one of `diffusion.PREDICTIONS`.
+    prediction: what the model predicts, one of `process.PREDICTIONS`.
     guidance_scale: classifier-free guidance; 1 turns it, and its cost, off.
-    clip_x_0: keep predicted x_0 in [-1, 1] (pixels, not latents).
-    seed: of the noise and of random labels.
+    clip_x_0: keep the predicted x_0 in [-1, 1] (pixels, not latents).
+    seed: of the noise.
     batch_size: images in flight, B.
   """
 
@@ -51,15 +51,37 @@ class SamplerSettings:
   batch_size: int
 
 
+@dataclasses.dataclass
+class SamplePath:
+  """Clean images that the model predicts on the way to a sample.
+
+  Attributes:
+    steps: solver steps, counted from 0, whose predictions are kept.
+    x_0: the (H, W, C) predictions, once the sample has been computed.
+  """
+
+  steps: Collection[int]
+  x_0: list[Float[Array, "H W C"]] = dataclasses.field(default_factory=list)
+
+  def split(self, segments: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Return runs of (bucket, first step, end step) that pause after each of `steps`."""
+    parts = []
+    for bucket, first, end in segments:
+      pauses = {step + 1 for step in self.steps if first <= step < end}
+      ends = sorted({first, end} | pauses)
+      parts += [(bucket, *span) for span in itertools.pairwise(ends)]
+    return parts
+
+
 def balanced_labels(index: Integer[np.ndarray, " B"], num_classes: int) -> Int[np.ndarray, " B"]:
-  """Label of each sample index: classes in turn, (B,) int32."""
+  """Return (B,) int32 labels that take the classes in turn by sample index."""
   return (index % num_classes).astype(np.int32)
 
 
 def random_labels(
   seed: int, index: Integer[np.ndarray, " B"], num_classes: int
 ) -> Int[np.ndarray, " B"]:
-  """Label of each sample index: uniform, fixed by (seed, index), (B,) int32."""
+  """Return (B,) int32 uniform labels, fixed by the seed and the sample index."""
 
   def one(i):
     key = jax.random.fold_in(_sample_key(seed, i), LABEL_STREAM)
@@ -69,14 +91,13 @@ def random_labels(
 
 
 def _sample_key(seed: int, index: Integer[Array, ""]) -> Key[Array, ""]:
-  key = jax.random.fold_in(jax.random.key(seed), SAMPLING_STREAM)
-  return jax.random.fold_in(key, index)
+  return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), SAMPLING_STREAM), index)
 
 
 def _noise(
   seed: int, index: Integer[Array, " B"], step: Int[Array, ""] | int, shape: tuple[int, ...]
 ) -> Float[Array, "B H W C"]:
-  """(B, *shape) Gaussian noise, fixed per sample index and step.
+  """Return (B, *shape) Gaussian noise, fixed by seed, sample index and step.
 
   Step 0 is the initial noise; solver step i adds noise i + 1.
   """
@@ -98,7 +119,7 @@ def _initial_noise(
 def bucket_segments(
   bucket_of_timestep: Int[np.ndarray, " T"], t: Int[np.ndarray, " S"]
 ) -> list[tuple[int, int, int]]:
-  """(bucket, first step, end step) of each run of solver steps in one bucket."""
+  """Return (bucket, first step, end step) of each run of solver steps in one bucket."""
   bucket = bucket_of_timestep[t]
   starts = [*np.flatnonzero(np.diff(bucket, prepend=-1)), len(t)]
   return [(int(bucket[a]), int(a), int(b)) for a, b in itertools.pairwise(starts)]
@@ -112,19 +133,18 @@ def guided_output(
   y: Int[Array, " B"] | None,
   scale: float,
 ) -> Float[Array, "B H W C_out"]:
-  """Model output under classifier-free guidance (Ho and Salimans 2022, eq. 6).
+  """Return the model's output under classifier-free guidance (Ho and Salimans 2022, eq. 6).
 
-  null + scale (conditional - null) on the prediction's channels, in one
-  forward pass over 2 B images; at scale 1 the conditional pass alone. A
+  That is null + scale (conditional - null) on the prediction's channels, from one
+  forward pass over 2 B images; at scale 1, it is the conditional pass alone. A
   learned variance is always the conditional one.
 
   Args:
-    model: a DiT of one bucket.
-    params: its parameters.
+    model: a DiT of one bucket, whose parameters `params` are.
     x_t: (B, H, W, C).
     t: int32 scalar timestep.
     y: (B,) labels, or None.
-    scale: guidance scale, static.
+    scale: static.
 
   Returns:
     (B, H, W, C or 2 C).
@@ -158,7 +178,7 @@ def solver_step(
   table: solvers.SolverTable,
   settings: SamplerSettings,
 ) -> tuple[Float[Array, "B H W C"], Float[Array, "B H W C"]]:
-  """One row of the solver's table: (x_t, x_0_last) to (x_prev, x_0)."""
+  """Apply one row of the solver's table: (x_t, x_0_last) to (x_prev, x_0)."""
   x_t, x_0_last = carry
   row = {name: jnp.asarray(column)[i] for name, column in table.float32_columns().items()}
   channels = model.shape.channels
@@ -183,7 +203,7 @@ def solver_step(
 
 
 class Sampler:
-  """Draws samples from a model; holds the compiled function of each bucket."""
+  """Samples from a model, by the compiled function of each bucket."""
 
   def __init__(
     self,
@@ -192,13 +212,13 @@ class Sampler:
     settings: SamplerSettings,
     devices: parallel.Devices,
   ):
-    """Prepares, without compiling yet.
+    """Prepare without compiling yet.
 
     Args:
-      model: the DiT with all its components, as trained.
+      model: the DiT with all its rank components, as trained.
       table: the solver's coefficients.
-      settings: how to sample; its batch must divide over `devices`.
-      devices: where to sample.
+      settings: their batch must divide over `devices`.
+      devices: devices to sample on.
     """
     self.model, self.table, self.settings = model, table, settings
     self.segments = bucket_segments(model.plan.bucket_of_timestep, table.t)
@@ -211,7 +231,7 @@ class Sampler:
     }
 
   def _run_bucket(self, bucket, params, carry, y, index, first, end):
-    """Solver steps [first, end) with the bucket's parameters."""
+    """Run the solver steps [first, end) with the bucket's parameters."""
     step = functools.partial(
       solver_step,
       model=self.model.clone(plan=self.model.plan.at_bucket(bucket)),
@@ -224,7 +244,7 @@ class Sampler:
     return jax.lax.fori_loop(first, end, step, carry)
 
   def slice_params(self, params: Any) -> dict[int, Any]:
-    """Each visited bucket's parameters on the devices, sliced once."""
+    """Return each visited bucket's slice of the parameters, on the devices."""
     return {
       bucket: jax.device_put(
         low_rank.slice_params(params, self.model.plan, bucket), self._replicated
@@ -233,11 +253,7 @@ class Sampler:
     }
 
   def compile(self, params: Any, label_rule: LabelRule | None, rows: slice) -> None:
-    """Compiles what `sample_rows` runs, by running no solver step of each bucket.
-
-    Args:
-      params, label_rule, rows: as for `sample_rows`.
-    """
+    """Compile what `sample_rows` runs, by running no solver step of each bucket."""
     index = np.arange(self.settings.batch_size)[rows]
     y = None if label_rule is None else label_rule(index)
     no_steps = [(bucket, 0, 0) for bucket in self.run_bucket]
@@ -248,43 +264,21 @@ class Sampler:
     sliced_params: dict[int, Any],
     index: Integer[np.ndarray, " B"],
     labels: Int[np.ndarray, " B"] | None,
+    path: SamplePath | None = None,
   ) -> Float[Array, "B H W C"]:
-    """Samples by index: (B,) indices to (B, H, W, C) float32, not waited for.
+    """Return the (B, H, W, C) float32 samples of some indices, without waiting for them.
 
     Args:
       sliced_params: from `slice_params`.
       index: (B,) sample indices.
       labels: (B,) int32, or None for an unconditional model.
+      path: to be filled in with predictions for the first of them.
     """
-    return self._run(sliced_params, index, labels, self.segments)
+    segments = path.split(self.segments) if path else self.segments
+    return self._run(sliced_params, index, labels, segments, path)
 
-  def path(
-    self, params: Any, label_rule: LabelRule | None, rows: slice, steps: Sequence[int]
-  ) -> Float[np.ndarray, "K h w C"]:
-    """Return the clean images that the model predicts on the way to the first sample of `rows`.
-
-    It runs a whole batch, since the functions of the buckets are compiled for that.
-
-    Args:
-      params, label_rule, rows: as for `sample_rows`.
-      steps: K ascending solver steps from 0, whose predictions of x_0 are returned.
-    """
-    segments = []
-    for bucket, first, end in self.segments:
-      stops = {step + 1 for step in steps if first <= step < end}
-      segments += [(bucket, *span) for span in itertools.pairwise(sorted({first, end} | stops))]
-    index = np.arange(self.settings.batch_size)[rows]
-    y = None if label_rule is None else label_rule(index)
-    predicted: list[Array] = []
-    self._run(self.slice_params(params), index, y, segments, predicted)
-    shown = [x_0 for x_0, (_, _, end) in zip(predicted, segments, strict=True) if end - 1 in steps]
-    return np.stack([np.asarray(x_0) for x_0 in shown])
-
-  def _run(self, sliced_params, index, labels, segments, predicted=None):
-    """`sample_batch` over other runs of solver steps: (bucket, first step, end step).
-
-    Appends the first image's prediction of x_0 at the end of each run to `predicted`.
-    """
+  def _run(self, sliced_params, index, labels, segments, path=None):
+    """Sample as `sample_batch` does, over runs of (bucket, first step, end step)."""
     shape = self.model.shape
     image_shape = (shape.image_size, shape.image_size, shape.channels)
     index = jax.device_put(np.asarray(index, np.uint32), self._batch_sharding)
@@ -297,23 +291,23 @@ class Sampler:
       carry = self.run_bucket[bucket](
         sliced_params[bucket], carry, y, index, np.int32(first), np.int32(end)
       )
-      if predicted is not None:
-        predicted.append(carry[1][0])
+      if path and end - 1 in path.steps:
+        path.x_0.append(carry[1][0])
     return carry[0]
 
   def sample(
     self, params: Any, label_rule: LabelRule | None, num_samples: int, first: int = 0
   ) -> Iterator[Float[np.ndarray, "B H W C"]]:
-    """The samples [first, num_samples) in index order, a batch at a time.
+    """Yield the samples [first, num_samples) in index order, a batch at a time.
 
-    The last batch is padded with further indices, which are dropped, so the
+    The last batch is padded with further indices, whose samples are dropped, so the
     compiled shapes and every kept sample are the same whatever the number.
 
     Args:
       params: the model's parameters.
       label_rule: (B,) indices to (B,) int32 labels; None for an unconditional model.
       num_samples: N, counted from index 0.
-      first: index of the first sample that is drawn.
+      first: index of the first sample.
 
     Yields:
       (at most B, H, W, C) float32; the next batch is computed meanwhile.
@@ -324,26 +318,31 @@ class Sampler:
       yield images[: num_samples - start]
 
   def sample_rows(
-    self, params: Any, label_rule: LabelRule | None, starts: range, rows: slice
+    self,
+    params: Any,
+    label_rule: LabelRule | None,
+    starts: range,
+    rows: slice,
+    path: SamplePath | None = None,
   ) -> Iterator[tuple[int, Float[np.ndarray, "b H W C"]]]:
-    """Some rows of each batch, for a process that shares batches with others.
+    """Yield some rows of each batch, for a process that shares batches with others.
 
     Args:
       params, label_rule: as for `sample`.
       starts: index of the first sample of each batch.
       rows: which of the B samples of a batch.
+      path: to be filled in where the first batch starts at sample 0.
 
     Yields:
       the batch's start, and (b, H, W, C) float32; the next batch is computed meanwhile.
     """
-    sliced = self.slice_params(params)
-    pending: list[tuple[int, Array]] = []
+    sliced, pending = self.slice_params(params), None
     for start in starts:
       index = np.arange(start, start + self.settings.batch_size)[rows]
       y = None if label_rule is None else label_rule(index)
-      pending.append((start, self.sample_batch(sliced, index, y)))
-      if len(pending) > 1:
-        done, images = pending.pop(0)
-        yield done, np.asarray(images)
-    for done, images in pending:
-      yield done, np.asarray(images)
+      ahead = start, self.sample_batch(sliced, index, y, path if start == 0 else None)
+      if pending:
+        yield pending[0], np.asarray(pending[1])
+      pending = ahead
+    if pending:
+      yield pending[0], np.asarray(pending[1])

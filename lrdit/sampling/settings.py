@@ -26,10 +26,8 @@ def make_settings(
   """Return all that defines a sample beside its index, as JSON.
 
   Args:
-    config: resolved.
-    sampler: the config's.
-    step: of the checkpoint.
-    checkpoint_digest: `checkpoints.digest` of its weights.
+    config, sampler: resolved, and its sampler.
+    step, checkpoint_digest: of the checkpoint, and `checkpoints.digest` of its weights.
     vae_digest: of the VAE that decodes; "" for pixels.
   """
   s, plan = config.sampling, sampler.model.plan

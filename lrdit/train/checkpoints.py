@@ -117,11 +117,7 @@ class Checkpoints:
     return sorted(self._manager.all_steps(), reverse=True)
 
   def save(self, state: TrainState, config: dict[str, Any]) -> None:
-    """Start to save a host state, after any save that is still under way.
-
-    Args:
-      state: numpy arrays that nothing will overwrite.
-      config: the resolved config.
+    """Start to save a host state that nothing will overwrite, after any save under way.
 
     Raises:
       UserError: the disk is full or not writable, or a later checkpoint is there.

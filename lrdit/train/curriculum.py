@@ -102,7 +102,7 @@ def make_stages(
 
   Args:
     boundaries: (G + 1,) rising timesteps from 0 to T.
-    order: groups, each next to those before it; empty without a curriculum.
+    order: from `stage_order`; empty without a curriculum.
     batch_size: B.
   """
   total, stages, low, high = boundaries[-1], [], 0, 0

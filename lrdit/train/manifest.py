@@ -1,4 +1,4 @@
-"""What a checkpoint says of its own arrays, and how a restored one is compared with that.
+"""A checkpoint's record of its own arrays, which a restored one is compared with.
 
 A manifest is JSON: the step, and of every array by its path its dtype, shape and CRC-32,
 with a CRC-32 of all that.

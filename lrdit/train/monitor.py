@@ -1,4 +1,4 @@
-"""What a run says of itself: its speed, its line of metrics, a profile, and advice."""
+"""What a run reports of itself: its speed, a profile, its line of metrics, and advice."""
 
 import itertools
 import pathlib
@@ -48,11 +48,9 @@ class Profiler:
   """Writes a trace of some of the first process's steps, for TensorBoard or Perfetto."""
 
   def __init__(self, steps: tuple[int, ...], directory: pathlib.Path):
-    """Prepare a trace.
+    """Prepare a trace of the steps (first, last), counted from 1, or () for none.
 
-    Args:
-      steps: (first, last) step to trace, counted from 1; () for none.
-      directory: the trace goes under `plugins/profile` in it.
+    It goes under `directory`/plugins/profile.
     """
     self._steps = range(steps[0], steps[1] + 1) if steps and cluster.is_first() else range(0)
     self._directory, self._is_tracing = directory, False
@@ -62,7 +60,7 @@ class Profiler:
     if step in self._steps and not self._is_tracing:
       jax.block_until_ready(state)
       watch.pause()
-      jax.profiler.start_trace(self._directory, create_perfetto_trace=True)
+      jax.profiler.start_trace(self._directory)
       self._is_tracing = True
 
   def after(self, step: int, state: Any, watch: Stopwatch) -> None:
@@ -80,13 +78,7 @@ class Profiler:
 
 
 def window_scalars(window: WindowMetrics, curriculum: Curriculum, stage: int) -> dict[str, float]:
-  """Return the means since the last line of metrics, by name.
-
-  Args:
-    window: on the host.
-    curriculum: of the run.
-    stage: that the window's last step was in.
-  """
+  """Return the means of a host window by the names of their metrics."""
   count = int(window.count)
   scalars = {
     "train/loss": float(window.loss) / count,
@@ -126,7 +118,7 @@ def advice_on_non_finite(
   if quantity == "batch":
     return (
       f"{last_good}The data is damaged: where it is latents, run the command that made them, "
-      "--mode=encode, again, which says what has changed"
+      "--mode=encode, again, which names what has changed"
     )
   goes_on = f", which goes on from step {newest}" if newest else ""
   return f"{last_good}L{lower}, and run the command again{goes_on}"

@@ -26,12 +26,7 @@ class RunFiles:
   """The files that training reads and writes; in other processes than the first, none at all."""
 
   def __init__(self, config: ConfigDict, workdir: str, fingerprint: dict[str, Any]):
-    """Open the workdir.
-
-    Args:
-      config: resolved.
-      workdir: the run's directory.
-      fingerprint: of the data, by split.
+    """Open the workdir for data whose splits have these fingerprints.
 
     Raises:
       UserError: other data, a place that cannot be written, or one that
@@ -89,14 +84,11 @@ class RunFiles:
 
 
 def check_same(what: str, value: dict[str, Any]) -> None:
-  """Refuse processes that were started on different things.
+  """Raise a UserError on every process, if any has another value than the first.
 
   Args:
     what: the value's name.
     value: this process's, as JSON.
-
-  Raises:
-    UserError: on every process, if any has another value than the first.
   """
   own = np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8)
   size = int(cluster.from_first(np.int32(len(own))))
@@ -112,16 +104,7 @@ def check_same(what: str, value: dict[str, Any]) -> None:
 
 
 def check_run_data(workdir: pathlib.Path, split: str, fingerprint: dict[str, Any]) -> None:
-  """Refuse to measure a run on other data than its own.
-
-  Args:
-    workdir: of the run.
-    split: "train" or "eval".
-    fingerprint: of that split.
-
-  Raises:
-    UserError: it is other data.
-  """
+  """Raise a UserError where a run would be measured on another "train" or "eval" split."""
   check_same("data", fingerprint)
   if not cluster.is_first():
     return
@@ -138,10 +121,8 @@ def restore_params(
 ) -> tuple[int, dict[str, Any]]:
   """Return (step, host parameters by name) of the newest intact checkpoint, on every process.
 
-  Args:
-    workdir: of the run.
-    template: parameters of the model's shapes.
-    weights: some of `checkpoints.WEIGHTS`, all of one checkpoint.
+  All `weights`, some of `checkpoints.WEIGHTS`, come from one checkpoint; `template` has the
+  parameters' shapes.
 
   Raises:
     UserError: there is no checkpoint, or none is intact.

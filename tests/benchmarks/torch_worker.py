@@ -19,7 +19,7 @@ from torch.nn import functional
 FREQUENCY_DIM = 256
 MLP_RATIO = 4
 LAYER_NORM_EPSILON = 1e-6
-MATMUL_SIZE, MATMUL_COUNT = 2048, 5  # as in lrdit.modes.benchmark
+MATMUL_SIZE, MATMUL_COUNT = 2048, 5  # as in lrdit.benchmark.arms
 
 
 def layer_norm(x: torch.Tensor) -> torch.Tensor:

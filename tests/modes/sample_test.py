@@ -142,13 +142,13 @@ def test_other_weights_of_the_same_step_start_over(workdir, tmp_path, log_lines)
     ("random", random_labels(0, np.arange(10), 10).tolist()),
   ],
 )
-def test_labels_are_those_asked_for_and_those_drawn(workdir, monkeypatch, rule, expected):
+def test_labels_are_those_asked_for_and_those_used(workdir, monkeypatch, rule, expected):
   used = []
   sample_batch = Sampler.sample_batch
 
-  def recording(self, params, index, labels):
+  def recording(self, params, index, labels, path):
     used.extend(labels.tolist())
-    return sample_batch(self, params, index, labels)
+    return sample_batch(self, params, index, labels, path)
 
   monkeypatch.setattr(Sampler, "sample_batch", recording)
   directory = export(workdir, f"labels_{rule}", labels=rule)
@@ -184,7 +184,7 @@ def test_a_sample_that_is_not_finite_stops_the_export(workdir, monkeypatch, fiel
   assert metadata(export(workdir, name, **fields))["num_drawn"] == 10
 
 
-def test_a_guidance_of_1000_is_told_of(workdir, log_lines):
+def test_a_guidance_of_1000_is_logged(workdir, log_lines):
   directory = export(workdir, "guided", guidance_scale=1000.0)
   assert metadata(directory)["is_mostly_saturated"]
   assert metadata(directory)["saturated_share"] > 0.5

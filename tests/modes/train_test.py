@@ -1,6 +1,7 @@
 """Whole runs through the real command line: stop anywhere, start again."""
 
 import dataclasses
+import gzip
 import json
 import logging
 import os
@@ -23,30 +24,37 @@ from PIL import Image
 
 from lrdit.config.run_config import read_changes
 from lrdit.experiment import Experiment
-from lrdit.modes import evaluate, train
+from lrdit.modes import evaluate, sample, train
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from lrdit.train import optimizer
 from lrdit.train.monitor import advice_on_non_finite
 from tests import tiny
-from tests.trained import assert_same_run, final_state
+from tests.trained import SHALLOW, assert_same_run, final_state
 
 # Long enough to be interrupted, and with everything that happens on the way.
-LONG = ("--config.training.num_steps=60", "--config.checkpoint.every_steps=10")
+LONG = (
+  "--config.training.num_steps=60",
+  "--config.checkpoint.every_steps=10",
+  "--config.training.eval_every_steps=20",
+)
+LONG_CONFIG = dict(
+  training__num_steps=60, checkpoint__every_steps=10, training__eval_every_steps=20
+)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
   """A run of 60 steps that nothing interrupts."""
   workdir = tmp_path_factory.mktemp("undisturbed")
-  tiny.run_main(workdir, *LONG, "--config.training.eval_every_steps=20")
+  tiny.run_main(workdir, *LONG)
   return workdir
 
 
 def start(workdir, *flags, num_devices=None):
   """To be entered by `with`, which closes its pipe."""
   return subprocess.Popen(
-    tiny.command(workdir, *LONG, "--config.training.eval_every_steps=20", *flags),
+    tiny.command(workdir, *LONG, *flags),
     cwd=tiny.ROOT,
     env=tiny.environment(num_devices),
     stderr=subprocess.PIPE,
@@ -90,7 +98,7 @@ def test_a_killed_run_resumes_to_the_bit(undisturbed, tmp_path, step):
     process.kill()
   before = len((tmp_path / "metrics.jsonl").read_text().splitlines())
   assert before < 60, "killed too late to test anything"
-  done = tiny.run_main(tmp_path, *LONG, "--config.training.eval_every_steps=20")
+  done = tiny.run_main(tmp_path, *LONG)
   resumed = re.search(r"resuming from the checkpoint of step (\d+)", done.stderr)
   # At most the steps since the last checkpoint (or the one being written).
   assert int(resumed[1]) >= step - 20 if resumed else step <= 20
@@ -110,27 +118,26 @@ def test_a_stopped_run_saves_and_resumes_to_the_bit(undisturbed, tmp_path, numbe
   stopped = re.search(rf"stopped by {number.name} at step (\d+)", rest)
   assert stopped, rest
   assert final_state(tmp_path).step == int(stopped[1])
-  tiny.run_main(tmp_path, *LONG, "--config.training.eval_every_steps=20")
+  tiny.run_main(tmp_path, *LONG)
   assert_same_run(tmp_path, undisturbed)
 
 
-def test_a_finished_run_is_left_alone(undisturbed):
+def test_a_finished_run_is_left_alone(undisturbed, told):
   before = (undisturbed / "metrics.jsonl").read_text()
-  done = tiny.run_main(undisturbed, *LONG, "--config.training.eval_every_steps=20")
-  assert "trained 60 steps" in done.stderr
+  train.train(tiny.tiny_config(**LONG_CONFIG), str(undisturbed), jax.devices()[:1])
+  assert "trained 60 steps" in told.text
   assert (undisturbed / "metrics.jsonl").read_text() == before
 
 
 def test_devices_do_not_change_a_run_or_its_samples(undisturbed, tmp_path):
-  flags = (*LONG, "--config.training.eval_every_steps=20")
-  tiny.run_main(tmp_path, *flags, num_devices=4)
+  tiny.run_main(tmp_path, *LONG, num_devices=4)
   np.testing.assert_allclose(tiny.losses(tmp_path)[:20], tiny.losses(undisturbed)[:20], rtol=1e-5)
   np.testing.assert_allclose(tiny.losses(tmp_path), tiny.losses(undisturbed), rtol=1e-3)
   # The same checkpoint, sampled on one and on four devices.
   exports = []
   for devices in (1, 4):
-    name = f"--config.sampling.name=on{devices}"
-    tiny.run_main(undisturbed, "--mode=sample", name, num_devices=devices)
+    config = tiny.tiny_config(**LONG_CONFIG, sampling__name=f"on{devices}")
+    sample.sample(config, str(undisturbed), jax.devices()[:devices])
     with np.load(undisturbed / "samples" / f"on{devices}" / "samples.npz") as arrays:
       exports.append(arrays["arr_0"].astype(int))
   assert np.abs(exports[0] - exports[1]).max() <= 1
@@ -142,7 +149,7 @@ def test_a_checkpoint_of_four_devices_resumes_on_one(undisturbed, tmp_path):
     process.terminate()
     process.communicate()
   assert process.returncode == 75
-  tiny.run_main(tmp_path, *LONG, "--config.training.eval_every_steps=20")
+  tiny.run_main(tmp_path, *LONG)
   np.testing.assert_allclose(tiny.losses(tmp_path), tiny.losses(undisturbed), rtol=1e-3)
 
 
@@ -164,16 +171,15 @@ def test_every_arm_trains_samples_and_is_evaluated(tmp_path, arm):
     samples, labels = arrays["arr_0"], arrays["arr_1"]
   assert (samples.shape, samples.dtype) == ((10, 8, 8, 3), np.uint8)
   assert (labels.dtype, labels.tolist()) == (np.int64, list(range(10)))
-  for i, sample in enumerate(samples):
+  for i, pixels in enumerate(samples):
     with Image.open(export / "png" / f"{i:06d}.png") as png:
-      np.testing.assert_array_equal(png, sample)
+      np.testing.assert_array_equal(png, pixels)
   with Image.open(export / "grid.png") as grid:
     assert grid.size[0] == 10 * 50 - 2
 
 
 def test_evaluation_is_training_s_own_and_of_the_averaged_weights(undisturbed):
-  fields = dict(training__num_steps=60, training__eval_every_steps=20, checkpoint__every_steps=10)
-  config = tiny.tiny_config(evaluation__extractors=(), **fields)
+  config = tiny.tiny_config(evaluation__extractors=(), **LONG_CONFIG)
   evaluate.evaluate(config, str(undisturbed), jax.devices()[:1])
   losses = json.loads((undisturbed / "evaluation.json").read_text())["held_out"]
   trained = tiny.read_metrics(undisturbed)[-1]["eval/loss"]
@@ -255,7 +261,7 @@ def test_a_spoilt_checkpoint_is_deleted_as_its_message_says(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("quantity", "step", "newest", "before", "says"),
+  ("quantity", "step", "newest", "before", "advice"),
   [
     ("loss", 9, 8, 4, "delete checkpoints/8, lower .*, which goes on from step 4$"),
     ("gradient", 9, 8, 0, "delete checkpoints/8, lower .*, which goes on from the start$"),
@@ -265,14 +271,14 @@ def test_a_spoilt_checkpoint_is_deleted_as_its_message_says(tmp_path):
     ("batch", 9, 8, 4, r"^The last good checkpoint is step 8. The data is damaged: "),
   ],
 )
-def test_advice_fits_what_is_there(quantity, step, newest, before, says):
+def test_advice_fits_what_is_there(quantity, step, newest, before, advice):
   assert re.search(
-    says, advice_on_non_finite(quantity, step, newest, before, pathlib.Path("checkpoints"))
+    advice, advice_on_non_finite(quantity, step, newest, before, pathlib.Path("checkpoints"))
   )
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_another_dtype_and_says_so(tmp_path, told):
+def test_a_run_goes_on_in_another_dtype_and_logs_it(tmp_path, told):
   train_one_device(tmp_path, training__num_steps=4)
   train_one_device(tmp_path, training__num_steps=5, model__dtype="bfloat16", model__remat=True)
   assert np.isfinite(tiny.losses(tmp_path)).all()
@@ -297,7 +303,7 @@ def test_a_workdir_in_training_is_refused_to_another_training(tmp_path):
       train.Trainer(other, str(tmp_path), jax.devices()[:1])
 
 
-def test_a_nan_in_the_data_is_told_with_its_step(tmp_path, monkeypatch):
+def test_a_nan_in_the_data_is_reported_with_its_step(tmp_path, monkeypatch):
   config = tiny.tiny_config(training__num_steps=200)
   clean = Experiment(config).source("train")
   images = clean.images.copy()
@@ -314,70 +320,85 @@ def test_a_nan_in_the_data_is_told_with_its_step(tmp_path, monkeypatch):
 
 
 # A stage ends at its second or a later check; constant, so that a run can be prolonged.
-STAGES = (
-  "--config.curriculum.enabled=True",
-  "--config.curriculum.boundaries=(0,400,700,1000)",
-  "--config.curriculum.check_every_steps=4",
-  "--config.curriculum.patience=1",
-  "--config.curriculum.restart_optimizer=True",
-  "--config.optimizer.decay=constant",
-  "--config.optimizer.warmup_steps=2",
-  "--config.checkpoint.every_steps=100",
-)
-STAGES_CONFIG = {
+STAGES = SHALLOW | {
   "curriculum__enabled": True,
-  "curriculum__boundaries": (0, 400, 700, 1000),
+  "curriculum__boundaries": (0, 400, 1000),
+  "curriculum__check_every_steps": 4,
+  "curriculum__patience": 1,
+  "curriculum__restart_optimizer": True,
+  "optimizer__decay": "constant",
+  "optimizer__warmup_steps": 2,
+  "checkpoint__every_steps": 100,
 }
+
+
+def train_stages(workdir, num_steps):
+  """(stage, timesteps, first step) of each stage that the run enters."""
+  train_one_device(workdir, **STAGES, training__num_steps=num_steps)
+  log_file = (workdir / "train.log").read_text()
+  return re.findall(r"stage (\d)/3: timesteps (.*), from step (\d+)$", log_file, re.M)
 
 
 @pytest.fixture(scope="module")
 def staged(tmp_path_factory):
-  """A curriculum that nothing interrupts; the step each stage began at by its number."""
+  """A curriculum that nothing interrupts, and its stages."""
   workdir = tmp_path_factory.mktemp("staged")
-  done = tiny.run_main(workdir, *STAGES, "--config.training.num_steps=60")
-  entered = re.findall(r"^stage (\d)/4: timesteps (.*), from step (\d+)$", done.stderr, re.M)
-  return workdir, entered
+  return workdir, train_stages(workdir, 40)
 
 
 def test_a_curriculum_goes_through_its_stages(staged):
   workdir, entered = staged
-  ranges = ["700 to 999", "400 to 699", "0 to 399", "0 to 999"]
-  assert [(number, text) for number, text, _ in entered] == list(zip("1234", ranges, strict=True))
+  assert [entry[:2] for entry in entered] == [
+    ("1", "400 to 999"),
+    ("2", "0 to 399"),
+    ("3", "0 to 999"),
+  ]
   starts = [int(step) for *_, step in entered]
   assert starts[0] == 0
   assert all(step % 4 == 0 for step in starts)
-  lines = tiny.read_metrics(workdir)
-  for line in lines:
+  for line in tiny.read_metrics(workdir):
     stage = sum(start < line["step"] for start in starts)
     assert line["train/stage"] == stage
     groups = {name for name in line if name.startswith("train/loss_t")}
-    highest_first = ("train/loss_t0700-0999", "train/loss_t0400-0699", "train/loss_t0000-0399")
-    assert groups == set(highest_first[:stage])
-    began = starts[stage - 1]
-    share = min(1, (line["step"] - began) / 2)
+    assert groups == set(["train/loss_t0400-0999", "train/loss_t0000-0399"][:stage])
+    share = min(1, (line["step"] - starts[stage - 1]) / 2)
     assert line["train/learning_rate"] == pytest.approx(2e-3 * share, rel=1e-6)
 
 
 @pytest.mark.parametrize("after_start", [0, 3])
-def test_a_curriculum_resumes_to_the_bit(staged, tmp_path, after_start):
+def test_a_curriculum_resumes_to_the_bit(staged, tmp_path, told, after_start):
   """At the very step a stage begins, and inside it between two checks."""
   reference, entered = staged
   step = int(entered[1][2]) + after_start
-  done = tiny.run_main(tmp_path, *STAGES, f"--config.training.num_steps={step}")
-  assert "training ended in stage 2/4 of the curriculum" in done.stderr
-  done = tiny.run_main(tmp_path, *STAGES, "--config.training.num_steps=60")
-  assert f"resuming from the checkpoint of step {step}" in done.stderr
-  assert f"stage 2/4: timesteps 400 to 699, from step {entered[1][2]}" in done.stderr
-  assert "training ended in stage" not in done.stderr
-  assert_same_run(tmp_path, reference, **STAGES_CONFIG)
+  train_stages(tmp_path, step)
+  assert "training ended in stage 2/3 of the curriculum" in told.text
+  told.clear()
+  again = train_stages(tmp_path, 40)
+  assert f"resuming from the checkpoint of step {step}" in told.text
+  assert again[-2:] == entered[1:]
+  assert "training ended in stage" not in told.text
+  assert_same_run(tmp_path, reference, **STAGES)
 
 
 def test_other_numbers_of_timesteps_scale_the_groups(tmp_path):
-  flags = ("--config.training.num_steps=2", "--config.diffusion.num_train_timesteps=20")
-  tiny.run_main(tmp_path, *flags)
+  fields = SHALLOW | {"training__num_steps": 2, "diffusion__num_train_timesteps": 20}
+  train_one_device(tmp_path, **fields)
   names = [name for name in tiny.read_metrics(tmp_path)[-1] if name.startswith("train/loss_t")]
   assert names[:2] == ["train/loss_t0000-0001", "train/loss_t0002-0003"]
   assert all(int(name[-4:]) < 20 for name in names)
+
+
+def test_a_profile_of_some_steps_is_written(tmp_path):
+  config = tiny.tiny_config(**SHALLOW, training__num_steps=4)
+  with config.unlocked():
+    config.training.profile_steps = (2, 3)
+  train.train(config, str(tmp_path), jax.devices()[:1])
+  [trace] = tmp_path.glob("profile/plugins/profile/*/*.trace.json.gz")
+  with gzip.open(trace, "rt") as file:
+    names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
+  assert sum("PjitFunction" in name or "train_step" in name for name in names) > 0
+  assert list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))
+  assert len(tiny.losses(tmp_path)) == 4
 
 
 def read_terminal(fd, process, timeout=120):
@@ -431,7 +452,7 @@ def test_the_learning_rate_in_the_metrics_is_the_one_applied(undisturbed):
     )
 
 
-def test_a_grid_that_is_not_finite_is_told_of(monkeypatch, caplog):
+def test_a_grid_that_is_not_finite_is_logged(monkeypatch, caplog):
   batch = np.zeros((80, 8, 8, 1), np.float32)
   batch[3, 0, 0] = np.nan
   config = tiny.tiny_config(training__sample_every_steps=4)

@@ -21,7 +21,7 @@ def balanced(index):
   return sampler.balanced_labels(index, 10)
 
 
-def draw(config, num_samples, label_rule=balanced, num_devices=1):
+def sample(config, num_samples, label_rule=balanced, num_devices=1):
   made = Experiment(config).sampler(jax.devices()[:num_devices])
   batches = list(made.sample(noisy_params(config), label_rule, num_samples))
   return np.concatenate(batches), made
@@ -63,7 +63,7 @@ def test_sliced_trajectory_is_the_masked_one(solver, schedule):
     sampling__clip_x_0=False,
   )
   expected = masked_trajectory(config, 4)
-  got, made = draw(config, 4)
+  got, made = sample(config, 4)
   assert {bucket for bucket, _, _ in made.segments} == set(range(3))
   assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
 
@@ -72,13 +72,13 @@ def test_sliced_trajectory_is_the_masked_one(solver, schedule):
 def test_a_sample_does_not_depend_on_its_company(solver):
   settings = dict(sampling__solver=solver, sampling__eta=0.5 if solver == "ddim" else 0.0)
   config = tiny_config(**settings)
-  ten, _ = draw(config, 10)
+  ten, _ = sample(config, 10)
   assert ten.shape == (10, 8, 8, 1)
-  seven, _ = draw(config, 7)
+  seven, _ = sample(config, 7)
   np.testing.assert_array_equal(seven, ten[:7])
-  larger, _ = draw(tiny_config(**settings, sampling__batch_size=8), 10)
+  larger, _ = sample(tiny_config(**settings, sampling__batch_size=8), 10)
   np.testing.assert_allclose(larger, ten, atol=2e-5)
-  spread, _ = draw(config, 10, num_devices=4)
+  spread, _ = sample(config, 10, num_devices=4)
   np.testing.assert_allclose(spread, ten, atol=2e-5)
   assert len(np.unique(ten.reshape(10, -1), axis=0)) == 10
 
@@ -86,23 +86,31 @@ def test_a_sample_does_not_depend_on_its_company(solver):
 @pytest.mark.parametrize("schedule", ["logistic_decreasing", "midpeak"])
 def test_a_path_ends_at_the_sample_and_compiles_nothing_more(schedule):
   config = tiny_config(rank__schedule=schedule, sampling__num_steps=20)
-  ten, made = draw(config, 10)
+  ten, made = sample(config, 10)
   steps = [0, 3, 7, 8, 15, 19]
-  path = made.path(noisy_params(config), balanced, slice(4), steps)
+
+  def predictions(steps):
+    path = sampler.SamplePath(steps)
+    rows = made.sample_rows(noisy_params(config), balanced, range(0, 8, 4), slice(4), path)
+    for (_, got), expected in zip(rows, (ten[:4], ten[4:8]), strict=True):
+      np.testing.assert_array_equal(got, expected)
+    return np.stack(path.x_0)
+
+  path = predictions(steps)
   assert path.shape == (6, 8, 8, 1)
   np.testing.assert_allclose(path[-1], ten[0], atol=2e-5)  # the last step of ddim returns x_0
-  whole = made.path(noisy_params(config), balanced, slice(4), range(20))
+  whole = predictions(range(20))
   np.testing.assert_array_equal(path, whole[steps])
   assert len(np.unique(whole.reshape(20, -1), axis=0)) == 20
   assert [run._cache_size() for run in made.run_bucket.values()] == [1, 1, 1]
 
 
 def test_seed_label_and_steps_matter():
-  base, _ = draw(tiny_config(), 4)
+  base, _ = sample(tiny_config(), 4)
   for changed in (
-    draw(tiny_config(sampling__seed=1), 4)[0],
-    draw(tiny_config(), 4, label_rule=lambda index: np.full(len(index), 9, np.int32))[0],
-    draw(tiny_config(sampling__num_steps=11), 4)[0],
+    sample(tiny_config(sampling__seed=1), 4)[0],
+    sample(tiny_config(), 4, label_rule=lambda index: np.full(len(index), 9, np.int32))[0],
+    sample(tiny_config(sampling__num_steps=11), 4)[0],
   ):
     assert np.abs(changed - base).max() > 1e-3
 
@@ -207,7 +215,7 @@ def test_labels():
 
 def test_samples_are_clipped_only_if_asked():
   config = dict(sampling__num_steps=3, diffusion__prediction="epsilon")
-  clipped, _ = draw(tiny_config(**config), 4)
-  free, _ = draw(tiny_config(**config, sampling__clip_x_0=False), 4)
+  clipped, _ = sample(tiny_config(**config), 4)
+  free, _ = sample(tiny_config(**config, sampling__clip_x_0=False), 4)
   assert np.abs(clipped).max() <= 1.0
   assert np.abs(free).max() > 1.0

@@ -40,7 +40,7 @@ def test_only_matrices_decay():
 
 
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
-def test_the_gradient_is_clipped_before_the_optimiser(name):
+def test_the_gradient_is_clipped_before_the_optimizer(name):
   """A clipped gradient and one of that very norm move the parameters alike."""
   params = {"w": jnp.array([[1.0, 2.0]])}
   clipped = optimizer.make_optimizer(name, 0.0, 1.0)
@@ -51,6 +51,26 @@ def test_the_gradient_is_clipped_before_the_optimiser(name):
   np.testing.assert_allclose(a["w"], b["w"], rtol=1e-6)
   moments = [optax.tree.get(s, "mu")["w"] for s in (state_a, state_b)]
   np.testing.assert_allclose(*moments, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "betas"), [("adamw", (0.9, 0.999)), ("lion", (0.9, 0.99))])
+def test_constants_are_the_optimizer_s_own_unless_given(name, betas):
+  """Two steps, so that each constant counts."""
+
+  def moved(**constants):
+    tx = optimizer.make_optimizer(name, 0.0, 0.0, **constants)
+    params = {"w": jnp.array([[1.0, 2.0]])}
+    state, trace = tx.init(params), []
+    for gradient in (1e-3, -5e-5):
+      update, state = tx.update({"w": jnp.array([[gradient, 2.0]])}, state, params)
+      trace += [update["w"], optax.tree.get(state, "mu")["w"]]
+    return np.array(trace)
+
+  default = moved()
+  np.testing.assert_array_equal(moved(beta1=betas[0], beta2=betas[1], epsilon=1e-8), default)
+  for constants in ({"beta1": 0.5}, {"beta2": 0.5}, {"epsilon": 0.1}):
+    if name == "adamw" or "epsilon" not in constants:
+      assert (moved(**constants) != default).any(), constants
 
 
 def test_average_warms_up_then_keeps_its_decay():
