@@ -20,6 +20,7 @@ MAY_IMPORT = {
 MAY_IMPORT["config"] = tuple(MAY_IMPORT)
 MAY_IMPORT["experiment"] = tuple(MAY_IMPORT)
 MAY_IMPORT["benchmark"] = tuple(MAY_IMPORT)
+MAY_IMPORT["run"] = tuple(MAY_IMPORT)
 MAY_IMPORT["analysis"] = tuple(MAY_IMPORT)
 MAY_IMPORT["report"] = tuple(MAY_IMPORT)
 MAY_IMPORT["modes"] = tuple(MAY_IMPORT)

@@ -8,6 +8,7 @@ import numpy as np
 
 from lrdit.experiment import Experiment
 from lrdit.model import dit
+from lrdit.runtime import parallel
 from lrdit.train.checkpoints import Checkpoints
 from lrdit.train.state import create_train_state
 from tests import tiny
@@ -32,6 +33,16 @@ def fresh_state(config, params=None):
   experiment = Experiment(config)
   params = experiment.init_params() if params is None else params
   return create_train_state(params, experiment.optimizer, experiment.curriculum.num_groups)
+
+
+def save_checkpoint(workdir, config, step=8, scale=1.0):
+  """Write a checkpoint of noisy parameters."""
+  params = jax.tree.map(lambda x: scale * x, noisy_params(config))
+  state = parallel.to_host(fresh_state(config, params))
+  opened = Checkpoints(workdir, keep=1)
+  opened.save(state.replace(step=np.asarray(step, np.int32)), config.to_dict())
+  opened.wait()
+  opened.close()
 
 
 def final_state(workdir, arg="", **overrides):

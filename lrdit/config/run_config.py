@@ -181,3 +181,25 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
   copy = max(copies, key=os.path.getmtime, default=None)
   fix = f"copy {copy} over it" if copy else f"delete {workdir / 'checkpoints'} to start again"
   raise UserError(f"{path} is damaged ({error}): {fix}, or use another --workdir")
+
+
+def as_config(stored: dict[str, Any]) -> ConfigDict:
+  """Return what config.json holds as a config, with tuples for JSON's lists."""
+
+  def tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+      return {key: tuples(item) for key, item in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+  return ConfigDict(tuples(stored))
+
+
+def stored_config(workdir: pathlib.Path) -> ConfigDict:
+  """Return the config of a run.
+
+  Raises:
+    UserError: the directory is not a workdir, or config.json is damaged.
+  """
+  if not (workdir / "config.json").exists():
+    raise UserError(f"{workdir} is not the workdir of a run (it has no config.json)")
+  return as_config(read_config(workdir))

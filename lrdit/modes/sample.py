@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,16 +13,20 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from lrdit.config.run_config import open_trained
+from lrdit.data import images
 from lrdit.experiment import Experiment, ToPixels
 from lrdit.runtime import cluster, parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.progress import make_bar
+from lrdit.runtime.store import write_json
 from lrdit.sampling.sample_set import SampleSetWriter
 from lrdit.sampling.sampler import Sampler
 from lrdit.sampling.settings import make_label_rule, make_settings
 from lrdit.train import checkpoints, run_files
 
 log = logging.getLogger("lrdit")
+
+PATH_STEPS = 10  # solver steps that the path of a sample shows
 
 
 @dataclasses.dataclass
@@ -63,6 +68,30 @@ class SampleBatches:
         raise self._non_finite(start + int(np.argmin(are_finite)))
       yield pixels
 
+  def write_path(self, directory: pathlib.Path) -> None:
+    """Write path.png, the clean images predicted on the way to sample 0, and path.json.
+
+    path.json holds the label, the solver steps, their timesteps, and the active ranks of each
+    factorised layer there.
+    """
+    label_rule, t, plan = (
+      make_label_rule(self.config),
+      self.sampler.table.t,
+      self.sampler.model.plan,
+    )
+    steps = np.unique(np.linspace(0, len(t) - 1, PATH_STEPS).round().astype(int)).tolist()
+    rows = parallel.own_rows(self.config.sampling.batch_size)
+    x_0 = self.sampler.path(self.params, label_rule, rows, steps)
+    images.write_grid(directory / "path.png", self.to_pixels(x_0)[0], len(steps))
+    buckets = plan.bucket_of_timestep[t[steps]]
+    record = {
+      "label": None if label_rule is None else int(label_rule(np.arange(1))[0]),
+      "steps": steps,
+      "timesteps": t[steps].tolist(),
+      "ranks": {name: [ranks.active[bucket] for bucket in buckets] for name, ranks in plan.layers},
+    }
+    write_json(directory / "path.json", record)
+
   def _non_finite(self, index: int) -> UserError:
     s, fixes = self.config.sampling, []
     if s.guidance_scale != 1.0:
@@ -98,6 +127,7 @@ def export(batches: SampleBatches, writer: SampleSetWriter, num_devices: int) ->
   if writer.num_done < s.num_samples:
     batches.compile()
   compile_seconds = time.perf_counter() - start
+  batches.write_path(writer.directory)
   writer.start_clock()
   with make_bar(s.num_samples, writer.num_done, "image") as bar:
     for batch in batches.iterate(writer.num_done):

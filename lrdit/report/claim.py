@@ -1,12 +1,14 @@
-"""The claim: adaptive keeps the full arm's quality at fewer MACs, and beats the static control."""
+"""The claim: adaptive keeps the full arm's quality at fewer MACs and beats the static control."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lrdit.report.compare import ROUNDING
+from lrdit.report.arms import Arm
+from lrdit.report.compare import ROUNDING, Comparison, Difference
 
-# (baseline, key of the row or its end behind an extractor's name, label, worst that keeps it:
-# how much worse than the baseline, in % of a ratio or in points; the target in words).
+# (baseline, key of the row or its end behind an extractor's name, label, how much worse than the
+# baseline the arm may be in % of a ratio or in points, the target in words).
 CHECKS = (
   ("full", "held_out_loss_ema", "held-out loss, EMA weights", 3.0, "at most 3 % more"),
   ("full", "recognition_accuracy", "recognition accuracy", 2.0, "at most 2 points less"),
@@ -15,69 +17,78 @@ CHECKS = (
 )
 
 
-def judge(
-  arms: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
-  """The checks of each adaptive arm, or of none where there is none.
+@dataclasses.dataclass
+class Check:
+  """One target of an adaptive arm."""
 
-  Args:
-    arms: of `report.group_arms`.
-    comparisons: of `report_compare.compare`.
+  against: str  # the baseline's method
+  key: str
+  label: str
+  target: str
+  macs_ratio: float | None  # forward MACs of the arm over the baseline's
+  settings: dict[str, Any] | None = None  # of samples
+  outcome: str = "not measured"  # or "kept", or "missed by ..."
+  reason: str = ""  # why it is not measured
+  value: float | None = None  # how far the arm is above the baseline, in `unit`
+  standard_error: float | None = None  # of the value; None for one seed
+  unit: str = ""  # "%" or "points"
+  better: str = ""  # the method that is better, or "neither"
+  verdict: str = ""  # against the seeds' spread
 
-  Returns:
-    of each adaptive arm: "arm" (its number, or None), "also" (by baseline, what
-    else its config differs in) and "checks". A check has "against" (method),
-    "key", "label", "settings" (of samples, else None), "target", "macs_ratio"
-    (arm / baseline, or None) and "outcome": "kept", "missed by ..." or "not
-    measured", with the "reason". A measured one has "value" (arm above
-    baseline, in "unit": % or points), "standard_error" (None of one seed),
-    "better" (a method, or "neither") and "verdict" (against the seeds' spread).
-  """
-  numbers: list[int | None] = [i for i, arm in enumerate(arms) if arm["method"] == "adaptive"]
-  judged = []
-  for number in numbers or [None]:
-    own = {arms[c["baseline"]]["method"]: c for c in comparisons if c["arm"] == number}
-    checks = [check for described in CHECKS for check in _checks(own.get(described[0]), *described)]
-    also = {method: compared["also"] for method, compared in own.items()}
-    judged.append({"arm": number, "also": also, "checks": checks})
-  return judged
+
+@dataclasses.dataclass
+class Claim:
+  """The checks of an adaptive arm, by its number."""
+
+  arm: int | None  # None if there is no adaptive arm
+  also: dict[str, list[str]]  # by baseline: further fields in which the configs differ
+  checks: list[Check]
+
+
+def judge(arms: Sequence[Arm], comparisons: Sequence[Comparison]) -> list[Claim]:
+  """Check each adaptive arm; without any, return one claim that is not measured."""
+  adaptive: list[int | None] = [i for i, arm in enumerate(arms) if arm.method == "adaptive"]
+  claims = []
+  for number in adaptive or [None]:
+    own = {arms[c.baseline].method: c for c in comparisons if c.arm == number}
+    also = {method: comparison.also for method, comparison in own.items()}
+    checks = [check for target in CHECKS for check in _checks(own.get(target[0]), *target)]
+    claims.append(Claim(number, also, checks))
+  return claims
 
 
 def _checks(
-  compared: dict[str, Any] | None, against: str, key: str, label: str, worst: float, target: str
-) -> Iterator[dict[str, Any]]:
-  """One check for each extractor and way of sampling; one that is not measured if there is none."""
-  rows = compared["rows"] if compared else []
-  macs = next((row.get("value") for row in rows if row["key"] == "mean_forward_macs"), None)
-  check = {"against": against, "key": key, "label": label, "settings": None, "target": target}
-  check["macs_ratio"] = macs
-  found = [row for row in rows if key in (row["key"], row["key"].partition("_")[2])]
+  comparison: Comparison | None, against: str, key: str, label: str, worst: float, target: str
+) -> Iterator[Check]:
+  """Yield a check for each extractor and way of sampling, or one that is not measured."""
+  rows = comparison.rows if comparison else []
+  macs = next((row.value for row in rows if row.key == "mean_forward_macs"), None)
+  found = [row for row in rows if key in (row.key, row.key.partition("_")[2])]
   for row in found:
-    told = {"key": row["key"], "settings": row.get("settings")}
-    if row["section"] == "Samples":  # where the label names the extractor
-      told["label"] = row["label"]
-    yield check | told | _outcome(row, against, worst)
+    outcome = judge_difference(row, against, worst)
+    yield Check(against, row.key, row.label, target, macs, row.settings, **outcome)
   if not found:
-    reason = "no such figure" if compared else f"there is no pair of adaptive and {against}"
-    yield check | {"outcome": "not measured", "reason": reason}
+    reason = "no such metric" if comparison else f"there is no pair of adaptive and {against}"
+    yield Check(against, key, label, target, macs, reason=reason)
 
 
-def _outcome(row: dict[str, Any], against: str, worst: float) -> dict[str, Any]:
-  if "missing" in row:
-    return {"outcome": "not measured", "reason": row["missing"]}
-  is_ratio = row["compare"] == "ratio"
-  value, error = row["value"], row["standard_error"]
-  if is_ratio:
-    value, error = 100 * (value - 1), None if error is None else 100 * error
-  worse, unit = (value, "%") if is_ratio else (-value, "points")  # losses and distances are ratios
+def judge_difference(row: Difference, against: str, worst: float) -> dict[str, Any]:
+  """Return the measured fields of a `Check`."""
+  value, error, unit = row.value, row.standard_error, "points"
+  if value is None:
+    return {"reason": row.missing}
+  worse = -value
+  if row.compare == "ratio":  # losses and distances
+    value, error, unit = 100 * (value - 1), None if error is None else 100 * error, "%"
+    worse = value
   is_better, is_worse = worse < -100 * ROUNDING, worse > 100 * ROUNDING
   kept = worse < worst + 100 * ROUNDING if worst else is_better
   side = "adaptive" if is_better else against
   return {
+    "outcome": "kept" if kept else f"missed by {max(0, round(worse - worst, 9)):.3g} {unit}",
     "value": value,
     "standard_error": error,
     "unit": unit,
-    "outcome": "kept" if kept else f"missed by {max(0, round(worse - worst, 9)):.3g} {unit}",
     "better": side if is_better or is_worse else "neither",
-    "verdict": row["verdict"],
+    "verdict": row.verdict,
   }

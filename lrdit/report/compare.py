@@ -1,214 +1,169 @@
-"""Figures of several runs: mean and spread, what may be compared, and the comparison."""
+"""Quantities of several runs: mean and spread, what may be compared, and the comparison.
 
+A quantity is measured under a protocol, a dict of settings. Only values of equal protocols are
+averaged or compared; every other one is marked with what differs.
+"""
+
+import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lrdit.runtime.store import flatten
+from lrdit.report.arms import Arm, deviation
+from lrdit.report.fields import describe_difference, differing_fields, unique
 
 BASELINES = ("full", "static")
-ROUNDING = 1e-9  # relative: means that are no further apart are equal but for rounding
-# The last part of a figure's name: (label, format, how it is compared).
-FIGURES = {
-  "frechet_distance": ("Frechet distance", "loss", "ratio"),
-  "kernel_distance": ("kernel distance", "loss", None),
-  "kernel_distance_std": ("kernel distance, deviation over its subsets", "loss", None),
-  "precision": ("precision", "share", None),
-  "recall": ("recall", "share", None),
-  "recognition_accuracy": ("recognition accuracy", "share", "points"),
-  "recognition_accuracy_of_held_out_images": (
-    "recognition accuracy of real held-out images",
-    "share",
-    None,
-  ),
-  "num_samples": ("images compared", "count", None),
-  "num_subset_samples": ("images of kernel distance, precision and recall", "count", None),
-}
-# What is the same for every arm, and told once.
-SHARED_FIGURES = ("recognition_accuracy_of_held_out_images", "num_samples", "num_subset_samples")
+ROUNDING = 1e-9  # relative: means that are no further apart differ by rounding alone
 
 
-def describe(figure: str) -> tuple[str, str, str | None]:
-  """(label, format, comparison) of a figure named EXTRACTOR_FIGURE.
+@dataclasses.dataclass
+class Measurement:
+  """One value of one run, and the sample set that it was measured on."""
 
-  The label keeps the extractor; only a Frechet distance over Inception's
-  features is the FID.
-  """
-  extractor, _, name = figure.partition("_")
-  label, form, comparison = FIGURES.get(name, (name.replace("_", " "), "loss", None))
-  if figure == "inception_frechet_distance":
-    label = "FID"
-  return f"{label} ({extractor})", form, comparison
-
-
-def is_shared(row: dict[str, Any]) -> bool:
-  """Whether a row tells how samples were measured and not how good an arm's are."""
-  return row["section"] == "Samples" and row["key"].partition("_")[2] in SHARED_FIGURES
+  value: int | float
+  workdir: str
+  seed: Any
+  protocol: dict[str, Any]
+  sample_set: str | None = None
+  sampling_seed: int | None = None
 
 
-def unique(values: Iterable[Any]) -> list[Any]:
-  """Values without repetitions, in order; they need no hash."""
-  kept: list[Any] = []
-  for value in values:
-    if value not in kept:
-      kept.append(value)
-  return kept
+@dataclasses.dataclass
+class Group:
+  """Mean and spread of an arm's values of one protocol."""
+
+  protocol: dict[str, Any]
+  n: int
+  num_runs: int  # that the n values come from
+  mean: float
+  std: float | None  # with n - 1 in the denominator; None for one value
+  run_mean: float  # of the means of the runs
+  run_std: float | None  # None for one run
+  values: list[Measurement]
+  differs: str = ""  # how the protocol differs from that of the row's first group
 
 
-def differing_fields(*settings: dict[str, Any]) -> list[str]:
-  """Fields whose values are not the same in all of some flat or nested dicts, sorted."""
-  flat = [flatten(one) for one in settings]
-  fields = sorted(set().union(*flat))
-  return [field for field in fields if len(unique(one.get(field) for one in flat)) > 1]
+@dataclasses.dataclass
+class Cell:
+  """One quantity of one arm: an exact value, or a group for each protocol, or neither."""
+
+  exact: Any = None
+  groups: list[Group] = dataclasses.field(default_factory=list)
 
 
-def tell_difference(first: dict[str, Any], other: dict[str, Any]) -> str:
-  """ "field: this, not that" of every field that differs from the first; "" if none does."""
-  mine, theirs = flatten(other), flatten(first)
+@dataclasses.dataclass
+class Row:
+  """One quantity of every arm."""
 
-  def short(value: Any) -> str:
-    text = "nothing" if value is None else str(value)
-    return text if len(text) <= 16 else text[:12] + "…"
+  section: str
+  key: str
+  label: str
+  format: str  # of `page.format_value`
+  compare: str | None  # "ratio" (arm / baseline), "points" (100 times arm - baseline) or None
+  cells: list[Cell]  # of each arm
+  settings: dict[str, Any] | None = None  # how the samples were drawn that it was measured on
 
-  return "; ".join(
-    f"{field} {short(mine.get(field))}, not {short(theirs.get(field))}"
-    for field in differing_fields(first, other)
-  )
+
+@dataclasses.dataclass
+class Difference:
+  """One quantity of an arm against a baseline's; the first fields are those of its `Row`."""
+
+  section: str
+  key: str
+  label: str
+  compare: str
+  settings: dict[str, Any] | None = None
+  value: float | None = None  # the ratio or the points
+  standard_error: float | None = None  # of a ratio to first order; None if either arm has one run
+  spread: float | None = None  # the larger of both arms' deviations over their runs
+  verdict: str = ""  # whether the difference is larger than the spread
+  missing: str = ""  # why there is no value
 
 
-def summarise(measured: Iterable[list[dict[str, Any]]]) -> dict[str, Any]:
-  """Mean and spread of an arm's measurements of one quantity.
+@dataclasses.dataclass
+class Comparison:
+  """An arm against a baseline, both by number."""
 
-  Args:
-    measured: lists of measurements: "value", "workdir", "protocol" and more.
+  arm: int
+  baseline: int
+  also: list[str]  # fields that differ beside the method and its ranks
+  rows: list[Difference]
 
-  Returns:
-    {"groups": [...]}, one for each protocol in order of appearance: "protocol",
-    "n" values of "num_runs" runs, "mean", "std" (n-1 in the denominator; None
-    of one value), "run_mean" and "run_std" (of the runs' means; None of one
-    run) and "values".
-  """
-  values = [measurement for several in measured for measurement in several]
-  groups = []
-  for protocol in unique(value["protocol"] for value in values):
-    kept = [
-      {k: v for k, v in value.items() if k != "protocol"}
-      for value in values
-      if value["protocol"] == protocol
-    ]
-    numbers = [value["value"] for value in kept]
-    of_run: dict[str, list[float]] = {}
+
+def summarise(measured: Iterable[Measurement]) -> Cell:
+  """Return the mean and spread of an arm's values, a group for each protocol."""
+  values, groups = list(measured), []
+  for protocol in unique(value.protocol for value in values):
+    kept = [value for value in values if value.protocol == protocol]
+    by_run: dict[str, list[float]] = {}
     for value in kept:
-      of_run.setdefault(value["workdir"], []).append(value["value"])
-    run_means = [statistics.fmean(own) for own in of_run.values()]
-    groups.append(
-      {
-        "protocol": protocol,
-        "n": len(numbers),
-        "num_runs": len(run_means),
-        "mean": statistics.fmean(numbers),
-        "std": _deviation(numbers),
-        "run_mean": statistics.fmean(run_means),
-        "run_std": _deviation(run_means),
-        "values": kept,
-      }
-    )
-  return {"groups": groups}
+      by_run.setdefault(value.workdir, []).append(value.value)
+    numbers, means = [value.value for value in kept], [*map(statistics.fmean, by_run.values())]
+    spreads = [f(x) for x in (numbers, means) for f in (statistics.fmean, deviation)]
+    groups.append(Group(protocol, len(numbers), len(means), *spreads, kept))
+  return Cell(groups=groups)
 
 
-def _deviation(values: Sequence[float]) -> float | None:
-  return statistics.stdev(values) if len(values) > 1 else None
-
-
-def mark_protocols(row: dict[str, Any]) -> None:
-  """Adds "differs" to the groups of a row that may not be compared with its first one."""
-  groups = [group for cell in row["cells"] for group in cell.get("groups", ())]
+def mark_protocols(row: Row) -> None:
+  """Set `differs` of every group by the row's first one."""
+  groups = [group for cell in row.cells for group in cell.groups]
   for group in groups:
-    group["differs"] = tell_difference(groups[0]["protocol"], group["protocol"])
+    group.differs = describe_difference(groups[0].protocol, group.protocol)
 
 
-def compare(arms: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Each arm against the full one, the adaptive ones against the static and the first adaptive one.
+def compare(arms: Sequence[Arm], rows: Sequence[Row]) -> list[Comparison]:
+  """Compare every arm with the full one, then with the static one, then with the first other one.
 
-  Of several full or static arms, each arm is compared with the one that shares most of its
-  config.
-
-  Returns:
-    of each arm and baseline: "arm" and "baseline" (numbers of arms), "also"
-    (fields that differ besides the method and its ranks) and "rows" as
-    `compare_cells` gives, with the "key", "label", "section" and "format".
+  Of several full or static arms, an arm is compared with the one that shares most of its config.
   """
-  found = []
-  for method in BASELINES:
-    candidates = [i for i, arm in enumerate(arms) if arm["method"] == method]
+  pairs = []
+  for i, method in enumerate(BASELINES):
+    candidates = [number for number, arm in enumerate(arms) if arm.method == method]
     for number, arm in enumerate(arms):
-      wanted = arm["method"] not in BASELINES[: BASELINES.index(method) + 1]
-      if not candidates or not wanted:
-        continue
-      apart = {i: differing_fields(arms[i]["key"], arm["key"]) for i in candidates}
-      nearest = min(candidates, key=lambda i: len(apart[i]))
-      found.append(_compare_arms(arms, rows, number, nearest))
-  rest = [i for i, arm in enumerate(arms) if arm["method"] not in BASELINES]
-  return found + [_compare_arms(arms, rows, number, rest[0]) for number in rest[1:]]
+      if candidates and arm.method not in BASELINES[: i + 1]:
+        apart = {c: len(differing_fields(arms[c].key, arm.key)) for c in candidates}
+        pairs.append((number, min(candidates, key=apart.get)))
+  rest = [i for i, arm in enumerate(arms) if arm.method not in BASELINES]
+  pairs += [(number, rest[0]) for number in rest[1:]]
+  return [_compare_arms(arms, rows, *pair) for pair in pairs]
 
 
-def _compare_arms(
-  arms: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], number: int, baseline: int
-) -> dict[str, Any]:
-  """One entry of `compare`."""
-  apart = differing_fields(arms[baseline]["key"], arms[number]["key"])
-  compared = [
-    {k: row.get(k) for k in ("key", "label", "section", "settings", "compare")}
-    | compare_cells(row["cells"][number], row["cells"][baseline], row["compare"])
-    for row in rows
-    if row["compare"]
-  ]
-  also = [f for f in apart if f != "method" and not f.startswith("rank.")]
-  return {"arm": number, "baseline": baseline, "also": also, "rows": compared}
+def _compare_arms(arms: Sequence[Arm], rows: Sequence[Row], arm: int, baseline: int) -> Comparison:
+  apart = differing_fields(arms[baseline].key, arms[arm].key)
+  also = [field for field in apart if field != "method" and not field.startswith("rank.")]
+  differences = []
+  for row in (row for row in rows if row.compare):
+    described = (row.section, row.key, row.label, row.compare, row.settings)
+    measured = compare_cells(row.cells[arm], row.cells[baseline], row.compare)
+    differences.append(Difference(*described, **measured))
+  return Comparison(arm, baseline, also, differences)
 
 
-def compare_cells(cell: dict[str, Any], baseline: dict[str, Any], how: str) -> dict[str, Any]:
-  """One quantity of an arm against the baseline's, under the same protocol.
-
-  Args:
-    cell: of the arm, {"exact": value} or {"groups": ...} of `summarise`.
-    baseline: likewise.
-    how: "ratio" (arm / baseline) or "points" (100 times arm - baseline).
-
-  Returns:
-    "value" with "standard_error" (None where either has one run; for a ratio to
-    first order) and "verdict"; or "missing", the reason why there is no value.
-  """
-  if "exact" in cell and "exact" in baseline:
-    value = cell["exact"] / baseline["exact"]
-    return {"value": value, "standard_error": None, "verdict": "exact"}
-  if not cell.get("groups") or not baseline.get("groups"):
+def compare_cells(cell: Cell, baseline: Cell, how: str) -> dict[str, Any]:
+  """Return the measured fields of a `Difference`, by the largest groups of equal protocol."""
+  if cell.exact is not None and baseline.exact is not None:
+    return {"value": cell.exact / baseline.exact, "verdict": "exact"}
+  pairs = [(a, b) for a in cell.groups for b in baseline.groups]
+  if not pairs:
     return {"missing": "not measured in both arms"}
-  pairs = [(a, b) for a in cell["groups"] for b in baseline["groups"]]
-  equal = [(a, b) for a, b in pairs if a["protocol"] == b["protocol"]]
+  equal = [(a, b) for a, b in pairs if a.protocol == b.protocol]
   if not equal:
     a, b = pairs[0]
-    difference = tell_difference(b["protocol"], a["protocol"])
-    return {"missing": f"not compared: {difference}"}
-  return _compare_groups(*max(equal, key=lambda pair: pair[0]["n"] + pair[1]["n"]), how)
-
-
-def _compare_groups(a: dict[str, Any], b: dict[str, Any], how: str) -> dict[str, Any]:
-  if how == "ratio" and not b["run_mean"]:
+    return {"missing": f"not compared: {describe_difference(b.protocol, a.protocol)}"}
+  a, b = max(equal, key=lambda pair: pair[0].n + pair[1].n)
+  if how == "points":
+    value, scales = 100 * (a.run_mean - b.run_mean), (100.0, 100.0)
+  elif not b.run_mean:
     return {"missing": "the baseline's value is 0"}
-  ratio = a["run_mean"] / b["run_mean"] if how == "ratio" else None
-  value = 100 * (a["run_mean"] - b["run_mean"]) if ratio is None else ratio
-  if a["run_std"] is None or b["run_std"] is None:
-    verdict = "one seed: no spread to judge by"
-    return {"value": value, "standard_error": None, "verdict": verdict}
-  # Of each mean: d(a/b) = da/b - (a/b) db/b.
-  scales = (100.0, 100.0) if ratio is None else (1 / b["run_mean"], ratio / b["run_mean"])
-  error = math.hypot(
-    *(s * g["run_std"] / math.sqrt(g["num_runs"]) for s, g in zip(scales, (a, b), strict=True))
-  )
-  spread = max(a["run_std"], b["run_std"])
-  difference = abs(a["run_mean"] - b["run_mean"])
-  larger = difference > spread + ROUNDING * abs(b["run_mean"])
+  else:  # d(a/b) = da/b - (a/b) db/b
+    value = a.run_mean / b.run_mean
+    scales = (1 / b.run_mean, value / b.run_mean)
+  if a.run_std is None or b.run_std is None:
+    return {"value": value, "verdict": "one seed: no spread to judge by"}
+  errors = (s * g.run_std / math.sqrt(g.num_runs) for s, g in zip(scales, (a, b), strict=True))
+  spread = max(a.run_std, b.run_std)
+  larger = abs(a.run_mean - b.run_mean) > spread + ROUNDING * abs(b.run_mean)
   verdict = f"{'larger than' if larger else 'within'} the seeds' spread"
-  return {"value": value, "standard_error": error, "spread": spread, "verdict": verdict}
+  measured = {"value": value, "standard_error": math.hypot(*errors)}
+  return measured | {"spread": spread, "verdict": verdict}

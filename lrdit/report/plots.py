@@ -1,7 +1,7 @@
-"""Plots of a report as SVG that can stand in a page: text, ids of their own, no links.
+"""Plots of a report as SVG inside a page: text stays text, and nothing is loaded.
 
-Everything drawn in ink takes the colour of the page's text, so it is legible on
-a dark page too; an arm keeps its colour and line style in every plot.
+Ink takes the colour of the page's text, so it shows on a dark page too. An arm keeps its colour and
+line style in every plot.
 """
 
 import io
@@ -19,19 +19,23 @@ from lrdit.analysis.plot_style import (
   add_grid,
   plain_ticks,
 )
+from lrdit.report.arms import Arm, TimestepLoss
+from lrdit.report.compare import Cell, Row
 
-INK = "#010203"  # stands for the page's colour of text
-WIDTH, HEIGHT = 4.3, 3.1  # inches: about a phone's width, so text keeps its size there
-FEW_POINTS = 30  # a curve of fewer shows each, as one alone makes no line
-MAX_POINTS = 600  # of a curve; longer ones are averaged over equal runs of points
+INK = "#010203"  # stands for the colour of the page's text
+WIDTH, HEIGHT = 4.3, 3.1  # inches: about the width of a phone, where text keeps its size
+MARKERS = "osD^vP"
+FEW_POINTS = 30  # a curve of fewer points shows each, as a single one makes no line
+MAX_POINTS = 600  # of a curve; a longer one shows means of neighbours
+LOSS_LABEL = "mean loss (per value)"
 
 
 def colour_of(arm: int) -> str:
-  """The colour of the arm of this number, as in CSS."""
+  """Return the colour of the arm with this number, as CSS."""
   return COLOURS[arm % len(COLOURS)]
 
 
-def _style_of(arm: int) -> dict[str, Any]:
+def _line(arm: int) -> dict[str, Any]:
   return {"color": colour_of(arm), "linestyle": LINE_STYLES[arm % len(LINE_STYLES)]}
 
 
@@ -42,27 +46,18 @@ def _settings() -> dict[str, Any]:
   return SETTINGS | svg | dict.fromkeys(ink, INK) | dict.fromkeys(grounds, "none")
 
 
-def _embeddable(svg: str, name: str) -> str:
-  """An SVG file as part of a page: its ids begin with `name`, no header, no metadata."""
-  svg = svg[svg.index("<svg") :].strip()
-  svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-  svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-  svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
-  return svg.replace(INK, "currentColor")
-
-
 def draw(name: str, paint: Callable[[Any], bool], **axes_settings: Any) -> str | None:
-  """One plot as an <svg> element.
+  """Return one plot as an <svg> element, always the same for the same plot.
 
   Args:
     name: begins every id, so that several plots can share a page.
-    paint: draws on matplotlib's axes; returns whether there was anything.
-    **axes_settings: labels and scales, as `Axes.set` takes them.
+    paint: draws on matplotlib's axes; returns whether there was anything to draw.
+    **axes_settings: labels and scales for `Axes.set`.
 
   Returns:
-    the same text for the same plot; None if nothing was drawn.
+    None if there was nothing to draw.
   """
-  import matplotlib  # slow, and of use here alone
+  import matplotlib  # slow to import, and only needed here
   from matplotlib.backends.backend_svg import FigureCanvasSVG
   from matplotlib.figure import Figure
 
@@ -80,103 +75,133 @@ def draw(name: str, paint: Callable[[Any], bool], **axes_settings: Any) -> str |
       figure.legend(handles, labels, loc="outside upper left", ncols=2, handlelength=2.4)
     file = io.StringIO()
     FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
-  return _embeddable(file.getvalue(), name)
+  svg = file.getvalue()
+  svg = svg[svg.index("<svg") :].strip()
+  svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+  svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+  svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+  return svg.replace(INK, "currentColor")
 
 
-def rank_over_t(arms: Sequence[dict[str, Any]], layer: str) -> str | None:
-  """Active rank of one layer at each timestep; of a dense layer, the most it can have."""
-
-  def paint(axes: Any) -> bool:
-    ranks = [arm["model"]["rank"]["active_rank"] if arm["model"] else {} for arm in arms]
-    drawn = [number for number, of_arm in enumerate(ranks) if layer in of_arm]
-    for number in drawn:
-      _steps(axes, number, arms[number], ranks[number][layer])
-    return bool(drawn)
-
-  return draw("rank", paint, xlabel=T_LABEL, ylabel="active rank r(t)", ylim=(0, None))
-
-
-def ratio_over_t(arms: Sequence[dict[str, Any]]) -> str | None:
-  """Active parameters of the factorised layers over those of dense kernels, over t."""
-
-  def paint(axes: Any) -> bool:
-    drawn = [(i, arm) for i, arm in enumerate(arms) if arm["model"]]
-    for number, arm in drawn:
-      _steps(axes, number, arm, arm["model"]["rank"]["ratio"])
-    return bool(drawn)
-
-  return draw("ratio", paint, xlabel=T_LABEL, ylabel="active / dense parameters", ylim=(0, None))
-
-
-def _steps(axes: Any, number: int, arm: dict[str, Any], by_bucket: Sequence[float]) -> None:
-  """A quantity that each rank bucket has, over t."""
-  rank = arm["model"]["rank"]
-  edges = [start for start, _ in rank["segments"]] + [rank["num_train_timesteps"]]
-  values = [by_bucket[bucket] for _, bucket in rank["segments"]]
-  axes.stairs(values, edges, baseline=None, label=arm["name"], linewidth=1.8, **_style_of(number))
-
-
-def loss_over_t(arms: Sequence[dict[str, Any]], kind: str) -> str | None:
-  """Loss of each group of timesteps; bars are a standard deviation over the runs.
+def quality_over(arms: Sequence[Arm], cost: Row, quality: Row) -> str | None:
+  """Plot a point for each arm; bars are a standard deviation over its values.
 
   Args:
-    arms: with "loss_by_timestep".
+    arms: those of both rows.
+    cost, quality: what the axes show. Values of another protocol than a row's first are left out.
+  """
+
+  def paint(axes: Any) -> bool:
+    from matplotlib.ticker import EngFormatter
+
+    shown = False
+    for number, arm in enumerate(arms):
+      (x, x_std), (y, y_std) = (_point(row.cells[number]) for row in (cost, quality))
+      if x is not None and y is not None:
+        style = {"fmt": MARKERS[number % len(MARKERS)], "color": colour_of(number)}
+        axes.errorbar(x, y, y_std, x_std, label=arm.name, capsize=3, markersize=6, **style)
+        shown = True
+    axes.margins(y=0.15)
+    axes.xaxis.set_major_formatter(EngFormatter())
+    return shown
+
+  labels = {"xlabel": cost.label, "ylabel": quality.label}
+  return draw(f"{quality.key}-over-{cost.key}", paint, xlim=(0, None), **labels)
+
+
+def _point(cell: Cell) -> tuple[float | None, float | None]:
+  """Return the (mean, standard deviation) of what may be compared with the row's first value."""
+  groups = [group for group in cell.groups if not group.differs]
+  return (groups[0].mean, groups[0].std) if groups else (cell.exact, None)
+
+
+def rank_over_t(arms: Sequence[Arm], layer: str) -> str | None:
+  """Plot the active rank of one layer over t; a dense layer has the largest rank it can have."""
+  ranks = [arm.model.active_rank.get(layer) if arm.model else None for arm in arms]
+  return _over_t("rank", arms, ranks, "active rank r(t)")
+
+
+def ratio_over_t(arms: Sequence[Arm]) -> str | None:
+  """Plot the active parameters of the factorised layers over those of dense kernels, over t."""
+  ratios = [arm.model.ratio if arm.model else None for arm in arms]
+  return _over_t("ratio", arms, ratios, "active / dense parameters")
+
+
+def _over_t(
+  name: str, arms: Sequence[Arm], by_bucket: Sequence[Sequence[float] | None], label: str
+) -> str | None:
+  """Plot a quantity that each arm has for each of its rank buckets."""
+
+  def paint(axes: Any) -> bool:
+    for number, (arm, of_arm) in enumerate(zip(arms, by_bucket, strict=True)):
+      if arm.model and of_arm:
+        edges = [start for start, _ in arm.model.segments] + [arm.model.num_train_timesteps]
+        values = [of_arm[bucket] for _, bucket in arm.model.segments]
+        style = _line(number) | {"linewidth": 1.8}
+        axes.stairs(values, edges, baseline=None, label=arm.name, **style)
+    return any(by_bucket)
+
+  return draw(name, paint, xlabel=T_LABEL, ylabel=label, ylim=(0, None))
+
+
+def loss_over_t(arms: Sequence[Arm], kind: str) -> str | None:
+  """Plot the loss of timestep groups; bars are a standard deviation over the runs.
+
+  Args:
+    arms: all of the report.
     kind: "held_out" or "training".
   """
 
   def paint(axes: Any) -> bool:
-    drawn = [(i, arm) for i, arm in enumerate(arms) if arm["loss_by_timestep"][kind]]
-    for place, (number, arm) in enumerate(drawn):
-      _loss_groups(axes, number, arm, arm["loss_by_timestep"][kind], (place + 1) / (len(drawn) + 1))
-    return bool(drawn)
+    shown = [(i, arm) for i, arm in enumerate(arms) if getattr(arm, kind)]
+    for place, (number, arm) in enumerate(shown):
+      # The bars of several arms stand side by side within a group.
+      _loss_groups(axes, number, arm.name, getattr(arm, kind), (place + 1) / (len(shown) + 1))
+    return bool(shown)
 
-  return draw(f"loss-{kind}", paint, xlabel=T_LABEL, ylabel="mean loss (per value)", yscale="log")
+  return draw(f"loss-{kind}", paint, xlabel=T_LABEL, ylabel=LOSS_LABEL, yscale="log")
 
 
 def _loss_groups(
-  axes: Any, number: int, arm: dict[str, Any], groups: Sequence[dict[str, Any]], place: float
+  axes: Any, number: int, name: str, groups: Sequence[TimestepLoss], place: float
 ) -> None:
-  """Steps over t, with bars at a place in [0, 1] of each step, so that arms' bars stand apart."""
-  style = _style_of(number)
+  style = _line(number)
   for i, group in enumerate(groups):
-    span = [group["t_first"], group["t_last"] + 1]
-    label = arm["name"] if i == 0 else None
-    axes.plot(span, [group["mean"]] * 2, label=label, solid_capstyle="butt", **style)
-    if group["std"] is not None:
+    span = [group.t_first, group.t_last + 1]
+    label = None if i else name
+    axes.plot(span, [group.mean] * 2, label=label, solid_capstyle="butt", **style)
+    if group.std is not None:
       at = span[0] + place * (span[1] - span[0])
-      axes.errorbar(at, group["mean"], group["std"], color=style["color"], capsize=2, linewidth=1.2)
+      axes.errorbar(at, group.mean, group.std, color=style["color"], capsize=2, linewidth=1.2)
 
 
-def training_curves(arms: Sequence[dict[str, Any]], curve: str) -> str | None:
-  """A loss over the steps, a line for each run.
+def training_curves(arms: Sequence[Arm], curve: str) -> str | None:
+  """Plot a loss over the steps, a line for each run.
 
   Args:
-    arms: with "runs", each with "curves".
+    arms: all of the report.
     curve: "train/loss" or "eval/loss".
   """
 
   def paint(axes: Any) -> bool:
-    drawn = False
-    for number, arm in enumerate(arms):
-      for run in arm["runs"]:
-        steps, losses = run["curves"][curve]
-        if any(loss is not None for loss in losses):
-          label = None if arm["name"] in axes.get_legend_handles_labels()[1] else arm["name"]
-          points = shorten(steps, losses)
-          few = np.isfinite(points[1]).sum() < FEW_POINTS
-          style = _style_of(number) | {"marker": "o" if few else None, "markersize": 3}
-          axes.plot(*points, label=label, alpha=0.8, linewidth=1.2, **style)
-          drawn = True
-    return drawn
+    for number, run, name in ((i, run, arm.name) for i, arm in enumerate(arms) for run in arm.runs):
+      steps, losses = run.curves[curve]
+      if any(loss is not None for loss in losses):
+        label = None if name in axes.get_legend_handles_labels()[1] else name
+        points = shorten(steps, losses)
+        marker = "o" if np.isfinite(points[1]).sum() < FEW_POINTS else None
+        style = _line(number) | {"marker": marker, "markersize": 3, "linewidth": 1.2}
+        axes.plot(*points, label=label, alpha=0.8, **style)
+    return axes.has_data()
 
   name = curve.replace("/", "-")
-  return draw(name, paint, xlabel="training step", ylabel="mean loss (per value)", yscale="log")
+  return draw(name, paint, xlabel="training step", ylabel=LOSS_LABEL, yscale="log")
 
 
 def shorten(
   steps: Sequence[float], losses: Sequence[float | None]
 ) -> tuple[np.ndarray, np.ndarray]:
-  """At most `MAX_POINTS` points, means of as many neighbours each; gaps stay gaps."""
+  """Return at most `MAX_POINTS` points, means of as many neighbours each; gaps stay gaps."""
   width = -(-len(steps) // MAX_POINTS)
   x, y = np.asarray(steps, np.float64), np.asarray(losses, np.float64)  # None becomes NaN
   starts = np.arange(0, len(x), width)

@@ -10,7 +10,7 @@ Axes: B images in flight, S solver steps, H W image, C channels.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -258,8 +258,33 @@ class Sampler:
     """
     return self._run(sliced_params, index, labels, self.segments)
 
-  def _run(self, sliced_params, index, labels, segments):
-    """`sample_batch` over other runs of solver steps: (bucket, first step, end step)."""
+  def path(
+    self, params: Any, label_rule: LabelRule | None, rows: slice, steps: Sequence[int]
+  ) -> Float[np.ndarray, "K h w C"]:
+    """Return the clean images that the model predicts on the way to the first sample of `rows`.
+
+    It runs a whole batch, since the functions of the buckets are compiled for that.
+
+    Args:
+      params, label_rule, rows: as for `sample_rows`.
+      steps: K ascending solver steps from 0, whose predictions of x_0 are returned.
+    """
+    segments = []
+    for bucket, first, end in self.segments:
+      stops = {step + 1 for step in steps if first <= step < end}
+      segments += [(bucket, *span) for span in itertools.pairwise(sorted({first, end} | stops))]
+    index = np.arange(self.settings.batch_size)[rows]
+    y = None if label_rule is None else label_rule(index)
+    predicted: list[Array] = []
+    self._run(self.slice_params(params), index, y, segments, predicted)
+    shown = [x_0 for x_0, (_, _, end) in zip(predicted, segments, strict=True) if end - 1 in steps]
+    return np.stack([np.asarray(x_0) for x_0 in shown])
+
+  def _run(self, sliced_params, index, labels, segments, predicted=None):
+    """`sample_batch` over other runs of solver steps: (bucket, first step, end step).
+
+    Appends the first image's prediction of x_0 at the end of each run to `predicted`.
+    """
     shape = self.model.shape
     image_shape = (shape.image_size, shape.image_size, shape.channels)
     index = jax.device_put(np.asarray(index, np.uint32), self._batch_sharding)
@@ -272,6 +297,8 @@ class Sampler:
       carry = self.run_bucket[bucket](
         sliced_params[bucket], carry, y, index, np.int32(first), np.int32(end)
       )
+      if predicted is not None:
+        predicted.append(carry[1][0])
     return carry[0]
 
   def sample(

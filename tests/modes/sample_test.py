@@ -14,22 +14,12 @@ import pytest
 from lrdit.config.run_config import store_config
 from lrdit.experiment import Experiment
 from lrdit.modes import sample
-from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.sampling.sampler import Sampler, random_labels
 from lrdit.sampling.settings import make_settings
 from lrdit.train import checkpoints
 from tests import tiny
-from tests.trained import fresh_state, noisy_params
-
-
-def save_checkpoint(workdir, config, step=8, scale=1.0):
-  params = jax.tree.map(lambda x: scale * x, noisy_params(config))
-  state = parallel.to_host(fresh_state(config, params))
-  opened = checkpoints.Checkpoints(workdir, keep=1)
-  opened.save(state.replace(step=np.asarray(step, np.int32)), config.to_dict())
-  opened.wait()
-  opened.close()
+from tests.trained import save_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,75 @@
+"""All that a report shows, from the workdirs that it compares."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import platform
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from lrdit.report.arms import Arm, choose_layer, group_arms
+from lrdit.report.claim import Claim, judge
+from lrdit.report.commands import reproduce
+from lrdit.report.compare import Comparison, Row, compare
+from lrdit.report.pictures import Grid, choose_grids
+from lrdit.report.rows import measure_rows
+from lrdit.report.runs import read_run
+
+PACKAGES = ("lrdit", "jax", "flax", "numpy", "matplotlib")
+PAGE_ONLY = ("lines", "pixels", "image")  # fields that report.json leaves out
+
+
+@dataclasses.dataclass
+class Report:
+  """The contents of report.html and report.json."""
+
+  made: dict[str, Any]  # command, time and versions of this report
+  claim: list[Claim]  # of each adaptive arm
+  arms: list[Arm]
+  layer: str  # whose r(t) is shown
+  rows: list[Row]
+  comparisons: list[Comparison]
+  grids: list[Grid]
+
+  def to_json(self) -> dict[str, Any]:
+    """Return the report as JSON, without images and the lines of logs."""
+    return dataclasses.asdict(
+      self, dict_factory=lambda items: {k: v for k, v in items if k not in PAGE_ONLY}
+    )
+
+
+def make_report(workdirs: Sequence[str], output: str) -> Report:
+  """Read and compare workdirs.
+
+  Args:
+    workdirs: as the user wrote them.
+    output: where the report goes; for the command that makes it again.
+
+  Raises:
+    UserError: a workdir is none, or is named twice.
+  """
+  runs = [read_run(name) for name in workdirs]
+  arms = group_arms(runs)
+  rows, grids = measure_rows(arms), choose_grids(arms)
+  comparisons = compare(arms, rows)
+  for run in runs:
+    run.commands = reproduce(run)
+  names = flags.CsvListSerializer(",").serialize(list(workdirs))
+  own = ["--mode=report", f"--workdirs={names}", f"--output={output}"]
+  made = {
+    "command": shlex.join(["python", "main.py", *own]),
+    "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "versions": {"python": platform.python_version()} | dict(map(_version, PACKAGES)),
+  }
+  claim = judge(arms, comparisons)
+  return Report(made, claim, arms, choose_layer(arms), rows, comparisons, grids)
+
+
+def _version(name: str) -> tuple[str, str | None]:
+  try:
+    return name, importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:
+    return name, None

@@ -1,0 +1,176 @@
+"""The quantities of the report's tables, a row for each."""
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lrdit.config.resolve import resolve
+from lrdit.config.run_config import as_config
+from lrdit.experiment import Experiment
+from lrdit.model import flops
+from lrdit.report.arms import Arm, held_out_protocol
+from lrdit.report.compare import Cell, Measurement, Row, mark_protocols, summarise
+from lrdit.report.fields import unique
+from lrdit.report.runs import DAMAGED, Run, SampleSet, as_dict, finite
+from lrdit.runtime.errors import UserError
+
+# The metrics of samples, by the part of the name behind the extractor: (label, format, comparison).
+METRICS = {
+  "frechet_distance": ("Frechet distance", "loss", "ratio"),
+  "kernel_distance": ("kernel distance", "loss", None),
+  "kernel_distance_std": ("kernel distance, deviation over its subsets", "loss", None),
+  "precision": ("precision", "share", None),
+  "recall": ("recall", "share", None),
+  "recognition_accuracy": ("recognition accuracy", "share", "points"),
+  "recognition_accuracy_of_held_out_images": ("recognition of real held-out images", "share", None),
+  "num_samples": ("images compared", "count", None),
+  "num_subset_samples": ("images for kernel distance, precision and recall", "count", None),
+}
+# Metrics that describe the measurement and are the same for every arm.
+SHARED_METRICS = ("recognition_accuracy_of_held_out_images", "num_samples", "num_subset_samples")
+
+MODEL_ROWS = (
+  ("parameters", "parameters", "count", None),
+  ("mean_ratio", "active / dense parameters of factorised layers, mean over t", "ratio", None),
+  ("mean_forward_macs", "MACs of a forward pass, mean over t", "macs", "ratio"),
+  ("buckets", "each rank bucket: MACs of a forward pass, parameters", "buckets", None),
+)
+
+
+def measure_rows(arms: Sequence[Arm]) -> list[Row]:
+  """Return the rows of models, training, losses and samples, with what may not be compared."""
+  rows = [
+    Row("Model", *row, [Cell(getattr(arm.model, row[0], None)) for arm in arms])
+    for row in MODEL_ROWS
+  ]
+  rows += [
+    Row(*row, [summarise(itertools.chain(*map(measure, arm.runs))) for arm in arms])
+    for row, measure in RUN_ROWS
+  ]
+  rows += _sample_rows(arms)
+  for row in rows:
+    mark_protocols(row)
+  return rows
+
+
+def is_shared(row: Row) -> bool:
+  """Return whether a row describes how samples were measured, not how good they are."""
+  return row.section == "Samples" and row.key.partition("_")[2] in SHARED_METRICS
+
+
+def describe_metric(name: str) -> tuple[str, str, str | None]:
+  """Return (label, format, comparison) of a metric named EXTRACTOR_METRIC.
+
+  Only a Frechet distance between Inception's features is an FID.
+  """
+  extractor, _, metric = name.partition("_")
+  label, form, comparison = METRICS.get(metric, (metric.replace("_", " "), "loss", None))
+  if name == "inception_frechet_distance":
+    label = "FID"
+  return f"{label} ({extractor})", form, comparison
+
+
+def _measure(value: Any, run: Run, protocol: dict[str, Any], *sample_set: Any) -> list[Measurement]:
+  """Return one measurement, or none if the value is missing."""
+  if finite(value) is None:
+    return []
+  return [Measurement(value, run.workdir, run.seed, protocol, *sample_set)]
+
+
+def _held_out_loss(weights: str, run: Run) -> list[Measurement]:
+  losses = run.held_out(weights)
+  return _measure(losses["loss"], run, held_out_protocol(run)) if "loss" in losses else []
+
+
+def _final_loss(run: Run) -> list[Measurement]:
+  lines = [line for line in run.lines if line.get("train/loss") is not None]
+  if not lines:
+    return []
+  window = lines[-1]["step"] - (lines[-2]["step"] if len(lines) > 1 else 0)
+  protocol = {"step": lines[-1]["step"], "steps averaged": window}
+  protocol["diffusion"] = run.config.get("diffusion")
+  return _measure(lines[-1]["train/loss"], run, protocol)
+
+
+def _training_speed(run: Run) -> list[Measurement]:
+  batch_size = as_dict(run.config.get("training")).get("batch_size")
+  return _measure(run.images_per_second, run, {"batch_size": batch_size})
+
+
+def _training_seconds(run: Run) -> list[Measurement]:
+  """Measure the steps' time; windows that were not timed count at the mean rate of the others."""
+  rate = run.images_per_second
+  return _measure(run.images / rate if rate else None, run, {"images": run.images})
+
+
+RUN_ROWS = (
+  (("Training", "training_images_per_second", "images/s", "rate", "ratio"), _training_speed),
+  (
+    ("Training", "training_seconds", "training time, steps only", "seconds", None),
+    _training_seconds,
+  ),
+  (
+    ("Loss", "held_out_loss_ema", "held-out loss, EMA weights", "loss", "ratio"),
+    functools.partial(_held_out_loss, "ema"),
+  ),
+  (
+    ("Loss", "held_out_loss_raw", "held-out loss, raw weights", "loss", None),
+    functools.partial(_held_out_loss, "raw"),
+  ),
+  (("Loss", "final_training_loss", "training loss, last logged window", "loss", None), _final_loss),
+)
+
+
+def _sample_rows(arms: Sequence[Arm]) -> Iterator[Row]:
+  """Yield the rows of samples, a section for each way of sampling whatever the seed."""
+  everything = [
+    [(run, name, own) for run in arm.runs for name, own in run.sample_sets.items()] for arm in arms
+  ]
+  for settings in unique(own.settings for sets in everything for _, _, own in sets):
+    alike = [[one for one in sets if one[2].settings == settings] for sets in everything]
+    macs = [Cell(sampling_macs(sets[0][0], settings) if sets else None) for sets in alike]
+    yield Row("Samples", "sampling_macs", "MACs of an image", "macs", "ratio", macs, settings)
+    rate = [summarise(itertools.chain(*(_sampling_speed(*one) for one in sets))) for sets in alike]
+    label = "images/s, without compilation"
+    yield Row("Samples", "sampling_images_per_second", label, "rate", "ratio", rate, settings)
+    for metric in dict.fromkeys(m for sets in alike for _, _, own in sets for m in own.metrics):
+      measured = [itertools.chain(*(_metric(*one, metric) for one in sets)) for sets in alike]
+      yield Row("Samples", metric, *describe_metric(metric), [*map(summarise, measured)], settings)
+
+
+def sampling_macs(run: Run, settings: dict[str, Any]) -> int | None:
+  """Return the MACs of sampling one image of a run's model; None if they cannot be known."""
+  try:
+    config = as_config(run.config)
+    for field in ("solver", "num_steps", "eta", "guidance_scale"):
+      config.sampling[field] = settings[field]
+    resolved = resolve(config)
+    return flops.sampling_macs(
+      Experiment(resolved).shape,
+      Experiment(resolved).plan,
+      Experiment(resolved).solver_table.t,
+      batch_size=1,
+      guidance_scale=resolved.sampling.guidance_scale,
+    )
+  except (UserError, *DAMAGED):
+    return None  # the arm's notes describe a config that does not fit
+
+
+def _sampling_speed(run: Run, name: str, own: SampleSet) -> list[Measurement]:
+  metadata = own.metadata
+  # Not num_samples: a set that was cut or resumed took more than it holds.
+  count, seconds = finite(metadata.get("num_drawn")), finite(metadata.get("wall_clock_seconds"))
+  protocol = {field: metadata.get(field) for field in ("backend", "num_devices", "jax")}
+  protocol["compilation"] = "not counted" if "compile_seconds" in metadata else "counted"
+  rate = count / seconds if count and seconds else None
+  return _measure(rate, run, protocol, name, metadata.get("seed"))
+
+
+def _metric(run: Run, name: str, own: SampleSet, metric: str) -> list[Measurement]:
+  protocol = {
+    "checkpoint_step": own.metadata.get("checkpoint_step"),
+    "extractor digest": as_dict(own.extractors.get(metric.partition("_")[0])).get("digest"),
+    "reference": own.reference or None,
+  }
+  return _measure(own.metrics.get(metric), run, protocol, name, own.metadata.get("seed"))

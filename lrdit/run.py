@@ -1,0 +1,108 @@
+"""A trained run in a notebook: `run = lrdit.open_run("runs/digits")`."""
+
+import dataclasses
+import functools
+import logging
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+
+from lrdit.config.resolve import resolve_for_run
+from lrdit.config.run_config import stored_config
+from lrdit.experiment import Experiment
+from lrdit.rank.plan import RankPlan
+from lrdit.runtime import parallel
+from lrdit.runtime.errors import UserError
+from lrdit.sampling.settings import make_label_rule
+from lrdit.train.run_files import read_vae_digest, restore_params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+  """A run's config and what follows from it; parameters are read when they are asked for.
+
+  Attributes:
+    workdir: the run's directory.
+    config: the resolved config that it was trained with.
+  """
+
+  workdir: pathlib.Path
+  config: ConfigDict
+
+  @functools.cached_property
+  def experiment(self) -> Experiment:
+    """Everything that the config makes: model, objective, data, sampler."""
+    return Experiment(self.config)
+
+  @property
+  def plan(self) -> RankPlan:
+    """The rank of every layer at every timestep."""
+    return self.experiment.plan
+
+  def params(self, weights: str = "ema") -> Any:
+    """Return the parameters of the newest intact checkpoint, on the host.
+
+    Args:
+      weights: "ema" (averaged) or "raw".
+
+    Raises:
+      UserError: there is no intact checkpoint.
+    """
+    template = self.experiment.params_template
+    return restore_params(self.workdir, template, [weights])[1][weights]
+
+  def sample(
+    self,
+    n: int,
+    labels: int | Sequence[int] | None = None,
+    seed: int = 0,
+    params: Any = None,
+    **fields: Any,
+  ) -> UInt8[np.ndarray, "n H W C"]:
+    """Sample images with the sliced sampler, on all local devices.
+
+    Args:
+      n: number of images; the same index and seed give the same image whatever n is.
+      labels: one class, n classes, or None for `sampling.labels` of the config.
+      seed: of the noise and of random labels.
+      params: from `params`; by default the averaged ones.
+      fields: other fields of `sampling`, such as num_steps=20, solver="dpm++".
+
+    Returns:
+      (n, height, width, channels) uint8.
+
+    Raises:
+      UserError: a field has a value that is not allowed, or samples are not finite.
+    """
+    devices = parallel.all_devices()
+    config = ConfigDict(self.config.to_dict())
+    per_device = -(-min(n, config.sampling.batch_size) // len(devices))
+    fields = {"seed": seed, "batch_size": per_device * len(devices)} | fields
+    config.sampling.update(fields)
+    experiment = Experiment(resolve_for_run(config, str(self.workdir)))
+    rule = make_label_rule(experiment.config)
+    if labels is not None:
+      given = np.broadcast_to(np.asarray(labels, np.int32), (n,))
+      rule = functools.partial(np.take, given, mode="clip")  # the last batch is padded
+    digest = read_vae_digest(self.workdir) if config.vae.downsample_factor else ""
+    to_pixels = experiment.to_pixels(devices, digest)
+    params = self.params() if params is None else params
+    batches = [to_pixels(x_0) for x_0 in experiment.sampler(devices).sample(params, rule, n)]
+    if not all(are_finite.all() for _, are_finite in batches):
+      raise UserError("samples are not finite: lower the guidance scale, or train longer")
+    return np.concatenate([pixels for pixels, _ in batches])
+
+
+def open_run(workdir: str | pathlib.Path) -> Run:
+  """Open the workdir of a training.
+
+  Raises:
+    UserError: it is not a workdir, or its config is damaged.
+  """
+  logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of every read-only checkpoint
+  path = pathlib.Path(workdir).expanduser()
+  return Run(path, resolve_for_run(stored_config(path), str(path)))
