@@ -1,6 +1,5 @@
 """The command line: python main.py --config=FILE[:ARGS] --workdir=DIR [--mode=MODE]."""
 
-import functools
 import importlib
 import logging
 import os
@@ -17,7 +16,7 @@ from lrdit.runtime.errors import UserError, print_error
 
 
 def run(argv: list[str]) -> int:
-  """Does what a command line says; returns the exit status."""
+  """Do what a command line says; return the exit status."""
   debug, who = wants_tracebacks(argv), ""
   try:
     values = parse_flags(argv)
@@ -25,11 +24,9 @@ def run(argv: list[str]) -> int:
       print(__doc__, values.get_help(), sep="\n")
       return 0
     notes = startup.prepare()
-    from lrdit.config import resolve
-    from lrdit.runtime import (
-      cluster,
-      progress,  # now, as importing jax takes a while
-    )
+    # Only now, as they import jax.
+    from lrdit.config.resolve import resolve, resolve_for_run
+    from lrdit.runtime import cluster, progress
 
     job = cluster.find_cluster(values.coordinator, values.num_processes, values.process_id)
     if job:
@@ -45,12 +42,17 @@ def run(argv: list[str]) -> int:
     progress.start_logging(debug, who, cluster.is_first())
     for note in notes:
       logging.getLogger("lrdit").warning(note)
-    verb = getattr(importlib.import_module(f"lrdit.modes.{values.mode}"), values.mode)
-    read = {"config": resolve.resolve}
-    if values.workdir:
-      read["config"] = functools.partial(resolve.resolve_for_run, run=values.workdir)
-    arguments = (read.get(f, lambda value: value)(values[f].value) for f in MODES[values.mode])
-    return verb(*arguments) or 0
+    arguments = [values[name].value for name in MODES[values.mode]]
+    if values.config is not None:
+      config, run = values.config, values.workdir
+      arguments[0] = resolve_for_run(config, run) if run else resolve(config)
+    if values.dry_run:
+      from lrdit.modes.dry_run import dry_run
+
+      dry_run(values.mode, *arguments)
+      return 0
+    mode = importlib.import_module(f"lrdit.modes.{values.mode}")
+    return getattr(mode, values.mode)(*arguments) or 0
   except (Exception, KeyboardInterrupt) as error:
     status = print_error(error, debug, who)
     if who:  # jax would have this process wait for the others, which wait for it

@@ -256,6 +256,7 @@ def test_two_processes_evaluate_as_one_does(one_process):
   for num_processes, num_devices in ((1, 4), (2, 2)):
     run(one_process, num_processes, num_devices, "--mode=evaluate")
     found.append(json.loads((one_process / "evaluation.json").read_text()))
+    (one_process / "evaluation.json").unlink()  # else it is left alone
   alone, shared = found
   for weights in ("raw", "ema"):
     a, b = (found["held_out"].pop(weights) for found in (alone, shared))

@@ -7,16 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lrdit.runtime.store import (
-  StoreError,
-  check_same,
-  damage_of,
-  load_arrays,
-  read_json,
-  remove_directory,
-  save_arrays,
-  write_json,
-)
+from lrdit.runtime import store
 
 RECORD = "record.json"  # of a unit, beside its arrays
 FIX = "it is made again"
@@ -34,11 +25,11 @@ class UnitCache:
     """
     self.directory, path = directory, directory / "key.json"
     try:
-      check_same(f"{directory} is of something else", key, read_json(path, FIX), FIX)
-    except StoreError:
-      remove_directory(directory)
+      store.check_same(f"{directory} is of something else", key, store.read_json(path, FIX), FIX)
+    except store.StoreError:
+      store.remove_directory(directory)
       directory.mkdir(parents=True)
-      write_json(path, key)
+      store.write_json(path, key)
 
   def _path(self, unit: str) -> pathlib.Path:
     return self.directory / f"{unit.replace('/', '.')}.npz"
@@ -47,10 +38,10 @@ class UnitCache:
     """Return (record, arrays) of a finished unit; None where it is missing or damaged."""
     path = self._path(unit)
     try:
-      arrays = load_arrays(path, FIX)
-      with damage_of(path, FIX):
+      arrays = store.load_arrays(path, FIX)
+      with store.damage_of(path, FIX):
         return json.loads(bytes(arrays.pop(RECORD))), arrays
-    except StoreError:
+    except store.StoreError:
       return None
 
   def save(
@@ -64,10 +55,10 @@ class UnitCache:
       arrays: what does not belong into JSON, by name.
     """
     text = np.frombuffer(json.dumps(record).encode(), np.uint8)
-    save_arrays(self._path(unit), {RECORD: text} | dict(arrays or {}))
+    store.save_arrays(self._path(unit), {RECORD: text} | dict(arrays or {}))
 
   def remove(self) -> None:
     """Delete all units, once the section's own file is written."""
-    remove_directory(self.directory)
+    store.remove_directory(self.directory)
     if self.directory.parent.exists() and not any(self.directory.parent.iterdir()):
       self.directory.parent.rmdir()

@@ -59,7 +59,7 @@ def measure(
       tasks["bucket", name, bucket] = functools.partial(arm.time_bucket, bucket)
   for task in tasks.values():
     task(0)  # not counted: first calls touch memory for the first time
-  for number in range(config.benchmark.sampling_runs):
+  for number in range(config.benchmark.sampling_runs or 0):
     tasks |= {("run", name, number): arm.make_run() for name, arm in sampling.items()}
   with make_bar(config.benchmark.rounds, 0, "round") as bar:
 

@@ -96,7 +96,7 @@ class Several(Choice):
   def check(self, field: str, value: Any, otherwise: str) -> None:
     """As `Whole.check`."""
     for word in value:
-      rule = f"names an unknown {word!r}: use some of {', '.join(self.words)}{otherwise}"
+      rule = f"has {word!r}, which is unknown: use some of {', '.join(self.words)}{otherwise}"
       require(word in self.words, field, value, rule)
 
   def __str__(self) -> str:

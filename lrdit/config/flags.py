@@ -76,6 +76,9 @@ def _define() -> flags.FlagValues:
   flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.", flag_values=values)
   flags.DEFINE_integer("num_processes", None, "1: alone, on any cluster.", flag_values=values)
   flags.DEFINE_integer("process_id", None, "From 0.", flag_values=values)
+  flags.DEFINE_boolean(
+    "dry_run", False, "Print the resolved run and end, without writing.", flag_values=values
+  )
   flags.DEFINE_boolean("debug", False, "Show tracebacks.", flag_values=values)
   flags.DEFINE_boolean("help", False, "Show this help.", flag_values=values)
   return values
@@ -91,6 +94,7 @@ def _check_needed(values: flags.FlagValues) -> None:
   # One config and workdir serve every mode; encode just has no use for the latter.
   others = ("config", "workdir") if mode == "report" else ("workdirs",)
   others += () if "output" in MODES[mode] else ("output",)
+  others += () if "config" in MODES[mode] else ("dry_run",)
   needless = [name for name in others if values[name].value]
   if needless:
     raise UserError(f"--{needless[0]} is not used by --mode={mode}: leave it out", 2)

@@ -16,6 +16,7 @@ from lrdit.model import dit
 from lrdit.rank import measured, plan
 from lrdit.runtime import workdir
 from lrdit.runtime.errors import UserError
+from lrdit.runtime.store import changes
 
 
 def read_truncation(path: str) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def measured_ranks(config: ConfigDict, found: dict[str, Any]) -> Float[np.ndarra
   theirs = {field: found.get(field, {}) for field in ours}
   if "diffusion" in found:  # perhaps of a version without some of the fields
     theirs["diffusion"] = schema.upgrade({"diffusion": found["diffusion"]})["diffusion"]
-  other = workdir.changes(ours, theirs)
+  other = changes(ours, theirs)
   other += ["other layers are factorised"] if names != found["layers"] else []
   where = f"config.rank.analysis={config.rank.analysis!r} is of"
   if other:

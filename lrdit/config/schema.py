@@ -225,8 +225,8 @@ FIELDS: dict[str, Field] = {
     batch_size=Field(250, "Images in flight over all devices", _BATCH),
     solver=Field("ddim", "Solver", Choice(names="diffusion.solvers.SOLVERS")),
     num_steps=Field(50, "Solver steps, at most T", Whole()),
-    eta=Field(0.0, "Noise of ddim", Number("[0.0, 1.0]")),
-    guidance_scale=Field(1.0, "Classifier-free guidance", Number("[0.0, 1000.0]")),
+    eta=Field(0.0, "Noise of ddim", Number("[0, 1]")),
+    guidance_scale=Field(1.0, "Classifier-free guidance", Number("[0, 1000]")),
     clip_x_0=Field(True, "Keep the predicted image in [-1, 1]; for pixels only"),
     seed=Field(0, "Seed of the noise and of random labels", _SEED),
     labels=Field("balanced", "Labels: `balanced`, `random` or the number of a class"),
@@ -321,7 +321,8 @@ def upgrade(stored: dict[str, Any]) -> dict[str, Any]:
     group, _, key = name.rpartition(".")
     values = config.setdefault(group, {}) if group else config
     if isinstance(values, dict):
-      value = values.setdefault(key, field.default)
+      default = list(field.default) if isinstance(field.default, tuple) else field.default
+      value = values.setdefault(key, default)
       if field.none and value == 0 and name not in NEVER_ZERO:
         values[key] = None
   return config

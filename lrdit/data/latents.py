@@ -21,9 +21,9 @@ from jaxtyping import Bool, Int
 
 from lrdit.data.source import Source
 from lrdit.model.vae import VaeConfig, scale_latents
+from lrdit.runtime import store
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import lock_path
-from lrdit.runtime.store import RowFile, check_same, damage_of, npy_header, read_json, write_json
 
 SPLITS = ("train", "eval")
 
@@ -65,15 +65,15 @@ class LatentSource(Source):
 
 def _row_files(
   directory: pathlib.Path, split: str, count: int, latent_shape: Sequence[int]
-) -> tuple[RowFile, RowFile]:
+) -> tuple[store.RowFile, store.RowFile]:
   """Return the files of a split's latents and labels."""
   return tuple(
-    RowFile(
+    store.RowFile(
       directory / f"{split}{part}.npy",
       shape,
       dtype,
       f"delete {directory}, and encode again",
-      npy_header((count, *shape), dtype),
+      store.npy_header((count, *shape), dtype),
     )
     for part, shape, dtype in (("", tuple(latent_shape), "<f4"), ("_labels", (), "<i4"))
   )
@@ -84,8 +84,8 @@ def _read_record(path: pathlib.Path) -> dict[str, Any] | None:
   if not path.exists():
     return None
   fix = f"delete {path.parent}, and encode again"
-  record = read_json(path, fix)
-  with damage_of(path, fix):
+  record = store.read_json(path, fix)
+  with store.damage_of(path, fix):
     record["description"].keys()
     for split in SPLITS:
       entry = record["splits"][split]
@@ -123,14 +123,14 @@ class LatentWriter:
     self.is_complete = progress is None and found is not None
     if found is not None:
       fix = "use another directory, or delete it and encode again"
-      check_same(f"{directory} holds other latents", description, found["description"], fix)
+      store.check_same(f"{directory} holds other latents", description, found["description"], fix)
     else:
       own = ("progress.json.tmp", lock_path(directory, "encode").name)
       if any(path.name not in own for path in directory.iterdir()):
         raise UserError(f"{directory} is not empty and holds no latents: use another --output")
       fresh = {split: {"done": 0, "crc32": [0, 0]} for split in num_examples}
       found = {"description": description, "splits": fresh}
-      write_json(directory / "progress.json", found)
+      store.write_json(directory / "progress.json", found)
     self._progress = found
 
   def num_done(self, split: str) -> int:
@@ -138,7 +138,7 @@ class LatentWriter:
     return self._progress["splits"][split]["done"]
 
   @contextlib.contextmanager
-  def open_split(self, split: str) -> Iterator[tuple[RowFile, RowFile]]:
+  def open_split(self, split: str) -> Iterator[tuple[store.RowFile, store.RowFile]]:
     """Open the files of a split's latents and labels, ready for the next row."""
     entry, shape = self._progress["splits"][split], self._progress["description"]["latent_shape"]
     files = _row_files(self.directory, split, self._num_examples[split], shape)
@@ -148,17 +148,17 @@ class LatentWriter:
         file.open(entry["done"], crc32)
       yield files
 
-  def keep(self, split: str, files: tuple[RowFile, RowFile]) -> None:
+  def keep(self, split: str, files: tuple[store.RowFile, store.RowFile]) -> None:
     """Make the rows written so far safe against a kill."""
     for file in files:
       file.sync()
     crc32 = [file.crc32 for file in files]
     self._progress["splits"][split] = {"done": files[0].num_rows, "crc32": crc32}
-    write_json(self.directory / "progress.json", self._progress)
+    store.write_json(self.directory / "progress.json", self._progress)
 
   def finish(self) -> None:
     """Turn the progress into the manifest."""
-    write_json(self.directory / "manifest.json", self._progress)
+    store.write_json(self.directory / "manifest.json", self._progress)
     (self.directory / "progress.json").unlink()
 
 
@@ -192,7 +192,7 @@ def open_latents(directory: str, split: str) -> LatentSource:
     UserError: it is missing, unfinished, or not as its manifest says.
   """
   manifest, path = read_manifest(directory), pathlib.Path(directory)
-  with damage_of(path, f"delete {path}, and encode again"):
+  with store.damage_of(path, f"delete {path}, and encode again"):
     description, entry = manifest["description"], manifest["splits"][split]
     rows = np.load(path / f"{split}.npy", mmap_mode="r")
     labels = np.load(path / f"{split}_labels.npy")

@@ -25,20 +25,9 @@ from lrdit.data.images import to_uint8
 from lrdit.data.source import Source
 from lrdit.evaluation.features import Extracted, check_size, digest_of, read_images
 from lrdit.evaluation.metrics import recognition_accuracy
+from lrdit.runtime import store
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.progress import make_bar
-from lrdit.runtime.store import (
-  StoreError,
-  as_json,
-  check_finite,
-  check_same,
-  damage_of,
-  load_arrays,
-  load_or_make,
-  read_json,
-  save_arrays,
-  write_json,
-)
 
 FIRST_WIDTH = 32  # channels of the first stage
 MIN_FEATURES, MAX_FEATURES = 128, 256  # channels of the last stage
@@ -231,7 +220,7 @@ class ClassifierExtractor:
     self._image_size, self._num_channels = image_size, num_channels
     shape, weights = [image_size, image_size, num_channels], flatten(params)
     fix = f"delete {RECORD} where it is kept, to train it again"
-    check_finite(f"the extractor {self.name!r}", weights, fix)
+    store.check_finite(f"the extractor {self.name!r}", weights, fix)
     description = {"extractor": self.name, "shape": shape, "num_classes": num_classes}
     self.digest = digest_of(description, weights)
 
@@ -274,7 +263,7 @@ class ClassifierExtractor:
 
 def _describe(source: Source, held_out: Source, settings: ClassifierSettings) -> dict[str, Any]:
   """Return what a kept classifier must agree with, as JSON."""
-  return as_json(
+  return store.as_json(
     {
       "format": 1,
       "data": {"train": source.fingerprint, "eval": held_out.fingerprint},
@@ -341,29 +330,29 @@ def open_classifier(
 
   def make() -> ClassifierExtractor:
     extractor = train_classifier(source, held_out, settings)
-    save_arrays(directory / WEIGHTS, flatten(extractor.params))
+    store.save_arrays(directory / WEIGHTS, flatten(extractor.params))
     # Last: weights without a record do not count.
     kept = {"digest": extractor.digest, "held_out_accuracy": extractor.held_out_accuracy}
-    write_json(record_path, description | kept)
+    store.write_json(record_path, description | kept)
     return extractor
 
   load = functools.partial(_load_classifier, directory, description)
-  return load_or_make(record_path, "classifier", load, make)
+  return store.load_or_make(record_path, "classifier", load, make)
 
 
 def _load_classifier(directory: pathlib.Path, description: dict[str, Any]) -> ClassifierExtractor:
   record_path, weights_path = directory / RECORD, directory / WEIGHTS
   fix = f"delete {record_path} to train it again"
-  record = read_json(record_path, fix)
-  with damage_of(record_path, fix):
+  record = store.read_json(record_path, fix)
+  with store.damage_of(record_path, fix):
     digest, accuracy = record.pop("digest"), float(record.pop("held_out_accuracy"))
   what = f"{record_path} is of a classifier of something else"
-  check_same(what, description, record, f"use another directory, or {fix}")
-  params = flax.traverse_util.unflatten_dict(load_arrays(weights_path, fix), sep="/")
+  store.check_same(what, description, record, f"use another directory, or {fix}")
+  params = flax.traverse_util.unflatten_dict(store.load_arrays(weights_path, fix), sep="/")
   extractor = ClassifierExtractor(
     params, description["image_size"], description["num_channels"], description["num_classes"]
   )
   if extractor.digest != digest:
-    raise StoreError(f"{weights_path} has other weights than {record_path} says", fix)
+    raise store.StoreError(f"{weights_path} has other weights than {record_path} says", fix)
   extractor.held_out_accuracy = accuracy
   return extractor

@@ -67,11 +67,6 @@ def statistics_of(seen: Moments) -> Statistics:
   return seen.mean, seen.scatter / (seen.count - 1)
 
 
-def gaussian_statistics(features: Real[np.ndarray, "N D"]) -> Statistics:
-  """Return the mean (D,) and the unbiased covariance (D, D) of (N, D) features, float64."""
-  return statistics_of(moments(features))
-
-
 def _factor(covariance: Float64[np.ndarray, "D D"]) -> Float64[np.ndarray, "D r"]:
   """Return A with A A^T the covariance, without directions that hold rounding errors only."""
   values, vectors = np.linalg.eigh(covariance)

@@ -1,18 +1,17 @@
 """References: the features of real images, which generated images are measured against.
 
-Both are quantised alike (`images.to_uint8`) and read in batches of the extractor's size, however
-they come, so that the same images give the same metrics to the last bit.
+Both are quantised alike (`images.to_uint8`) and come in batches of the extractor's size, so that
+the same images give the same metrics to the last bit.
 
 Axes: B images of a batch, N images in all, M of them whose features are kept, H W image, D values
 of a feature.
 """
 
 import dataclasses
-import itertools
 import json
 import logging
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,9 @@ from jaxtyping import Float32, Float64, Int, UInt8
 from lrdit.data.source import Source
 from lrdit.evaluation import metrics
 from lrdit.evaluation.features import Extractor, read_images
+from lrdit.runtime import store
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.progress import make_bar
-from lrdit.runtime.store import (
-  as_json,
-  check_same,
-  damage_of,
-  load_arrays,
-  load_or_make,
-  save_arrays,
-)
 
 # Images (B, H, W, 3) and labels (B,); the batches of a stream differ in B.
 Batch = tuple[UInt8[np.ndarray, "_ _ _ 3"], Int[np.ndarray, " _"] | None]
@@ -68,7 +60,7 @@ def describe(source: Source, extractor: Extractor, max_features: int) -> dict[st
     "num_features": min(max_features, len(source)),
     "extractor": {"name": extractor.name, "digest": extractor.digest},
   }
-  return as_json(fingerprint)
+  return store.as_json(fingerprint)
 
 
 def compute_reference(source: Source, extractor: Extractor, max_features: int) -> Reference:
@@ -112,39 +104,25 @@ def _check_count(kind: str, count: int) -> None:
     )
 
 
-def save_reference(path: pathlib.Path, reference: Reference) -> None:
-  """Write an .npz, whole or not at all."""
-  arrays = {name: getattr(reference, name) for name in ARRAYS}
-  save_arrays(path, arrays | {"identity": np.array(json.dumps(reference.fingerprint))})
-
-
 def load_reference(path: pathlib.Path, fingerprint: dict[str, Any]) -> Reference:
-  """Read what `save_reference` wrote.
-
-  Args:
-    path: the file.
-    fingerprint: what it must be of, from `describe`.
+  """Read the reference at a path, whose fingerprint must be the one from `describe`.
 
   Raises:
     UserError: it is missing, damaged, or of other images or another extractor.
   """
   fix = "delete it to compute it again"
-  stored = load_arrays(path, fix)
-  with damage_of(path, fix):
+  stored = store.load_arrays(path, fix)
+  with store.damage_of(path, fix):
     found = json.loads(str(stored["identity"]))
     what = f"{path} is a reference of something else"
-    check_same(what, fingerprint, found, f"{fix}, or name another file")
+    store.check_same(what, fingerprint, found, f"{fix}, or name another file")
     return Reference(**{name: stored[name] for name in ARRAYS}, fingerprint=found)
 
 
 def open_reference(
   path: pathlib.Path, source: Source, extractor: Extractor, max_features: int
 ) -> Reference:
-  """Return the reference kept at a path; compute it and keep it where there is none.
-
-  Args:
-    path: an .npz file; its directory is made.
-    source, extractor, max_features: as for `compute_reference`.
+  """Return the reference kept in an .npz; compute it and keep it where there is none.
 
   Raises:
     UserError: it is damaged, or of other images or another extractor.
@@ -153,26 +131,15 @@ def open_reference(
   def make() -> Reference:
     log.info("%s features of %d real images: %s", extractor.name, len(source), path)
     reference = compute_reference(source, extractor, max_features)
-    save_reference(path, reference)
+    arrays = {name: getattr(reference, name) for name in ARRAYS}
+    arrays["identity"] = np.array(json.dumps(reference.fingerprint))
+    store.save_arrays(path, arrays)
     return reference
 
   def load() -> Reference:
     return load_reference(path, describe(source, extractor, max_features))
 
-  return load_or_make(path, path.stem, load, make)
-
-
-def _fixed_batches(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
-  """Cut a stream anew into batches of `size`, the last one smaller."""
-
-  def rows() -> Iterator[tuple[np.ndarray, Any]]:
-    for images, labels in batches:
-      yield from zip(images, itertools.repeat(None) if labels is None else labels, strict=False)
-
-  stream = rows()
-  while batch := list(itertools.islice(stream, size)):
-    images, labels = zip(*batch, strict=True)
-    yield np.stack(images), None if labels[0] is None else np.array(labels)
+  return store.load_or_make(path, path.stem, load, make)
 
 
 def measure(
@@ -185,8 +152,8 @@ def measure(
   M features in the reference, or all if there are fewer, against as many of the reference.
 
   Args:
-    batches: (B, H, W, 3) uint8 images and their (B,) labels, or None for no labels, in any B;
-      read once.
+    batches: (B, H, W, 3) uint8 images and their (B,) labels, or None for no labels. B is the
+      extractor's batch size, but for the last batch.
     extractor: the reference's.
     reference: of the real images.
 
@@ -204,7 +171,7 @@ def measure(
     raise UserError(f"the reference is of another extractor than this {extractor.name!r}")
   kept = np.empty_like(reference.features)
   seen, num_samples, labelled = None, 0, []
-  for images, labels in _fixed_batches(batches, extractor.batch_size):
+  for images, labels in batches:
     features, predictions = extractor.extract(images)
     seen = _add(seen, features)
     room = kept[num_samples:]

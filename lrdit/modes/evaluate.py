@@ -17,9 +17,8 @@ from lrdit.data.source import Source
 from lrdit.evaluation import held_out, references
 from lrdit.evaluation.features import Extractor
 from lrdit.experiment import Experiment
-from lrdit.runtime import cluster, parallel
+from lrdit.runtime import cluster, parallel, store
 from lrdit.runtime.locks import owned
-from lrdit.runtime.store import StoreError, as_json, check_same, read_json, write_json
 from lrdit.sampling.sample_set import read_sample_set
 from lrdit.sampling.settings import make_settings
 from lrdit.train import checkpoints, run_files
@@ -41,7 +40,7 @@ def describe_held_out(config: ConfigDict, source: Source) -> dict[str, Any]:
     "dtype": config.model.dtype,
     "data": source.fingerprint,
   }
-  return as_json(description)
+  return store.as_json(description)
 
 
 def held_out_metrics(
@@ -99,7 +98,7 @@ def check_sample_set(
   sampler = Experiment(config).sampler(parallel.all_devices())
   wanted = make_settings(config, sampler, step, checkpoints.digest(params), vae_digest)
   wanted["num_samples"] = config.sampling.num_samples
-  check_same(
+  store.check_same(
     f"the samples under {directory} are of something else",
     wanted,
     {name: metadata[name] for name in wanted if name in metadata},
@@ -144,7 +143,7 @@ def sample_metrics(
 def _sample_settings(config: ConfigDict) -> dict[str, Any]:
   """Return what the metrics of samples depend on beside the samples, as JSON."""
   fields = config.evaluation.to_dict().items()
-  return as_json({name: value for name, value in fields if name not in HELD_OUT_FIELDS})
+  return store.as_json({name: value for name, value in fields if name not in HELD_OUT_FIELDS})
 
 
 def is_measured(config: ConfigDict, kept: dict[str, Any] | None, metadata: dict[str, Any]) -> bool:
@@ -177,11 +176,11 @@ def read_kept(path: pathlib.Path, key: dict[str, Any]) -> dict[str, Any]:
   if not path.exists():
     return nothing
   try:
-    evaluation = read_json(path, "it is measured again")
+    evaluation = store.read_json(path, "it is measured again")
     if any(evaluation[name] != value for name, value in key.items()):
       return nothing
     return {name: dict(evaluation[name]) for name in nothing}
-  except (StoreError, ValueError, KeyError, TypeError) as error:
+  except (store.StoreError, ValueError, KeyError, TypeError) as error:
     log.warning("%s is damaged (%s): its metrics are not kept", path, error)
     return nothing
 
@@ -254,5 +253,5 @@ def _evaluate(config: ConfigDict, path: pathlib.Path, devices: parallel.Devices)
     measured = sample_metrics(config, directory, extractors, features)
     samples[name] = merged(samples.get(name), measured)
   settings = {"settings": e.to_dict(), "software": _software()}
-  write_json(target, key | {"held_out": losses, "samples": samples} | settings)
+  store.write_json(target, key | {"held_out": losses, "samples": samples} | settings)
   log.info("%s", target)

@@ -88,7 +88,9 @@ def monotone(ranks: Float[np.ndarray, " G"], boundaries: Sequence[int]) -> Float
   return regression.fit_transform(np.arange(len(ranks)), ranks, sample_weight=np.diff(boundaries))
 
 
-def interpolate(values: Sequence[float], boundaries: Sequence[int]) -> Float[np.ndarray, " T"]:
+def interpolate(
+  values: Sequence[float] | Float[np.ndarray, " G"], boundaries: Sequence[int]
+) -> Float[np.ndarray, " T"]:
   """Return a value for every timestep from one for each group.
 
   Values are linear between the middles of the groups and constant beyond the outermost.

@@ -73,11 +73,11 @@ def as_user_error(error: Exception) -> UserError | None:
       return cause
     if (limit := system_limit(cause)) is not None:
       return limit
-    # All fields are declared in the schema and read as attributes.
+    # Fields are read as attributes, and the schema has all there are.
     if isinstance(cause, AttributeError) and isinstance(getattr(cause, "obj", None), ConfigDict):
       return UserError(
         f"the config has no field {cause.name!r}: begin get_config with "
-        "configs.common.get_default_config, which makes all fields",
+        "lrdit.config.schema.get_default_config, which makes all fields",
         2,
       )
     if isinstance(cause.__context__, UserError):  # raised while ours was handled

@@ -17,7 +17,7 @@ import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -250,22 +250,9 @@ class RowFile:
   """
 
   def __init__(
-    self,
-    path: pathlib.Path,
-    row_shape: tuple[int, ...],
-    dtype: Any,
-    fix: str,
-    header: bytes = b"",
+    self, path: pathlib.Path, row_shape: Sequence[int], dtype: Any, fix: str, header: bytes = b""
   ):
-    """Describe the file without opening it.
-
-    Args:
-      path: of the file.
-      row_shape: of one row.
-      dtype: of the rows.
-      fix: the end of the messages about damage.
-      header: the bytes before the rows.
-    """
+    """Describe the file without opening it; `fix` ends the messages about damage."""
     self.path, self.num_rows, self.crc32 = path, 0, 0
     self._row_shape, self._dtype = tuple(row_shape), np.dtype(dtype)
     self._row_bytes = self._dtype.itemsize * math.prod(row_shape)
@@ -343,11 +330,7 @@ class RowFile:
       raise StoreError(f"{self.path} has changed since it was written", self._fix)
 
   def verify(self, num_rows: int, crc32: int) -> None:
-    """Read the whole file.
-
-    Raises:
-      StoreError: it does not hold exactly those rows.
-    """
+    """Read the whole file; raise a StoreError unless it holds exactly those rows."""
     self._check_size(num_rows, is_all=True)
     for _ in self.read(num_rows, crc32):
       pass

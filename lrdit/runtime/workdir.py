@@ -1,4 +1,4 @@
-"""A run's directory: its data, and files that are whole or not there."""
+"""A run's directory: whether it has begun, and the data that it was trained on."""
 
 import logging
 import os

@@ -27,19 +27,10 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from lrdit.data import images
+from lrdit.runtime import store
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from lrdit.runtime.npz_stream import read_npz, write_member
-from lrdit.runtime.store import (
-  RowFile,
-  StoreError,
-  as_json,
-  atomic_path,
-  check_same,
-  read_json,
-  remove_directory,
-  write_json,
-)
 
 log = logging.getLogger("lrdit")
 
@@ -73,23 +64,19 @@ class Progress:
 
   @classmethod
   def from_record(cls, record: dict[str, Any], path: pathlib.Path) -> "Progress":
-    """Take the fields from a record that was read at a path.
-
-    Raises:
-      StoreError: one is missing or no number.
-    """
+    """Take the fields from a record; raise a StoreError where one is missing or no number."""
     fields = dataclasses.fields(cls)
     if not all(isinstance(record.get(f.name), f.type) for f in fields):
-      raise StoreError(f"{path} is damaged", AGAIN)
+      raise store.StoreError(f"{path} is damaged", AGAIN)
     return cls(**{f.name: record[f.name] for f in fields})
 
 
 def _read_metadata(directory: pathlib.Path) -> dict[str, Any]:
   """Return metadata.json, which at least says what samples.npz holds."""
   path = directory / "metadata.json"
-  metadata = read_json(path, AGAIN)
+  metadata = store.read_json(path, AGAIN)
   if [type(metadata.get(name)) for name in ("num_samples", "has_labels")] != [int, bool]:
-    raise StoreError(f"{path} is damaged", AGAIN)
+    raise store.StoreError(f"{path} is damaged", AGAIN)
   return metadata
 
 
@@ -111,9 +98,6 @@ class _PngFiles:
   def __init__(self, directory: pathlib.Path, are_wanted: bool):
     self._directory, self._are_wanted = directory, are_wanted
 
-  def _path(self, index: int) -> pathlib.Path:
-    return self._directory / f"{index:06d}.png"
-
   def write(
     self, rows: UInt8[np.ndarray, "B H W 3"], first: int, only_missing: bool = False
   ) -> None:
@@ -121,13 +105,9 @@ class _PngFiles:
     if self._are_wanted:
       self._directory.mkdir(exist_ok=True)
       for index, row in enumerate(rows, first):
-        if not (only_missing and self._path(index).exists()):
-          images.write_png(self._path(index), row)
-
-  def remove_unwanted(self) -> None:
-    """Remove all files where none are wanted, as they would be of some images only."""
-    if not self._are_wanted:
-      self.remove()
+        path = self._directory / f"{index:06d}.png"
+        if not (only_missing and path.exists()):
+          images.write_png(path, row)
 
   def remove_beyond(self, count: int) -> None:
     """Remove the files of images beyond a cut, and what a kill left of one."""
@@ -138,8 +118,10 @@ class _PngFiles:
           if not stem.isdecimal() or int(stem) >= count:
             os.unlink(entry.path)
 
-  def remove(self) -> None:
-    remove_directory(self._directory)
+  def remove(self, only_unwanted: bool = False) -> None:
+    """Remove all files; `only_unwanted` where none are wanted, as they would not be of all."""
+    if not (only_unwanted and self._are_wanted):
+      store.remove_directory(self._directory)
 
 
 class SampleSetWriter:
@@ -184,9 +166,9 @@ class SampleSetWriter:
       UserError: another process writes the directory, or it is not writable.
     """
     self.directory, self.num_samples, self.is_finished = directory, num_samples, False
-    self._settings, self._software = as_json(settings), as_json(software)
+    self._settings, self._software = store.as_json(settings), store.as_json(software)
     self._shape, self._batch_size = (image_size, image_size, 3), batch_size
-    self._rows = RowFile(directory / "samples.part", self._shape, np.uint8, AGAIN)
+    self._rows = store.RowFile(directory / "samples.part", self._shape, np.uint8, AGAIN)
     self._pngs = _PngFiles(directory / "png", png_files)
     self._progress = Progress()
     with self._explaining_os_errors(), contextlib.ExitStack() as opened:
@@ -197,7 +179,7 @@ class SampleSetWriter:
         path.unlink()
       try:
         self._take_up()
-      except StoreError as error:
+      except store.StoreError as error:
         log.info("%s: starting over, as %s", directory, error.reason)
         self._start_over()
       self._opened = opened.pop_all()
@@ -225,11 +207,7 @@ class SampleSetWriter:
       ) from error
 
   def _take_up(self) -> None:
-    """Use what is there.
-
-    Raises:
-      StoreError: it cannot be used.
-    """
+    """Use what is there; raise a StoreError where it cannot be used."""
     if (self.directory / "metadata.json").exists():
       metadata = _read_metadata(self.directory)
       self._check_settings(metadata, metadata["num_samples"])
@@ -241,7 +219,7 @@ class SampleSetWriter:
     if not path.exists():
       self._start_over()
       return
-    record = read_json(path, AGAIN)
+    record = store.read_json(path, AGAIN)
     progress = Progress.from_record(record, path)
     self._check_settings(record, progress.num_done)
     self._resume(progress)
@@ -253,7 +231,7 @@ class SampleSetWriter:
     else:  # nothing is added
       self._software = {name: record.get(name) for name in self._software}
     found = {name: record[name] for name in wanted if name in record}
-    check_same("it holds other samples", wanted, found, AGAIN)
+    store.check_same("it holds other samples", wanted, found, AGAIN)
 
   def _start_over(self) -> None:
     """Remove the files of the set, first the one that says that it is finished."""
@@ -264,15 +242,11 @@ class SampleSetWriter:
     self._resume(Progress())
 
   def _resume(self, progress: Progress) -> None:
-    """Check the rows that are there, and open the file behind those that are kept.
-
-    Raises:
-      StoreError: they are not what was written.
-    """
+    """Check the rows that are there, and open the file behind those that are kept."""
     kept = min(progress.num_done, self.num_samples)
     if kept < self.num_samples:
       kept -= kept % self._batch_size
-    self._pngs.remove_unwanted()
+    self._pngs.remove(only_unwanted=True)
     kept_crc = first = 0
     for rows in self._rows.read(progress.num_done, progress.crc32):
       kept_rows = rows[: max(0, kept - first)]
@@ -284,13 +258,9 @@ class SampleSetWriter:
     self._rows.open(kept, kept_crc)
 
   def _reopen(self, metadata: dict[str, Any]) -> None:
-    """Turn a finished set into the unfinished one that it was at its end.
-
-    Raises:
-      StoreError: it is not as it was written.
-    """
-    with atomic_path(self._rows.path) as temporary:
-      part = RowFile(temporary, self._shape, np.uint8, AGAIN)
+    """Turn a finished set into the unfinished one that it was at its end."""
+    with store.atomic_path(self._rows.path) as temporary:
+      part = store.RowFile(temporary, self._shape, np.uint8, AGAIN)
       part.open(0, 0)
       with contextlib.closing(part):
         for rows in self._read_finished(metadata):
@@ -302,11 +272,7 @@ class SampleSetWriter:
     (self.directory / "samples.npz").unlink()
 
   def _check_finished(self, metadata: dict[str, Any]) -> None:
-    """Read a finished set to its last byte, and add PNG files that are asked for.
-
-    Raises:
-      StoreError: it is not as it was written.
-    """
+    """Read a finished set to its last byte, and add PNG files that are asked for."""
     first = 0
     for rows in self._read_finished(metadata):
       self._pngs.write(rows, first, only_missing=True)
@@ -319,14 +285,14 @@ class SampleSetWriter:
     path = self.directory / "samples.npz"
     for rows, _ in _read_batches(path, metadata, self._rows.chunk_rows):
       if rows.shape[1:] != self._shape:
-        raise StoreError(f"its images are of shape {rows.shape[1:]}", AGAIN)
+        raise store.StoreError(f"its images are of shape {rows.shape[1:]}", AGAIN)
       yield rows
 
   def _keep(self, progress: Progress, **changed: Any) -> None:
     """Take on the progress, with some fields changed, and write it."""
     self._progress = dataclasses.replace(progress, **changed)
     record = self._settings | self._software | dataclasses.asdict(self._progress)
-    write_json(self.directory / "progress.json", record)
+    store.write_json(self.directory / "progress.json", record)
 
   def start_clock(self) -> None:
     """Leave the time until now, such as that of compiling, out of `wall_clock_seconds`."""
@@ -378,9 +344,9 @@ class SampleSetWriter:
         grid = np.concatenate(list(self._rows.read(min(GRID_SIZE, self.num_samples))))
         images.write_grid(self.directory / "grid.png", grid, GRID_COLUMNS)
         self._pngs.remove_beyond(self.num_samples)
-        write_json(self.directory / "metadata.json", metadata)
+        store.write_json(self.directory / "metadata.json", metadata)
         self._remove_leftovers()
-    except StoreError as error:
+    except store.StoreError as error:
       raise UserError(
         f"what was written under {self.directory} has changed ({error.reason}): check the disk, "
         "then run the same command again"
@@ -397,7 +363,7 @@ class SampleSetWriter:
         num_saturated += int(np.count_nonzero((chunk == 0) | (chunk == 255)))
         yield chunk
 
-    with atomic_path(self.directory / "samples.npz") as temporary:
+    with store.atomic_path(self.directory / "samples.npz") as temporary:
       with temporary.open("wb") as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
           write_member(archive, "arr_0", np.uint8, (count, *self._shape), rows())

@@ -107,7 +107,7 @@ def test_the_first_classes_are_rows_of_the_same_file(directory):
   assert json.loads(json.dumps(kept.fingerprint)) == kept.fingerprint
 
 
-def test_fingerprint_tells_vae_source_and_contents(directory, tmp_path):
+def test_the_fingerprint_covers_vae_source_and_contents(directory, tmp_path):
   fingerprint = latents.open_latents(str(directory), "train").fingerprint
   again = write(tmp_path / "again")
   assert latents.open_latents(str(again), "train").fingerprint == fingerprint
@@ -203,7 +203,7 @@ def test_verify_finds_one_flipped_bit(directory, name):
 
 @pytest.mark.parametrize("name", ["manifest.json", "progress.json"])
 @pytest.mark.parametrize("text", ["", '{"descr', "[]", "{}", '{"description": 3}', "7", "\x00\x00"])
-def test_a_damaged_record_is_told_in_one_line(directory, name, text):
+def test_a_damaged_record_is_refused_in_one_line(directory, name, text):
   (directory / name).write_text(text)
   with pytest.raises(UserError, match=r"damaged"):
     latents.open_latents(str(directory), "train")

@@ -5,8 +5,8 @@ import pytest
 
 from lrdit.data import images
 from lrdit.data import source as sources
-from lrdit.evaluation import features as extractors
 from lrdit.evaluation import metrics, references
+from lrdit.evaluation.features import Extracted, PixelExtractor
 from lrdit.runtime.errors import UserError
 
 pytestmark = pytest.mark.floats
@@ -25,7 +25,12 @@ class FakeClassifier:
   def extract(self, images):
     self.batches.append(len(images))
     features = images[:, :2, 0, 0].astype(np.float32) / 100
-    return extractors.Extracted(features, (images[:, 0, 0, 1] % 3).astype(np.int32))
+    return Extracted(features, (images[:, 0, 0, 1] % 3).astype(np.int32))
+
+
+def statistics_of(features):
+  """Mean and covariance of all features at once."""
+  return metrics.statistics_of(metrics.moments(features))
 
 
 def made_source(seed=0, size=SIZE, num=NUM, **fingerprint):
@@ -46,9 +51,15 @@ def generated(num=50, seed=3):
 @pytest.fixture(scope="module")
 def pixel():
   """A pixel extractor whose batches do not divide what is measured."""
-  extractor = extractors.PixelExtractor(SIZE, 3)
+  extractor = PixelExtractor(SIZE, 3)
   extractor.batch_size = 7
   return extractor
+
+
+def batches_of(scans, labels=None, size=7):
+  """(images, labels) in batches, as a sample set is read."""
+  starts = range(0, len(scans), size)
+  return [(scans[i : i + size], None if labels is None else labels[i : i + size]) for i in starts]
 
 
 def pixels(scans):
@@ -76,57 +87,55 @@ def test_real_images_are_quantised_as_generated_ones_are(pixel):
   scans = np.random.default_rng(0).uniform(-1, 1, (20, SIZE, SIZE, 3)).astype(np.float32)
   source = sources.Source(scans, np.zeros(20, np.int32), 0, {"name": "made"})
   reference = references.compute_reference(source, pixel, max_features=20)
-  figures = references.measure([(images.to_uint8(scans), None)], pixel, reference)
+  found = references.measure(batches_of(images.to_uint8(scans)), pixel, reference)
   # The same images: what differs is the order of the sums.
-  assert figures["pixel_frechet_distance"] == pytest.approx(0, abs=1e-9)
-  assert (figures["pixel_precision"], figures["pixel_recall"]) == (1.0, 1.0)
+  assert found["pixel_frechet_distance"] == pytest.approx(0, abs=1e-9)
+  assert (found["pixel_precision"], found["pixel_recall"]) == (1.0, 1.0)
 
 
 def test_grey_images_are_repeated():
   grey = sources.Source(
     np.arange(320, dtype=np.uint8).reshape(20, SIZE, SIZE, 1), np.zeros(20, np.int32), 0, {}
   )
-  extractor = extractors.PixelExtractor(SIZE, 1)
+  extractor = PixelExtractor(SIZE, 1)
   assert references.compute_reference(grey, extractor, 20).features.shape == (20, 16)
 
 
-def test_figures_are_those_of_the_whole_features(pixel):
+def test_metrics_are_those_of_the_whole_features(pixel):
   source, scans = made_source(), generated()
   reference = references.compute_reference(source, pixel, max_features=25)
-  figures = references.measure([(scans, None)], pixel, reference)
+  found = references.measure(batches_of(scans), pixel, reference)
   real, ours = pixels(source.images), pixels(scans)
-  expected = metrics.frechet_distance(*map(metrics.gaussian_statistics, (ours, real)))
-  assert figures["pixel_frechet_distance"] == pytest.approx(expected, rel=1e-6)
+  expected = metrics.frechet_distance(*map(statistics_of, (ours, real)))
+  assert found["pixel_frechet_distance"] == pytest.approx(expected, rel=1e-6)
   kernel = metrics.kernel_distance(ours[:25], reference.features)
-  got = figures["pixel_kernel_distance"], figures["pixel_kernel_distance_std"]
+  got = found["pixel_kernel_distance"], found["pixel_kernel_distance_std"]
   assert got == pytest.approx(kernel, rel=1e-9)
-  assert (figures["pixel_precision"], figures["pixel_recall"]) == metrics.precision_recall(
+  assert (found["pixel_precision"], found["pixel_recall"]) == metrics.precision_recall(
     ours[:25], reference.features
   )
-  assert (figures["pixel_num_samples"], figures["pixel_num_subset_samples"]) == (50, 25)
-  assert not any("recognition" in name for name in figures)
+  assert (found["pixel_num_samples"], found["pixel_num_subset_samples"]) == (50, 25)
+  assert not any("recognition" in name for name in found)
 
 
 def test_few_samples_meet_as_many_real_ones(pixel):
   reference = references.compute_reference(made_source(), pixel, max_features=25)
   scans = generated(10)
-  figures = references.measure([(scans, None)], pixel, reference)
-  assert (figures["pixel_num_samples"], figures["pixel_num_subset_samples"]) == (10, 10)
-  assert (figures["pixel_precision"], figures["pixel_recall"]) == metrics.precision_recall(
+  found = references.measure(batches_of(scans), pixel, reference)
+  assert (found["pixel_num_samples"], found["pixel_num_subset_samples"]) == (10, 10)
+  assert (found["pixel_precision"], found["pixel_recall"]) == metrics.precision_recall(
     pixels(scans), reference.features[:10]
   )
 
 
-def test_figures_are_the_same_to_the_last_bit_however_the_images_come(pixel, tmp_path, monkeypatch):
+def test_a_kept_reference_gives_the_same_metrics_to_the_last_bit(pixel, tmp_path, monkeypatch):
   source, scans = made_source(), generated()
   path = tmp_path / "made" / "reference.npz"
   computed = references.open_reference(path, source, pixel, 25)
-  figures = references.measure([(scans, None)], pixel, computed)
+  metrics_before = references.measure(batches_of(scans), pixel, computed)
   monkeypatch.setattr(references, "compute_reference", None)  # not again
   loaded = references.open_reference(path, source, pixel, 25)
-  for sizes in ([50], [1] * 50, [8, 2, 40]):
-    batches = ((part, None) for part in np.split(scans, np.cumsum(sizes)[:-1]))
-    assert references.measure(batches, pixel, loaded) == figures
+  assert references.measure(batches_of(scans), pixel, loaded) == metrics_before
   assert [file.name for file in path.parent.iterdir()] == ["reference.npz"]
 
 
@@ -137,13 +146,11 @@ def test_labels_are_recognised_where_the_extractor_predicts_them():
   labels = (scans[:, 0, 0, 1] % 3).astype(np.int64)
   labels[:6] = 5
   extractor.batches.clear()
-  figures = references.measure(
-    [(scans[:20], labels[:20]), (scans[20:], labels[20:])], extractor, reference
-  )
+  found = references.measure(batches_of(scans, labels), extractor, reference)
   assert extractor.batches == [7, 7, 7, 7, 2]  # one pass, in the extractor's batches
-  assert figures["classifier_recognition_accuracy"] == 24 / 30
-  assert figures["classifier_recognition_accuracy_of_held_out_images"] == 0.9
-  unlabelled = references.measure([(scans, None)], extractor, reference)
+  assert found["classifier_recognition_accuracy"] == 24 / 30
+  assert found["classifier_recognition_accuracy_of_held_out_images"] == 0.9
+  unlabelled = references.measure(batches_of(scans), extractor, reference)
   assert not any("recognition" in name for name in unlabelled)
 
 
@@ -159,7 +166,7 @@ def test_labels_are_recognised_where_the_extractor_predicts_them():
 )
 def test_a_reference_of_other_images_is_refused(pixel, tmp_path, changed, field):
   path = tmp_path / "reference.npz"
-  references.save_reference(path, references.compute_reference(made_source(), pixel, 25))
+  references.open_reference(path, made_source(), pixel, 25)
   with pytest.raises(UserError, match=rf"something else: .*{field} \(.+ there, .+ asked for\)"):
     references.open_reference(path, made_source(**changed), pixel, 25)
 
@@ -176,7 +183,7 @@ def test_a_reference_of_another_extractor_is_refused(tmp_path):
     references.measure([(generated(), None)], other, reference)
 
 
-def test_damaged_and_missing_references_are_told(pixel, tmp_path):
+def test_damaged_and_missing_references_are_refused(pixel, tmp_path):
   path, source = tmp_path / "reference.npz", made_source()
   with pytest.raises(UserError, match="is missing: delete it"):
     references.load_reference(path, {})
@@ -189,7 +196,7 @@ def test_damaged_and_missing_references_are_told(pixel, tmp_path):
     references.open_reference(path, source, pixel, 25)
 
 
-def test_too_few_images_are_told(pixel):
+def test_too_few_images_are_refused(pixel):
   reference = references.compute_reference(made_source(), pixel, 25)
   with pytest.raises(UserError, match="more than 3 generated images, and there are 3"):
     references.measure([(generated(3), None)], pixel, reference)

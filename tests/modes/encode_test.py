@@ -321,7 +321,7 @@ def wait_for_rows(process, output, at_least):
 
 
 def test_a_killed_command_resumes_to_the_byte(tmp_path):
-  images = write_images(tmp_path / "many.npz", 4000)
+  images = write_images(tmp_path / "many.npz", 2500)
   output = tmp_path / "killed"
   encoding = command("encode", images, f"--output={output}")
   process = subprocess.Popen(
@@ -347,7 +347,7 @@ def test_a_killed_command_resumes_to_the_byte(tmp_path):
   assert contents(output) == contents(undisturbed)
 
 
-def test_a_full_disk_is_told_in_one_line_and_encoding_goes_on(images, encoded, tmp_path):
+def test_a_full_disk_raises_one_line_and_encoding_goes_on(images, encoded, tmp_path):
   output = tmp_path / "full"
   encoding = command("encode", images, f"--output={output}")
   # Room for the progress and the labels, not for all latents.

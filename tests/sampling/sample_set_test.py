@@ -1,7 +1,6 @@
-"""The directory of an export, with samples that cost nothing."""
+"""A sample set on disk, with samples that cost nothing."""
 
 import json
-import logging
 import os
 import pathlib
 import resource
@@ -23,21 +22,14 @@ BATCH = 4
 
 
 class Killed(BaseException):
-  """What no handler of ours may hold up."""
-
-
-@pytest.fixture(autouse=True)
-def log_lines(caplog, monkeypatch):
-  # start_logging() in other tests keeps records from the root logger.
-  caplog.set_level(logging.DEBUG, logger="lrdit")
-  return lambda: [record.getMessage() for record in caplog.records]
+  """No handler of the package may hold it up."""
 
 
 def label_rule(index):
   return (index % 3).astype(np.int32)
 
 
-def draw(index, size, seed):
+def sample(index, size, seed):
   """Samples by their index, as a sampler's are: (B, size, size, 1) uint8."""
   images = [np.random.default_rng((seed, i)).integers(0, 256, (size, size, 1)) for i in index]
   return np.array(images, np.uint8)
@@ -53,16 +45,16 @@ def write(
   rule=label_rule,
   size=4,
 ):
-  """What `--mode=sample` does; returns the indices that were drawn."""
-  drawn = []
+  """What `--mode=sample` does; returns the indices that were sampled."""
+  sampled = []
   with sample_set.SampleSetWriter(directory, settings, software, count, size, batch, png) as writer:
     if not writer.is_finished:
       for first in range(writer.num_done, count, batch):
         index = range(first, min(first + batch, count))
-        writer.append(draw(index, size, settings["seed"]))
-        drawn += index
+        writer.append(sample(index, size, settings["seed"]))
+        sampled += index
       writer.finish(rule, {"num_devices": 1})
-  return drawn
+  return sampled
 
 
 def contents(directory):
@@ -77,7 +69,7 @@ def contents(directory):
   return files, metadata, history
 
 
-def assert_same_export(directory, reference):
+def assert_same_set(directory, reference):
   (got, metadata, _), (expected, expected_metadata, _) = contents(directory), contents(reference)
   assert got.keys() == expected.keys()
   assert [name for name in expected if got[name] != expected[name]] == []
@@ -100,7 +92,7 @@ def read_all(directory, batch_size=3):
 @pytest.mark.parametrize(
   ("num_saturated", "share", "warns"), [(8, 0.5, False), (9, 0.5625, True), (0, 0.0, False)]
 )
-def test_saturated_pixels_are_told_of(tmp_path, log_lines, num_saturated, share, warns):
+def test_saturated_pixels_are_logged(tmp_path, told, num_saturated, share, warns):
   samples = np.full(16, 128, np.uint8)
   samples[:num_saturated] = [0, 255] * (num_saturated // 2) + [0] * (num_saturated % 2)
   samples = samples.reshape(4, 2, 2, 1)
@@ -111,11 +103,11 @@ def test_saturated_pixels_are_told_of(tmp_path, log_lines, num_saturated, share,
     writer.append(samples[writer.num_done :])
     metadata = writer.finish(None, {})
   assert (metadata["saturated_share"], metadata["is_mostly_saturated"]) == (share, warns)
-  assert any("% of all pixel values are 0 or 255" in line for line in log_lines()) == warns
+  assert any("% of all pixel values are 0 or 255" in line for line in told.messages) == warns
 
 
 def test_other_tools_read_it(undisturbed):
-  expected = np.repeat(draw(range(10), 4, seed=0), 3, axis=-1)
+  expected = np.repeat(sample(range(10), 4, seed=0), 3, axis=-1)
   with np.load(undisturbed / "samples.npz") as arrays:
     assert list(arrays) == ["arr_0", "arr_1"]
     np.testing.assert_array_equal(arrays["arr_0"], expected)
@@ -193,7 +185,7 @@ class Mortal:
     return wrapped
 
 
-# id: (what is there before, images of it that are never drawn again, least number of changes).
+# id: (what is there before, images of it that are never sampled again, least number of changes).
 BEFORE = {
   "nothing": (None, 0, 40),
   "fewer": (dict(count=6), 4, 30),
@@ -205,7 +197,7 @@ BEFORE = {
 
 @pytest.mark.parametrize(("before", "kept", "least"), BEFORE.values(), ids=BEFORE.keys())
 def test_a_kill_at_any_moment_changes_nothing(
-  undisturbed, tmp_path, monkeypatch, log_lines, before, kept, least
+  undisturbed, tmp_path, monkeypatch, told, before, kept, least
 ):
   if before:
     write(tmp_path / "before", **before)
@@ -227,29 +219,29 @@ def test_a_kill_at_any_moment_changes_nothing(
     elif (directory / "samples.part").exists():
       with pytest.raises(UserError, match=r"--mode=sample (again to go on|first)"):
         sample_set.read_sample_set(directory, 4)
-    assert min(write(directory), default=10) >= kept, "what was there is drawn again"
-    assert_same_export(directory, undisturbed)
+    assert min(write(directory), default=10) >= kept, "what was there is sampled twice"
+    assert_same_set(directory, undisturbed)
     assert not write(directory), "finished, and begun again"
     shutil.rmtree(directory)
     moment += 1
   assert moment > least
   if before != BEFORE["others"][0]:
-    assert not [line for line in log_lines() if "starting over" in line]
+    assert not [line for line in told.messages if "starting over" in line]
 
 
 @pytest.mark.parametrize("kept", [0, 4, 8])
-def test_only_what_is_missing_is_drawn(undisturbed, tmp_path, monkeypatch, kept):
+def test_only_what_is_missing_is_sampled(undisturbed, tmp_path, monkeypatch, kept):
   stop_after(monkeypatch, tmp_path, kept)
   with (tmp_path / "samples.part").open("ab") as file:
     file.write(b"a write that tore")
   assert write(tmp_path) == list(range(kept, 10))
-  assert_same_export(tmp_path, undisturbed)
+  assert_same_set(tmp_path, undisturbed)
   metadata = json.loads((tmp_path / "metadata.json").read_text())
   assert (metadata["num_starts"], metadata["num_drawn"]) == (2, 10)
 
 
 def stop_after(monkeypatch, directory, kept, **arguments):
-  """An export that is killed when `kept` images are on the disk."""
+  """Write a set until it is killed when `kept` images are on the disk."""
   append = sample_set.SampleSetWriter.append
 
   def dying(writer, samples):
@@ -282,53 +274,53 @@ def test_seconds_add_up(tmp_path, monkeypatch):
   ],
   ids=["seed", "rank", "checkpoint", "size"],
 )
-def test_other_samples_start_over(tmp_path, monkeypatch, log_lines, changed, finished):
+def test_other_samples_start_over(tmp_path, monkeypatch, told, changed, finished):
   write(tmp_path / "reference", **changed)
   if finished:
     write(tmp_path / "export")
   else:
     stop_after(monkeypatch, tmp_path / "export", 4)
   assert write(tmp_path / "export", **changed) == list(range(10))
-  assert len([line for line in log_lines() if "starting over" in line]) == 1
-  assert_same_export(tmp_path / "export", tmp_path / "reference")
+  assert len([line for line in told.messages if "starting over" in line]) == 1
+  assert_same_set(tmp_path / "export", tmp_path / "reference")
   assert contents(tmp_path / "export")[2][0] == 10
 
 
-def test_an_export_of_an_unknown_checkpoint_starts_over(undisturbed, tmp_path, log_lines):
+def test_a_set_of_an_unknown_checkpoint_starts_over(undisturbed, tmp_path, told):
   write(tmp_path, settings={k: v for k, v in SETTINGS.items() if k != "checkpoint_digest"})
   assert write(tmp_path) == list(range(10))
-  assert "checkpoint_digest (None there, 'ab' asked for)" in log_lines()[-1]
-  assert_same_export(tmp_path, undisturbed)
+  assert "checkpoint_digest (None there, 'ab' asked for)" in told.messages[-1]
+  assert_same_set(tmp_path, undisturbed)
 
 
-def test_other_software_finishes_nothing_and_spoils_nothing(tmp_path, monkeypatch, log_lines):
+def test_other_software_finishes_nothing_and_spoils_nothing(tmp_path, monkeypatch, told):
   stop_after(monkeypatch, tmp_path, 4)
   assert write(tmp_path, software={"jax": "2"}) == list(range(10))
-  assert "holds other samples: jax ('1' there, '2' asked for)" in log_lines()[-1]
+  assert "holds other samples: jax ('1' there, '2' asked for)" in told.messages[-1]
   assert not write(tmp_path)
   assert not write(tmp_path, 7)
   assert json.loads((tmp_path / "metadata.json").read_text())["jax"] == "2"
 
 
 @pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize(("count", "drawn"), [(15, range(8, 15)), (5, ()), (8, ())])
-def test_another_number_goes_on_or_is_cut(tmp_path, monkeypatch, count, drawn, finished):
+@pytest.mark.parametrize(("count", "sampled"), [(15, range(8, 15)), (5, ()), (8, ())])
+def test_another_number_goes_on_or_is_cut(tmp_path, monkeypatch, count, sampled, finished):
   if finished:
     write(tmp_path / "export")
   else:
     stop_after(monkeypatch, tmp_path / "export", 8, count=9)
-  assert write(tmp_path / "export", count) == list(drawn)
+  assert write(tmp_path / "export", count) == list(sampled)
   write(tmp_path / "reference", count)
-  assert_same_export(tmp_path / "export", tmp_path / "reference")
+  assert_same_set(tmp_path / "export", tmp_path / "reference")
 
 
 def test_another_batch_size_goes_on_at_a_multiple_of_it(undisturbed, tmp_path, monkeypatch):
   stop_after(monkeypatch, tmp_path, 8)
   assert write(tmp_path, batch=5) == list(range(5, 10))
-  assert_same_export(tmp_path, undisturbed)
+  assert_same_set(tmp_path, undisturbed)
 
 
-def test_a_finished_export_is_left_alone(tmp_path):
+def test_a_finished_set_is_left_alone(tmp_path):
   write(tmp_path)
   before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
   assert not write(tmp_path)
@@ -340,10 +332,10 @@ def test_png_files_are_added_and_never_only_some(undisturbed, tmp_path, monkeypa
   write(tmp_path / "a", png=False)
   assert not (tmp_path / "a" / "png").exists()
   assert not write(tmp_path / "a")
-  assert_same_export(tmp_path / "a", undisturbed)
+  assert_same_set(tmp_path / "a", undisturbed)
   stop_after(monkeypatch, tmp_path / "b", 4, png=False)
   assert write(tmp_path / "b") == list(range(4, 10))
-  assert_same_export(tmp_path / "b", undisturbed)
+  assert_same_set(tmp_path / "b", undisturbed)
   stop_after(monkeypatch, tmp_path / "c", 4)
   write(tmp_path / "c", png=False)
   assert not (tmp_path / "c" / "png").exists()
@@ -375,7 +367,7 @@ def test_no_changed_byte_changes_what_is_read(undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("position", [0.3, 0.6, "half", "empty", "none"])
-def test_damage_is_found_and_mended(undisturbed, tmp_path, log_lines, position):
+def test_damage_is_found_and_fixed(undisturbed, tmp_path, told, position):
   directory = tmp_path / "export"
   shutil.copytree(undisturbed, directory)
   npz = directory / "samples.npz"
@@ -388,24 +380,24 @@ def test_damage_is_found_and_mended(undisturbed, tmp_path, log_lines, position):
   with pytest.raises(UserError, match=r"is (damaged|missing).*: run the same command"):
     read_all(directory)
   assert write(directory) == list(range(10))
-  assert "starting over" in log_lines()[-1]
-  assert_same_export(directory, undisturbed)
+  assert "starting over" in told.messages[-1]
+  assert_same_set(directory, undisturbed)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "{}", '{"num_samples": "10"}'])
-def test_damaged_metadata_is_told_and_mended(undisturbed, tmp_path, text):
+def test_damaged_metadata_is_refused_and_fixed(undisturbed, tmp_path, text):
   directory = tmp_path / "export"
   shutil.copytree(undisturbed, directory)
   (directory / "metadata.json").write_text(text)
   with pytest.raises(UserError, match=r"metadata\.json is damaged"):
     sample_set.read_sample_set(directory, 4)
   write(directory)
-  assert_same_export(directory, undisturbed)
+  assert_same_set(directory, undisturbed)
 
 
 @pytest.mark.parametrize("name", ["samples.part", "progress.json"])
 @pytest.mark.parametrize("how", ["changed", "shorter", "missing"])
-def test_a_damaged_unfinished_export_starts_over(undisturbed, tmp_path, monkeypatch, name, how):
+def test_a_damaged_unfinished_set_starts_over(undisturbed, tmp_path, monkeypatch, name, how):
   stop_after(monkeypatch, tmp_path, 8)
   path = tmp_path / name
   if how == "missing":
@@ -417,7 +409,7 @@ def test_a_damaged_unfinished_export_starts_over(undisturbed, tmp_path, monkeypa
   else:
     path.write_text(path.read_text().replace('"num_done": 8', '"num_done": null'))
   assert write(tmp_path) == list(range(10))
-  assert_same_export(tmp_path, undisturbed)
+  assert_same_set(tmp_path, undisturbed)
 
 
 def test_there_is_nothing_to_read(tmp_path):
@@ -429,7 +421,7 @@ def test_there_is_nothing_to_read(tmp_path):
   ("file", "kept"),
   [("progress.json", 0), ("samples.part", 8), ("samples.npz", 10), ("grid.png", 10)],
 )
-def test_a_full_disk_is_told_in_one_line_and_keeps_what_is_there(undisturbed, tmp_path, file, kept):
+def test_a_full_disk_raises_one_line_and_keeps_what_is_there(undisturbed, tmp_path, file, kept):
   """A limit on the size of files fails writes half-way, as a full disk does."""
   sizes = {path.name: path.stat().st_size for path in undisturbed.iterdir()}
   sizes |= {"progress.json": 100, "samples.part": 10 * 4 * 4 * 3}
@@ -444,7 +436,7 @@ def test_a_full_disk_is_told_in_one_line_and_keeps_what_is_there(undisturbed, tm
   assert "\n" not in str(error.value)
   assert not (tmp_path / "metadata.json").exists()
   assert write(tmp_path) == list(range(kept, 10))
-  assert_same_export(tmp_path, undisturbed)
+  assert_same_set(tmp_path, undisturbed)
 
 
 def test_memory_does_not_grow_with_the_number(tmp_path, monkeypatch):

@@ -1,0 +1,85 @@
+"""Print what a command would do, and do none of it."""
+
+import collections
+import pathlib
+import re
+
+from ml_collections import ConfigDict
+
+from lrdit.config.run_config import check_workdir
+from lrdit.experiment import Experiment
+from lrdit.model import dit, flops
+from lrdit.runtime import parallel
+
+# What a mode writes below --workdir, or --output.
+WRITES = {
+  "train": (
+    "config.json, data.json, changes.jsonl, metrics.jsonl, train.log, checkpoints/, "
+    "samples/step_*.png"
+  ),
+  "sample": "samples/{name}/",
+  "evaluate": "evaluation.json, features/",
+  "analyze": "analysis/",
+  "benchmark": "benchmark.json",
+  "encode": "latents of both splits and their manifest",
+}
+
+
+def dry_run(mode: str, config: ConfigDict, path: str) -> None:
+  """Run `--dry_run`: print the resolved run of a mode.
+
+  Args:
+    mode: any that takes a config.
+    config: resolved.
+    path: --workdir, or --output.
+
+  Raises:
+    UserError: what the mode itself would say of its config, workdir, devices and data.
+  """
+  experiment, devices, s = Experiment(config), parallel.all_devices(), config.sampling
+  if mode in ("train", "sample", "evaluate", "analyze"):
+    check_workdir(path, config, create=mode == "train")
+  size = s.batch_size if mode == "sample" else config.training.batch_size
+  name = "sampling" if mode == "sample" else "training"
+  if mode != "encode":
+    parallel.check_divisible(f"config.{name}.batch_size", size, devices)
+  source = experiment.image_source if mode == "encode" else experiment.source
+  counts = [f"{split} {len(source(split))}" for split in ("train", "eval")]
+  shape, plan = experiment.shape, experiment.plan
+  sampling = flops.sampling_macs(shape, plan, experiment.solver_table.t, 1, s.guidance_scale)
+  buckets = flops.describe_buckets(shape, plan)
+  lines = {
+    "mode": mode,
+    "method": config.method,
+    "model": (
+      f"DiT-{config.model.variant}: {shape.depth} blocks of width {shape.hidden_size} on "
+      f"{shape.image_size}x{shape.image_size}x{shape.channels}, {shape.num_classes} classes"
+    ),
+    "parameters": f"{flops.num_parameters(shape, plan):,}",
+    "MACs": (
+      f"{flops.mean_forward_macs(shape, plan):,.0f} of a forward pass, mean over t; "
+      f"{sampling:,} of a sample by {s.num_steps} steps of {s.solver}"
+    ),
+    "rank buckets": ", ".join(f"{b['timesteps']} timesteps" for b in buckets),
+  }
+  lines |= {f"  {kind}": ranks for kind, ranks in _plan_by_kind(experiment).items()}
+  lines |= {
+    "data": f"{config.data.name}: {', '.join(counts)} examples",
+    "devices": f"{len(devices)} x {devices[0].device_kind}",
+    "writes": f"below {pathlib.Path(path)}: {WRITES[mode].format(name=s.name)}",
+  }
+  width = max(map(len, lines))
+  print("\n".join(f"{key:{width}}  {value}" for key, value in lines.items()))
+
+
+def _plan_by_kind(experiment: Experiment) -> dict[str, str]:
+  """Return the ranks of each kind of layer, one entry for equal layers of all blocks."""
+  kinds: dict[tuple[str, str], int] = collections.Counter()
+  for name in dit.layer_shapes(experiment.shape):
+    ranks = experiment.plan.by_name.get(name)
+    active = f"rank {', '.join(map(str, ranks.active))}" if ranks else "dense"
+    kinds[re.sub(r"^blocks_\d+", "blocks_*", name), active] += 1
+  found: dict[str, list[str]] = collections.defaultdict(list)
+  for (kind, active), count in kinds.items():
+    found[kind].append(f"{count} of {active}" if kind.startswith("blocks") else active)
+  return {kind: "; ".join(entries) for kind, entries in found.items()}
