@@ -23,7 +23,6 @@ from lrdit.data.source import DataOptions, Source
 from lrdit.diffusion import solvers
 from lrdit.evaluation import classifier, features, inception
 from lrdit.model import dit, vae, vae_weights
-from lrdit.rank import strata
 from lrdit.rank.plan import RankPlan
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
@@ -144,7 +143,7 @@ class Experiment:
       min_snr_gamma=config.diffusion.min_snr_gamma,
       class_dropout_rate=config.model.class_dropout_rate,
       compute=config.rank.compute,
-      strata=strata.uniform_strata(batch_size, config.diffusion.num_train_timesteps),
+      strata=uniform_strata(batch_size, config.diffusion.num_train_timesteps),
       num_devices=len(devices),
     )
 
@@ -333,7 +332,7 @@ class Experiment:
             f"{found!r} there and {value!r} here; encode again, with another --output"
           )
 
-    # First what needs no data: another dataset's loader would complain of `data_dir`.
+    # What needs no data comes first: another dataset's loader would refuse `data_dir`.
     compare({"name": data.name, "crop": images.crop_name(loader.crop_size, data.image_size)})
     if data.data_dir and os.path.exists(os.path.expanduser(data.data_dir)):
       expected = loader.fingerprint(split, self._data_options)
