@@ -324,21 +324,24 @@ class Experiment:
     """
     data = self.config.data
     loader = pipeline.LOADERS[data.name]
-    expected = {"name": data.name, "crop": images.crop_name(loader.crop_size, data.image_size)}
+
+    def compare(expected: dict[str, Any]) -> None:
+      for field, value in expected.items():
+        if (found := source.fingerprint.get(field)) != value:
+          raise UserError(
+            f"the latents under {self.config.vae.latents_dir} are of other images: {field} is "
+            f"{found!r} there and {value!r} here; encode again, with another --output"
+          )
+
+    # What needs no data comes first: another dataset's loader would refuse `data_dir`.
+    compare({"name": data.name, "crop": images.crop_name(loader.crop_size, data.image_size)})
     if data.data_dir and os.path.exists(os.path.expanduser(data.data_dir)):
-      found = loader.fingerprint(split, self._data_options)
+      expected = loader.fingerprint(split, self._data_options)
       if "num_classes" in source.fingerprint:  # of the first classes only
-        found.pop("num_examples", None)
-      expected |= found
+        expected.pop("num_examples", None)
+      compare(expected)
     elif data.data_dir:
       log.warning("the latents are not compared with their images: no %s", data.data_dir)
-    for field, value in expected.items():
-      if source.fingerprint.get(field) != value:
-        raise UserError(
-          f"the latents under {self.config.vae.latents_dir} are of other images: {field} is "
-          f"{source.fingerprint.get(field)!r} there and {value!r} here; encode again, with another "
-          "--output"
-        )
 
   def extractors(self, directory: pathlib.Path) -> list[features.Extractor]:
     """Return the extractors of `evaluation.extractors`.
