@@ -113,6 +113,7 @@ def truncation(
     title: names the model and its step.
     schedule: a name and (T,) r(t) to draw upon the map.
   """
+  import matplotlib
   from matplotlib.colors import LogNorm
 
   order = np.argsort(found["ranks"])
@@ -126,10 +127,10 @@ def truncation(
   norm = LogNorm(rise[rise >= least].min(), largest)
   edges = _rank_edges(ranks)
   shown = np.where(rise < least, least / 10, rise)
-  image = panel.pcolormesh(
-    found["boundaries"], edges, shown, norm=norm, cmap=_rise_colours(), rasterized=True
-  )
-  _add_contours(panel, found["boundaries"], ranks, shown, norm)
+  colours = matplotlib.colormaps["viridis"].with_extremes(under=NO_RISE, bad="white")
+  boundaries = found["boundaries"]
+  image = panel.pcolormesh(boundaries, edges, shown, norm=norm, cmap=colours, rasterized=True)
+  _add_contours(panel, boundaries, ranks, shown, norm)
   if schedule is not None:
     name, r = schedule
     effects = _outline(4.5, "white")
@@ -137,7 +138,8 @@ def truncation(
     figure.legend(loc="outside lower center")
   panel.set(xlabel=T_LABEL, ylabel="rank k that the factorised layers are cut to", yscale="log")
   panel.set(ylim=(edges[0], edges[-1]))
-  _label_ranks(panel, ranks)
+  panel.set_yticks(ranks, [f"{rank:g}" for rank in ranks])
+  panel.set_yticks([], minor=True)
   label = "rise in held-out loss (grey: none, or below the scale)"
   figure.colorbar(image, ax=panel, label=label, extend="min")
   return figure
@@ -149,20 +151,6 @@ def _rank_edges(ranks: np.ndarray) -> np.ndarray:
     return ranks[0] * np.array([0.8, 1.25])
   inner = np.sqrt(ranks[1:] * ranks[:-1])
   return np.array([ranks[0] ** 2 / inner[0], *inner, ranks[-1] ** 2 / inner[-1]])
-
-
-def _label_ranks(panel: Any, ranks: np.ndarray) -> None:
-  from matplotlib import ticker
-
-  panel.yaxis.set_major_locator(ticker.FixedLocator(ranks))
-  panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-  panel.yaxis.set_minor_locator(ticker.NullLocator())
-
-
-def _rise_colours() -> Any:
-  import matplotlib
-
-  return matplotlib.colormaps["viridis"].with_extremes(under=NO_RISE, bad="white")
 
 
 def _add_contours(

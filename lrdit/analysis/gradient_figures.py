@@ -8,15 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lrdit.analysis.figures import (
-  KIND_TITLES,
-  MEASURE_TITLES,
-  group_edges,
-  label_row,
-  legend_below,
-  panels,
-  styled,
-)
+from lrdit.analysis import figures
 from lrdit.analysis.plot_style import COLOURS, FONT_SIZE
 from lrdit.analysis.weight_spectra import KINDS
 
@@ -37,7 +29,7 @@ def _colour(i: int) -> str:
   return COLOURS[i % len(COLOURS)]
 
 
-@styled
+@figures.styled
 def ranks(gradients: Mapping[str, Any], title: str) -> Any:
   """Draw normalised ranks of the gradients over timestep groups.
 
@@ -47,17 +39,18 @@ def ranks(gradients: Mapping[str, Any], title: str) -> Any:
   """
   conditions, kinds = gradients["conditions"], _kinds(gradients["conditions"])
   text = f"Ranks of the gradients by timestep group: {title}"
-  figure, axes = panels(len(MEASURE_TITLES), len(kinds), 2.9, 1.9, text, sharex=True)
-  for row, measure in zip(axes, MEASURE_TITLES, strict=True):
+  rows = len(figures.MEASURE_TITLES)
+  figure, axes = figures.panels(rows, len(kinds), 2.9, 1.9, text, sharex=True)
+  for row, measure in zip(axes, figures.MEASURE_TITLES, strict=True):
     for kind, panel in zip(kinds, row, strict=True):
       # Other layers, some of them a few values wide, would press all else to the ground.
       if kind != "other" and panel is not row[0]:
         panel.sharey(row[0])
       for condition in conditions:
         _add_lines(panel, gradients, conditions[condition]["kinds"][kind], measure, condition)
-    label_row(row, measure)
+    figures.label_row(row, measure)
   for kind, panel in zip(kinds, axes[0], strict=True):
-    panel.set_title(KIND_TITLES[kind])
+    panel.set_title(figures.KIND_TITLES[kind])
   for panel in axes[-1]:
     panel.set_xlabel("timestep t")
   _add_legend(figure, gradients["batch_sizes"], conditions)
@@ -72,7 +65,7 @@ def _add_lines(
   condition: str,
 ) -> None:
   """Add the data at every batch size, but a null at the largest alone, to stay readable."""
-  edges = np.array(group_edges(gradients["groups"]))
+  edges = np.array(figures.group_edges(gradients["groups"]))
   sizes = range(len(gradients["batch_sizes"]))
   width = 1.7 if condition == "data" else 1.2
   for i in sizes if condition == "data" else sizes[-1:]:
@@ -95,10 +88,10 @@ def _add_legend(figure: Any, batch_sizes: Sequence[int], conditions: Mapping[str
     label = f"{name}, batch size {batch_sizes[-1]}"
     colour = _colour(len(batch_sizes) - 1)
     handles.append(Line2D([], [], color=colour, linestyle=style, label=label))
-  legend_below(figure, handles, columns=3)
+  figures.legend_below(figure, handles, columns=3)
 
 
-@styled
+@figures.styled
 def layers(gradients: Mapping[str, Any], title: str) -> Any:
   """Draw the normalised entropy rank of every layer's gradient as heat maps.
 
@@ -110,7 +103,7 @@ def layers(gradients: Mapping[str, Any], title: str) -> Any:
   names = list(conditions["data"]["layers"])
   text = f"Entropy rank of the gradients, batch size {gradients['batch_sizes'][-1]}: {title}"
   height = 1.2 + LAYER_INCHES * len(names)
-  figure, axes = panels(1, len(conditions), 3.2, height, text, sharex=True, sharey=True)
+  figure, axes = figures.panels(1, len(conditions), 3.2, height, text, sharex=True, sharey=True)
   maps = [
     np.array(
       [
@@ -130,7 +123,7 @@ def layers(gradients: Mapping[str, Any], title: str) -> Any:
   return figure
 
 
-@styled
+@figures.styled
 def overlap(gradients: Mapping[str, Any], side: str, title: str) -> Any:
   """Draw the mean cos^2 of the principal angles between two groups' gradient subspaces.
 
@@ -146,7 +139,7 @@ def overlap(gradients: Mapping[str, Any], side: str, title: str) -> Any:
   space = {"left": "left (D_in)", "right": "right (D_out)"}[side]
   text = f"Overlap of the leading {gradients['subspace_rank']} {space} gradient directions"
   text = f"{text}, between different examples:\n{title}"
-  figure, axes = panels(len(kinds), len(found), 2.9, 2.7, text, sharex=True, sharey=True)
+  figure, axes = figures.panels(len(kinds), len(found), 2.9, 2.7, text, sharex=True, sharey=True)
   tables = {
     (kind, condition): np.array(found[condition]["kinds"][kind]["cross_half"][side], np.float64)
     for kind in kinds
@@ -157,10 +150,8 @@ def overlap(gradients: Mapping[str, Any], side: str, title: str) -> Any:
     for condition, panel in zip(found, row, strict=True):
       image = _add_map(panel, gradients["groups"], tables[kind, condition], largest)
       panel.set_yticks(panel.get_xticks(), panel.get_xticklabels())
-    expected = found["data"]["kinds"][kind][f"random_{side}"]
-    row[0].set_ylabel(
-      f"{KIND_TITLES[kind]}\n(random subspaces: {expected:.3f})\nfirst t of a timestep group"
-    )
+    name, expected = figures.KIND_TITLES[kind], found["data"]["kinds"][kind][f"random_{side}"]
+    row[0].set_ylabel(f"{name}\n(random subspaces: {expected:.3f})\nfirst t of a timestep group")
   for condition, panel in zip(found, axes[0], strict=True):
     panel.set_title(CONDITIONS[condition][0])
   for panel in axes[-1]:

@@ -27,7 +27,7 @@ columns of a kernel, q dimensions of a subspace.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -58,15 +58,9 @@ SIDES = ("left", "right")  # the subspaces of R^D_in and of R^D_out
 
 
 def dense_params(params: Mapping[str, Any], plan: RankPlan, bucket: int) -> dict[str, Any]:
-  """Return the parameters of the dense model that computes what a bucket does.
+  """Return the parameters of the dense model that computes what a bucket of `plan` does.
 
-  Args:
-    params: parameters of a model built with `plan`.
-    plan: the rank plan.
-    bucket: rank bucket.
-
-  Returns:
-    A new tree whose kernels are down[:, :r] @ up[:r]; other arrays are shared.
+  Its kernels are down[:, :r] @ up[:r]; other arrays are shared with `params`.
   """
   flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
   for name, ranks in plan.layers:
@@ -119,13 +113,7 @@ class KernelGradients:
   """
 
   def __init__(self, model: DiT, params: Any, microbatch: int):
-    """Compile nothing yet.
-
-    Args:
-      model: with its rank plan.
-      params: its parameters, which are put on the device.
-      microbatch: examples in flight.
-    """
+    """Put the parameters on the device; `microbatch` examples will be in flight."""
     self.shapes = layer_shapes(model.shape)
     self._plan, self._microbatch = model.plan, microbatch
     self._params = jax.device_put(params)
@@ -145,13 +133,7 @@ class KernelGradients:
     batch: dict[str, np.ndarray],
     rows: Int[np.ndarray, " b"],
   ) -> dict[str, Float[Array, "_ _"]]:
-    """Add the gradient of the summed, not averaged, losses of some rows of a batch.
-
-    Args:
-      sums: by layer; donated.
-      batch: from `condition_batch`.
-      rows: (b,) in [0, N).
-    """
+    """Add the gradient of the summed losses of some rows of a `condition_batch`; donates `sums`."""
     buckets = self._plan.bucket_of_timestep[batch["t"][rows]]
     for bucket in np.unique(buckets):
       sums = self._add_bucket(sums, batch, rows[buckets == bucket], int(bucket))
@@ -175,15 +157,9 @@ class KernelGradients:
 def leading_subspaces(
   matrix: Float[np.ndarray, "m n"], rank: int
 ) -> tuple[Float[np.ndarray, "m q"], Float[np.ndarray, "n q"]]:
-  """Return the leading left and right singular vectors, as far as float32 resolves them.
+  """Return the leading left and right singular vectors as float64 columns, largest first.
 
-  Args:
-    matrix: (m, n).
-    rank: number of vectors.
-
-  Returns:
-    Orthonormal columns in float64, in descending order of their singular values. q is `rank`, or
-    less where the matrix has a lower rank in float32.
+  q is `rank`, or less where the matrix has a lower rank in float32.
   """
   matrix = np.asarray(matrix, np.float64)
   if matrix.shape[0] > matrix.shape[1]:
@@ -206,13 +182,7 @@ def measure_unit(
   """Measure the gradients of a group's first b examples, and the subspaces of all N.
 
   One pass over the batch measures its gradient as it grows. A gradient of sums stands for one of
-  means, because no measure depends on the scale.
-
-  Args:
-    gradients: of the model.
-    batch: from `condition_batch`.
-    batch_sizes: ascending; the last is N >= 2.
-    subspace_rank: r.
+  means, because no measure depends on the scale. The last of the `batch_sizes` is N >= 2.
 
   Returns:
     record: {layer: [`spectra.measures` of each batch size]}.
@@ -244,14 +214,10 @@ def measure_unit(
 def overlap(
   a: Float[np.ndarray, "m qa"], b: Float[np.ndarray, "m qb"]
 ) -> tuple[float | None, float | None]:
-  """Compare two subspaces by the angles between them.
+  """Return (mean squared cosine of the principal angles, largest angle in degrees).
 
-  Args:
-    a, b: orthonormal columns, leading ones first; the longer one is cut to the shorter.
-
-  Returns:
-    (mean squared cosine of the principal angles, the largest angle in degrees), or (None, None)
-    where one of them has no column.
+  The columns are orthonormal, leading ones first; the longer basis is cut to the shorter. Where one
+  has no column, both numbers are None.
   """
   size = min(a.shape[1], b.shape[1])
   if size == 0:
@@ -260,18 +226,14 @@ def overlap(
   return float(np.square(cosines).mean()), float(np.degrees(np.arccos(cosines.min())))
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-  known = [value for value in values if value is not None]
-  return float(np.mean(known)) if known else None
-
-
 def _mean_tables(tables: Sequence[Any]) -> Any:
   """Average equally nested lists and dicts of numbers; None where there is no number."""
   if isinstance(tables[0], dict):
     return {key: _mean_tables([table[key] for table in tables]) for key in tables[0]}
   if isinstance(tables[0], list):
     return [_mean_tables(rows) for rows in zip(*tables, strict=True)]
-  return _mean(tables)
+  known = [value for value in tables if value is not None]
+  return float(np.mean(known)) if known else None
 
 
 def _mean_by_kind(layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,7 +260,7 @@ def _layer_overlap(bases: Sequence[Mapping[str, np.ndarray]], name: str) -> dict
     tables[side] = [[share for share, _ in row] for row in pairs]
     tables[f"{side}_degrees"] = [[degrees for _, degrees in row] for row in pairs]
     halves[side] = [[share for share, _ in row] for row in compare("first", "second", side)]
-  split_half = [_mean(halves[side][i][i] for side in SIDES) for i in groups]
+  split_half = [_mean_tables([halves[side][i][i] for side in SIDES]) for i in groups]
   return tables | {"split_half": split_half, "cross_half": halves}
 
 

@@ -30,11 +30,7 @@ def default_ranks(largest: int) -> tuple[int, ...]:
 
 
 def leading_directions(kernel: Float[np.ndarray, "D_in D_out"]) -> Float[np.ndarray, "R R"]:
-  """Return singular vectors of the kernel's shorter side as float32 columns, leading ones first.
-
-  They are the left ones where D_in <= D_out, else the right ones. They take at most as much memory
-  as the kernel, for most layers far less.
-  """
+  """Return singular vectors of the kernel's shorter side as float32 columns, leading ones first."""
   wide = kernel if kernel.shape[0] <= kernel.shape[1] else kernel.T
   return spectra.left_singular_vectors(wide)[1].astype(np.float32)
 
@@ -44,12 +40,7 @@ def cut_kernel(
 ) -> Float[np.ndarray, "D_in D_out"]:
   """Return the kernel's best approximation of a rank (Eckart and Young 1936), float32.
 
-  It is the kernel projected on its leading singular vectors of either side.
-
-  Args:
-    kernel: float32.
-    directions: from `leading_directions`.
-    rank: at most R.
+  It is the kernel projected on its `leading_directions`.
   """
   kept = directions[:, :rank]
   if kernel.shape[0] <= kernel.shape[1]:
@@ -61,12 +52,7 @@ class Truncator:
   """Cuts some layers of a model to any rank."""
 
   def __init__(self, params: Mapping[str, Any], names: Sequence[str]):
-    """Compute nothing yet.
-
-    Args:
-      params: on the host.
-      names: of the layers, dense or factorised.
-    """
+    """Take parameters on the host and the names of layers, dense or factorised, to cut."""
     self._flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
     self._dense = [name for name in names if f"{name}/kernel" in self._flat]
     self._factorised = [name for name in names if f"{name}/kernel" not in self._flat]

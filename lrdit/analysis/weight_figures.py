@@ -9,15 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lrdit.analysis.figures import (
-  KIND_TITLES,
-  MEASURE_TITLES,
-  group_edges,
-  label_row,
-  legend_below,
-  panels,
-  styled,
-)
+from lrdit.analysis import figures
 from lrdit.analysis.plot_style import COLOURS, LINE_STYLES, add_grid, plain_ticks
 from lrdit.analysis.weight_spectra import KINDS
 
@@ -42,7 +34,7 @@ def _has_buckets(weights: Mapping[str, Any]) -> bool:
   return len(next(iter(weights["kinds"].values()))["buckets"]) > 1
 
 
-@styled
+@figures.styled
 def spectra(weights: Mapping[str, Any], title: str) -> Any:
   """Draw the singular values of every layer by kind, coloured by rank bucket or, if dense, depth.
 
@@ -52,13 +44,13 @@ def spectra(weights: Mapping[str, Any], title: str) -> Any:
   """
   kinds = [kind for kind in KINDS if kind in weights["kinds"]]
   text = f"Singular spectra of the weights: {title}"
-  figure, axes = panels(1, len(kinds), 3.1, 3.6, text, sharex=True, sharey=True)
+  figure, axes = figures.panels(1, len(kinds), 3.1, 3.6, text, sharex=True, sharey=True)
   colours_of, handles = (_bucket_colours if _has_buckets(weights) else _depth_colours)(weights)
   for kind, panel in zip(kinds, axes[0], strict=True):
     for name, layer in weights["layers"].items():
       if layer["kind"] == kind:
         _add_spectra(panel, layer, colours_of(name))
-    panel.set(title=KIND_TITLES[kind], xlabel="index / min(D_in, D_out)", yscale="log")
+    panel.set(title=figures.KIND_TITLES[kind], xlabel="index / min(D_in, D_out)", yscale="log")
     add_grid(panel)
   # The last few values of a square layer would need many decades.
   values = [line.get_ydata() for panel in axes[0] for line in panel.lines]
@@ -66,7 +58,7 @@ def spectra(weights: Mapping[str, Any], title: str) -> Any:
   axes[0, 0].set(ylabel="singular value / largest", xlim=(0, 1), ylim=(least, 1.3))
   if least > 0.01:
     plain_ticks(axes[0, 0])
-  legend_below(figure, handles, columns=4)
+  figures.legend_below(figure, handles, columns=4)
   return figure
 
 
@@ -119,7 +111,7 @@ def _depth_colours(weights: Mapping[str, Any]) -> tuple[Callable[[str], Any], li
   return lambda name: [colours[_block_of(name)]], handles
 
 
-@styled
+@figures.styled
 def ranks(weights: Mapping[str, Any], title: str) -> Any:
   """Draw normalised ranks of every layer by depth: means over timesteps, bands over rank buckets.
 
@@ -130,24 +122,24 @@ def ranks(weights: Mapping[str, Any], title: str) -> Any:
   text = f"Ranks of the weights by depth: {title}"
   if _has_buckets(weights):
     text += "\n(mean over timesteps; bands and bars: least to largest rank bucket)"
-  figure, axes = panels(
-    len(MEASURE_TITLES), len(ROLES) + 1, 2.9, 1.9, text, sharex="col", sharey="row"
+  figure, axes = figures.panels(
+    len(figures.MEASURE_TITLES), len(ROLES) + 1, 2.9, 1.9, text, sharex="col", sharey="row"
   )
   outside = [name for name in weights["layers"] if _block_of(name) < 0]
-  for measure, row in zip(MEASURE_TITLES, axes, strict=True):
+  for measure, row in zip(figures.MEASURE_TITLES, axes, strict=True):
     for roles, panel in zip(ROLES.values(), row[:-1], strict=True):
       for role, style in roles.items():
         _add_role(panel, weights, role, measure, style)
     _add_points(row[-1], [_mean_and_range(weights, name, measure) for name in outside])
-    label_row(row, measure)
+    figures.label_row(row, measure)
   for kind, column in zip(ROLES, axes.T, strict=False):
-    column[0].set_title(KIND_TITLES[kind])
+    column[0].set_title(figures.KIND_TITLES[kind])
     column[-1].set_xlabel("block")
     column[-1].xaxis.get_major_locator().set_params(integer=True)
   axes[0, -1].set_title("outside the blocks")
   axes[-1, -1].set_xticks(range(len(outside)), outside, rotation=40, ha="right")
   lines = [line for panel in axes[0, :-1] for line in panel.get_legend_handles_labels()[0]]
-  legend_below(figure, lines)
+  figures.legend_below(figure, lines)
   return figure
 
 
@@ -156,7 +148,7 @@ def _mean_and_range(
 ) -> tuple[float, float, float]:
   """Return a normalised measure's (mean over timesteps, least, greatest over the buckets)."""
   layer = weights["layers"][name]
-  lengths = np.diff(group_edges(weights["groups"]))
+  lengths = np.diff(figures.group_edges(weights["groups"]))
   mean = float(np.average([group[measure] for group in layer["groups"]], weights=lengths))
   values = [entry["normalised"][measure] for entry in layer["buckets"]]
   low, high = min(values), max(values)
@@ -183,7 +175,7 @@ def _add_points(panel: Any, values: Sequence[tuple[float, float, float]]) -> Non
   panel.set_xlim(-0.6, len(mean) - 0.4)
 
 
-@styled
+@figures.styled
 def groups(weights: Mapping[str, Any], title: str) -> Any:
   """Draw normalised ranks of the active weights over timestep groups, a line for each kind.
 
@@ -198,15 +190,15 @@ def groups(weights: Mapping[str, Any], title: str) -> Any:
     return None
   kinds = [kind for kind in KINDS if kind in weights["kinds"]]
   text = f"Ranks of the active weights by timestep group: {title}"
-  figure, axes = panels(1, len(MEASURE_TITLES), 2.9, 3.0, text, sharex=True)
-  edges = group_edges(weights["groups"])
-  for (measure, measure_title), panel in zip(MEASURE_TITLES.items(), axes[0], strict=True):
+  figure, axes = figures.panels(1, len(figures.MEASURE_TITLES), 2.9, 3.0, text, sharex=True)
+  edges = figures.group_edges(weights["groups"])
+  for (measure, measure_title), panel in zip(figures.MEASURE_TITLES.items(), axes[0], strict=True):
     for i, kind in enumerate(kinds):
-      style = dict(color=COLOURS[i], linestyle=LINE_STYLES[i], label=KIND_TITLES[kind])
+      style = dict(color=COLOURS[i], linestyle=LINE_STYLES[i], label=figures.KIND_TITLES[kind])
       values = [group[measure] for group in weights["kinds"][kind]["groups"]]
       panel.stairs(values, edges, baseline=None, linewidth=1.6, **style)
     panel.set(title=measure_title, xlabel="timestep t", ylim=(0, None))
     add_grid(panel)
   axes[0, 0].set_ylabel("rank / min(D_in, D_out)")
-  legend_below(figure, axes[0, 0].get_legend_handles_labels()[0])
+  figures.legend_below(figure, axes[0, 0].get_legend_handles_labels()[0])
   return figure

@@ -74,12 +74,7 @@ def analyze_layer(
 
 
 def bucket_shares(plan: RankPlan, boundaries: Sequence[int]) -> Float[np.ndarray, "G K"]:
-  """Return the share of each group's timesteps in each rank bucket; rows sum to 1.
-
-  Args:
-    plan: the rank plan.
-    boundaries: (G + 1,) ascending; group i is [boundaries[i], boundaries[i + 1]).
-  """
+  """Return the share of each group's timesteps in each rank bucket; rows sum to 1."""
   groups = np.split(plan.bucket_of_timestep, boundaries[1:-1])
   return np.stack([np.bincount(group, minlength=plan.num_buckets) / len(group) for group in groups])
 
@@ -94,10 +89,10 @@ def analyze_weights(
   """Return the spectra of all layers.
 
   Args:
-    params: host arrays.
-    plan: of the model.
-    shape: of the model.
-    boundaries: (G + 1,) of the timestep groups, from 0 to T.
+    params: host arrays of the model with this `plan` and `shape`.
+    plan, shape: of the model.
+    boundaries: (G + 1,) of the timestep groups, from 0 to T; group i is
+      [boundaries[i], boundaries[i + 1]).
     cache: one unit for each layer.
 
   Returns:

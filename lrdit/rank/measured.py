@@ -93,11 +93,8 @@ def interpolate(
 ) -> Float[np.ndarray, " T"]:
   """Return a value for every timestep from one for each group.
 
-  Values are linear between the middles of the groups and constant beyond the outermost.
-
-  Args:
-    values: (G,) of the groups.
-    boundaries: (G + 1,) of the groups, from 0 to T.
+  Values are linear between the middles of the groups, and constant beyond the outermost. The
+  (G + 1,) boundaries run from 0 to T.
   """
   edges = np.asarray(boundaries)
   return np.interp(np.arange(edges[-1]), (edges[:-1] + edges[1:] - 1) / 2, values)

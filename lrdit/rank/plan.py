@@ -157,18 +157,15 @@ def match_activated(
   min_ratio: float,
   multiple_of: int,
 ) -> tuple[int, ...]:
-  """Return the ranks per bucket whose mean over timesteps comes nearest to `target`.
+  """Return the K ascending ranks whose mean over timesteps comes nearest to `target`.
+
+  The smallest ones of several that are equally near are taken.
 
   Args:
     target: the static arm's rank.
-    largest_rank: min(D_in, D_out).
-    levels: (K,) from `quantise`.
+    largest_rank: min(D_in, D_out); the allocated rank is this or a multiple of `multiple_of`.
+    levels, min_ratio, multiple_of: as in `bucket_ranks`.
     counts: (K,) number of timesteps in each bucket.
-    min_ratio: see `bucket_ranks`.
-    multiple_of: the allocated rank is a multiple of this, or `largest_rank`.
-
-  Returns:
-    K ascending ranks; the smallest ones of several that are equally near.
   """
   candidates = [*range(multiple_of, largest_rank, multiple_of), largest_rank]
   tables = [bucket_ranks(levels, r, min_ratio, multiple_of) for r in candidates]
