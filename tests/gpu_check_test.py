@@ -9,6 +9,7 @@ from tests import scripts, tiny
 from tests.benchmarks import gpu_check
 
 METHODS = ["full", "static", "adaptive"]
+PARTS = ["tests", "b2", "cifar10"]  # xl2 is as b2
 
 
 def start(output, *flags):
@@ -17,27 +18,27 @@ def start(output, *flags):
 
 
 def test_a_dry_run_does_all_of_it_on_a_cpu(tmp_path):
-  status, stdout, stderr = scripts.finish(start(tmp_path, "--dry_run"))
-  logs = {name: (tmp_path / f"{name}.log").read_text() for name in gpu_check.PARTS}
+  status, stdout, stderr = scripts.finish(
+    start(tmp_path, "--dry_run", f"--parts={','.join(PARTS)}")
+  )
+  logs = {name: (tmp_path / f"{name}.log").read_text() for name in PARTS}
   assert (status, stderr) == (0, ""), logs
-  read = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in gpu_check.PARTS}
-  assert len(read["tests"]) > 10
+  read = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in PARTS}
+  assert len(read["tests"]) > 1
   assert set(read["tests"].values()) == {"passed"}
-  for name, variant in (("b2", "B/2"), ("xl2", "XL/2")):
-    assert read[name]["variant"] == variant
-    assert [*read[name]["training"]] == [*METHODS, "adaptive, masked"]
-    assert [*read[name]["sampling"]] == METHODS
-  assert [*read["cifar10"]] == METHODS
-  for arm in read["cifar10"].values():
-    assert 0 < arm["evaluation"]["checkpoint_step"] < 1_000_000
-    assert arm["evaluation"]["held_out"]["ema"]["loss"] > 0
+  assert read["b2"]["variant"] == "B/2"
+  assert [*read["b2"]["training"]] == [*METHODS, "adaptive, masked"]
+  assert [*read["b2"]["sampling"]] == METHODS
+  (evaluation,) = (arm["evaluation"] for arm in read["cifar10"].values())
+  assert 0 < evaluation["checkpoint_step"] < 1_000_000
+  assert evaluation["held_out"]["ema"]["loss"] > 0
   table = (tmp_path / "table.md").read_text()
   assert stdout.endswith(table)
   lines = table.splitlines()
   assert len({line.count("|") for line in lines}) == 1
-  # A header of two lines, the tests, seven rows of each benchmark, three arms, four parts.
-  assert len(lines) == 2 + 1 + 2 * 7 + 3 + 4
-  assert all(f"| part {name} |  |  |  |  | done" in table for name in gpu_check.PARTS)
+  # A header of two lines, the tests, seven rows of the benchmark, one arm, three parts.
+  assert len(lines) == 2 + 1 + 7 + 1 + 3
+  assert all(f"| part {name} |  |  |  |  | done" in table for name in PARTS)
 
 
 def test_the_end_of_a_part_loses_nothing_of_the_others(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The package as others get it: a wheel, and the environment that launch/setup.sh makes."""
+"""The package that users get: a wheel, and the environment that launch/setup.sh makes."""
 
 import configparser
 import os
@@ -32,7 +32,7 @@ def run(*words, cwd, **environment):
 
 
 def test_a_wheel_trains_outside_the_checkout(tmp_path):
-  """main.py and configs/ are the user's own, copied from the checkout; lrdit is the wheel's."""
+  """The user copies main.py and configs/ from the checkout; lrdit comes from the wheel."""
   source, user = (scripts.copy_checkout(tmp_path / n, *f) for n, f in FILES.items())
   name = run(sys.executable, "-c", BUILD, cwd=source).split()[-1]
   with zipfile.ZipFile(source / name) as wheel:
@@ -47,7 +47,7 @@ def test_a_wheel_trains_outside_the_checkout(tmp_path):
   site = run(python, *where, cwd=tmp_path).strip()
   pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python)
   run(*pip, "install", "--quiet", "--no-deps", "--no-index", source / name, cwd=tmp_path)
-  # What the package needs is this environment's; a path file in there is not followed.
+  # Its dependencies are those of this environment, in which no path files are followed.
   with open(f"{site}/dependencies.pth", "w") as file:
     file.write(sysconfig.get_path("purelib"))
 
@@ -67,7 +67,7 @@ FILES = {"source": SOURCES, "user": ("configs", "main.py")}
 
 
 def test_the_package_is_one_directory():
-  """A package without __init__.py would take modules of every checkout on the path."""
+  """Without __init__.py it would mix the modules of all checkouts on the path."""
   import lrdit
 
   assert list(lrdit.__path__) == [str(tiny.ROOT / "lrdit")]
@@ -81,11 +81,11 @@ case "$1 $2" in
   "-m pip") echo "{version} $*" >> made ;;
 esac
 """
-MISSING, UNSUPPORTED = 127, 1  # as a shim of pyenv that names no installed version, and any other
+MISSING, UNSUPPORTED = 127, 1  # the former from a shim of pyenv without an installed version
 
 
 def make_environment(root, found, **environment):
-  """Sources launch/setup.sh where some Pythons are found; returns (process, lines of pip)."""
+  """Source launch/setup.sh where some Pythons are found; return (process, lines of pip)."""
   path = root / "fakes"
   shutil.rmtree(path, ignore_errors=True)
   path.mkdir()
@@ -127,23 +127,23 @@ OLD, NEW = "launch/constraints-py311.txt", "launch/constraints.txt"
     (WORKING, {"PYTHON": "python3.11"}, "3.11", OLD),
   ],
 )
-def test_the_newest_python_that_works_is_taken_with_its_pins(
+def test_the_newest_python_that_works_is_used_with_its_pins(
   checkout, found, environment, version, constraints
 ):
   done, (made,) = make_environment(checkout, found, **environment)
   assert (done.returncode, done.stderr) == (0, "")
-  assert done.stdout.splitlines()[-1] == constraints
+  assert done.stdout.splitlines()[-1] == f"{checkout}/{constraints}"
   assert made.startswith(f"{version} -m pip install")
-  assert f"--constraint {constraints} " in made
+  assert f"--constraint {checkout}/{constraints} " in made
 
 
 @pytest.mark.parametrize(
   ("found", "environment", "words"),
   [
-    ({}, {}, "no Python 3.11 to 3.13 was found"),
-    ({"python3": ("3.14", UNSUPPORTED)}, {}, "no Python 3.11 to 3.13 was found"),
-    (WORKING, {"PYTHON": "python3.14"}, "PYTHON=python3.14 is no Python 3.11 to 3.13"),
-    (WORKING, {"PYTHON": "/nowhere"}, "PYTHON=/nowhere is no Python 3.11 to 3.13"),
+    ({}, {}, "no Python 3.11 to 3.13 with venv and ensurepip was found"),
+    ({"python3": ("3.14", UNSUPPORTED)}, {}, "no Python 3.11 to 3.13 with venv"),
+    (WORKING, {"PYTHON": "python3.14"}, "PYTHON=python3.14: no Python 3.11 to 3.13 with venv"),
+    (WORKING, {"PYTHON": "/nowhere"}, "PYTHON=/nowhere: no Python 3.11 to 3.13 with venv"),
   ],
 )
 def test_no_python_is_one_line(checkout, found, environment, words):

@@ -67,7 +67,11 @@ def prepare() -> list[str]:
     raise _environment_error(f"XLA_FLAGS={flags}", complaint)
   count = count_cpu_devices(os.environ)
   if not count.strip().isdecimal() or int(count) < 1:
-    raise _environment_error(f"JAX_NUM_CPU_DEVICES={count}", "is not a number of devices from 1")
+    raise UserError(
+      f"JAX_NUM_CPU_DEVICES={count} in the environment is not a number of devices from 1: correct "
+      "or unset it",
+      2,
+    )
   use_cublas()
   import_libraries()
   use_compilation_cache()

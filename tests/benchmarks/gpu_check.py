@@ -1,7 +1,14 @@
-"""What `launch/gpu_check.sh` runs: parts in processes of their own, then one table.
+"""Check and time lrdit on one GPU in at most 9 minutes, in parts, and print one table of results.
 
-Each part is this module again with --part: it writes OUTPUT/PART.json when it is done, or
-bit by bit, and is ended at its time limit. Standard output and error go to OUTPUT/PART.log.
+Parts are the tests marked `gpu` (tests), benchmarks of DiT-B/2 (b2) and DiT-XL/2 (xl2) on latents
+in bfloat16, and short runs of every arm of DiT-S/2 on CIFAR-10 (cifar10), for which
+--config.data.data_dir names the photographs. Where an environment lacks packages and the network,
+bring wheels along (pip download), install them by pip install --no-index --no-deps --target DIR,
+and put DIR on PYTHONPATH.
+
+Each part is this module again with --part, in a process of its own. It writes OUTPUT/PART.json step
+by step or when it is done, and its output goes to OUTPUT/PART.log. A part that fails or meets its
+time limit loses nothing of the others.
 """
 
 import argparse
@@ -33,7 +40,7 @@ METHODS = ("full", "static", "adaptive")
 SHARES = {"tests": 0.16, "b2": 0.2, "xl2": 0.3, "cifar10": 0.34}
 # part: (variant, batch to begin with).
 BENCHMARKS = {"b2": ("B/2", 256), "xl2": ("XL/2", 64)}
-# What each arm trains of the part's time, from its first line of metrics on.
+# Each arm trains for this share of the part's time, from its first line of metrics on.
 TRAINING_SHARE = 0.11
 
 BENCHMARK_FLAGS = (
@@ -68,8 +75,8 @@ CIFAR10_FLAGS = (
   "--config.evaluation.classifier_steps=500",
   "--config.evaluation.draws=1",
 )
-# XLA would compile every fusion of a training step in several ways to time them, which takes
-# most of the time it compiles for: more than all of this may take.
+# XLA would compile every fusion of a training step in several ways to time them, which takes longer
+# than the whole check may take.
 FUSION_TUNING = "xla_gpu_experimental_enable_fusion_autotuner"
 TINY_FLAGS = (
   "--config.model.hidden_size=32",
@@ -116,14 +123,15 @@ def run_main(*flags: str, expected: int = 0) -> None:
 def run_tests(args: argparse.Namespace) -> None:
   """Run the tests marked `gpu`; the JSON has each one's outcome as soon as it is known."""
   platform = "cpu" if args.dry_run else "cuda"
-  # On a GPU nearly all of the time goes by compiling, on one core a test.
-  files = ["tests/model/low_rank_test.py"] if args.dry_run else ["--numprocesses=8"]
+  # On a GPU nearly all of the time goes by compiling, on one core for each test.
+  dry = ["-p", "tests.one_variant", "tests/model/low_rank_test.py"]
+  more = dry if args.dry_run else ["--numprocesses=8"]
   environment = os.environ | {
     "LRDIT_TEST_PLATFORM": platform,
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
   }
   process = subprocess.Popen(
-    [sys.executable, "-m", "pytest", "-v", "-m", "gpu", *files],
+    [sys.executable, "-m", "pytest", "-v", "-m", "gpu", *more],
     cwd=ROOT,
     env=environment,
     stdout=subprocess.PIPE,
@@ -164,7 +172,7 @@ def run_benchmark(args: argparse.Namespace) -> None:
 def stop_after(seconds: float, workdir: pathlib.Path) -> Iterator[None]:
   """Send this process SIGTERM some seconds after a run's first line of metrics.
 
-  That line comes when the step is compiled, which takes the arms different times.
+  That line comes when the step is compiled, which takes longer in some arms.
   """
   over, metrics = threading.Event(), workdir / "metrics.jsonl"
 
@@ -184,7 +192,7 @@ def stop_after(seconds: float, workdir: pathlib.Path) -> Iterator[None]:
 
 
 def run_cifar10(args: argparse.Namespace) -> None:
-  """Train every arm for the same time, sample and evaluate it; a line of JSON for each."""
+  """Train every arm for the same time, sample and evaluate it; the last arm in a dry run."""
   flags, seconds = [*CIFAR10_FLAGS], TRAINING_SHARE * args.limit
   if args.dry_run:
     rng, path = np.random.default_rng(0), args.output / "noise.npz"
@@ -195,7 +203,7 @@ def run_cifar10(args: argparse.Namespace) -> None:
     seconds = 0.1
   arms = {}
   shutil.rmtree(args.output / "cifar10", ignore_errors=True)  # it would be trained on
-  for method in METHODS:
+  for method in METHODS[-1:] if args.dry_run else METHODS:
     workdir = args.output / "cifar10" / method
     common = [
       f"--config=configs/cifar10.py:method={method}",
@@ -268,7 +276,7 @@ def run_part(name: str, arguments: Sequence[str], output: pathlib.Path, limit: f
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-  """Return what a part has written; nothing where it has not."""
+  """Return what a part has written, or nothing."""
   return json.loads(path.read_text()) if path.exists() else {}
 
 
@@ -305,7 +313,7 @@ def cifar10_rows(arms: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def table(output: pathlib.Path, ends: dict[str, str]) -> str:
-  """Return all that the parts have written, as one Markdown table."""
+  """Return the results of all parts as one Markdown table."""
   header = ["what", "images/s", "of matmul peak", "speed-up over full", "by FLOPs", "result"]
   rows = [header, ["---"] * len(header)]
   if tests := read(output / "tests.json"):
@@ -321,14 +329,18 @@ def table(output: pathlib.Path, ends: dict[str, str]) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  """Return the arguments; what main.py is to be given stands in `overrides`."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  """Return the arguments, with those for main.py as `overrides`."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--output", type=pathlib.Path, required=True)
-  parser.add_argument("--minutes", type=float, default=9.0)
-  parser.add_argument("--dry_run", action="store_true")
-  parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS))
-  parser.add_argument("--part", choices=PARTS)
-  parser.add_argument("--limit", type=float, help="seconds that --part may take")
+  parser.add_argument("--minutes", type=float, default=9.0, help="that all parts together may take")
+  parser.add_argument("--dry_run", action="store_true", help="tiny shapes and noise on a CPU")
+  parser.add_argument(
+    "--parts", type=lambda text: text.split(","), default=list(PARTS), help="some of them"
+  )
+  parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+  parser.add_argument("--limit", type=float, help=argparse.SUPPRESS)  # seconds that --part may take
   args, args.overrides = parser.parse_known_args(argv)
   if unknown := set(args.parts) - set(PARTS):
     parser.error(f"--parts={','.join(unknown)} is unknown: use some of {','.join(PARTS)}")
@@ -338,7 +350,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Run all parts, or the one that is named; return the exit status."""
+  """Run all parts, or the one that --part names; return the exit status."""
   args = parse(argv)
   if args.part:
     startup.add_xla_flag(FUSION_TUNING, "false")
