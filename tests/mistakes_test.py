@@ -258,10 +258,18 @@ MISTAKES = {
     "{tmp}/file",
   ),
   "photographs that are a file": ([*FOLDER, "--config.data.data_dir={tmp}/file"], 1, "{tmp}/file"),
-  "photographs that are nowhere": ([*FOLDER, "--config.data.data_dir={tmp}/none"], 1, "not exist"),
+  "photographs that are nowhere": (
+    [*FOLDER, "--config.data.data_dir={tmp}/none"],
+    1,
+    "is no file or",
+  ),
   "photographs without one": ([*FOLDER, "--config.data.data_dir={tmp}/empty"], 1, "no images"),
-  "array file that is a directory": ([*NPZ, "--config.data.data_dir={tmp}/empty"], 1, "not a file"),
-  "array file that is nowhere": ([*NPZ, "--config.data.data_dir={tmp}/none"], 1, "not a file"),
+  "array file that is a directory": (
+    [*NPZ, "--config.data.data_dir={tmp}/empty"],
+    1,
+    "an empty directory",
+  ),
+  "array file that is nowhere": ([*NPZ, "--config.data.data_dir={tmp}/none"], 1, "is no file or"),
   "array file that is text": ([*NPZ, "--config.data.data_dir={tmp}/file"], 1, "is not an .npz"),
   "array file without a name": ([*NPZ], 1, "needs config.data.data_dir"),
   # Other modes.

@@ -47,7 +47,7 @@ MISTAKES = {
     "eta=0.5 is noise of ddim",
   ),
   "image of another size": (["--config.data.image_size=16"], 1, "data.image_size=16 does not fit"),
-  "directory nobody reads": (["--config.data.data_dir=x"], 1, "data.data_dir='x' is not used"),
+  "directory nobody reads": (["--config.data.data_dir=x"], 1, "data.data_dir='x' does not fit"),
   "odd image size": (["--config.data.image_size=7"], 1, "image_size=7 is not a multiple of"),
   "more classes than there are": (
     ["--config.data.num_classes=11"],
