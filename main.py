@@ -50,10 +50,9 @@ def run(argv: list[str]) -> int:
       from lrdit.modes.dry_run import dry_run
 
       dry_run(values.mode, *arguments)
-    else:
-      mode = importlib.import_module(f"lrdit.modes.{values.mode}")
-      return getattr(mode, values.mode)(*arguments) or 0
-    return 0
+      return 0
+    mode = importlib.import_module(f"lrdit.modes.{values.mode}")
+    return getattr(mode, values.mode)(*arguments) or 0
   except (Exception, KeyboardInterrupt) as error:
     status = print_error(error, debug, who)
     if who:  # jax would have this process wait for the others, which wait for it

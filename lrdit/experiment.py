@@ -18,12 +18,11 @@ from ml_collections import ConfigDict
 from lrdit.config import derive
 from lrdit.config.checks import require
 from lrdit.config.schema import get
-from lrdit.data import images, latents, pipeline, tfds
+from lrdit.data import images, latents, pipeline
 from lrdit.data.source import DataOptions, Source
 from lrdit.diffusion import solvers
 from lrdit.evaluation import classifier, features, inception
 from lrdit.model import dit, vae, vae_weights
-from lrdit.rank import strata
 from lrdit.rank.plan import RankPlan
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
@@ -144,7 +143,7 @@ class Experiment:
       min_snr_gamma=config.diffusion.min_snr_gamma,
       class_dropout_rate=config.model.class_dropout_rate,
       compute=config.rank.compute,
-      strata=strata.uniform_strata(batch_size, config.diffusion.num_train_timesteps),
+      strata=uniform_strata(batch_size, config.diffusion.num_train_timesteps),
       num_devices=len(devices),
     )
 
@@ -323,10 +322,10 @@ class Experiment:
     training needs no images and may be where there are none.
     """
     data = self.config.data
-    side = tfds.DATASETS[data.name].crop_size if data.name in tfds.DATASETS else 0
-    expected = {"name": data.name, "crop": images.crop_name(side, data.image_size)}
+    loader = pipeline.LOADERS[data.name]
+    expected = {"name": data.name, "crop": images.crop_name(loader.crop_size, data.image_size)}
     if data.data_dir and os.path.exists(os.path.expanduser(data.data_dir)):
-      found = pipeline.LOADERS[data.name].fingerprint(split, self._data_options)
+      found = loader.fingerprint(split, self._data_options)
       if "num_classes" in source.fingerprint:  # of the first classes only
         found.pop("num_examples", None)
       expected |= found

@@ -1,6 +1,6 @@
-"""The suite as other CPUs would compute it: fewer instructions, other kernels, fewer threads.
+"""The suite as other CPUs compute it: with fewer instructions, other kernels, fewer threads.
 
-The tests marked `floats` are run on one of them every time. `bash launch/test.sh -m other_cpus`
+Every run repeats some tests marked `floats` on one of them. `bash launch/test.sh -m other_cpus`
 runs the whole suite on each.
 """
 
@@ -16,8 +16,8 @@ from tests import tiny
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86's instructions")
 
-# Together all that matters: each is one run of the suite. Of numpy's own loops, those that need
-# more than the named level are switched off.
+# Each is one run of the suite. Of numpy's own loops, those that need more than the named level are
+# switched off.
 AVX2 = {
   "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
   "OPENBLAS_CORETYPE": "Haswell",
@@ -41,7 +41,7 @@ NEEDS = {"Haswell": "X86_V3", "Zen": "X86_V3", "SkylakeX": "X86_V4"}
 
 
 def run_suite(name, *arguments):
-  """Runs pytest in the environment of a setting; returns its last line."""
+  """Run pytest in the environment of a setting; return its last line."""
   setting = dict(SETTINGS[name])
   if not __cpu_features__[NEEDS[setting["OPENBLAS_CORETYPE"]]]:
     pytest.skip(f"this CPU cannot stand in for {name}")
@@ -68,9 +68,10 @@ def run_suite(name, *arguments):
 
 
 def test_comparisons_of_floats_hold_on_another_cpu():
-  tests = (tiny.ROOT / "tests").glob("*_test.py")
+  tests = (tiny.ROOT / "tests").rglob("*_test.py")
   files = sorted(str(f) for f in tests if "pytest.mark.floats" in f.read_text())
-  run_suite("SSE4.2, Zen, one thread", "-m", "floats", *files)
+  one = ["-p", "tests.one_variant"]
+  run_suite("SSE4.2, Zen, one thread", "-m", "floats", *one, *files)
 
 
 @pytest.mark.other_cpus

@@ -36,8 +36,9 @@ def test_a_wheel_trains_outside_the_checkout(tmp_path):
   source, user = (scripts.copy_checkout(tmp_path / n, *f) for n, f in FILES.items())
   name = run(sys.executable, "-c", BUILD, cwd=source).split()[-1]
   with zipfile.ZipFile(source / name) as wheel:
-    modules = {n for n in wheel.namelist() if n.endswith(".py")}
-  assert modules == {f"lrdit/{path.name}" for path in (tiny.ROOT / "lrdit").glob("*.py")}
+    packed = {n for n in wheel.namelist() if n.startswith("lrdit/")}
+  sources = [path for ending in ("py", "j2") for path in (tiny.ROOT / "lrdit").rglob(f"*.{ending}")]
+  assert packed == {str(path.relative_to(tiny.ROOT)) for path in sources}
 
   environment = tmp_path / "environment"
   run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""The finished units of an analysis' section under way."""
+"""Files of an analysis: the rank truncation, and the finished units of a section under way."""
 
 import json
 import pathlib

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from lrdit.benchmark.arms import MatmulPeak, SamplingArm, TrainingArm
 from lrdit.experiment import Experiment
 from lrdit.runtime import parallel
+from lrdit.runtime.tables import format_table
 
 MEMORY_MEANING = (
   "arguments + outputs + temporaries - donated arguments of the compiled training step, per device"
@@ -225,18 +226,6 @@ RUN_COLUMNS: Columns = {
   **_RATES,
   **_AGAINST_FULL,
 }
-
-
-def format_table(title: str, columns: Columns, entries: Mapping[str, Mapping[str, Any]]) -> str:
-  """Return aligned columns, one line per entry, whose name stands under the title."""
-  rows = [[title, *columns]]
-  rows += [[name, *(text(entry) for text in columns.values())] for name, entry in entries.items()]
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = []
-  for name, *cells in rows:
-    cells = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
-    lines.append("  ".join([f"{name:<{widths[0]}}", *cells]))
-  return "\n".join(lines)
 
 
 def format_results(results: Mapping[str, Any]) -> str:

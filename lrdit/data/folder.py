@@ -42,10 +42,9 @@ def fingerprint_folder(split: str, options: DataOptions) -> dict[str, Any]:
   """
   folder = _folder(options)
   _, names, classes = _find_split(folder, split)
-  fingerprint = _describe(split, classes, options)
-  if options.skip_unreadable:
-    return fingerprint
-  return fingerprint | {"digest": _digest(folder, names), "num_examples": len(names)}
+  fingerprint = _fingerprint(split, options, folder, names, classes)
+  unknown = ("digest", "num_examples") if options.skip_unreadable else ()
+  return {key: value for key, value in fingerprint.items() if key not in unknown}
 
 
 def load_folder(split: str, options: DataOptions) -> Source:
@@ -75,27 +74,28 @@ def load_folder(split: str, options: DataOptions) -> Source:
     number = {name: i for i, name in enumerate(classes)}
     tops = [name.removeprefix(prefix).partition("/")[0] for name in names]
     labels = np.array([number[top] for top in tops], np.int32)
-  source = Source(rows, labels, len(classes), _describe(split, classes, options))
-  return source.subset(keep, digest=_digest(folder, [names[i] for i in keep]))
+  fingerprint = _fingerprint(split, options, folder, [names[i] for i in keep], classes)
+  return Source(rows, labels, len(classes), fingerprint).subset(keep)
 
 
 def _folder(options: DataOptions) -> str:
   return sources.own_path(options, "folder", os.path.isdir, "the folder of your images")
 
 
-def _describe(split: str, classes: Sequence[str], options: DataOptions) -> dict[str, Any]:
-  """Return the fingerprint without the files."""
-  fingerprint = {"name": "folder", "split": split, "crop": images.crop_name(0, options.image_size)}
-  return fingerprint | ({"classes": [printable(name) for name in classes]} if classes else {})
-
-
-def _digest(folder: str, names: Sequence[str]) -> str:
-  """Return a hash of the paths and sizes of files."""
+def _fingerprint(
+  split: str, options: DataOptions, folder: str, names: Sequence[str], classes: Sequence[str]
+) -> dict[str, Any]:
   digest = hashlib.sha256()
   for name in names:
     size = os.path.getsize(os.path.join(folder, name))
     digest.update(os.fsencode(name) + b"\0%d\n" % size)
-  return digest.hexdigest()[:16]
+  return {
+    "name": "folder",
+    "split": split,
+    "crop": images.crop_name(0, options.image_size),
+    "digest": digest.hexdigest()[:16],
+    "num_examples": len(names),
+  } | ({"classes": [printable(name) for name in classes]} if classes else {})
 
 
 def _find_split(folder: str, split: str) -> tuple[str, list[str], list[str]]:
@@ -107,7 +107,7 @@ def _find_split(folder: str, split: str) -> tuple[str, list[str], list[str]]:
     classes: the names of the classes.
 
   Raises:
-    UserError: the folder is not laid out as the module says.
+    UserError: the folder is not laid out as the module's docstring describes.
   """
   paths = _list_images(folder)
   folders = _split_folders(folder, paths)
@@ -152,10 +152,7 @@ def _list_images(folder: str) -> list[str]:
 def _walk(folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:
   """Yield the relative paths of files at any depth, and of hidden folders without their files.
 
-  Args:
-    folder: where to look.
-    prefix: the sub-folder to look in; "" or ending in "/". Links are followed.
-    above: the real paths of the folders that lead to this one.
+  `above` holds the real paths of the folders that lead to `prefix`, as links are followed.
   """
   here = os.path.realpath(os.path.join(folder, prefix))
   if here in above:  # A link leads back up.
@@ -169,11 +166,7 @@ def _walk(folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:
 
 
 def _split_folders(folder: str, paths: Sequence[str]) -> dict[str, str]:
-  """Return the sub-folder of each split; {} if the folder is not divided into splits.
-
-  Raises:
-    UserError: the sub-folders have names of splits, but are not one of each.
-  """
+  """Return the sub-folder of each split; {} if the folder is not divided into splits."""
   tops = sorted({path.partition("/")[0] for path in paths})
   train = [top for top in tops if top.lower() == "train"]
   held_out = [top for top in tops if top.lower() in EVAL_FOLDERS]
@@ -188,11 +181,7 @@ def _split_folders(folder: str, paths: Sequence[str]) -> dict[str, str]:
 
 
 def _class_names(folder: str, paths: Sequence[str]) -> list[str]:
-  """Return the sub-folders that images lie in, in order; none if the images lie flat.
-
-  Raises:
-    UserError: images lie in sub-folders and also beside them.
-  """
+  """Return the sub-folders that images lie in, in order; none if the images lie flat."""
   flat = [path for path in paths if "/" not in path]
   nested = [path for path in paths if "/" in path]
   if flat and nested:
@@ -239,11 +228,7 @@ class _Files:
 
 
 def _decode_file(path: pathlib.Path) -> Image.Image:
-  """Return a file's image, upright.
-
-  Raises:
-    UnreadableImage: with a reason that does not name the file.
-  """
+  """Return a file's image, upright; raise UnreadableImage, which does not name the file."""
   try:
     # PIL would keep the file of an undecodable image open.
     content = path.read_bytes()
@@ -272,10 +257,7 @@ def _find_readable(
   """Decode every image, so that a damaged one is found before a run and not during it.
 
   Returns:
-    (n,) the indices of the readable images.
-
-  Raises:
-    UserError: there are unreadable images that may not be left out, or no others.
+    (n,) the indices of the readable images; the others are refused unless they may be left out.
   """
   reasons, total = {}, len(names)
 
@@ -283,7 +265,7 @@ def _find_readable(
     try:
       rows[np.array([i])]
     except UserError as error:
-      reasons[i] = error.__cause__
+      reasons[i] = str(error.__cause__)
 
   with make_bar(total, 0, "image") as bar:
     for _ in sources.read_ahead(check, range(total)):

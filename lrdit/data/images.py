@@ -116,8 +116,7 @@ def report_conversions(
   Args:
     kinds: (N) results of `conversion`.
     sides: (N, 2) widths and heights in pixels.
-    size: as for `fit`.
-    num_channels: as for `fit`.
+    size, num_channels: as for `fit`.
   """
   total = len(kinds)
   converted = collections.Counter(kind for kind in kinds if kind)

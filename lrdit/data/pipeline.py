@@ -21,15 +21,17 @@ from lrdit.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-  """A dataset, by the functions of a split's name and options that read it.
+  """How to read a dataset.
 
   Attributes:
-    load: opens the split.
+    load: opens a split, by its name and options.
     fingerprint: returns the part of the source's fingerprint that is known without reading it.
+    crop_size: the side in pixels of the centre crop before resizing; 0 for the short side.
   """
 
   load: Callable[[str, DataOptions], Source]
   fingerprint: Callable[[str, DataOptions], dict[str, Any]]
+  crop_size: int = 0
 
 
 # By `data.name`. A new dataset is a module with these two functions, and a line here.
@@ -39,6 +41,7 @@ LOADERS = {
     name: Loader(
       functools.partial(tfds.load_tfds, dataset),
       functools.partial(tfds.fingerprint_tfds, dataset),
+      dataset.crop_size,
     )
     for name, dataset in tfds.DATASETS.items()
   },

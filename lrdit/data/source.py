@@ -1,4 +1,4 @@
-"""Datasets as random access: the example at an index, decoded when it is asked for.
+"""Datasets as random access: the example at an index, decoded when it is read.
 
 Axes: N examples, b requested examples, H W image, C channels.
 """
@@ -102,7 +102,7 @@ class Source:
     return {"image": batch, "label": self.labels[index]}
 
   def subset(self, index: Int[np.ndarray, " n"], **fingerprint: Any) -> "Source":
-    """Return the examples at `index`; `fingerprint` holds the entries that tell which they are."""
+    """Return the examples at `index`; `fingerprint` adds the entries that identify them."""
     return dataclasses.replace(
       self,
       images=_Subset(self.images, index),
@@ -147,13 +147,7 @@ class DecodedImages:
     shape: tuple[int, int, int, int],
     cache_bytes: int,
   ):
-    """Decode nothing yet.
-
-    Args:
-      decode: returns the images at (b,) indices, each (H, W, C) uint8.
-      shape: (N, H, W, C).
-      cache_bytes: keep decoded images if all of them take at most this much.
-    """
+    """Keep decoded images if all (N, H, W, C) of them take at most `cache_bytes`."""
     self.shape = shape
     self._decode = decode
     self._known = np.zeros(shape[0], bool)
@@ -172,7 +166,7 @@ class DecodedImages:
 
 
 def read_ahead(make: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
-  """Yield `make(i)` for each number in order, computed by threads before it is asked for.
+  """Yield `make(i)` for each number in order, computed by threads in advance.
 
   An exception in `make` is raised here, in its turn. Closing or dropping the iterator ends the
   threads.
@@ -214,8 +208,7 @@ def report_classes(source: Source, num_classes: int) -> None:
     log.warning(
       "%d of %d classes have no training image, and samples of them will mean nothing: %s. "
       "Number the labels from 0 without gaps, or add images",
-      len(empty),
-      num_classes,
+      *(len(empty), num_classes),
       ", ".join(f"{i} ({names[i]!r})" if names else str(i) for i in empty),
     )
 
@@ -238,16 +231,10 @@ def describe_path(path: str) -> str:
 
 
 def own_path(options: DataOptions, name: str, exists: Callable[[str], bool], what: str) -> str:
-  """Return the path of the user's own images.
-
-  Args:
-    options: `data_dir` is the path.
-    name: the dataset's `data.name`.
-    exists: whether what is at the path can be right.
-    what: the expected thing, for the error.
+  """Return `data_dir`, the path of the user's own images.
 
   Raises:
-    UserError: no path is given, or something else is there.
+    UserError: it is empty, or not `exists(path)`; the message asks for `what`.
   """
   if not options.data_dir:
     raise UserError(f"data.name={name} needs config.data.data_dir: set it to {what}")
@@ -263,16 +250,11 @@ def choose_split(keys: Iterable[bytes], split: str, fix: str) -> Int[np.ndarray,
 
   An example that is added or removed therefore never moves another one to the other split.
 
-  Args:
-    keys: a key for each example.
-    split: "train" or "eval".
-    fix: what to do about too few examples, for the error.
-
   Returns:
-    (n,) the indices of the split's examples, in rising order.
+    (n,) the indices of the examples of `split`, "train" or "eval", in rising order.
 
   Raises:
-    UserError: a split would be empty.
+    UserError: a split would be empty; the message ends in `fix`.
   """
   held_out = np.array([zlib.crc32(key) % HELD_OUT_ONE_IN == 0 for key in keys])
   if held_out.all() or not held_out.any():

@@ -263,16 +263,10 @@ class _Records:
 
   Up to `_max_open_files` files stay open once they are read, and several threads read at once.
   If there are more files, one thread at a time reads, and closes all files before it opens too
-  many.
+  many. `counts` is the number of records in each file.
   """
 
   def __init__(self, reader: Any, counts: Sequence[int]):
-    """Open nothing yet.
-
-    Args:
-      reader: an `ArrayRecordDataSource` or `_TfRecords`.
-      counts: the number of records in each file, in order.
-    """
     self._reader, self._ends = reader, np.cumsum(counts)
     self._limit = max(1, _max_open_files())
     self._open: set[int] = set()
@@ -296,14 +290,9 @@ class _Records:
 
 
 class _TfRecords:
-  """Random access to the records of TFRecord files; as `ArrayRecordDataSource`."""
+  """Random access to the records of TFRecord files, as of `ArrayRecordDataSource`."""
 
   def __init__(self, paths: Sequence[os.PathLike], counts: Sequence[int]):
-    """Index the files by reading every record's length.
-
-    Raises:
-      UserError: a file is truncated, or holds another number of records than `counts`.
-    """
     self._paths = paths
     self._files: dict[int, int] = {}
     offsets = [_record_offsets(path, count) for path, count in zip(paths, counts, strict=True)]
@@ -330,7 +319,7 @@ class _TfRecords:
 
 
 def _record_offsets(path: os.PathLike, count: int) -> Int[np.ndarray, " count"]:
-  """Return where each record of a file starts."""
+  """Return where each record of a file starts, after reading every record's length."""
   offsets, end, size = [], 0, os.path.getsize(path)
   with open(path, "rb") as file:
     while end + HEADER_BYTES <= size:

@@ -57,11 +57,9 @@ def read_vae(path: str | os.PathLike) -> vae.Vae:
   if config is None:
     config = infer_config({key: tensor.shape for key, tensor in tensors.items()}, str(weights))
     log.warning(
-      "no config.json beside %s: taken to be Stable Diffusion's, with scaling_factor=%g and "
+      "no config.json beside %s: assuming Stable Diffusion's scaling_factor=%g and "
       "norm_num_groups=%d, which other VAEs do not share",
-      weights,
-      config.scaling_factor,
-      config.norm_num_groups,
+      *(weights, config.scaling_factor, config.norm_num_groups),
     )
   params = _to_params(tensors, config, str(weights))
   return vae.Vae(config, params, _digest(config, params))
@@ -87,7 +85,10 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
   pickles = [path] if path.suffix in PICKLE_SUFFIXES else []
   if path.is_dir():
     config = path / "config.json"
-    is_vae = config.is_file() and _read_json(config).get("_class_name") == "AutoencoderKL"
+    is_vae = (
+      config.is_file()
+      and store.read_json(config, "restore it").get("_class_name") == "AutoencoderKL"
+    )
     if not is_vae and (path / "vae" / "config.json").is_file():  # of a whole pipeline
       path = path / "vae"
     found = sorted(path.glob("*.safetensors"))
@@ -114,23 +115,13 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
 # The architecture.
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-      raise ValueError("not a JSON object")
-    return value
-  except ValueError as error:
-    raise UserError(f"{path} is damaged ({error}): restore it") from error
-
-
 def read_config(path: pathlib.Path) -> vae.VaeConfig:
   """Read diffusers' config.json.
 
   Raises:
     UserError: it is damaged, or of another model, or of a VAE that is not supported.
   """
-  stored = _read_json(path)
+  stored = store.read_json(path, "restore it")
   class_name = stored.get("_class_name")
   if class_name != "AutoencoderKL":
     raise UserError(
@@ -190,33 +181,31 @@ def infer_config(shapes: dict[str, tuple[int, ...]], source: str) -> vae.VaeConf
     UserError: the keys are not those of an `AutoencoderKL`.
   """
 
-  def kernel_shape(key: str) -> tuple[int, ...]:
-    shape = shapes.get(f"{key}.weight", ())
-    if len(shape) != 4:
-      raise UserError(
-        f"{source} is not a VAE in diffusers' layout (no convolution {key}.weight): load it with "
-        "AutoencoderKL.from_single_file and convert it with "
-        "save_pretrained(safe_serialization=True)"
-      )
-    return shape
-
   def count(pattern: str) -> int:
     pattern = rf"encoder\.down_blocks\.{pattern}\.conv1\.weight"
     return sum(bool(re.fullmatch(pattern, key)) for key in shapes)
 
-  blocks = max(1, count(r"\d+\.resnets\.0"))
-  return vae.VaeConfig(
-    in_channels=kernel_shape("encoder.conv_in")[1],
-    out_channels=kernel_shape("decoder.conv_out")[0],
-    latent_channels=kernel_shape("decoder.conv_in")[1],
-    block_out_channels=tuple(
-      kernel_shape(f"encoder.down_blocks.{i}.resnets.0.conv1")[0] for i in range(blocks)
-    ),
-    layers_per_block=count(r"0\.resnets\.\d+"),
-    use_quant_conv="quant_conv.weight" in shapes,
-    use_post_quant_conv="post_quant_conv.weight" in shapes,
-    mid_block_add_attention="encoder.mid_block.attentions.0.to_q.weight" in shapes,
-  )
+  first_convs = [
+    f"encoder.down_blocks.{i}.resnets.0.conv1.weight"
+    for i in range(max(1, count(r"\d+\.resnets\.0")))
+  ]
+  try:
+    return vae.VaeConfig(
+      in_channels=shapes["encoder.conv_in.weight"][1],
+      out_channels=shapes["decoder.conv_out.weight"][0],
+      latent_channels=shapes["decoder.conv_in.weight"][1],
+      block_out_channels=tuple(shapes[key][0] for key in first_convs),
+      layers_per_block=count(r"0\.resnets\.\d+"),
+      use_quant_conv="quant_conv.weight" in shapes,
+      use_post_quant_conv="post_quant_conv.weight" in shapes,
+      mid_block_add_attention="encoder.mid_block.attentions.0.to_q.weight" in shapes,
+    )
+  except LookupError as error:
+    raise UserError(
+      f"{source} is not a VAE in diffusers' layout (no convolution {error}): load it with "
+      "AutoencoderKL.from_single_file and convert it with "
+      "save_pretrained(safe_serialization=True)"
+    ) from error
 
 
 # The layout of the weights in diffusers' files.

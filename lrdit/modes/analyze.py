@@ -1,8 +1,9 @@
-"""Ranks of a trained model's weights and gradients by timestep, and what its rank is worth."""
+"""`--mode=analyze`: effective ranks of weights and gradients by timestep, and rank truncation."""
 
 import functools
 import json
 import logging
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,19 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lrdit.analysis import figures, gradient_spectra, truncation, weight_spectra
+from lrdit.analysis import (
+  figures,
+  gradient_batches,
+  gradient_figures,
+  gradient_spectra,
+  truncation,
+  weight_figures,
+  weight_spectra,
+)
 from lrdit.analysis.unit_cache import UnitCache
-from lrdit.benchmark.arms import arm_config
-from lrdit.benchmark.results import format_table
 from lrdit.config import measured_schedule
-from lrdit.config.run_config import open_trained
+from lrdit.config.resolve import resolve
+from lrdit.config.run_config import open_trained, open_workdir
 from lrdit.data.source import Source
 from lrdit.evaluation import held_out
 from lrdit.experiment import Experiment
@@ -25,58 +33,52 @@ from lrdit.rank.plan import RankPlan
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
-from lrdit.runtime.progress import make_bar
 from lrdit.runtime.store import write_json
+from lrdit.runtime.tables import format_table
 from lrdit.train import checkpoints, run_files
 
 log = logging.getLogger("lrdit")
 
 ARMS = ("full", "static", "adaptive")
-LAYOUT = 1  # of the sections' JSON; files of another one are made again
+LAYOUT = 1  # of the sections' JSON; files of another layout are made again
 
 
 def count_flops(config: ConfigDict) -> dict[str, Any]:
-  """Parameters and multiply-accumulates of every arm, by rank bucket and sampling run.
+  """Return `flops.describe_arm` of every arm, by method.
+
+  An arm that cannot be made of these fields is left out, with a warning.
 
   Args:
     config: resolved, of any arm.
-
-  Returns:
-    As JSON by arm: "parameters" as allocated, "buckets" of `flops.describe_buckets`, and of
-    one image "mean_forward_macs" over timesteps and "sampling_macs" of a whole sampling run.
-    An arm that cannot be made of these fields is left out, with a warning.
   """
   arms = {}
-  for arm in ARMS:
+  for method in ARMS:
+    arm = ConfigDict(config.to_dict())
+    arm.method = method
     try:
-      own = arm_config(config, arm)
+      arm = resolve(arm)
     except UserError as error:
-      log.warning("%s is not counted: %s", arm, error)
+      log.warning("%s is not counted: %s", method, error)
       continue
-    shape, plan = Experiment(own).shape, Experiment(own).plan
-    t, guidance_scale = Experiment(own).solver_table.t, own.sampling.guidance_scale
-    arms[arm] = {
-      "parameters": flops.num_parameters(shape, plan),
-      "buckets": flops.describe_buckets(shape, plan),
-      "mean_forward_macs": flops.mean_forward_macs(shape, plan),
-      "sampling_macs": flops.sampling_macs(shape, plan, t, 1, guidance_scale),
-    }
+    made = Experiment(arm)
+    scale = arm.sampling.guidance_scale
+    arms[method] = flops.describe_arm(made.shape, made.plan, made.solver_table.t, scale)
   return arms
 
 
 def format_flops(arms: dict[str, Any]) -> str:
-  """The counts as a table."""
+  """Return the counts as a table."""
   entries: dict[str, dict[str, Any]] = {}
-  for arm, counts in arms.items():
+  for method, counts in arms.items():
     buckets = counts["buckets"]
-    entries[arm] = {
+    entries[method] = {
       "timesteps": sum(bucket["timesteps"] for bucket in buckets),
       "parameters": counts["parameters"],
       "forward_macs": counts["mean_forward_macs"],
       "sampling": f"{counts['sampling_macs'] / 1e6:,.2f}",
     }
     for number, bucket in enumerate(buckets if len(buckets) > 1 else []):
-      entries[f"  {arm}, bucket {number}"] = bucket | {"sampling": ""}
+      entries[f"  {method}, bucket {number}"] = bucket | {"sampling": ""}
   columns = {
     "timesteps": lambda e: f"{e['timesteps']:,}",
     "parameters": lambda e: f"{e['parameters']:,}",
@@ -87,52 +89,55 @@ def format_flops(arms: dict[str, Any]) -> str:
 
 
 class Analysis:
-  """What the sections share: the parameters, the files and how they are named."""
+  """The parameters and files that the sections share."""
 
-  def __init__(self, config: ConfigDict, workdir: str, devices: parallel.Devices):
-    """Reads the checkpoint.
+  def __init__(self, config: ConfigDict, path: pathlib.Path, devices: parallel.Devices):
+    """Read the checkpoint.
 
     Args:
       config: resolved.
-      workdir: of a trained run.
+      path: a trained run's workdir, which has a directory `analysis`.
       devices: to use.
+
+    Raises:
+      UserError: there is no checkpoint.
     """
-    path = open_trained(workdir, config)
-    template, use_ema = Experiment(config).params_template, config.sampling.use_ema
-    self.config, self.devices = config, devices
-    weights = "ema" if use_ema else "raw"
-    self.step, restored = run_files.restore_params(path, template, [weights])
+    self.config, self.devices, self._workdir = config, devices, path
+    self._directory = path / "analysis"
+    weights = "ema" if config.sampling.use_ema else "raw"
+    step, restored = run_files.restore_params(path, Experiment(config).params_template, [weights])
     self.params = restored[weights]
-    self.directory = path / "analysis"
-    self.directory.mkdir(exist_ok=True)
     self.plan, self.shape = Experiment(config).plan, Experiment(config).shape
     self.boundaries = Experiment(config).curriculum.boundaries
-    self.about = {
+    self.key = {
       "layout": LAYOUT,
-      "checkpoint_step": self.step,
+      "checkpoint_step": step,
       "checkpoint_digest": checkpoints.digest(self.params),
       "weights": weights,
       "boundaries": list(self.boundaries),
     }
     variant = f"DiT-{config.model.variant} on {config.data.name}"
-    self.title = f"{config.method} {variant}, step {self.step}, {weights} weights"
-    self._path = path
+    self.title = f"{config.method} {variant}, step {step}, {weights} weights"
 
   def source(self, split: str) -> Source:
-    """The split's images or latents; refused if they are not the run's."""
+    """Return the split's images or latents.
+
+    Raises:
+      UserError: they are not the run's.
+    """
     source = Experiment(self.config).source(split)
-    run_files.check_run_data(self._path, split, source.fingerprint)
+    run_files.check_run_data(self._workdir, split, source.fingerprint)
     return source
 
   def run(self, name: str, settings: dict[str, Any], make: Callable[[UnitCache], dict]) -> dict:
-    """A section's result, computed where its file is not of the same checkpoint and settings.
+    """Return a section's result, from its file if that is of the same checkpoint and settings.
 
     Args:
       name: of the section and its JSON file.
-      settings: all the section depends on beside the parameters.
-      make: computes it, from the parts that an earlier start has left.
+      settings: all that the section depends on beside the parameters.
+      make: computes it, given the units that an earlier start has left.
     """
-    path, key = self.directory / f"{name}.json", json.loads(json.dumps(self.about | settings))
+    path, key = self._directory / f"{name}.json", json.loads(json.dumps(self.key | settings))
     try:
       result = json.loads(path.read_text())
       if all(result[field] == value for field, value in key.items()):
@@ -140,71 +145,67 @@ class Analysis:
         return result
     except (FileNotFoundError, ValueError, KeyError, TypeError):
       pass  # missing, damaged, or of an older layout: it is made again
-    parts = UnitCache(self.directory / "parts" / name, key)
-    result = key | make(parts)
+    cache = UnitCache(self._directory / "parts" / name, key)
+    result = key | make(cache)
     write_json(path, result)
-    parts.remove()
+    cache.remove()
     log.info("%s", path)
     return result
 
   def plot(self, name: str, figure: Any) -> None:
-    """Writes a picture, if there is anything to show."""
-    figures.write_png(self.directory / f"{name}.png", figure)
+    """Write a figure, if there is anything to show."""
+    figures.write_png(self._directory / f"{name}.png", figure)
 
 
-def analyse_weights(analysis: Analysis) -> None:
-  """Writes weights.json and its plots."""
+def analyze_weights(run: Analysis) -> None:
+  """Write weights.json and its figures."""
 
-  def make(parts: UnitCache) -> dict[str, Any]:
-    a = analysis
-    return weight_spectra.analyse_weights(a.params, a.plan, a.shape, a.boundaries, parts, make_bar)
+  def make(cache: UnitCache) -> dict[str, Any]:
+    return weight_spectra.analyze_weights(run.params, run.plan, run.shape, run.boundaries, cache)
 
-  weights = analysis.run("weights", {}, make)
-  analysis.plot("weights_spectra", figures.weight_spectra(weights, analysis.title))
-  analysis.plot("weights_ranks", figures.weight_ranks(weights, analysis.title))
-  analysis.plot("weights_groups", figures.weight_groups(weights, analysis.title))
+  weights = run.run("weights", {}, make)
+  run.plot("weights_spectra", weight_figures.spectra(weights, run.title))
+  run.plot("weights_ranks", weight_figures.ranks(weights, run.title))
+  run.plot("weights_groups", weight_figures.groups(weights, run.title))
 
 
-def analyse_gradients(analysis: Analysis) -> None:
-  """Writes gradients.json and its plots."""
-  config, a = analysis.config, analysis.config.analysis
-  source = analysis.source("train")
+def analyze_gradients(run: Analysis) -> None:
+  """Write gradients.json and its figures."""
+  source, a = run.source("train"), run.config.analysis
   settings = {
-    "condition_names": list(gradient_spectra.CONDITIONS),
+    "condition_names": list(gradient_batches.CONDITIONS),
     "batch_sizes": list(a.batch_sizes),
     "subspace_rank": a.subspace_rank,
     "seed": a.seed,
     "data": source.fingerprint,
   }
 
-  def make(parts: UnitCache) -> dict[str, Any]:
-    objective = Experiment(config).objective(analysis.devices[:1])
-    return gradient_spectra.analyse_gradients(
-      objective,
-      jax.device_put(analysis.params, analysis.devices[0]),
+  def make(cache: UnitCache) -> dict[str, Any]:
+    return gradient_spectra.analyze_gradients(
+      Experiment(run.config).objective(run.devices[:1]),
+      jax.device_put(run.params, run.devices[0]),
       source,
-      boundaries=analysis.boundaries,
+      boundaries=run.boundaries,
       batch_sizes=a.batch_sizes,
       subspace_rank=a.subspace_rank,
       microbatch=a.microbatch,
       seed=a.seed,
-      parts=parts,
+      cache=cache,
     )
 
-  found = analysis.run("gradients", settings, make)
-  analysis.plot("gradients_ranks", figures.gradient_ranks(found, analysis.title))
-  analysis.plot("gradients_layers", figures.gradient_layers(found, analysis.title))
+  found = run.run("gradients", settings, make)
+  run.plot("gradients_ranks", gradient_figures.ranks(found, run.title))
+  run.plot("gradients_layers", gradient_figures.layers(found, run.title))
   for side in gradient_spectra.SIDES:
-    figure = figures.gradient_overlap(found, side, analysis.title)
-    analysis.plot(f"gradients_overlap_{side}", figure)
+    run.plot(f"gradients_overlap_{side}", gradient_figures.overlap(found, side, run.title))
 
 
-def analyse_truncation(analysis: Analysis) -> None:
-  """Writes truncation.json and its plots, the loss by timestep group among them."""
-  config, devices = analysis.config, analysis.devices
-  source, draws = analysis.source("eval"), config.evaluation.draws
+def analyze_truncation(run: Analysis) -> None:
+  """Write truncation.json, its figure, and that of the loss by timestep group."""
+  config, devices = run.config, run.devices
+  source, draws = run.source("eval"), config.evaluation.draws
   names = Experiment(config).factorised_layers
-  truncator = truncation.Truncator(analysis.params, names)
+  truncator = truncation.Truncator(run.params, names)
   ranks = config.analysis.ranks or truncation.default_ranks(truncator.largest_rank)
   if not ranks or ranks[-1] >= truncator.largest_rank:
     raise UserError(
@@ -214,7 +215,7 @@ def analyse_truncation(analysis: Analysis) -> None:
   batch_size = config.training.batch_size
   settings = {
     "layers": names,
-    "num_buckets": analysis.plan.num_buckets,
+    "num_buckets": run.plan.num_buckets,
     **measured_schedule.describe_model(config),
     "ranks": list(ranks),
     "dtype": config.model.dtype,
@@ -224,7 +225,7 @@ def analyse_truncation(analysis: Analysis) -> None:
     "data": source.fingerprint,
   }
 
-  def make(parts: UnitCache) -> dict[str, Any]:
+  def make(cache: UnitCache) -> dict[str, Any]:
     step = Experiment(config).eval_step(devices)
     slots = parallel.batch_slots(batch_size, devices)
 
@@ -232,22 +233,22 @@ def analyse_truncation(analysis: Analysis) -> None:
       return held_out.held_out_losses(step, params, source, slots, batch_size, draws)
 
     place = functools.partial(parallel.replicate, devices=devices)
-    return truncation.analyse_truncation(truncator, ranks, place, losses_of, parts, make_bar)
+    return truncation.analyze_truncation(truncator, ranks, place, losses_of, cache)
 
-  found = analysis.run("truncation", settings, make)
-  drawn = schedule_on_map(config, analysis.plan, found)
-  analysis.plot("truncation", figures.truncation(found, analysis.title, drawn))
-  losses = {analysis.about["weights"]: found["baseline"]}
-  analysis.plot("losses", figures.losses(analysis.boundaries, losses, analysis.title))
+  found = run.run("truncation", settings, make)
+  schedule = schedule_on_map(config, run.plan, found)
+  run.plot("truncation", figures.truncation(found, run.title, schedule))
+  losses = {run.key["weights"]: found["baseline"]}
+  run.plot("losses", figures.losses(run.boundaries, losses, run.title))
 
 
 def schedule_on_map(
   config: ConfigDict, plan: RankPlan, found: dict[str, Any]
 ) -> tuple[str, np.ndarray] | None:
-  """(name, (T,) r(t)): of a run without one, what `rank.schedule=measured` would take.
+  """Return the name and the (T,) values of the r(t) to draw on the map of a rank truncation.
 
-  Above the r(t) that a run has, cutting changes nothing, and nothing else follows from it.
-  None where no r(t) follows.
+  It is the run's own r(t), above which cutting changes nothing, or else the one that
+  `rank.schedule=measured` would take; None where no r(t) follows.
   """
   if plan.num_buckets > 1:
     active = np.mean([ranks.active for _, ranks in plan.layers], axis=0)
@@ -260,43 +261,43 @@ def schedule_on_map(
     log.warning("the heat map is without r(t): %s", error)
     return None
   name = f"rank.schedule=measured at rank.ratio={config.rank.ratio:g}, before rounding"
-  r, widths = (
-    measured.interpolate(ranks, found["boundaries"]),
-    np.diff(found["boundaries"]),
-  )
+  r, widths = measured.interpolate(ranks, found["boundaries"]), np.diff(found["boundaries"])
   # A plan keeps the mean, which interpolation between groups of unequal widths does not.
   return name, r * np.average(ranks, weights=widths) / r.mean()
 
 
-def analyze(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:
-  """Runs `--mode=analyze`: writes analysis/*.json and *.png.
+SECTIONS = {  # those that need a checkpoint, in order
+  "weights": analyze_weights,
+  "gradients": analyze_gradients,
+  "truncation": analyze_truncation,
+}
 
-  What an earlier start has finished for the same checkpoint and settings is kept.
+
+def analyze(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:
+  """Run `--mode=analyze`: write analysis/*.json and *.png.
+
+  What an earlier start has finished for the same checkpoint and settings is kept. The section
+  "flops" alone needs no trained run.
 
   Args:
     config: resolved.
-    workdir: of a trained run.
+    workdir: of a trained run; for "flops" alone any directory, made if it is not there.
     devices: devices to use; all by default.
 
   Raises:
-    UserError: no checkpoint, other data, and the like.
+    UserError: there is no checkpoint, the data is another, and the like.
   """
-  analysis = Analysis(config, workdir, devices or parallel.all_devices())
-  with owned(analysis.directory, "analyze"):
-    _analyse_sections(config, analysis)
-  log.info("%s", analysis.directory)
-
-
-def _analyse_sections(config: ConfigDict, analysis: Analysis) -> None:
-  sections = config.analysis.sections
-  if "flops" in sections:
-    arms = count_flops(config)
-    print(format_flops(arms))
-    write_json(analysis.directory / "flops.json", arms)
-  for name, analyse in (
-    ("weights", analyse_weights),
-    ("gradients", analyse_gradients),
-    ("truncation", analyse_truncation),
-  ):
-    if name in sections:
-      analyse(analysis)
+  sections = [SECTIONS[name] for name in SECTIONS if name in config.analysis.sections]
+  needs_run = bool(sections)
+  path = open_trained(workdir, config) if needs_run else open_workdir(workdir, config, create=True)
+  directory = path / "analysis"
+  directory.mkdir(exist_ok=True)
+  with owned(directory, "analyze"):
+    run = Analysis(config, path, devices or parallel.all_devices()) if sections else None
+    if "flops" in config.analysis.sections:
+      arms = count_flops(config)
+      print(format_flops(arms))
+      write_json(directory / "flops.json", arms)
+    for analyze_section in sections:
+      analyze_section(run)
+  log.info("%s", directory)

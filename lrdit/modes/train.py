@@ -83,8 +83,7 @@ def run_steps(
   step, last = first_step, trainer.config.training.num_steps
   batches = trainer.batches(range(step, last))
   on_devices = parallel.prefetch(batches, trainer.devices)
-  profile_steps = trainer.config.training.profile_steps
-  profiler = Profiler(profile_steps, trainer.workdir / "profile")
+  profiler = Profiler(trainer.config.training.profile_steps, trainer.workdir / "profile")
   watch, pending = Stopwatch(), None
   stage, train_step = trainer.enter_stage(state)
   with (

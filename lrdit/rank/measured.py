@@ -89,7 +89,7 @@ def monotone(ranks: Float[np.ndarray, " G"], boundaries: Sequence[int]) -> Float
 
 
 def interpolate(
-  values: Sequence[float] | np.ndarray, boundaries: Sequence[int]
+  values: Sequence[float] | Float[np.ndarray, " G"], boundaries: Sequence[int]
 ) -> Float[np.ndarray, " T"]:
   """Return a value for every timestep from one for each group.
 

@@ -206,7 +206,7 @@ def select_layers(
   """
   for field, n in (("first_n_blocks", first_n_blocks), ("last_n_blocks", last_n_blocks)):
     if n > depth:
-      raise UserError(f"rank.{field}={n} must be at most {depth} (model.depth)")
+      raise UserError(f"rank.{field}={n} must be at most {depth}, the blocks there are")
   for pattern in dense_layers:
     if not any(_covers(pattern, name) for name in layer_shapes):
       known = dict.fromkeys(re.sub(r"^blocks_\d+", "blocks_*", name) for name in layer_shapes)

@@ -121,6 +121,7 @@ def _describe_model(run: Run) -> Model | None:
     for bucket in range(num_buckets)
   ]
   ratio = [count / dense if dense else 1.0 for count in active]
+  ranks = {name: [min(dims)] * num_buckets for name, dims in shapes.items()}
   return Model(
     parameters=flops.num_parameters(shape, plan),
     mean_forward_macs=flops.mean_forward_macs(shape, plan),
@@ -128,10 +129,7 @@ def _describe_model(run: Run) -> Model | None:
     num_train_timesteps=plan.num_train_timesteps,
     segments=[list(segment) for segment in plan.segments],
     factorised=[name for name, _ in plan.layers],
-    active_rank={
-      name: list(plan.by_name[name].active if name in plan.by_name else [min(dims)] * num_buckets)
-      for name, dims in shapes.items()
-    },
+    active_rank=ranks | {name: list(own.active) for name, own in plan.layers},
     ratio=ratio,
     mean_ratio=statistics.fmean(ratio[bucket] for bucket in plan.bucket_of_timestep),
   )
@@ -144,10 +142,9 @@ def choose_layer(arms: Sequence[Arm]) -> str:
     return ""
   first = next((model for model in models if model.factorised), models[0])
   names = first.factorised or list(first.active_rank)
-  for end in SHOWN_LAYERS:
-    if alike := [name for name in names if name.endswith(end)]:
-      return alike[len(alike) // 2]
-  return names[0]
+  alike = [[name for name in names if name.endswith(end)] for end in SHOWN_LAYERS]
+  chosen = next(filter(None, alike), names)
+  return chosen[len(chosen) // 2]
 
 
 def held_out_protocol(run: Run) -> dict[str, Any]:

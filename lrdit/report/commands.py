@@ -34,19 +34,9 @@ def _overrides(name: str, stored: dict[str, Any]) -> tuple[str, dict[str, Any]] 
   return f"--config=configs/{name}.py:{arguments}", changed
 
 
-def _flags(fields: dict[str, Any]) -> list[str]:
-  def text(value: Any) -> str:
-    return repr(tuple(value)).replace(" ", "") if isinstance(value, list) else str(value)
-
-  return [f"--config.{field}={text(value)}" for field, value in fields.items()]
-
-
-def _sampling_fields(metadata: dict[str, Any], name: str) -> dict[str, Any]:
-  """Return the fields that a set of samples was made with."""
-  own = {f"sampling.{field}": value for field, value in metadata.items() if value is not None}
-  if "weights" in metadata:
-    own["sampling.use_ema"] = metadata["weights"] == "ema"
-  return own | {"sampling.name": name}
+def _flag(field: str, value: Any) -> str:
+  text = repr(tuple(value)).replace(" ", "") if isinstance(value, list) else str(value)
+  return f"--config.{field}={text}"
 
 
 def reproduce(run: Run) -> list[str]:
@@ -61,19 +51,23 @@ def reproduce(run: Run) -> list[str]:
   if not known:
     return []
   config, changed = min(known, key=lambda found: len(found[1]))
-  base = [config, f"--workdir={run.workdir}"]
 
-  def flags_beside_stored(fields: dict[str, Any]) -> list[str]:
-    return _flags({f: value for f, value in fields.items() if f in stored and stored[f] != value})
+  def flags(fields: dict[str, Any]) -> list[str]:
+    """Return the flags that a mode needs beside the stored config."""
+    return [_flag(f, value) for f, value in fields.items() if f in stored and stored[f] != value]
 
-  settings = flatten({"evaluation": as_dict(run.evaluation.get("settings"))})
-  commands, evaluated = [["--mode=train"]], flags_beside_stored(settings)
+  evaluated = flags(flatten({"evaluation": as_dict(run.evaluation.get("settings"))}))
+  commands = [["--mode=train"]]
   for name, own in run.sample_sets.items():
-    sampled = flags_beside_stored(_sampling_fields(own.metadata, name))
+    fields = {f"sampling.{f}": value for f, value in own.metadata.items() if value is not None}
+    if "weights" in own.metadata:
+      fields["sampling.use_ema"] = own.metadata["weights"] == "ema"
+    sampled = flags(fields | {"sampling.name": name})
     commands.append(["--mode=sample", *sampled])
     if own.metrics:
       commands.append(["--mode=evaluate", *sampled, *evaluated])
   if run.evaluation and not any(mode == "--mode=evaluate" for mode, *_ in commands):
     commands.append(["--mode=evaluate", *evaluated])
-  changes = _flags(changed)
-  return [shlex.join(["python", "main.py", *base, mode, *changes, *own]) for mode, *own in commands]
+  start = ["python", "main.py", config, f"--workdir={run.workdir}"]
+  changes = [_flag(field, value) for field, value in changed.items()]
+  return [shlex.join([*start, mode, *changes, *own]) for mode, *own in commands]

@@ -93,41 +93,41 @@ def describe_settings(settings: dict[str, Any]) -> str:
   return ", ".join(filter(None, words))
 
 
-def sections(lines: Sequence[tuple[Row | Difference, list]]) -> list[tuple[str, list]]:
+def sections(lines: Sequence[tuple[Row | Difference, Sequence]]) -> list[tuple[str, list]]:
   """Group a table's (row, cells) under headings, wherever the section or the settings change."""
 
-  def heading(line: tuple[Row | Difference, list]) -> str:
-    row = line[0]
-    drawn = "" if row.settings is None else f": {describe_settings(row.settings)}"
-    return row.section + drawn
+  def heading(line: tuple[Row | Difference, Sequence]) -> str:
+    settings = line[0].settings
+    return line[0].section + ("" if settings is None else f": {describe_settings(settings)}")
 
   return [(title, list(own)) for title, own in itertools.groupby(lines, heading)]
 
 
 def _tables(report: Report) -> dict[str, Any]:
-  """Return the sections of the table of arms, and those of each baseline's comparisons."""
-  rows = sorted(report.rows, key=is_shared)
-  lines = [(row, row.cells) for row in rows if not is_shared(row)]
-  shared = [(row, row.cells) for row in rows if is_shared(row)]
+  """Return the sections of the arms' tables and of the comparisons with each baseline."""
+  lines = {False: [], True: []}
+  for row in report.rows:
+    lines[is_shared(row)].append((row, row.cells))
   baselines = []
   for baseline in dict.fromkeys(comparison.baseline for comparison in report.comparisons):
     against = [c for c in report.comparisons if c.baseline == baseline]
-    differences = [(row, [c.rows[i] for c in against]) for i, row in enumerate(against[0].rows)]
+    differences = [(cells[0], cells) for cells in zip(*(c.rows for c in against), strict=True)]
     baselines.append((baseline, against, sections(differences)))
-  return {"arms": sections(lines), "shared": sections(shared), "baselines": baselines}
+  arms, shared = map(sections, lines.values())
+  return {"arms": arms, "shared": shared, "baselines": baselines}
 
 
 def _pictures(report: Report) -> dict[str, list[tuple[str | None, str]]]:
   """Return the plots of each part of the page as (svg, caption)."""
-  arms, quality = report.arms, []
-  by_key = {row.key: row for row in report.rows}
+  arms, by_key = report.arms, {row.key: row for row in report.rows}
   distances = [row for row in report.rows if row.key.endswith("_frechet_distance")]
-  # Of several, the distance that most arms have.
+  # Of several distances, show the one that most arms have.
   distances.sort(key=lambda row: -sum(bool(cell.groups) for cell in row.cells))
-  for row in [by_key["held_out_loss_ema"], *distances[:1]]:
-    drawn = "" if row.settings is None else f" ({describe_settings(row.settings)})"
-    caption = f"{row.label[0].upper()}{row.label[1:]}{drawn}, against compute"
-    quality.append((plots.quality_over(arms, by_key["mean_forward_macs"], row), caption))
+  macs, loss = by_key["mean_forward_macs"], by_key["held_out_loss_ema"]
+  quality = [(plots.quality_over(arms, macs, loss), "Held-out split, EMA weights")]
+  for row in distances[:1]:
+    caption = f"Samples: {describe_settings(row.settings)}"
+    quality.append((plots.quality_over(arms, macs, row), caption))
   rank = f"Layer {report.layer}; a dense arm has its largest rank"
   return {
     "quality": quality,

@@ -6,6 +6,7 @@ Axes: n samples, H W image.
 import base64
 import dataclasses
 import io
+import itertools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -62,14 +63,14 @@ def choose_grids(arms: Sequence[Arm]) -> list[Grid]:
   grids: list[Grid] = []
   for number, arm in enumerate(arms):
     found = [
-      (run, name, _grid_settings(own)) for run in arm.runs for name, own in run.sample_sets.items()
+      (r, name, _grid_settings(own)) for r in arm.runs for name, own in r.sample_sets.items()
     ]
     if grids:
       found.sort(key=lambda item: len(differing_fields(grids[0].settings, item[2])))
     else:
       found.sort(key=lambda item: item[1] != "default")
     readable = (grid for item in found if (grid := _read_grid(number, *item)))
-    grids += [grid for grid in [next(readable, None)] if grid]
+    grids += itertools.islice(readable, 1)
   if not grids:
     return []
   area = max(grid.pixels[0, ..., 0].size for grid in grids)
@@ -95,7 +96,7 @@ def _grid_settings(own: SampleSet) -> dict[str, Any]:
 def _read_grid(arm: int, run: Run, name: str, settings: dict[str, Any]) -> Grid | None:
   directory = pathlib.Path(run.workdir).expanduser() / "samples" / name
   try:
-    _, batches = sample_set.iterate_export(directory, MAX_SAMPLES)
+    _, batches = sample_set.read_sample_set(directory, MAX_SAMPLES)
     pixels, labels = next(batches)
   except (UserError, OSError, StopIteration) as error:
     run.notes.append(f"the samples {name!r} cannot be shown: {error or 'there are none'}")

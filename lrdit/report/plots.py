@@ -27,6 +27,13 @@ WIDTH, HEIGHT = 4.3, 3.1  # inches: about the width of a phone, where text keeps
 MARKERS = "osD^vP"
 FEW_POINTS = 30  # a curve of fewer points shows each, as a single one makes no line
 MAX_POINTS = 600  # of a curve; a longer one shows means of neighbours
+SVG_SETTINGS = (
+  SETTINGS
+  | {"svg.fonttype": "none", "svg.hashsalt": "lrdit"}
+  | dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none")
+  | dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK)
+  | dict.fromkeys(("xtick.color", "ytick.color"), INK)
+)
 LOSS_LABEL = "mean loss (per value)"
 
 
@@ -37,13 +44,6 @@ def colour_of(arm: int) -> str:
 
 def _line(arm: int) -> dict[str, Any]:
   return {"color": colour_of(arm), "linestyle": LINE_STYLES[arm % len(LINE_STYLES)]}
-
-
-def _settings() -> dict[str, Any]:
-  ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-  grounds = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
-  svg = {"svg.fonttype": "none", "svg.hashsalt": "lrdit"}
-  return SETTINGS | svg | dict.fromkeys(ink, INK) | dict.fromkeys(grounds, "none")
 
 
 def draw(name: str, paint: Callable[[Any], bool], **axes_settings: Any) -> str | None:
@@ -61,7 +61,7 @@ def draw(name: str, paint: Callable[[Any], bool], **axes_settings: Any) -> str |
   from matplotlib.backends.backend_svg import FigureCanvasSVG
   from matplotlib.figure import Figure
 
-  with matplotlib.rc_context(_settings()):
+  with matplotlib.rc_context(SVG_SETTINGS):
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.add_subplot()
     if not paint(axes):
@@ -101,7 +101,7 @@ def quality_over(arms: Sequence[Arm], cost: Row, quality: Row) -> str | None:
         style = {"fmt": MARKERS[number % len(MARKERS)], "color": colour_of(number)}
         axes.errorbar(x, y, y_std, x_std, label=arm.name, capsize=3, markersize=6, **style)
         shown = True
-    axes.margins(y=0.15)
+    axes.margins(0.1, 0.15)
     axes.xaxis.set_major_formatter(EngFormatter())
     return shown
 

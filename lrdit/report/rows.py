@@ -1,6 +1,5 @@
 """The quantities of the report's tables, a row for each."""
 
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -44,10 +43,10 @@ def measure_rows(arms: Sequence[Arm]) -> list[Row]:
     Row("Model", *row, [Cell(getattr(arm.model, row[0], None)) for arm in arms])
     for row in MODEL_ROWS
   ]
-  rows += [
-    Row(*row, [summarise(itertools.chain(*map(measure, arm.runs))) for arm in arms])
-    for row, measure in RUN_ROWS
-  ]
+  measured = [[list(_run_rows(run)) for run in arm.runs] for arm in arms]
+  for i, (row, _) in enumerate(measured[0][0]):
+    cells = [summarise(itertools.chain(*(run[i][1] for run in arm))) for arm in measured]
+    rows.append(Row(*row, cells))
   rows += _sample_rows(arms)
   for row in rows:
     mark_protocols(row)
@@ -78,9 +77,22 @@ def _measure(value: Any, run: Run, protocol: dict[str, Any], *sample_set: Any) -
   return [Measurement(value, run.workdir, run.seed, protocol, *sample_set)]
 
 
-def _held_out_loss(weights: str, run: Run) -> list[Measurement]:
-  losses = run.held_out(weights)
-  return _measure(losses["loss"], run, held_out_protocol(run)) if "loss" in losses else []
+def _run_rows(run: Run) -> Iterator[tuple[tuple, list[Measurement]]]:
+  """Yield each row's description and what a run measured."""
+  batch_size = as_dict(run.config.get("training")).get("batch_size")
+  rate = run.images_per_second
+  speed = _measure(rate, run, {"batch_size": batch_size})
+  yield ("Training", "training_images_per_second", "images/s", "rate", "ratio"), speed
+  # Windows that were not timed count at the mean rate of the others.
+  seconds = _measure(run.images / rate if rate else None, run, {"images": run.images})
+  yield ("Training", "training_seconds", "training time, steps only", "seconds", None), seconds
+  for weights, name, compared in (("ema", "EMA", "ratio"), ("raw", "raw", None)):
+    losses = run.held_out(weights)
+    loss = _measure(losses["loss"], run, held_out_protocol(run)) if "loss" in losses else []
+    label = f"held-out loss, {name} weights"
+    yield ("Loss", f"held_out_loss_{weights}", label, "loss", compared), loss
+  label = "training loss, last logged window"
+  yield ("Loss", "final_training_loss", label, "loss", None), _final_loss(run)
 
 
 def _final_loss(run: Run) -> list[Measurement]:
@@ -89,37 +101,9 @@ def _final_loss(run: Run) -> list[Measurement]:
     return []
   window = lines[-1]["step"] - (lines[-2]["step"] if len(lines) > 1 else 0)
   protocol = {"step": lines[-1]["step"], "steps averaged": window}
-  protocol["diffusion"] = run.config.get("diffusion")
-  return _measure(lines[-1]["train/loss"], run, protocol)
-
-
-def _training_speed(run: Run) -> list[Measurement]:
-  batch_size = as_dict(run.config.get("training")).get("batch_size")
-  return _measure(run.images_per_second, run, {"batch_size": batch_size})
-
-
-def _training_seconds(run: Run) -> list[Measurement]:
-  """Measure the steps' time; windows that were not timed count at the mean rate of the others."""
-  rate = run.images_per_second
-  return _measure(run.images / rate if rate else None, run, {"images": run.images})
-
-
-RUN_ROWS = (
-  (("Training", "training_images_per_second", "images/s", "rate", "ratio"), _training_speed),
-  (
-    ("Training", "training_seconds", "training time, steps only", "seconds", None),
-    _training_seconds,
-  ),
-  (
-    ("Loss", "held_out_loss_ema", "held-out loss, EMA weights", "loss", "ratio"),
-    functools.partial(_held_out_loss, "ema"),
-  ),
-  (
-    ("Loss", "held_out_loss_raw", "held-out loss, raw weights", "loss", None),
-    functools.partial(_held_out_loss, "raw"),
-  ),
-  (("Loss", "final_training_loss", "training loss, last logged window", "loss", None), _final_loss),
-)
+  return _measure(
+    lines[-1]["train/loss"], run, protocol | {"diffusion": run.config.get("diffusion")}
+  )
 
 
 def _sample_rows(arms: Sequence[Arm]) -> Iterator[Row]:

@@ -6,8 +6,10 @@ import math
 import pathlib
 from typing import Any
 
-from lrdit.runtime import workdir
+from lrdit.config.run_config import read_changes
+from lrdit.config.schema import Role, fields_of
 from lrdit.runtime.errors import UserError
+from lrdit.runtime.store import flatten
 
 # Whatever reading a damaged or older file of a workdir can raise.
 DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OSError)
@@ -81,10 +83,7 @@ def _read_object(path: pathlib.Path, notes: list[str]) -> dict[str, Any] | None:
 
 
 def read_run(name: str) -> Run:
-  """Read everything that a report shows of one workdir.
-
-  Args:
-    name: the workdir as the user wrote it.
+  """Read everything that a report shows of the workdir with this name, as the user wrote it.
 
   Raises:
     UserError: it has no readable config.json, so it is not a workdir.
@@ -99,7 +98,8 @@ def read_run(name: str) -> Run:
   lines = _read_lines(path, notes)
   evaluation = _read_object(path / "evaluation.json", notes) or {}
   _drop_damaged_groups(evaluation, notes)
-  changes = workdir.read_changes(path)
+  sample_sets = _read_sample_sets(path, config, evaluation, notes)
+  changes = read_changes(path)
   for change in changes:
     values = f"from {change['before']!r} to {change['after']!r}"
     notes.append(f"{change['field']} changed {values} after step {change['step']}")
@@ -110,21 +110,14 @@ def read_run(name: str) -> Run:
   num_steps = finite(training.get("num_steps"))
   if num_steps and step < num_steps:
     notes.append(f"unfinished: at step {step} of {num_steps}")
+  curves = {}
+  for loss in ("train/loss", "eval/loss"):
+    own = [line for line in lines if loss in line]
+    curves[loss] = ([line["step"] for line in own], [line[loss] for line in own])
+  data, seed = _read_object(path / "data.json", []) or {}, config.get("seed")
+  speed = (step, num_steps, images, rate)
   return Run(
-    workdir=name,
-    config=config,
-    seed=config.get("seed"),
-    data=_read_object(path / "data.json", []) or {},
-    changes=changes,
-    step=step,
-    num_steps=num_steps,
-    images=images,
-    images_per_second=rate,
-    evaluation=evaluation,
-    sample_sets=_read_sample_sets(path, config, evaluation, notes),
-    notes=notes,
-    lines=lines,
-    curves={name: _curve(lines, name) for name in ("train/loss", "eval/loss")},
+    name, config, seed, data, changes, *speed, evaluation, sample_sets, notes, lines, curves
   )
 
 
@@ -142,11 +135,6 @@ def _read_lines(path: pathlib.Path, notes: list[str]) -> list[dict[str, Any]]:
   except DAMAGED:
     notes.append(f"metrics.jsonl is damaged after {len(lines)} lines; the report shows those")
   return lines
-
-
-def _curve(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float | None]]:
-  own = [line for line in lines if name in line]
-  return [line["step"] for line in own], [line[name] for line in own]
 
 
 def training_speed(
@@ -197,9 +185,8 @@ def _read_sample_sets(
     if own.metadata != metadata:
       notes.append(f"the samples {name!r} are newer than their metrics, which are not shown")
       continue
-    own.metrics = as_dict(evaluated.get("figures"))
-    own.extractors = as_dict(evaluated.get("extractors"))
-    own.reference = as_dict(evaluated.get("reference"))
+    parts = (as_dict(evaluated.get(part)) for part in ("figures", "extractors", "reference"))
+    own.metrics, own.extractors, own.reference = parts
   return found
 
 
@@ -228,15 +215,10 @@ def run_key(run: Run) -> dict[str, Any]:
   The seed and fields that a mode may change in a workdir (paths, sampling, how often is logged)
   are not among them; the number of training steps, the dtype and changes after some steps are.
   """
-  allowed = workdir.FREE_FIELDS + workdir.PROCESS_FIELDS + workdir.FREE_IN_TRAINING
-  free = ["seed", *(field for field in allowed if field not in DEFINING)]
-  kept = {
-    field: value
-    for field, value in workdir.flatten(run.config).items()
-    if not workdir.is_one_of(field, free)
-  }
+  free = fields_of(Role.PROCESS, Role.WATCH, Role.FREE) - set(DEFINING) | {"seed"}
+  kept = {field: value for field, value in flatten(run.config).items() if field not in free}
   for change in run.changes:
-    if not workdir.is_one_of(change["field"], free):
+    if change["field"] not in free:
       name = f"changes.jsonl: {change['field']} at step {change['step']}"
       kept[name] = f"{change['before']} to {change['after']}"
   return kept | {f"data.json: {split}": value for split, value in run.data.items()}

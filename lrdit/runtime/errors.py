@@ -73,7 +73,7 @@ def as_user_error(error: Exception) -> UserError | None:
       return cause
     if (limit := system_limit(cause)) is not None:
       return limit
-    # All fields are declared in the schema and read as attributes.
+    # Fields are read as attributes, and the schema has all there are.
     if isinstance(cause, AttributeError) and isinstance(getattr(cause, "obj", None), ConfigDict):
       return UserError(
         f"the config has no field {cause.name!r}: begin get_config with "

@@ -1,4 +1,4 @@
-"""What each plot of an analysis shows, read off its figure."""
+"""What each figure of an analysis shows, read from its artists."""
 
 import copy
 import io
@@ -8,12 +8,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from lrdit.analysis import figures as analysis_plots
-from lrdit.analysis import spectra, weight_spectra
+from lrdit.analysis import figures, gradient_figures, spectra, weight_figures, weight_spectra
 from lrdit.analysis.unit_cache import UnitCache
 from lrdit.model import dit
 from lrdit.rank.plan import LayerRanks, RankPlan, dense_plan
-from lrdit.runtime.progress import make_bar
 
 pytestmark = pytest.mark.floats
 
@@ -48,7 +46,7 @@ def size_of(png):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-  def analyse(plan):
+  def analyze(plan):
     rng, params = np.random.default_rng(0), {}
     for name, (dim_in, dim_out) in dit.layer_shapes(SHAPE).items():
       layer = params
@@ -57,11 +55,11 @@ def weights(tmp_path_factory):
       layer["kernel"] = rng.standard_normal((dim_in, dim_out))
       if name in plan.by_name:
         layer["down"], layer["up"] = layer["kernel"][:, :6], rng.standard_normal((6, dim_out))
-    parts = UnitCache(tmp_path_factory.mktemp("parts") / "weights", {})
-    return weight_spectra.analyse_weights(params, plan, SHAPE, BOUNDARIES, parts, make_bar)
+    cache = UnitCache(tmp_path_factory.mktemp("cache") / "weights", {})
+    return weight_spectra.analyze_weights(params, plan, SHAPE, BOUNDARIES, cache)
 
   low_rank = RankPlan(1000, ((0, 1), (500, 0)), tuple(RANKS.items()))
-  return {"dense": analyse(dense_plan(1000)), "low_rank": analyse(low_rank)}
+  return {"dense": analyze(dense_plan(1000)), "low_rank": analyze(low_rank)}
 
 
 @pytest.fixture
@@ -118,7 +116,7 @@ TRUNCATION = {
 
 
 def test_spectra_of_a_dense_model_by_kind_and_depth(weights):
-  figure = analysis_plots.weight_spectra(weights["dense"], TITLE)
+  figure = weight_figures.spectra(weights["dense"], TITLE)
   assert f"Singular spectra of the weights: {TITLE}" in texts(figure)
   assert [a.get_title() for a in figure.axes] == ["attention", "MLP", "adaLN", "other layers"]
   assert legend(figure) == ["block 0", "block 1", "outside the blocks"]
@@ -131,7 +129,7 @@ def test_spectra_of_a_dense_model_by_kind_and_depth(weights):
 
 
 def test_spectra_of_a_low_rank_model_by_bucket(weights):
-  figure = analysis_plots.weight_spectra(weights["low_rank"], TITLE)
+  figure = weight_figures.spectra(weights["low_rank"], TITLE)
   assert legend(figure) == ["bucket 0: t 500-999", "bucket 1: t 0-499", "dense layers"]
   ends = {line.get_xdata()[-1] for line in panel(figure, "attention").lines}
   assert ends == {2 / 8, 6 / 8, 1.0}
@@ -142,12 +140,12 @@ def test_a_model_of_zeros_has_a_plot(weights):
   zeros = copy.deepcopy(weights["dense"])
   for layer in zeros["layers"].values():
     layer["buckets"][0]["singular_values"] = [0.0] * 8
-  assert size_of(analysis_plots.png(analysis_plots.weight_spectra(zeros, TITLE)))
+  assert size_of(figures.png(weight_figures.spectra(zeros, TITLE)))
 
 
 def test_ranks_of_weights_by_depth(weights):
-  figure = analysis_plots.weight_ranks(weights["low_rank"], TITLE)
-  assert {f"{name}\n/ min(D_in, D_out)" for name in analysis_plots.MEASURE_TITLES.values()} <= set(
+  figure = weight_figures.ranks(weights["low_rank"], TITLE)
+  assert {f"{name}\n/ min(D_in, D_out)" for name in figures.MEASURE_TITLES.values()} <= set(
     texts(figure)
   )
   assert legend(figure) == ["attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2", "adaln"]
@@ -174,7 +172,7 @@ def test_a_mean_that_differs_by_rounding_draws_no_band(weights):
       value = layer["buckets"][0]["normalised"][measure]
       layer["groups"][-1][measure] = np.nextafter(value, 0)
       layer["groups"][0][measure] = np.nextafter(value, 0)
-  figure = analysis_plots.weight_ranks(nudged, TITLE)
+  figure = weight_figures.ranks(nudged, TITLE)
   assert [len(panel(figure, title).collections) for title in ("attention", "MLP", "adaLN")] == [
     0
   ] * 3
@@ -185,7 +183,7 @@ def test_other_layers_have_their_own_axis(gradients):
   for condition in gradients["conditions"].values():
     measured = condition["kinds"]["mlp"]
     condition["kinds"]["other"] = [[{k: 9 * v for k, v in b.items()} for b in g] for g in measured]
-  figure = analysis_plots.gradient_ranks(gradients, TITLE)
+  figure = gradient_figures.ranks(gradients, TITLE)
   first, other = panel(figure, "attention"), panel(figure, "other layers")
   assert not first.get_shared_y_axes().joined(first, other)
   assert first.get_ylim()[1] < 1 < other.get_ylim()[1]
@@ -193,8 +191,8 @@ def test_other_layers_have_their_own_axis(gradients):
 
 
 def test_ranks_of_active_weights_by_timestep_group(weights):
-  assert analysis_plots.weight_groups(weights["dense"], TITLE) is None
-  figure = analysis_plots.weight_groups(weights["low_rank"], TITLE)
+  assert weight_figures.groups(weights["dense"], TITLE) is None
+  figure = weight_figures.groups(weights["low_rank"], TITLE)
   assert legend(figure) == ["attention", "MLP", "adaLN", "other layers"]
   first = panel(figure, "entropy rank").patches[0].get_data()
   np.testing.assert_array_equal(first.edges, BOUNDARIES)
@@ -204,7 +202,7 @@ def test_ranks_of_active_weights_by_timestep_group(weights):
 
 
 def test_ranks_of_every_layer_s_gradient(gradients):
-  figure = analysis_plots.gradient_layers(gradients, TITLE)
+  figure = gradient_figures.layers(gradients, TITLE)
   assert f"Entropy rank of the gradients, batch size 64: {TITLE}" in texts(figure)
   maps = [axes.images[0].get_array() for axes in figure.axes if axes.images]
   for values, base in zip(maps, (0.1, 0.3, 0.2), strict=True):
@@ -215,7 +213,7 @@ def test_ranks_of_every_layer_s_gradient(gradients):
 
 
 def test_ranks_of_gradients_by_timestep_beside_the_nulls(gradients):
-  figure = analysis_plots.gradient_ranks(gradients, TITLE)
+  figure = gradient_figures.ranks(gradients, TITLE)
   assert f"Ranks of the gradients by timestep group: {TITLE}" in texts(figure)
   assert legend(figure) == [
     "data, batch size 16",
@@ -241,7 +239,7 @@ def test_ranks_of_gradients_by_timestep_beside_the_nulls(gradients):
 
 @pytest.mark.parametrize(("side", "expected"), [("left", "0.250"), ("right", "0.167")])
 def test_overlap_of_gradients_beside_the_nulls(gradients, side, expected):
-  figure = analysis_plots.gradient_overlap(gradients, side, TITLE)
+  figure = gradient_figures.overlap(gradients, side, TITLE)
   assert any(f"(random subspaces: {expected})" in text for text in texts(figure))
   assert f"({'D_in' if side == 'left' else 'D_out'})" in figure.get_suptitle()
   maps = [axes.images[0] for axes in figure.axes if axes.images]
@@ -253,10 +251,10 @@ def test_overlap_of_gradients_beside_the_nulls(gradients, side, expected):
   assert [t.get_text() for t in figure.axes[-2].get_xticklabels()] == ["0", "44", "371"]
 
 
-def test_heat_map_of_the_causal_test():
-  figure = analysis_plots.truncation(TRUNCATION, TITLE, ("r(t)", [8] * 500 + [3] * 500))
+def test_heat_map_of_rank_truncation():
+  figure = figures.truncation(TRUNCATION, TITLE, ("r(t)", [8] * 500 + [3] * 500))
   heat = figure.axes[0]
-  assert f"Causal test: {TITLE}" in texts(figure) and legend(figure) == ["r(t)"]
+  assert f"Rank truncation: {TITLE}" in texts(figure) and legend(figure) == ["r(t)"]
   assert heat.get_ylabel() == "rank k that the factorised layers are cut to"
   assert [t.get_text() for t in heat.get_yticklabels()] == ["2", "4", "8"]
   mesh, contours = heat.collections[:2]
@@ -279,12 +277,12 @@ def test_heat_map_of_the_causal_test():
 
 @pytest.mark.parametrize("rise", [0.0, -1e-3, 1e-8])
 def test_rounding_is_no_rise(rise):
-  assert analysis_plots.truncation(TRUNCATION | {"rise": [[rise] * 3] * 3}, TITLE) is None
+  assert figures.truncation(TRUNCATION | {"rise": [[rise] * 3] * 3}, TITLE) is None
 
 
 def test_losses_by_group():
   by_name = {"held-out": [0.1, None, 0.3], "training": [0.2, 0.3, 0.4], "none": [None] * 3}
-  figure = analysis_plots.losses(BOUNDARIES, by_name, TITLE)
+  figure = figures.losses(BOUNDARIES, by_name, TITLE)
   (axes,) = figure.axes
   assert axes.get_xlabel().startswith("timestep t") and axes.get_ylabel() == "mean loss (per value)"
   assert legend(figure) == ["held-out", "training"]
@@ -292,56 +290,36 @@ def test_losses_by_group():
 
 
 def test_what_is_missing_is_left_out(gradients):
-  """Groups that were not measured, and conditions that were not asked for."""
-  for condition in gradients["conditions"].values():
-    condition["kinds"]["attention"][1] = None
-    condition["kinds"]["mlp"][0][1] = None
+  """Timestep groups without a measurement, and subspaces of a gradient of zero."""
   for overlap in gradients["overlap"].values():
     overlap["kinds"]["mlp"]["cross_half"]["left"][0] = [None] * 3
-  gradients["conditions"]["data"]["layers"]["blocks_0/mlp/fc1"]["measures"][2] = None
-  del gradients["conditions"]["noise"], gradients["overlap"]["noise"]
-  ranks = analysis_plots.gradient_ranks(gradients, TITLE)
-  assert not any("noise-only" in text for text in texts(ranks))
-  values = panel(ranks, "attention").patches[0].get_data().values
-  np.testing.assert_allclose(values, [0.1, np.nan, 0.3])
   missing = TRUNCATION | {"rise": [[0.5, None, 0.1], [0.05, None, 0.004], [0.0, None, 1e-3]]}
-  figures = [
-    ranks,
-    analysis_plots.gradient_overlap(gradients, "left", TITLE),
-    analysis_plots.gradient_layers(gradients, TITLE),
-    analysis_plots.truncation(missing, TITLE),
-    analysis_plots.truncation(TRUNCATION | {"ranks": [2], "rise": [[0.5, 0.1, None]]}, TITLE),
+  made = [
+    gradient_figures.overlap(gradients, "left", TITLE),
+    figures.truncation(missing, TITLE),
+    figures.truncation(TRUNCATION | {"ranks": [2], "rise": [[0.5, 0.1, None]]}, TITLE),
   ]
-  assert all(size_of(analysis_plots.png(figure)) for figure in figures)
+  assert all(size_of(figures.png(figure)) for figure in made)
 
 
-def test_nothing_to_draw_is_no_figure(gradients, tmp_path):
-  nothing = gradients | {"conditions": {}, "overlap": {}}
-  figures = [
-    analysis_plots.gradient_ranks(nothing, TITLE),
-    analysis_plots.gradient_layers(nothing, TITLE),
-    analysis_plots.gradient_overlap(nothing, "left", TITLE),
-    analysis_plots.truncation(TRUNCATION | {"rise": [[None] * 3] * 3}, TITLE),
-    analysis_plots.losses(BOUNDARIES, {"held-out": [None] * 3}, TITLE),
-  ]
-  assert figures == [None] * 5
-  assert not analysis_plots.write_png(tmp_path / "none.png", figures[0])
+def test_nothing_to_draw_is_no_figure(tmp_path):
+  assert figures.truncation(TRUNCATION | {"rise": [[None] * 3] * 3}, TITLE) is None
+  assert figures.losses(BOUNDARIES, {"held-out": [None] * 3}, TITLE) is None
+  figures.write_png(tmp_path / "none.png", None)
   assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_is_written_whole_and_always_the_same(tmp_path, monkeypatch):
-  path, figures = (
-    tmp_path / "losses.png",
-    [analysis_plots.losses(BOUNDARIES, {"held-out": [0.1, 0.2, 0.3]}, TITLE) for _ in range(2)],
-  )
-  assert analysis_plots.write_png(path, figures[0])
+  path = tmp_path / "losses.png"
+  made = [figures.losses(BOUNDARIES, {"held-out": [0.1, 0.2, 0.3]}, TITLE) for _ in range(2)]
+  figures.write_png(path, made[0])
   first = path.read_bytes()
-  assert size_of(first) == (1140, 600) and first == analysis_plots.png(figures[1])
+  assert size_of(first) == (1140, 600) and first == figures.png(made[1])
 
   def fail(figure):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(analysis_plots, "png", fail)
+  monkeypatch.setattr(figures, "png", fail)
   with pytest.raises(OSError, match="No space left"):
-    analysis_plots.write_png(path, figures[1])
+    figures.write_png(path, made[1])
   assert [p.name for p in tmp_path.iterdir()] == ["losses.png"] and path.read_bytes() == first

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrdit.analysis import gradient_spectra, spectra
+from lrdit.analysis import gradient_batches, gradient_spectra, spectra
 from lrdit.analysis.unit_cache import UnitCache
 from lrdit.experiment import Experiment
 from lrdit.model import dit, low_rank
@@ -49,11 +49,12 @@ def make_params(objective):
 
 
 def make_examples(size=8):
-  return gradient_spectra.draw_examples(load_digits("train"), size, 10, SEED)
+  return gradient_batches.sample_examples(load_digits("train"), size, 10, SEED)
 
 
-def make_batch(objective, t, examples=None):
-  return gradient_spectra.regression(objective, examples or make_examples(len(t)), t)
+def make_batch(objective, t, examples=None, condition="data"):
+  examples = examples or make_examples(len(t))
+  return gradient_batches.condition_batch(condition, objective, examples, t)
 
 
 def of_mixed_timesteps(size=8):
@@ -108,10 +109,9 @@ def assert_trees_close(got, expected, tolerance=1e-5):
     np.testing.assert_allclose(got[name], expected[name], rtol=0, atol=tolerance * largest)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
-def test_gradients_are_of_added_dense_kernels_under_trainings_loss(prediction):
-  """Each example at the rank of its own bucket, which the model's mask gives it."""
-  objective = make_objective(diffusion__prediction=prediction)
+def test_gradients_are_of_added_dense_kernels_under_trainings_loss():
+  """Each example has the rank of its own bucket, which the model's mask gives it."""
+  objective = make_objective(diffusion__prediction="epsilon")
   t, examples = of_mixed_timesteps(), make_examples()
   buckets = objective.model.plan.bucket_of_timestep[t]
   assert set(buckets) == {0, 1, 2}
@@ -144,20 +144,6 @@ def test_padding_counts_for_nothing_and_rows_add_up():
   parts = [add_rows(one_by_one, batch, [row]) for row in (0, 1, 2, 5, 7)]
   assert_trees_close(got, {name: sum(part[name] for part in parts) for name in got})
   np.testing.assert_array_equal(batch["weight"], kept)
-
-
-def test_dense_parameters_are_the_full_arms_with_a_buckets_products():
-  objective = make_objective()
-  params, plan = make_params(objective), objective.model.plan
-  full = jax.tree.structure(make_params(make_objective("full")))
-  for bucket in (0, 2):
-    dense = gradient_spectra.dense_params(params, plan, bucket)
-    assert jax.tree.structure(dense) == full
-    rank = plan.by_name["blocks_1/mlp/fc2"].active[bucket]
-    factors = params["blocks_1"]["mlp"]["fc2"]
-    expected = np.asarray(factors["down"][:, :rank]) @ np.asarray(factors["up"][:rank])
-    kernel = dense["blocks_1"]["mlp"]["fc2"]["kernel"]
-    np.testing.assert_allclose(kernel, expected, atol=1e-6)
 
 
 def test_measures_are_of_nested_prefixes():
@@ -206,29 +192,29 @@ def test_overlap_of_known_subspaces():
 
 @pytest.mark.parametrize("size", [8, 12, 100])
 def test_beginnings_of_the_order_are_spread(size):
-  order = gradient_spectra.spread_order(size)
+  order = gradient_batches.spread_order(size)
   assert sorted(order) == list(range(size))
   for beginning in range(2, size + 1):
     parts = np.sort(order[:beginning])
     gaps = np.diff([*parts, parts[0] + size])
     assert gaps.max() <= 2 * size / beginning + 1
-  assert gradient_spectra.spread_order(8).tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
+  assert gradient_batches.spread_order(8).tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
 
 
 def test_timesteps_are_stratified_in_their_group():
-  t = gradient_spectra.group_timesteps((0, 7, 400, 1000), 50, SEED)
-  order = gradient_spectra.spread_order(50)
+  t = gradient_batches.group_timesteps((0, 7, 400, 1000), 50, SEED)
+  order = gradient_batches.spread_order(50)
   for row, (low, high) in zip(t, ((0, 7), (7, 400), (400, 1000)), strict=True):
     assert low <= row.min() and row.max() < high
     np.testing.assert_allclose((row - low) / (high - low), order / 50, atol=1 / 50 + 1 / 7)
   assert set(t[0]) == set(range(7))
-  many = gradient_spectra.group_timesteps((0, 4), 40_000, SEED)[0]
+  many = gradient_batches.group_timesteps((0, 4), 40_000, SEED)[0]
   assert np.bincount(many).tolist() == [10_000] * 4
 
 
 def test_shuffled_timesteps_are_the_pooled_ones():
-  t = gradient_spectra.group_timesteps(BOUNDARIES, 64, SEED)
-  shuffled = gradient_spectra.shuffle_timesteps(t, SEED)
+  t = gradient_batches.group_timesteps(BOUNDARIES, 64, SEED)
+  shuffled = gradient_batches.shuffle_timesteps(t, SEED)
   np.testing.assert_array_equal(np.sort(shuffled, axis=0), np.sort(t, axis=0))
   # Every group has about a third of each range, by choices that differ between examples.
   counts = [np.histogram(row, BOUNDARIES)[0] for row in shuffled]
@@ -240,10 +226,10 @@ def test_shuffled_timesteps_are_the_pooled_ones():
 def test_the_noise_null_changes_the_target_alone(prediction):
   objective = make_objective(diffusion__prediction=prediction)
   examples = make_examples(1000)
-  t = gradient_spectra.group_timesteps((0, 100, 900, 1000), 1000, SEED)
+  t = gradient_batches.group_timesteps((0, 100, 900, 1000), 1000, SEED)
   for group in range(3):
     data, noise = (
-      gradient_spectra.condition_batch(condition, objective, examples, t, group)
+      gradient_batches.condition_batch(condition, objective, examples, t[group])
       for condition in ("data", "noise")
     )
     assert data.keys() == noise.keys() == {"x_t", "t", "target", "weight", "y"}
@@ -259,7 +245,7 @@ def test_the_residual_null_passes_noise_back_in_place_of_each_error():
   """By one vector-Jacobian product of the model, at the size that the error really has."""
   objective, examples = make_objective(), make_examples()
   plan, t = objective.model.plan, np.full(8, 400)
-  batch = gradient_spectra.condition_batch("residual", objective, examples, t[None], 0)
+  batch = make_batch(objective, t, examples, "residual")
   np.testing.assert_array_equal(batch["target"], make_batch(objective, t)["target"])
   got = add_rows(make_gradients(objective), batch, np.arange(8))
   bucket = int(plan.bucket_of_timestep[400])
@@ -291,7 +277,7 @@ def test_conditions_share_examples_of_which_prefixes_do_not_depend_on_their_numb
     make_examples(1499)
 
 
-def test_latents_are_drawn_from_their_distribution():
+def test_latents_are_sampled_from_their_distribution():
   source = load_digits("train")
 
   class Latents(type(source)):
@@ -300,32 +286,32 @@ def test_latents_are_drawn_from_their_distribution():
       return batch | {"std": np.full_like(batch["image"], 0.5)}
 
   fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}
-  drawn = gradient_spectra.draw_examples(Latents(**fields), 200, 10, SEED)
+  sampled = gradient_batches.sample_examples(Latents(**fields), 200, 10, SEED)
   images = make_examples(200)
-  noise = (drawn.x_0 - images.x_0).ravel() / 0.5
+  noise = (sampled.x_0 - images.x_0).ravel() / 0.5
   assert (noise.mean(), noise.std()) == pytest.approx((0, 1), abs=0.03)
   assert abs(np.corrcoef(noise, images.eps.ravel())[0, 1]) < 0.03
 
 
-def analyse(parts, objective, **changes):
+def analyze(cache, objective, **changes):
   source = load_digits("train")
   params = jax.device_get(make_params(objective))
   settings = SETTINGS | changes
-  return gradient_spectra.analyse_gradients(objective, params, source, **settings, parts=parts)
+  return gradient_spectra.analyze_gradients(objective, params, source, **settings, cache=cache)
 
 
 @pytest.fixture(scope="module")
 def analysis(tmp_path_factory):
-  """A whole analysis, and the parts of it."""
-  parts = UnitCache(tmp_path_factory.mktemp("gradients") / "parts", {})
-  return analyse(parts, make_objective()), parts
+  """A whole analysis and its units."""
+  cache = UnitCache(tmp_path_factory.mktemp("gradients") / "cache", {})
+  return analyze(cache, make_objective()), cache
 
 
 def test_analysis_has_every_layer_group_and_condition(analysis):
   result, _ = analysis
   assert result["groups"][1] == {"t_first": 300, "t_last": 649}
   shapes = dit.layer_shapes(make_objective().model.shape)
-  for condition in gradient_spectra.CONDITIONS:
+  for condition in gradient_batches.CONDITIONS:
     ranks, overlaps = result["conditions"][condition], result["overlap"][condition]
     assert list(ranks["layers"]) == list(overlaps["layers"]) == list(shapes)
     for name, layer in ranks["layers"].items():
@@ -349,10 +335,10 @@ def test_analysis_has_every_layer_group_and_condition(analysis):
     mlp = [ranks["layers"][f"blocks_{i}/mlp/fc{j}"] for i in (0, 1) for j in (1, 2)]
     of_layers = [layer["measures"][0][1]["normalised"]["entropy_rank"] for layer in mlp]
     assert ranks["kinds"]["mlp"][0][1]["entropy_rank"] == pytest.approx(np.mean(of_layers))
-  # Groups and conditions are told apart.
+  # Groups and conditions differ.
   cells = [
     result["conditions"][condition]["kinds"]["mlp"][group][1]["entropy_rank"]
-    for condition in gradient_spectra.CONDITIONS
+    for condition in gradient_batches.CONDITIONS
     for group in range(3)
   ]
   assert len(set(cells)) == 12
@@ -361,13 +347,11 @@ def test_analysis_has_every_layer_group_and_condition(analysis):
 def test_shuffled_and_noise_conditions_are_measured_as_defined(analysis):
   result, _ = analysis
   objective, examples = make_objective(), make_examples()
-  drawn = gradient_spectra.group_timesteps(BOUNDARIES, 8, SEED)
-  shuffled = gradient_spectra.shuffle_timesteps(drawn, SEED)
+  sampled = gradient_batches.group_timesteps(BOUNDARIES, 8, SEED)
+  shuffled = gradient_batches.shuffle_timesteps(sampled, SEED)
   gradients = make_gradients(objective)
-  for condition, t in (("data", drawn), ("shuffled", shuffled), ("noise", drawn)):
-    batch = make_batch(objective, t[2], examples)
-    if condition == "noise":
-      batch["target"] = gradient_spectra.noise_target(objective, examples, t[2])
+  for condition, t in (("data", sampled), ("shuffled", shuffled), ("noise", sampled)):
+    batch = make_batch(objective, t[2], examples, condition)
     gradient = add_rows(gradients, batch, np.arange(8))["blocks_1/attn/qkv"]
     layer = result["conditions"][condition]["layers"]["blocks_1/attn/qkv"]
     expected = spectra.stable_rank(spectra.singular_values(gradient))
@@ -375,9 +359,9 @@ def test_shuffled_and_noise_conditions_are_measured_as_defined(analysis):
 
 
 def test_halves_are_compared_with_the_other_half(analysis):
-  result, parts = analysis
+  result, cache = analysis
   table = result["overlap"]["data"]["layers"]["blocks_1/mlp/fc1"]["cross_half"]
-  (_, one), (_, two) = parts.load("data/0"), parts.load("data/2")
+  (_, one), (_, two) = cache.load("data/0"), cache.load("data/2")
   for side in ("left", "right"):
     first, second = one[f"first/{side}/blocks_1/mlp/fc1"], two[f"second/{side}/blocks_1/mlp/fc1"]
     share, _ = gradient_spectra.overlap(first, second)
@@ -385,27 +369,15 @@ def test_halves_are_compared_with_the_other_half(analysis):
     assert table[side][0][2] == share
 
 
-def test_the_microbatch_does_not_matter(analysis, tmp_path):
-  result, _ = analysis
-  other = analyse(UnitCache(tmp_path / "parts", {}), make_objective(), microbatch=3)
-  for condition in gradient_spectra.CONDITIONS:
-    for name, table in other["overlap"][condition]["kinds"].items():
-      expected = result["overlap"][condition]["kinds"][name]
-      np.testing.assert_allclose(table["split_half"], expected["split_half"], atol=1e-3)
-    for name, cells in other["conditions"][condition]["kinds"].items():
-      for row, expected in zip(cells, result["conditions"][condition]["kinds"][name], strict=True):
-        assert row[1] == pytest.approx(expected[1], rel=1e-3)
-
-
 def test_finished_units_are_not_measured_again(analysis):
-  result, parts = analysis
+  result, cache = analysis
   lost = ("data/1", "noise/0")
   for unit in lost:
-    parts._path(unit).unlink()
+    cache._path(unit).unlink()
   with mock.patch.object(
     gradient_spectra, "measure_unit", wraps=gradient_spectra.measure_unit
   ) as measure:
-    again = analyse(parts, make_objective())
+    again = analyze(cache, make_objective())
   assert measure.call_count == len(lost)
   assert again == result
 
@@ -414,8 +386,8 @@ def test_layers_without_gradient_have_rank_and_overlap_of_nothing(tmp_path):
   """At initialisation the model's output is zero, and all but the last layer's gradient."""
   objective = make_objective("full", data__num_classes=0)
   params = dit.init_params(objective.model, jax.random.key(0))
-  result = gradient_spectra.analyse_gradients(
-    objective, params, load_digits("train"), **SETTINGS, parts=UnitCache(tmp_path / "parts", {})
+  result = gradient_spectra.analyze_gradients(
+    objective, params, load_digits("train"), **SETTINGS, cache=UnitCache(tmp_path / "cache", {})
   )
   layer = result["conditions"]["data"]["layers"]["blocks_0/mlp/fc1"]
   assert layer["measures"][0][0]["entropy_rank"] == 0

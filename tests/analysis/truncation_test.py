@@ -9,7 +9,6 @@ from lrdit.analysis.unit_cache import UnitCache
 from lrdit.evaluation.held_out import HeldOutLosses
 from lrdit.experiment import Experiment
 from lrdit.model import low_rank
-from lrdit.runtime.progress import make_bar
 from tests.tiny import tiny_config
 from tests.trained import noisy_params
 
@@ -75,10 +74,8 @@ def test_rises_are_over_the_whole_model_and_are_kept(tmp_path):
     return HeldOutLosses(np.array([asked[-1], 0.0]), np.array([2, 0]))
 
   for _ in range(2):
-    parts = UnitCache(tmp_path / "parts", {"of": "these"})
-    found = truncation.analyse_truncation(
-      truncator, (4, 16), np.asarray, losses_of, parts, make_bar
-    )
+    cache = UnitCache(tmp_path / "cache", {"of": "these"})
+    found = truncation.analyze_truncation(truncator, (4, 16), np.asarray, losses_of, cache)
     assert asked == [32, 4, 16]  # once
     assert found == {
       "ranks": [4, 16],

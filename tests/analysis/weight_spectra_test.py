@@ -1,6 +1,5 @@
 """Spectra of weights against numpy on the kernels themselves."""
 
-import contextlib
 import json
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 
 from lrdit.analysis import spectra, weight_spectra
 from lrdit.analysis.unit_cache import UnitCache
-from lrdit.model import dit, low_rank
+from lrdit.model import dit
 from lrdit.rank.plan import LayerRanks, RankPlan, dense_plan
 
 SHAPE = dit.DiTShape(
@@ -47,28 +46,11 @@ def random_params(plan, seed=0):
   return params
 
 
-class Bar(contextlib.nullcontext):
-  def __init__(self, *counts):
-    super().__init__(self)
-    self.counts, self.updates = counts, 0
-
-  def update(self):
-    self.updates += 1
-
-
 @pytest.fixture
-def analyse(tmp_path):
+def analyze(tmp_path):
   def run(params, plan, key=None):
-    bars = []
-
-    def bar_factory(*counts):
-      bars.append(Bar(*counts))
-      return bars[-1]
-
-    parts = UnitCache(tmp_path / "weights", key or {})
-    found = weight_spectra.analyse_weights(params, plan, SHAPE, BOUNDARIES, parts, bar_factory)
-    (bar,) = bars
-    return found, bar
+    cache = UnitCache(tmp_path / "weights", key or {})
+    return weight_spectra.analyze_weights(params, plan, SHAPE, BOUNDARIES, cache)
 
   return run
 
@@ -112,7 +94,7 @@ def test_kinds_of_all_layers():
 def test_a_dense_layer(shape):
   kernel = np.random.default_rng(0).standard_normal(shape, np.float32)
   bias = np.full(shape[1], np.nan, np.float32)  # is not looked at
-  found = weight_spectra.analyse_layer({"kernel": kernel, "bias": bias}, None)
+  found = weight_spectra.analyze_layer({"kernel": kernel, "bias": bias}, None)
   assert (found["dim_in"], found["dim_out"]) == shape
   (entry,) = found["buckets"]
   assert entry["active_rank"] is None
@@ -131,7 +113,7 @@ def test_a_low_rank_layer_at_each_bucket_as_its_product():
     "up": rng.standard_normal((10, 18), np.float32),
   }
   ranks = LayerRanks(6, (3, 7, 7, 10))  # two buckets of a narrow layer may have the same rank
-  found = weight_spectra.analyse_layer(params, ranks)
+  found = weight_spectra.analyze_layer(params, ranks)
   assert (found["dim_in"], found["dim_out"]) == (24, 18)
   assert [entry["active_rank"] for entry in found["buckets"]] == [3, 7, 7, 10]
   for entry, rank in zip(found["buckets"], ranks.active, strict=True):
@@ -143,22 +125,10 @@ def test_a_low_rank_layer_at_each_bucket_as_its_product():
       assert entry["normalised"][name] == pytest.approx(value / 18, rel=1e-6)
 
 
-def test_fresh_factors_have_the_spectrum_of_the_truncated_kernel():
-  import jax
-
-  down, up = low_rank.svd_factors(jax.random.key(0), 20, 30, 8, low_rank.XAVIER)
-  kernel = np.asarray(low_rank.XAVIER(jax.random.key(0), (20, 30)), np.float64)
-  params = {"down": np.asarray(down), "up": np.asarray(up)}
-  (entry,) = weight_spectra.analyse_layer(params, LayerRanks(8, (8,)))["buckets"]
-  exact = np.linalg.svd(kernel, compute_uv=False)[:8]
-  np.testing.assert_allclose(entry["singular_values"], exact, rtol=1e-4)  # float32 factors
-
-
-def test_a_model_by_layer_kind_bucket_and_group(analyse):
+def test_a_model_by_layer_kind_bucket_and_group(analyze):
   params = random_params(PLAN)
-  found, bar = analyse(params, PLAN)
+  found = analyze(params, PLAN)
   assert list(found["layers"]) == list(dit.layer_shapes(SHAPE))
-  assert bar.counts == (15, 0, "layer") and bar.updates == 15
   assert json.loads(json.dumps(found)) == found
 
   groups = [(0, 3, [0, 1]), (4, 9, [4 / 6, 2 / 6]), (10, 19, [0.8, 0.2])]
@@ -205,35 +175,32 @@ def test_a_model_by_layer_kind_bucket_and_group(analyse):
         }
 
 
-def test_a_dense_model_is_the_same_in_every_group(analyse):
+def test_a_dense_model_is_the_same_in_every_group(analyze):
   plan = dense_plan(20)
-  found, _ = analyse(random_params(plan), plan)
+  found = analyze(random_params(plan), plan)
   for kind in found["kinds"].values():
     (bucket,) = kind["buckets"]
     assert kind["groups"] == [pytest.approx(bucket)] * 3
   assert found["segments"] == [{"t_first": 0, "t_last": 19, "bucket": 0}]
 
 
-def test_an_interrupted_analysis_goes_on(analyse, monkeypatch):
-  params, calls, real = random_params(PLAN), [], weight_spectra.analyse_layer
+def test_an_interrupted_analysis_goes_on(analyze, monkeypatch):
+  params, calls, real = random_params(PLAN), [], weight_spectra.analyze_layer
 
-  def counted(kernel_params, ranks):
+  def counted(layer_params, ranks):
     if len(calls) == 6 and not allowed:
       raise KeyboardInterrupt
-    calls.append(kernel_params)
-    return real(kernel_params, ranks)
+    calls.append(layer_params)
+    return real(layer_params, ranks)
 
-  monkeypatch.setattr(weight_spectra, "analyse_layer", counted)
+  monkeypatch.setattr(weight_spectra, "analyze_layer", counted)
   allowed = False
   with pytest.raises(KeyboardInterrupt):
-    analyse(params, PLAN)
+    analyze(params, PLAN)
   allowed = True
-  found, bar = analyse(params, PLAN)
+  found = analyze(params, PLAN)
   assert len(calls) == 15  # none twice
-  assert bar.counts == (15, 6, "layer") and bar.updates == 9
-
-  again, bar = analyse(params, PLAN)
-  assert len(calls) == 15 and bar.updates == 0
-  other_key, _ = analyse(params, PLAN, key={"step": 9})
+  assert analyze(params, PLAN) == found
+  assert len(calls) == 15
+  assert analyze(params, PLAN, key={"step": 9}) == found
   assert len(calls) == 30
-  assert found == again == other_key

@@ -139,7 +139,7 @@ def test_32_bit_grey_of_16_bit_values_is_read():
 
 
 @pytest.mark.parametrize(("height", "width"), [(20, 31), (31, 20), (9, 8)])
-def test_a_crop_of_the_asked_size_is_the_exact_centre(height, width):
+def test_a_crop_of_the_final_size_is_the_exact_centre(height, width):
   array = pixels(1, height, width)
   top, left = (height - 8) // 2, (width - 8) // 2
   got = images.fit(Image.fromarray(array), 8, 8, 3)
@@ -147,7 +147,7 @@ def test_a_crop_of_the_asked_size_is_the_exact_centre(height, width):
   assert got.dtype == np.uint8
 
 
-def test_what_the_crop_leaves_out_does_not_show_at_its_border():
+def test_pixels_outside_the_crop_do_not_show_at_its_border():
   array = np.zeros((40, 30, 3), np.uint8)
   array[5:35] = 255
   for size in (7, 16, 45):
@@ -167,7 +167,7 @@ def test_the_crop_is_named_for_the_records():
   )
 
 
-def test_half_an_image_and_no_image_are_refused():
+def test_bytes_that_are_no_whole_image_are_refused():
   file = encoded(Image.fromarray(pixels(3, 32, 32)), "PNG")
   for damaged in (file[: len(file) // 2], b"", b"not an image"):
     with pytest.raises(images.UnreadableImage):

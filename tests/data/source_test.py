@@ -51,7 +51,7 @@ def test_bytes_are_scaled_to_minus_one_to_one():
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_exactly_the_asked_images_are_mirrored_left_to_right(scaled):
+def test_exactly_the_chosen_images_are_mirrored_left_to_right(scaled):
   array = pixels()
   if scaled:
     array = array.astype(np.float32) / 127.5 - 1
@@ -65,7 +65,7 @@ def test_exactly_the_asked_images_are_mirrored_left_to_right(scaled):
   np.testing.assert_array_equal(array, before)
 
 
-def test_a_subset_keeps_images_with_their_labels_and_reads_none_before_asked():
+def test_a_subset_keeps_images_with_their_labels_and_reads_none_in_advance():
   source = make_source()
   index = np.array([7, 2, 9, 3])
   part = source.subset(index, kept="some")

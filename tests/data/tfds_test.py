@@ -203,7 +203,9 @@ def open_files(directory):
   return sum(link.startswith(f"{os.path.realpath(directory)}/") for link in links)
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="where a process's files are told")
+@pytest.mark.skipif(
+  not os.path.isdir("/proc/self/fd"), reason="needs the list of a process's open files"
+)
 @pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize("limit", [1, 2, 3])
 def test_more_files_than_may_be_open_are_read_in_turns(prepared, monkeypatch, file_format, limit):

@@ -27,8 +27,7 @@ def inputs(shape, batch=6, seed=0):
   return x, t, y if shape.num_classes else None
 
 
-@pytest.mark.parametrize("arm", ARMS)
-@pytest.mark.parametrize("num_classes", [10, 0])
+@pytest.mark.parametrize(("arm", "num_classes"), [("full", 0), ("static", 10), ("adaptive", 10)])
 def test_initial_output_is_exactly_zero(arm, num_classes):
   model = Experiment(tiny_config(f"method={arm}", data__num_classes=num_classes)).model()
   params = dit.init_params(model, jax.random.key(0))
@@ -152,6 +151,7 @@ def test_attention_is_softmax_attention():
       weights = np.exp(scores)
       expected[b, :, head] = weights / weights.sum(-1, keepdims=True) @ v[b, :, head]
   np.testing.assert_allclose(dit.plain_attention(qkv, 2), expected, rtol=1e-5, atol=1e-6)
+  assert np.isfinite(dit.plain_attention(1e3 * jnp.ones((1, 4, 24)), 2)).all()
 
 
 @pytest.mark.parametrize("head_width", [32, 72])  # 1 / sqrt(72) is no bfloat16 number
@@ -217,35 +217,25 @@ def test_the_fused_kernel_is_given_what_plain_attention_computes(monkeypatch):
   assert asked == ["cudnn"]
 
 
-@pytest.mark.parametrize(
-  ("arm", "fields"),
-  [
-    ("full", {"model__scan_blocks": True}),
-    ("adaptive", {"model__scan_blocks": True, "model__remat": True}),
-  ],
-)
-def test_scanned_and_recomputed_blocks_compute_the_same(arm, fields):
-  plain = Experiment(tiny_config(f"method={arm}", model__depth=3)).model()
-  config = tiny_config(f"method={arm}", model__depth=3, **fields)
+def test_scanned_and_recomputed_blocks_compute_the_same():
+  plain = Experiment(tiny_config(model__depth=3)).model()
+  config = tiny_config(model__depth=3, model__scan_blocks=True, model__remat=True)
   model, params = Experiment(config).model(), noisy_params(config)
-  assert jax.tree.structure(params) == jax.tree.structure(dit.init_params(plain, jax.random.key(0)))
+  assert dit.block_runs(model.plan, 3) == [(0, 1), (1, 2)]  # the MLP of block 0 stays dense
   x, t, y = inputs(model.shape, batch=16)
-  bucket = None
-  groups = ((16, model.plan.num_buckets - 1),)
-  if arm == "adaptive":
-    strata = uniform_strata(16, 1000)
-    t = stratified_timesteps(jnp.full(16, 0.7), jnp.arange(16), strata)
-    bucket = jnp.asarray(model.plan.bucket_of_timestep)[t]
-    groups = rank_groups(model.plan, "grouped", strata, 1)
+  strata = uniform_strata(16, 1000)
+  t = stratified_timesteps(jnp.full(16, 0.7), jnp.arange(16), strata)
+  bucket = jnp.asarray(model.plan.bucket_of_timestep)[t]
+  selection = low_rank.RankSelection(rank_groups(model.plan, "grouped", strata, 1), bucket)
 
   def loss(model):
     def mean_square(params):
-      selection = low_rank.RankSelection(groups, bucket)
       return jnp.square(model.apply({"params": params}, x, t, y, selection)).mean()
 
     return jax.jit(jax.value_and_grad(mean_square))(params)
 
   got, expected = loss(model), loss(plain)
+  assert jax.tree.structure(got) == jax.tree.structure(expected)
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
@@ -262,10 +252,6 @@ def test_equal_blocks_are_compiled_once():
   assert count_products(8) > count_products(4)
   scanned = [count_products(depth, model__scan_blocks=True) for depth in (4, 8)]
   assert scanned[0] == scanned[1]
-
-
-def test_attention_survives_large_scores():
-  assert np.isfinite(dit.plain_attention(1e3 * jnp.ones((1, 4, 24)), 2)).all()
 
 
 @pytest.mark.parametrize(
@@ -295,6 +281,8 @@ def test_sliced_masked_and_grouped_models_agree(schedule, match):
   masked = apply(rank_groups(plan, "masked", strata, 1))
   grouped = apply(rank_groups(plan, "grouped", strata, 1))
   np.testing.assert_allclose(grouped, masked, rtol=1e-4, atol=1e-5)
+  lowest = model.apply({"params": params}, x, t, y, low_rank.uniform_selection(16, 0))
+  assert np.abs(lowest - masked).max() > 1e-2  # the rank matters, or nothing would be compared
   for b in range(plan.num_buckets):
     mine = np.flatnonzero(np.asarray(bucket) == b)
     small = model.clone(plan=plan.at_bucket(b))
@@ -306,17 +294,6 @@ def test_sliced_masked_and_grouped_models_agree(schedule, match):
       low_rank.uniform_selection(len(mine)),
     )
     np.testing.assert_allclose(sliced, masked[mine], rtol=1e-4, atol=1e-5)
-
-
-def test_rank_changes_the_output():
-  """The comparison above would be empty if all ranks gave the same."""
-  config = tiny_config()
-  model, params = Experiment(config).model(), noisy_params(config)
-  x, t, y = inputs(model.shape)
-  low, high = (
-    model.apply({"params": params}, x, t, y, low_rank.uniform_selection(6, b)) for b in (0, 2)
-  )
-  assert np.abs(low - high).max() > 1e-2
 
 
 def test_learn_sigma_doubles_the_channels():

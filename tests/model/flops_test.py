@@ -12,8 +12,7 @@ from jax.interpreters import partial_eval
 from lrdit.experiment import Experiment
 from lrdit.model import dit, flops, low_rank
 from lrdit.rank import plan as rank_schedule
-from lrdit.train import loss as loss_module
-from lrdit.train import state as train_state
+from tests.programs import training
 from tests.tiny import tiny_config
 
 DENSE = rank_schedule.dense_plan(1000)
@@ -67,10 +66,6 @@ def traced_macs(jaxpr):
   return total
 
 
-def structs(tree):
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-
-
 def forward(config, bucket, batch=4):
   """The forward pass at one bucket, and its arguments."""
   model = Experiment(config).model()
@@ -84,29 +79,6 @@ def forward(config, bucket, batch=4):
   return function, (Experiment(config).params_template, x, t, t)
 
 
-def training(config, devices):
-  """The pmapped training step, its arguments, and its groups."""
-  objective = Experiment(config).objective(devices)
-  optimizer = Experiment(config).optimizer
-  curriculum = Experiment(config).curriculum
-  n, local = len(devices), config.training.batch_size // len(devices)
-  state = jax.eval_shape(
-    lambda: train_state.create_train_state(
-      Experiment(config).init_params(), optimizer, curriculum.num_groups
-    )
-  )
-  state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), state)
-  s = objective.model.shape
-  size = (s.image_size, s.image_size, s.channels)
-  batch = {
-    "image": jax.ShapeDtypeStruct((n, local, *size), jnp.float32),
-    "label": jax.ShapeDtypeStruct((n, local), jnp.int32),
-  }
-  key = structs(jax.random.key(0))
-  groups = loss_module.select_ranks(objective, jnp.zeros(local, jnp.int32)).groups
-  return Experiment(config).train_step(devices, stage=0), (state, batch, key), groups
-
-
 # Giga-MACs at 32x32x4, from Peebles and Xie 2023, tables 1 and 4.
 PUBLISHED = {"S/2": 6.06, "B/2": 23.01, "L/2": 80.71, "XL/2": 118.64, "S/8": 0.36, "XL/4": 29.05}
 
@@ -118,8 +90,7 @@ def test_published_sizes_take_the_published_macs(variant):
   assert macs / 1e9 == pytest.approx(PUBLISHED[variant], rel=0.005, abs=0.005)
 
 
-@pytest.mark.parametrize("arm", ARMS)
-@pytest.mark.parametrize("num_classes", [10, 0])
+@pytest.mark.parametrize(("arm", "num_classes"), [("full", 0), ("static", 10), ("adaptive", 10)])
 def test_parameters_are_those_of_the_model(arm, num_classes):
   config = arm_config(arm, data__num_classes=num_classes)
   counted = flops.num_parameters(Experiment(config).shape, Experiment(config).plan)
@@ -148,8 +119,9 @@ def test_forward_counts_every_traced_product(method, learn_sigma):
     assert traced == 4 * flops.forward_macs(shape, plan, bucket)
 
 
-@pytest.mark.parametrize("arm", ARMS)
-@pytest.mark.parametrize("num_devices", [1, 4])
+@pytest.mark.parametrize(
+  ("arm", "num_devices"), [("full", 1), ("static", 4), ("adaptive", 4), ("masked", 1)]
+)
 def test_training_counts_every_traced_product(arm, num_devices):
   # The first layers, whose inputs need no gradient, are factorised here as well.
   ranks = dict(rank__dense_layers=("blocks_0/mlp",), rank__match="total", rank__multiple_of=1)
@@ -160,7 +132,7 @@ def test_training_counts_every_traced_product(arm, num_devices):
   assert traced_macs(jax.make_jaxpr(step)(*args).jaxpr) == counted
 
 
-@pytest.mark.parametrize("method", ["full", "static", "adaptive"])
+@pytest.mark.parametrize("method", ["full", "adaptive"])
 def test_forward_is_xla_s_count_to_two_percent(method):
   config = tiny_config(f"method={method}", **WIDE)
   shape, plan = Experiment(config).shape, Experiment(config).plan
@@ -170,9 +142,9 @@ def test_forward_is_xla_s_count_to_two_percent(method):
     assert counted == pytest.approx(xla_flops(jax.jit(function), args), rel=0.02)
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", ["full", "adaptive"])
 def test_training_is_xla_s_count_to_two_percent(arm):
-  """A batch that outweighs the optimiser, whose work does not grow with it."""
+  """The batch outweighs the optimiser, whose work does not grow with it."""
   config = arm_config(arm, training__batch_size=32, **WIDE)
   step, args, groups = training(config, jax.devices()[:1])
   macs = flops.training_macs(Experiment(config).shape, Experiment(config).plan, groups)

@@ -1,4 +1,7 @@
+"""Reading the VAE files of diffusers."""
+
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -47,6 +50,15 @@ def old_key(key):
 
 def flat(params):
   return flax.traverse_util.flatten_dict(params, sep="/")
+
+
+TEMPLATE = functools.cache(vae.params_template)
+
+
+@pytest.fixture(autouse=True)
+def architectures_are_traced_once(monkeypatch):
+  """Tracing takes a second, and most tests here read the same architecture."""
+  monkeypatch.setattr(vae, "params_template", TEMPLATE)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +133,7 @@ def test_older_files_are_the_same(tmp_path, tiny, rename, reshape):
   jax.tree.map(np.testing.assert_array_equal, read.params, tiny.params)
 
 
-def test_old_names_are_really_tested():
+def test_the_golden_weights_have_layers_with_old_names():
   keys = set(tiny_tensors())
   assert len({old_key(key) for key in keys} - keys) == 2 * 4 * 2  # halves, layers, parameters
 
@@ -152,7 +164,7 @@ def test_exchanged_weights_change_the_digest(tmp_path, tiny):
 
 
 def test_config_is_inferred_but_for_the_groups(tiny):
-  """The golden VAE has 8 groups, which its weights do not tell."""
+  """The golden VAE has 8 groups, which do not show in its weights."""
   shapes = {key: tensor.shape for key, tensor in tiny_tensors().items()}
   assert vae_weights.infer_config(shapes, "") == dataclasses.replace(
     tiny.config, norm_num_groups=32
@@ -187,108 +199,102 @@ def test_weights_without_config_are_those_with_it(tmp_path, config):
   assert read.digest == vae_weights.read_vae(write(tmp_path / "with", tensors, fields)).digest
 
 
-# Each changes a copy of the golden directory, or what is beside it, and says
-# what the refusal must tell.
-
-
-def dropped(directory):
-  tensors = tiny_tensors()
-  for key in [key for key in tensors if key.startswith("quant_conv")]:
-    del tensors[key]
-  write(directory, tensors)
-
-
-def added(directory):
-  extra = {f"extra.{i}": np.zeros(1, np.float32) for i in range(5)}
-  write(directory, tiny_tensors() | extra)
-
-
-def reshaped(directory):
-  write(directory, tiny_tensors() | {"encoder.conv_in.weight": np.zeros((8, 4, 3, 3), np.float32)})
-
-
-def not_a_number(directory):
+def not_finite():
   kernel = tiny_tensors()["quant_conv.weight"]
   kernel.reshape(-1)[-1] = np.nan
   bias = np.array([0, 1, np.inf], jnp.bfloat16)
-  write(directory, tiny_tensors() | {"quant_conv.weight": kernel, "decoder.conv_out.bias": bias})
+  return {"quant_conv.weight": kernel, "decoder.conv_out.bias": bias}
 
 
-def integers(directory):
-  write(directory, tiny_tensors() | {"quant_conv.bias": np.zeros(8, np.int32)})
+# Tensors put into a copy of the golden weights (None drops one), and what the refusal must say.
+TENSORS = {
+  "dropped": (
+    {"quant_conv.bias": None, "quant_conv.weight": None},
+    r"2 missing: quant_conv.bias, quant_conv.weight\)",
+  ),
+  "added": (
+    {f"extra.{i}": np.zeros(1, np.float32) for i in range(5)},
+    r"5 unknown: extra.0, extra.1, extra.2 and 2 more\).*same VAE",
+  ),
+  "reshaped": (
+    {"encoder.conv_in.weight": np.zeros((8, 4, 3, 3), np.float32)},
+    r"1 of another shape: encoder.conv_in.weight \(8, 4, 3, 3\) instead of \(8, 3, 3, 3\)",
+  ),
+  "not finite": (
+    not_finite(),
+    r"not finite \(2 of \d+ arrays, decoder\.conv_out\.bias for one\): download or c",
+  ),
+  "integers": (
+    {"quant_conv.bias": np.zeros(8, np.int32)},
+    r"quant_conv.bias in I32: .*F32, F16, BF16",
+  ),
+  "8 bits": (
+    {"quant_conv.bias": np.zeros(8, jnp.float8_e4m3fn)},
+    r"quant_conv.bias in F8_E4M3: ",
+  ),
+  "both names": (
+    {old_key(key): tensor for key, tensor in tiny_tensors().items()},
+    r"both \S*\.mid_block\.attentions\.0\.\S* and \S*\.to_",
+  ),
+}
 
 
-def both_names(directory):
-  tensors = tiny_tensors()
-  write(directory, tensors | {old_key(key): tensor for key, tensor in tensors.items()})
-
-
-def without_config(directory):
-  (directory / "config.json").unlink()
+@pytest.mark.parametrize("name", TENSORS)
+def test_weights_of_another_model_are_refused(tmp_path, name):
+  changed, message = TENSORS[name]
+  tensors = {key: t for key, t in (tiny_tensors() | changed).items() if t is not None}
+  with pytest.raises(UserError, match=message):
+    vae_weights.read_vae(write(tmp_path, tensors, tiny_fields()))
 
 
 def another_layout(directory):
   tensors = {f"first_stage_model.{key}": tensor for key, tensor in tiny_tensors().items()}
   write(directory, tensors)
-  without_config(directory)
-
-
-def truncated(directory):
-  path = directory / vae_weights.WEIGHTS_NAME
-  path.write_bytes(path.read_bytes()[:-1000])
-
-
-def no_safetensors(directory):
-  (directory / vae_weights.WEIGHTS_NAME).write_bytes(b"<html>not found</html>")
-
-
-def eight_bits(directory):
-  write(directory, tiny_tensors() | {"quant_conv.bias": np.zeros(8, jnp.float8_e4m3fn)})
+  (directory / "config.json").unlink()
 
 
 def several(directory):
+  weights = directory / vae_weights.WEIGHTS_NAME
   for name in ("a", "b"):
-    shutil.copy(directory / vae_weights.WEIGHTS_NAME, directory / f"{name}.safetensors")
-  (directory / vae_weights.WEIGHTS_NAME).unlink()
+    shutil.copy(weights, directory / f"{name}.safetensors")
+  weights.unlink()
 
 
-def without_weights(directory):
-  (directory / vae_weights.WEIGHTS_NAME).unlink()
+def weights_of(directory):
+  return directory / vae_weights.WEIGHTS_NAME
 
 
-def pickled(directory):
-  path = directory / vae_weights.WEIGHTS_NAME
-  path.rename(path.with_suffix(".bin"))
-
-
-def gone(directory):
-  shutil.rmtree(directory)
-
-
-REFUSALS = {
-  dropped: r"2 missing: quant_conv.bias, quant_conv.weight\)",
-  added: r"5 unknown: extra.0, extra.1, extra.2 and 2 more\).*same VAE",
-  reshaped: r"1 of another shape: encoder.conv_in.weight \(8, 4, 3, 3\) instead of \(8, 3, 3, 3\)",
-  not_a_number: r"not finite \(2 of \d+ arrays, decoder\.conv_out\.bias for one\): download or c",
-  integers: r"quant_conv.bias in I32: .*F32, F16, BF16",
-  eight_bits: r"quant_conv.bias in F8_E4M3: ",
-  both_names: r"both \S*\.mid_block\.attentions\.0\.\S* and \S*\.to_",
-  without_config: r"norm_num_groups=32 does not divide .*: put the VAE's own config.json",
-  another_layout: r"not a VAE in diffusers' layout.*convert it with save_pretrained",
-  truncated: r"diffusion_pytorch_model.safetensors is not a safetensors file, or is damaged",
-  no_safetensors: r"diffusion_pytorch_model.safetensors is not a safetensors file, or is damaged",
-  several: r"several .safetensors files .*a.safetensors, b.safetensors",
-  without_weights: r"has no .safetensors file",
-  pickled: r"\.bin is a pickle.* save_pretrained\(safe_serialization=True\)",
-  gone: r"does not exist: give a directory",
+# Changes to a copy of the golden directory, and what the refusal must say.
+FILES = {
+  "no config": (
+    lambda d: (d / "config.json").unlink(),
+    r"norm_num_groups=32 does not divide .*: put the VAE's own config.json",
+  ),
+  "another layout": (another_layout, r"not a VAE in diffusers' layout.*convert it with save_pret"),
+  "truncated": (
+    lambda d: weights_of(d).write_bytes(weights_of(d).read_bytes()[:-1000]),
+    r"diffusion_pytorch_model.safetensors is not a safetensors file, or is damaged",
+  ),
+  "no safetensors": (
+    lambda d: weights_of(d).write_bytes(b"<html>not found</html>"),
+    r"diffusion_pytorch_model.safetensors is not a safetensors file, or is damaged",
+  ),
+  "several": (several, r"several .safetensors files .*a.safetensors, b.safetensors"),
+  "no weights": (lambda d: weights_of(d).unlink(), r"has no .safetensors file"),
+  "pickled": (
+    lambda d: weights_of(d).rename(weights_of(d).with_suffix(".bin")),
+    r"\.bin is a pickle.* save_pretrained\(safe_serialization=True\)",
+  ),
+  "gone": (shutil.rmtree, r"does not exist: give a directory"),
 }
 
 
-@pytest.mark.parametrize("change", REFUSALS, ids=lambda change: change.__name__)
-def test_bad_weights_are_refused(tmp_path, change):
+@pytest.mark.parametrize("name", FILES)
+def test_missing_and_damaged_files_are_refused(tmp_path, name):
+  change, message = FILES[name]
   directory = shutil.copytree(TINY, tmp_path / "vae")
   change(directory)
-  with pytest.raises(UserError, match=REFUSALS[change]):
+  with pytest.raises(UserError, match=message):
     vae_weights.read_vae(directory)
 
 

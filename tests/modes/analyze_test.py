@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from lrdit.analysis import gradient_spectra
+from lrdit.analysis import gradient_figures, gradient_spectra
 from lrdit.evaluation import held_out
 from lrdit.experiment import Experiment
 from lrdit.model import flops
@@ -27,6 +27,7 @@ FIELDS = {
   "analysis__ranks": (2, 31),
   "analysis__subspace_rank": 2,
 }
+ARMS = ("full", "static", "adaptive")
 FILES = {"flops.json", "weights.json", "gradients.json", "truncation.json"}
 PICTURES = (
   "weights_spectra weights_ranks gradients_ranks gradients_layers gradients_overlap_left "
@@ -35,7 +36,7 @@ PICTURES = (
 
 
 @pytest.fixture(scope="module")
-def analysed(tmp_path_factory):
+def analyzed(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("analyze") / "run"
   config = tiny.tiny_config("method=full", **FIELDS)
   train.train(config, str(workdir), jax.devices()[:1])
@@ -47,17 +48,17 @@ def read(workdir, name):
   return json.loads((workdir / "analysis" / f"{name}.json").read_text())
 
 
-def test_every_section_leaves_json_and_pictures(analysed):
-  _, workdir = analysed
+def test_every_section_leaves_json_and_pictures(analyzed):
+  _, workdir = analyzed
   names = {path.name for path in (workdir / "analysis").iterdir()}
   assert names == FILES | {f"{name}.png" for name in PICTURES.split()}
 
 
-def test_losses_are_evaluation_s_of_the_whole_model_and_of_the_cut_one(analysed):
-  config, workdir = analysed
+def test_losses_are_evaluation_s_of_the_whole_model_and_of_the_cut_one(analyzed):
+  config, workdir = analyzed
   found = read(workdir, "truncation")
   step = Experiment(config).eval_step(jax.devices()[:1])
-  run = analyze.Analysis(config, str(workdir), jax.devices()[:1])
+  run = analyze.Analysis(config, workdir, jax.devices()[:1])
 
   def losses_of(params):
     return held_out.held_out_losses(
@@ -79,15 +80,15 @@ def test_losses_are_evaluation_s_of_the_whole_model_and_of_the_cut_one(analysed)
   assert np.abs(found["rise"][0]).min() > 1e-4  # so that cutting nothing would be seen
 
 
-def test_finished_sections_are_kept_until_their_settings_change(analysed, monkeypatch):
-  config, workdir = analysed
+def test_finished_sections_are_kept_until_their_settings_change(analyzed, monkeypatch):
+  config, workdir = analyzed
   made = []
   monkeypatch.setattr(
-    gradient_spectra, "analyse_gradients", lambda *args, **kwargs: made.append(args) or {}
+    gradient_spectra, "analyze_gradients", lambda *args, **kwargs: made.append(args) or {}
   )
   monkeypatch.setattr(analyze.Analysis, "plot", lambda *args: None)
-  for plot in ("gradient_ranks", "gradient_layers", "gradient_overlap"):
-    monkeypatch.setattr(analyze.analysis_plots, plot, lambda *args: None)
+  for plot in ("ranks", "layers", "overlap"):
+    monkeypatch.setattr(gradient_figures, plot, lambda *args: None)
   before = read(workdir, "gradients")
   analyze.analyze(config, str(workdir), jax.devices()[:1])
   assert not made
@@ -99,8 +100,8 @@ def test_finished_sections_are_kept_until_their_settings_change(analysed, monkey
 
 
 @pytest.mark.parametrize("damage", ["[]", '{"layout": 0}'])
-def test_damaged_files_are_made_again(analysed, damage):
-  _, workdir = analysed
+def test_damaged_files_are_made_again(analyzed, damage):
+  _, workdir = analyzed
   before, path = read(workdir, "weights"), workdir / "analysis" / "weights.json"
   path.write_text(damage)
   fields = FIELDS | {"analysis__sections": ("weights",)}
@@ -108,8 +109,8 @@ def test_damaged_files_are_made_again(analysed, damage):
   assert read(workdir, "weights") == before
 
 
-def test_ranks_that_cut_nothing_are_refused(analysed):
-  _, workdir = analysed
+def test_ranks_that_cut_nothing_are_refused(analyzed):
+  _, workdir = analyzed
   fields = FIELDS | {"analysis__sections": ("truncation",), "analysis__ranks": (2, 32)}
   config = tiny.tiny_config("method=full", **fields)
   with pytest.raises(UserError, match="must end below 32"):
@@ -117,11 +118,11 @@ def test_ranks_that_cut_nothing_are_refused(analysed):
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
-def test_other_data_than_the_run_s_is_refused(analysed, monkeypatch, split):
-  config, workdir = analysed
+def test_other_data_than_the_run_s_is_refused(analyzed, monkeypatch, split):
+  config, workdir = analyzed
   other = dataclasses.replace(tiny.load_digits(split), fingerprint={"name": "other"})
   monkeypatch.setattr(Experiment, "source", lambda *args: other)
-  run = analyze.Analysis(config, str(workdir), jax.devices()[:1])
+  run = analyze.Analysis(config, workdir, jax.devices()[:1])
   with pytest.raises(UserError, match="holds a run on other data"):
     run.source(split)
 
@@ -147,6 +148,15 @@ def test_r_of_t_on_the_heat_map_of_an_adaptive_run_is_its_own():
   for t in (0, 600, 999):
     bucket = plan.bucket_of_timestep[t]
     assert r[t] == np.mean([ranks.active[bucket] for _, ranks in plan.layers])
+
+
+def test_the_flops_section_needs_no_checkpoint(tmp_path, capsys):
+  config = tiny.tiny_config("method=static", analysis__sections=("flops",))
+  analyze.analyze(config, str(tmp_path / "new"), jax.devices()[:1])
+  assert json.loads((tmp_path / "new" / "analysis" / "flops.json").read_text()).keys() == set(ARMS)
+  assert "million MACs" in capsys.readouterr().out
+  with pytest.raises(UserError, match="is not the workdir of a run"):
+    analyze.analyze(tiny.tiny_config("method=static"), str(tmp_path / "new"), jax.devices()[:1])
 
 
 def test_counts_of_every_arm_by_bucket_and_sampling_run():

@@ -10,6 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from lrdit.config.run_config import store_config
 from lrdit.experiment import Experiment
@@ -105,6 +106,21 @@ def test_more_samples_are_added_to_the_bit_and_a_finished_export_is_left_alone(
   export(workdir, "longer", num_samples=14, batch_size=6)
   cut = export(workdir, "whole", num_samples=5)
   assert np.load(cut / "samples.npz")["arr_0"].shape == (5, 8, 8, 3)
+
+
+def test_the_path_of_a_sample_names_its_ranks(workdir):
+  directory = export(workdir, "path", num_steps=4)
+  path = json.loads((directory / "path.json").read_text())
+  plan = Experiment(tiny.tiny_config()).plan
+  t = np.asarray(path["timesteps"])
+  assert (path["label"], path["steps"]) == (0, [0, 1, 2, 3])
+  assert t.tolist() == Experiment(tiny.tiny_config(sampling__num_steps=4)).solver_table.t.tolist()
+  assert path["ranks"] == {
+    name: [ranks.active[bucket] for bucket in plan.bucket_of_timestep[t]]
+    for name, ranks in plan.layers
+  }
+  with Image.open(directory / "path.png") as image:
+    assert image.size == (4 * 48 + 3 * 2, 48)
 
 
 def test_other_weights_of_the_same_step_start_over(workdir, tmp_path, log_lines):

@@ -9,7 +9,7 @@ import pytest
 
 from lrdit.experiment import Experiment
 from lrdit.runtime import parallel
-from tests.model.flops_test import training
+from tests.programs import training
 from tests.tiny import tiny_config
 
 SHAPE = re.compile(r"([a-z]\d+)\[([\d,]*)\]")

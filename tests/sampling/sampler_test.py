@@ -83,6 +83,20 @@ def test_a_sample_does_not_depend_on_its_company(solver):
   assert len(np.unique(ten.reshape(10, -1), axis=0)) == 10
 
 
+@pytest.mark.parametrize("schedule", ["logistic_decreasing", "midpeak"])
+def test_a_path_ends_at_the_sample_and_compiles_nothing_more(schedule):
+  config = tiny_config(rank__schedule=schedule, sampling__num_steps=20)
+  ten, made = draw(config, 10)
+  steps = [0, 3, 7, 8, 15, 19]
+  path = made.path(noisy_params(config), balanced, slice(4), steps)
+  assert path.shape == (6, 8, 8, 1)
+  np.testing.assert_allclose(path[-1], ten[0], atol=2e-5)  # the last step of ddim returns x_0
+  whole = made.path(noisy_params(config), balanced, slice(4), range(20))
+  np.testing.assert_array_equal(path, whole[steps])
+  assert len(np.unique(whole.reshape(20, -1), axis=0)) == 20
+  assert [run._cache_size() for run in made.run_bucket.values()] == [1, 1, 1]
+
+
 def test_seed_label_and_steps_matter():
   base, _ = draw(tiny_config(), 4)
   for changed in (
