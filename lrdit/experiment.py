@@ -24,6 +24,7 @@ from lrdit.diffusion import solvers
 from lrdit.evaluation import classifier, features, inception
 from lrdit.model import dit, vae, vae_weights
 from lrdit.rank.plan import RankPlan
+from lrdit.rank.strata import uniform_strata
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.sampling.sampler import Sampler, SamplerSettings
