@@ -24,7 +24,7 @@ structure with a tiny VAE; the published archive was not read.
 
 from ml_collections import ConfigDict
 
-from lrdit.config import schema as common
+from lrdit.config.schema import get_default_config, parse_arg
 
 EPOCHS = 200
 TRAIN_IMAGES = 162_770
@@ -32,8 +32,8 @@ TRAIN_IMAGES = 162_770
 
 def get_config(arg: str = "") -> ConfigDict:
   """The dissertation's recipe on latents, without classes."""
-  args = common.parse_arg(arg, method="adaptive", variant="S/2")
-  config = common.get_default_config(args["method"], args["variant"])
+  args = parse_arg(arg, method="adaptive", variant="S/2")
+  config = get_default_config(args["method"], args["variant"])
   config.data.name = "celeb_a"
   config.data.image_size = 128
   config.data.flip = True

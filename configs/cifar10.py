@@ -17,7 +17,7 @@ photographs; no whole training, so there is no expected figure yet.
 
 from ml_collections import ConfigDict
 
-from lrdit.config import schema as common
+from lrdit.config.schema import get_default_config, parse_arg
 
 EPOCHS = 200
 TRAIN_IMAGES = 50_000
@@ -25,8 +25,8 @@ TRAIN_IMAGES = 50_000
 
 def get_config(arg: str = "") -> ConfigDict:
   """The dissertation's recipe on pixels, with classes."""
-  args = common.parse_arg(arg, method="adaptive", variant="S/2")
-  config = common.get_default_config(args["method"], args["variant"])
+  args = parse_arg(arg, method="adaptive", variant="S/2")
+  config = get_default_config(args["method"], args["variant"])
   config.data.name = "cifar10"
   config.data.image_size = 32
   config.data.num_classes = 10

@@ -8,13 +8,13 @@ in the README's results table.
 
 from ml_collections import ConfigDict
 
-from lrdit.config import schema as common
+from lrdit.config.schema import get_default_config, parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
   """The recipe of the quickstart."""
-  args = common.parse_arg(arg, method="adaptive", variant="T/2")
-  config = common.get_default_config(args["method"], args["variant"])
+  args = parse_arg(arg, method="adaptive", variant="T/2")
+  config = get_default_config(args["method"], args["variant"])
   config.data.name = "digits"
   config.data.image_size = 8
   config.data.num_channels = 1

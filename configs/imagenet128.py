@@ -27,7 +27,7 @@ structure with a tiny VAE; the published archives were not read.
 
 from ml_collections import ConfigDict
 
-from lrdit.config import schema as common
+from lrdit.config.schema import get_default_config, parse_arg
 from lrdit.runtime.errors import UserError
 
 EPOCHS = 200
@@ -37,11 +37,11 @@ CLASSES = 1000
 
 def get_config(arg: str = "") -> ConfigDict:
   """The dissertation's recipe on latents, with classes."""
-  args = common.parse_arg(arg, method="adaptive", variant="B/2", classes=str(CLASSES))
+  args = parse_arg(arg, method="adaptive", variant="B/2", classes=str(CLASSES))
   if not args["classes"].isdecimal() or not 1 <= int(args["classes"]) <= CLASSES:
     raise UserError(f"classes={args['classes']} must be a number from 1 to {CLASSES}", 2)
   classes = int(args["classes"])
-  config = common.get_default_config(args["method"], args["variant"])
+  config = get_default_config(args["method"], args["variant"])
   config.data.name = "imagenet2012"
   config.data.image_size = 128
   config.data.num_classes = classes

@@ -131,10 +131,10 @@ class TrainingArm:
 
   def __init__(self, config: ConfigDict, devices: parallel.Devices):
     """Make the state and compile the step."""
-    objective = Experiment(config).objective(devices)
-    optimizer = Experiment(config).optimizer
-    curriculum = Experiment(config).curriculum
-    self._step = Experiment(config).train_step(devices, len(curriculum.stages) - 1)
+    experiment = Experiment(config)
+    objective = experiment.objective(devices)
+    optimizer, curriculum = experiment.optimizer, experiment.curriculum
+    self._step = experiment.train_step(devices, len(curriculum.stages) - 1)
     self._count = config.benchmark.steps
     self._key = jax.random.key(config.seed)
     self._batch = random_batch(config, devices)
@@ -271,7 +271,8 @@ def bytes_of_other_arms(config: ConfigDict) -> int:
   arrays = 0
   for arm in ARMS:
     fields = arm_config(config, arm)
-    shape, plan = Experiment(fields).shape, Experiment(fields).plan
+    experiment = Experiment(fields)
+    shape, plan = experiment.shape, experiment.plan
     if arm != "full":
       arrays += STATE_ARRAYS * flops.num_parameters(shape, plan)
     if arm in SAMPLING_ARMS:

@@ -28,7 +28,8 @@ The role of a field says who may change it once a run has begun:
 
 
 def _row(name: str, field: Field) -> str:
-  allowed = str(field.allowed or {bool: "True, False", str: "text"}.get(type(field.default), ""))
+  allowed = {bool: "True, False", str: "text"}.get(type(field.default), "")
+  allowed = field.allowed.words() if field.allowed else allowed
   allowed += f", or None: {field.none}" if field.none else ""
   default = "" if field.default is None and not field.none else f"`{field.default!r}`"
   cells = (f"`{name}`", default, field.meaning, allowed, field.role.value)

@@ -1,4 +1,4 @@
-"""What the command line may say."""
+"""The flags of the command line, and the fields that it overrides."""
 
 import difflib
 import re
@@ -13,7 +13,7 @@ from lrdit.runtime.errors import UserError
 from lrdit.runtime.paths import local_path
 from lrdit.runtime.store import flatten
 
-# Each is a function in the module of its name, of the values of these flags.
+# mode: the flags whose values the function of its name in lrdit/modes takes.
 MODES = dict.fromkeys(
   ("train", "sample", "evaluate", "analyze", "benchmark"), ("config", "workdir")
 )
@@ -44,8 +44,8 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
   except UnicodeDecodeError as error:
     raise UserError(f"--flagfile names no text file: {error}", 2) from error
   except (flags.Error, ValueError) as error:  # the latter of --noNAME=value
-    said = str(error).splitlines()[0].removeprefix("ERROR:: ")
-    raise UserError(f"{said} (see --help)", 2) from error
+    message = str(error).splitlines()[0].removeprefix("ERROR:: ")
+    raise UserError(f"{message} (see --help)", 2) from error
   values["config"].value = config
   return values
 
@@ -64,8 +64,8 @@ def wants_tracebacks(argv: list[str]) -> bool:
 
 def _define() -> flags.FlagValues:
   values = flags.FlagValues()
-  values.set_gnu_getopt(True)  # flags are told from values and from words anywhere
-  # Twice, it would leave open which one the overrides are of.
+  values.set_gnu_getopt(True)  # flags may follow words, so that a stray word is seen as one
+  # Given twice, it would be unclear which config the overrides change.
   flags.DEFINE_string(
     "config", None, "FILE[:ARGUMENTS].", flag_values=values, allow_overwrite=False
   )
@@ -85,7 +85,7 @@ def _define() -> flags.FlagValues:
 
 
 def _check_needed(values: flags.FlagValues) -> None:
-  """Refuses flags that a mode lacks, and those that it does not use."""
+  """Refuse a command line that lacks a mode's flags or has flags of other modes."""
   mode = values.mode
   missing = [name for name in MODES[mode] if not values[name].value]
   if missing:
@@ -104,12 +104,12 @@ def _check_needed(values: flags.FlagValues) -> None:
 
 
 def _override(values: flags.FlagValues, config: ConfigDict | None, rest: list[str]) -> None:
-  """Sets the config's fields that the arguments left over name.
+  """Set the fields of the config that the remaining arguments name.
 
   Args:
-    values: the flags proper, for what a misspelt one may have meant.
+    values: all other flags, to suggest one for a misspelt argument.
     config: to be changed; None in modes without one.
-    rest: arguments that are none of `values`.
+    rest: arguments that set none of `values`.
   """
   names = [] if config is None else list(flatten(config.to_dict()))
   for argument in rest:

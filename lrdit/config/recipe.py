@@ -4,6 +4,7 @@ import inspect
 import os
 import pathlib
 import sys
+import traceback
 import types
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.paths import local_path
 
-# Of the module that the file becomes, for what looks itself up there, such as dataclasses.
+# Name of the module that the file becomes: dataclasses look themselves up there.
 MODULE = "lrdit_config_file"
 
 
@@ -45,9 +46,9 @@ def load(flag: str) -> ConfigDict:
   try:
     inspect.signature(get_config).bind(*arguments)
   except TypeError as error:
-    mend = "leave out what follows the colon" if colon else "write FILE:ARGUMENT"
-    raise UserError(f"--config: get_config of {path}: {error}: {mend}", 2) from error
-  config = _told(path, get_config, *arguments)
+    fix = "leave out what follows the colon" if colon else "write FILE:ARGUMENT"
+    raise UserError(f"--config: get_config of {path}: {error}: {fix}", 2) from error
+  config = _call(path, get_config, *arguments)
   if not isinstance(config, ConfigDict):
     raise UserError(
       f"--config: get_config of {path} returns {type(config).__name__}, not a ConfigDict: end it "
@@ -58,7 +59,7 @@ def load(flag: str) -> ConfigDict:
 
 
 def _run(path: str) -> types.ModuleType:
-  """The module that a file's text is."""
+  """Return the module that a file's text makes."""
   try:
     text = pathlib.Path(path).read_bytes()
   except OSError as error:
@@ -67,31 +68,23 @@ def _run(path: str) -> types.ModuleType:
   module = types.ModuleType(MODULE)
   module.__file__ = path
   sys.modules[MODULE] = module
-  _told(path, lambda: exec(compile(text, path, "exec"), module.__dict__))
+  _call(path, lambda: exec(compile(text, path, "exec"), module.__dict__))
   return module
 
 
-def _told(path: str, call: Callable, *arguments: str) -> Any:
-  """What a call into the file returns; its errors in one line."""
+def _call(path: str, call: Callable, *arguments: str) -> Any:
+  """Return what a call into the file returns; raise its errors as a UserError of one line."""
   try:
     return call(*arguments)
   except UserError:  # the file's own, about its argument
     raise
   except (Exception, SystemExit) as error:
-    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    if isinstance(error, SyntaxError) and error.filename:  # of the file, or of one it imports
-      what = f"{type(error).__name__}: {error.msg}"
-      where = f"{error.filename}:{error.lineno}" if error.lineno else error.filename
-    else:
-      where = _last_line(path, error)
+    where, message = path, str(error)
+    lines = [
+      frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path
+    ]
+    if isinstance(error, SyntaxError) and error.filename:  # in the file, or in one it imports
+      where, lines, message = error.filename, [error.lineno], error.msg
+    where += f":{lines[-1]}" if lines and lines[-1] else ""
+    what = type(error).__name__ + (f": {message}" if message else "")
     raise UserError(f"--config cannot be read: {where}: {what}", 2) from error
-
-
-def _last_line(path: str, error: BaseException) -> str:
-  """FILE:LINE of the innermost call in the file that led to an error."""
-  lines, frame = [], error.__traceback__
-  while frame is not None:
-    if frame.tb_frame.f_code.co_filename == path:
-      lines.append(frame.tb_lineno)
-    frame = frame.tb_next
-  return f"{path}:{lines[-1]}" if lines else path

@@ -54,7 +54,7 @@ def open_workdir(path: str, config: ConfigDict, create: bool) -> pathlib.Path:
   return check_workdir(path, config, create)
 
 
-def check_workdir(path: str, config: ConfigDict, create: bool) -> pathlib.Path:
+def check_workdir(path: str | pathlib.Path, config: ConfigDict, create: bool) -> pathlib.Path:
   """As `open_workdir`, but write nothing."""
   workdir = pathlib.Path(path)
   is_there, begun = (workdir / "config.json").exists(), has_begun(workdir)
@@ -97,6 +97,7 @@ def begin_config(workdir: pathlib.Path, config: ConfigDict, first_step: int) -> 
   Raises:
     UserError: fields have changed that nothing will be trained with.
   """
+  check_workdir(workdir, config, create=True)  # again, as only now nobody else writes there
   history = [record for record in read_changes(workdir) if record["step"] < first_step]
   new = _changes_since(workdir, config, first_step)
   finished = first_step >= config.training.num_steps

@@ -10,8 +10,9 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from lrdit.config.checks import Choice, LocalPath, Number, Rising, Rule, Several, Whole
+from lrdit.config.checks import PATH, Check, choice, number, require, rising, rule, several, whole
 from lrdit.runtime.errors import UserError
+from lrdit.runtime.paths import local_path
 
 LARGEST_SEED = 2**32 - 1
 LARGEST_BATCH = 2**20
@@ -43,14 +44,19 @@ class Field:
 
   default: Any
   meaning: str
-  allowed: Any = None
+  allowed: Check | None = None
   none: str = ""
   role: Role | None = None
 
   def check(self, name: str, value: Any) -> None:
     """Raise a UserError unless the field may have this value."""
     if self.allowed and not (self.none and value is None):
-      self.allowed.check(name, value, f", or None ({self.none})" if self.none else "")
+      otherwise = f", or None ({self.none})" if self.none else ""
+      require(
+        self.allowed.accepts(value), name, value, f"must be {self.allowed.words()}{otherwise}"
+      )
+    if self.allowed is PATH:
+      local_path(f"config.{name}", value)
 
 
 def _group(name: str, role: Role, /, **fields: Field) -> dict[str, Field]:
@@ -65,8 +71,8 @@ def _is_name(value: str) -> bool:
   return is_file_name and value.isprintable() and len(value) <= 100
 
 
-_SEED, _BATCH, _FLOAT = Whole(0, LARGEST_SEED), Whole(1, LARGEST_BATCH), Number(FLOAT32)
-_PATH, _SHARE = LocalPath(), Number("(0, 1]")
+_SEED, _BATCH, _FLOAT = whole(0, LARGEST_SEED), whole(1, LARGEST_BATCH), number(FLOAT32)
+_SHARE = number("(0, 1]")
 _VARIANT = "the variant's"
 
 FIELDS: dict[str, Field] = {
@@ -74,21 +80,21 @@ FIELDS: dict[str, Field] = {
     "",
     Role.RUN,
     seed=Field(0, "Seed of the parameters, batches, noise and timesteps", _SEED),
-    method=Field("adaptive", "Arm", Choice("full", "static", "adaptive")),
+    method=Field("adaptive", "Arm", choice("full", "static", "adaptive")),
   ),
   **_group(
     "data",
     Role.RUN,
-    name=Field("", "Dataset", Choice(names="data.pipeline.LOADERS")),
-    data_dir=Field("", "Directory or file of the data", _PATH, role=Role.FREE),
-    image_size=Field(None, "Height and width in pixels", Whole(1, 2**16)),
-    num_channels=Field(3, "Colour channels", Rule(lambda n: n in (1, 3), "3, or 1 for grey")),
-    num_classes=Field(0, "Classes: 0 ignores labels, fewer than exist take the first", Whole(0)),
+    name=Field("", "Dataset", choice(names="data.pipeline.LOADERS")),
+    data_dir=Field("", "Directory or file of the data", PATH, role=Role.FREE),
+    image_size=Field(None, "Height and width in pixels", whole(1, 2**16)),
+    num_channels=Field(3, "Colour channels", rule(lambda n: n in (1, 3), "3, or 1 for grey")),
+    num_classes=Field(0, "Classes: 0 ignores labels, fewer than exist take the first", whole(0)),
     flip=Field(False, "Mirror images left to right with probability one half"),
     cache_gib=Field(
       4.0,
       "Keep a split's decoded images up to this size",
-      Number("[0, 1e6]"),
+      number("[0, 1e6]"),
       role=Role.FREE,
     ),
     skip_unreadable=Field(False, "Leave out images of a folder that cannot be read"),
@@ -96,26 +102,26 @@ FIELDS: dict[str, Field] = {
   **_group(
     "vae",
     Role.RUN,
-    downsample_factor=Field(None, "Pixels along a latent's side", Whole(), "pixels, no VAE"),
-    latent_channels=Field(4, "Channels of a latent", Whole()),
-    path=Field("", "diffusers AutoencoderKL: directory or safetensors file", _PATH, role=Role.FREE),
-    latents_dir=Field("", "Directory that `--mode=encode` wrote", _PATH, role=Role.FREE),
+    downsample_factor=Field(None, "Pixels along a latent's side", whole(), "pixels, no VAE"),
+    latent_channels=Field(4, "Channels of a latent", whole()),
+    path=Field("", "diffusers AutoencoderKL: directory or safetensors file", PATH, role=Role.FREE),
+    latents_dir=Field("", "Directory that `--mode=encode` wrote", PATH, role=Role.FREE),
     batch_size=Field(32, "Images in flight over all devices", _BATCH, role=Role.FREE),
   ),
   **_group(
     "model",
     Role.RUN,
     variant=Field("S/2", "Size and patch; the README lists the sizes"),
-    hidden_size=Field(None, "Width", Whole(1, 2**16), _VARIANT),
-    depth=Field(None, "Blocks", Whole(1, 10_000), _VARIANT),
-    num_heads=Field(None, "Attention heads", Whole(), _VARIANT),
-    patch_size=Field(None, "Pixels along a patch's side", Whole(), _VARIANT),
-    dtype=Field("float32", "Compute dtype", Choice("float32", "bfloat16"), role=Role.PROCESS),
+    hidden_size=Field(None, "Width", whole(1, 2**16), _VARIANT),
+    depth=Field(None, "Blocks", whole(1, 10_000), _VARIANT),
+    num_heads=Field(None, "Attention heads", whole(), _VARIANT),
+    patch_size=Field(None, "Pixels along a patch's side", whole(), _VARIANT),
+    dtype=Field("float32", "Compute dtype", choice("float32", "bfloat16"), role=Role.PROCESS),
     remat=Field(False, "Recompute blocks in the backward pass to save memory", role=Role.PROCESS),
     scan_blocks=Field(
       False, "Compile equal blocks once: for deep models; slower on CPUs", role=Role.PROCESS
     ),
-    class_dropout_rate=Field(0.1, "Share of labels replaced by the null class", Number("[0, 1]")),
+    class_dropout_rate=Field(0.1, "Share of labels replaced by the null class", number("[0, 1]")),
     learn_sigma=Field(False, "Learn the reverse process's variance"),
   ),
   **_group(
@@ -125,46 +131,46 @@ FIELDS: dict[str, Field] = {
     schedule=Field(
       "logistic_decreasing",
       "Shape of r(t); `measured` reads it from an analysis",
-      Choice("measured", names="rank.schedules.SCHEDULES"),
+      choice("measured", names="rank.schedules.SCHEDULES"),
     ),
-    logistic_steepness=Field(8.0, "Steepness of the logistic schedules", Number("(0, 500]")),
-    logistic_midpoint=Field(0.6, "Midpoint of the logistic schedules' ramp", Number("[0, 1]")),
+    logistic_steepness=Field(8.0, "Steepness of the logistic schedules", number("(0, 500]")),
+    logistic_midpoint=Field(0.6, "Midpoint of the logistic schedules' ramp", number("[0, 1]")),
     min_ratio=Field(0.4, "Least active rank as a share of the largest", _SHARE),
-    analysis=Field("", "`measured`: an analysis/truncation.json", _PATH, role=Role.FREE),
+    analysis=Field("", "`measured`: an analysis/truncation.json", PATH, role=Role.FREE),
     monotone=Field(False, "`measured`: smooth r(t) so that it nowhere rises"),
     measured_shares=Field((), "`measured`: shares of the largest rank, read from the analysis"),
     measured_boundaries=Field((), "`measured`: the shares' timestep groups"),
     match=Field(
       "activated",
       "Set the mean (`activated`) or the largest (`total`) active rank to the static rank",
-      Choice(names="rank.plan.MATCHES"),
+      choice(names="rank.plan.MATCHES"),
     ),
-    num_buckets=Field(4, "Levels of the quantised schedule", Whole(1, 1000)),
-    multiple_of=Field(8, "Active ranks are multiples of this", Whole()),
-    first_n_blocks=Field(None, "Factorise only layers of the first blocks", Whole(), "all"),
-    last_n_blocks=Field(None, "Factorise only layers of the last blocks", Whole(), "all"),
+    num_buckets=Field(4, "Levels of the quantised schedule", whole(1, 1000)),
+    multiple_of=Field(8, "Active ranks are multiples of this", whole()),
+    first_n_blocks=Field(None, "Factorise only layers of the first blocks", whole(), "all"),
+    last_n_blocks=Field(None, "Factorise only layers of the last blocks", whole(), "all"),
     dense_layers=Field(
       ("patch_embed", "blocks_0/mlp", "final_layer/linear"),
       "Patterns of layers that stay dense",
-      Rule(lambda names: all(isinstance(name, str) for name in names), "names of layers"),
+      rule(lambda names: all(isinstance(name, str) for name in names), "names of layers"),
     ),
     compute=Field(
       "grouped",
       "Training's layers: sliced by rank (`grouped`), or the `masked` reference",
-      Choice(names="rank.strata.COMPUTES"),
+      choice(names="rank.strata.COMPUTES"),
       role=Role.PROCESS,
     ),
   ),
   **_group(
     "diffusion",
     Role.RUN,
-    num_train_timesteps=Field(1000, "T", Whole(2, 1_000_000)),
+    num_train_timesteps=Field(1000, "T", whole(2, 1_000_000)),
     noise_schedule=Field(
-      "squaredcos_cap_v2", "Noise schedule", Choice(names="diffusion.process.NOISE_SCHEDULES")
+      "squaredcos_cap_v2", "Noise schedule", choice(names="diffusion.process.NOISE_SCHEDULES")
     ),
-    prediction=Field("epsilon", "Target", Choice(names="diffusion.process.PREDICTIONS")),
+    prediction=Field("epsilon", "Target", choice(names="diffusion.process.PREDICTIONS")),
     loss_weighting=Field(
-      "uniform", "Weight of a timestep's loss", Choice(names="diffusion.process.LOSS_WEIGHTINGS")
+      "uniform", "Weight of a timestep's loss", choice(names="diffusion.process.LOSS_WEIGHTINGS")
     ),
     min_snr_gamma=Field(5.0, "Cap of the signal-to-noise ratio in `min_snr`", _FLOAT),
   ),
@@ -172,61 +178,61 @@ FIELDS: dict[str, Field] = {
     "curriculum",
     Role.RUN,
     enabled=Field(False, "Train on a growing set of timestep groups"),
-    start=Field("high", "First group", Choice(names="train.curriculum.STARTS")),
+    start=Field("high", "First group", choice(names="train.curriculum.STARTS")),
     boundaries=Field(
       (0, 44, 123, 234, 371, 520, 667, 796, 897, 966, 1000),
       "Timestep groups of the curriculum and of losses; scaled to T without a curriculum",
     ),
-    patience=Field(5, "Checks without a better loss that end a stage", Whole(), role=Role.TUNABLE),
-    check_every_steps=Field(1000, "Steps between checks", Whole(), role=Role.TUNABLE),
+    patience=Field(5, "Checks without a better loss that end a stage", whole(), role=Role.TUNABLE),
+    check_every_steps=Field(1000, "Steps between checks", whole(), role=Role.TUNABLE),
     restart_optimizer=Field(False, "Begin each stage with fresh moments and a new warm-up"),
   ),
   **_group(
     "optimizer",
     Role.TUNABLE,
-    name=Field("adamw", "Optimizer", Choice(names="train.optimizer.OPTIMIZERS"), role=Role.RUN),
+    name=Field("adamw", "Optimizer", choice(names="train.optimizer.OPTIMIZERS"), role=Role.RUN),
     learning_rate=Field(1e-4, "Peak learning rate", _FLOAT),
-    decay=Field("constant", "After the warm-up", Choice(names="train.optimizer.DECAYS")),
-    warmup_steps=Field(3000, "Steps of linear warm-up", Whole(0)),
-    weight_decay=Field(0.0, "Decoupled weight decay of matrices", Number("[0, 1e30)")),
-    beta1=Field(0.9, "Decay of the first moment", Number("[0, 1)"), role=Role.RUN),
+    decay=Field("constant", "After the warm-up", choice(names="train.optimizer.DECAYS")),
+    warmup_steps=Field(3000, "Steps of linear warm-up", whole(0)),
+    weight_decay=Field(0.0, "Decoupled weight decay of matrices", number("[0, 1e30)")),
+    beta1=Field(0.9, "Decay of the first moment", number("[0, 1)"), role=Role.RUN),
     beta2=Field(
       None,
       "Decay of the second moment",
-      Number("[0, 1)"),
+      number("[0, 1)"),
       "0.999 for adamw, 0.99 for lion",
       role=Role.RUN,
     ),
     epsilon=Field(1e-8, "AdamW's addend to the root of the second moment", _FLOAT, role=Role.RUN),
     grad_clip_norm=Field(5.0, "Largest norm of the gradient", _FLOAT, "no clipping"),
-    ema_decay=Field(0.9999, "Decay of the averaged parameters", Number("[0, 1)")),
+    ema_decay=Field(0.9999, "Decay of the averaged parameters", number("[0, 1)")),
   ),
   **_group(
     "training",
     Role.WATCH,
     batch_size=Field(256, "Examples of a step over all devices", _BATCH, role=Role.RUN),
-    num_steps=Field(100_000, "Updates; more of them prolong a run", Whole(), role=Role.FREE),
-    log_every_steps=Field(100, "Steps between lines of metrics", Whole()),
-    eval_every_steps=Field(5000, "Steps between held-out losses", Whole(), "never"),
-    sample_every_steps=Field(10_000, "Steps between grids of samples", Whole(), "never"),
+    num_steps=Field(100_000, "Updates; more of them prolong a run", whole(), role=Role.FREE),
+    log_every_steps=Field(100, "Steps between lines of metrics", whole()),
+    eval_every_steps=Field(5000, "Steps between held-out losses", whole(), "never"),
+    sample_every_steps=Field(10_000, "Steps between grids of samples", whole(), "never"),
     tensorboard=Field(True, "Write TensorBoard events if its package is installed"),
-    profile_steps=Field((), "Steps (first, end) to trace; () traces none", Rising(0, (0, 2))),
+    profile_steps=Field((), "Steps (first, end) to trace; () traces none", rising(0, 0, 2)),
   ),
   **_group(
     "checkpoint",
     Role.FREE,
-    every_steps=Field(5000, "Steps between checkpoints", Whole()),
-    keep=Field(2, "Newest checkpoints that are kept", Whole()),
+    every_steps=Field(5000, "Steps between checkpoints", whole()),
+    keep=Field(2, "Newest checkpoints that are kept", whole()),
   ),
   **_group(
     "sampling",
     Role.FREE,
-    num_samples=Field(1000, "Images of a sample set", Whole()),
+    num_samples=Field(1000, "Images of a sample set", whole()),
     batch_size=Field(250, "Images in flight over all devices", _BATCH),
-    solver=Field("ddim", "Solver", Choice(names="diffusion.solvers.SOLVERS")),
-    num_steps=Field(50, "Solver steps, at most T", Whole()),
-    eta=Field(0.0, "Noise of ddim", Number("[0, 1]")),
-    guidance_scale=Field(1.0, "Classifier-free guidance", Number("[0, 1000]")),
+    solver=Field("ddim", "Solver", choice(names="diffusion.solvers.SOLVERS")),
+    num_steps=Field(50, "Solver steps, at most T", whole()),
+    eta=Field(0.0, "Noise of ddim", number("[0, 1]")),
+    guidance_scale=Field(1.0, "Classifier-free guidance", number("[0, 1000]")),
     clip_x_0=Field(True, "Keep the predicted image in [-1, 1]; for pixels only"),
     seed=Field(0, "Seed of the noise and of random labels", _SEED),
     labels=Field("balanced", "Labels: `balanced`, `random` or the number of a class"),
@@ -234,7 +240,7 @@ FIELDS: dict[str, Field] = {
     name=Field(
       "default",
       "Name of the sample set",
-      Rule(
+      rule(
         _is_name,
         "the name of a directory to make, without '/', of at most 100 printable characters",
       ),
@@ -247,14 +253,14 @@ FIELDS: dict[str, Field] = {
     extractors=Field(
       ("classifier",),
       "Features that samples are compared by; () measures held-out losses alone",
-      Several(names="evaluation.features.EXTRACTORS"),
+      several(names="evaluation.features.EXTRACTORS"),
     ),
-    draws=Field(4, "Noises and timesteps of each held-out example", Whole()),
-    reference_split=Field("train", "Real images to compare with", Choice("train", "eval")),
-    max_features=Field(10_000, "Images in kernel distance, precision and recall", Whole(10)),
-    features_dir=Field("", "Classifier and statistics; empty: in the workdir", _PATH),
-    classifier_steps=Field(None, "Updates of the classifier", Whole(), "about 20 epochs"),
-    inception_weights=Field("", "Inception's weights; empty: torch-fidelity's", _PATH),
+    draws=Field(4, "Noises and timesteps of each held-out example", whole()),
+    reference_split=Field("train", "Real images to compare with", choice("train", "eval")),
+    max_features=Field(10_000, "Images in kernel distance, precision and recall", whole(10)),
+    features_dir=Field("", "Classifier and statistics; empty: in the workdir", PATH),
+    classifier_steps=Field(None, "Updates of the classifier", whole(), "about 20 epochs"),
+    inception_weights=Field("", "Inception's weights; empty: torch-fidelity's", PATH),
   ),
   **_group(
     "analysis",
@@ -262,23 +268,23 @@ FIELDS: dict[str, Field] = {
     sections=Field(
       ("flops", "weights", "gradients", "truncation"),
       "Parts of the analysis",
-      Several("flops", "weights", "gradients", "truncation"),
+      several("flops", "weights", "gradients", "truncation"),
     ),
-    batch_sizes=Field((16, 64, 256), "Examples behind a gradient; the last above 1", Rising()),
-    subspace_rank=Field(8, "Leading singular vectors of gradients to compare", Whole()),
+    batch_sizes=Field((16, 64, 256), "Examples behind a gradient; the last above 1", rising(1)),
+    subspace_rank=Field(8, "Leading singular vectors of gradients to compare", whole()),
     microbatch=Field(16, "Examples in flight", _BATCH),
     seed=Field(0, "Seed of the gradients' examples, noise and timesteps", _SEED),
-    ranks=Field((), "Ranks to truncate all layers to; (): ten shares of the largest", Rising()),
+    ranks=Field((), "Ranks to truncate all layers to; (): ten shares of the largest", rising(1)),
   ),
   **_group(
     "benchmark",
     Role.FREE,
-    rounds=Field(10, "Rounds that medians are over", Whole()),
-    steps=Field(1, "Steps timed together; more hide the time between steps", Whole()),
-    sampling_runs=Field(1, "Whole sampling runs of each arm", Whole(), "sum of bucket times"),
+    rounds=Field(10, "Rounds that medians are over", whole()),
+    steps=Field(1, "Steps timed together; more hide the time between steps", whole()),
+    sampling_runs=Field(1, "Whole sampling runs of each arm", whole(), "sum of bucket times"),
     fit_memory=Field(False, "Halve the batch until all arms fit the accelerator"),
-    compile_threads=Field(1, "Programs compiled at once, untimed above 1", Whole(1, 1024)),
-    matmul_size=Field(None, "Side of the matrices of the peak", Whole(), "2048 on CPUs, else 8192"),
+    compile_threads=Field(1, "Programs compiled at once, untimed above 1", whole(1, 1024)),
+    matmul_size=Field(None, "Side of the matrices of the peak", whole(), "2048 on CPUs, else 8192"),
   ),
 }
 

@@ -103,12 +103,12 @@ class Analysis:
       UserError: there is no checkpoint.
     """
     self.config, self.devices, self._workdir = config, devices, path
-    self._directory = path / "analysis"
+    self._directory, self.experiment = path / "analysis", Experiment(config)
     weights = "ema" if config.sampling.use_ema else "raw"
-    step, restored = run_files.restore_params(path, Experiment(config).params_template, [weights])
+    step, restored = run_files.restore_params(path, self.experiment.params_template, [weights])
     self.params = restored[weights]
-    self.plan, self.shape = Experiment(config).plan, Experiment(config).shape
-    self.boundaries = Experiment(config).curriculum.boundaries
+    self.plan, self.shape = self.experiment.plan, self.experiment.shape
+    self.boundaries = self.experiment.curriculum.boundaries
     self.key = {
       "layout": LAYOUT,
       "checkpoint_step": step,
@@ -125,7 +125,7 @@ class Analysis:
     Raises:
       UserError: they are not the run's.
     """
-    source = Experiment(self.config).source(split)
+    source = self.experiment.source(split)
     run_files.check_run_data(self._workdir, split, source.fingerprint)
     return source
 
@@ -182,7 +182,7 @@ def analyze_gradients(run: Analysis) -> None:
 
   def make(cache: UnitCache) -> dict[str, Any]:
     return gradient_spectra.analyze_gradients(
-      Experiment(run.config).objective(run.devices[:1]),
+      run.experiment.objective(run.devices[:1]),
       jax.device_put(run.params, run.devices[0]),
       source,
       boundaries=run.boundaries,
@@ -204,7 +204,7 @@ def analyze_truncation(run: Analysis) -> None:
   """Write truncation.json, its figure, and that of the loss by timestep group."""
   config, devices = run.config, run.devices
   source, draws = run.source("eval"), config.evaluation.draws
-  names = Experiment(config).factorised_layers
+  names = run.experiment.factorised_layers
   truncator = truncation.Truncator(run.params, names)
   ranks = config.analysis.ranks or truncation.default_ranks(truncator.largest_rank)
   if not ranks or ranks[-1] >= truncator.largest_rank:
@@ -226,7 +226,7 @@ def analyze_truncation(run: Analysis) -> None:
   }
 
   def make(cache: UnitCache) -> dict[str, Any]:
-    step = Experiment(config).eval_step(devices)
+    step = run.experiment.eval_step(devices)
     slots = parallel.batch_slots(batch_size, devices)
 
     def losses_of(params: Any) -> held_out.HeldOutLosses:

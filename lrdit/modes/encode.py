@@ -85,8 +85,9 @@ def encode(config: ConfigDict, output: str, devices: parallel.Devices | None = N
   Raises:
     UserError: a mistake in the config or the data, another directory's contents, and the like.
   """
-  codec = Experiment(config).vae_runner(devices or jax.local_devices())
-  sources = {split: Experiment(config).image_source(split) for split in latents.SPLITS}
+  experiment = Experiment(config)
+  codec = experiment.vae_runner(devices or jax.local_devices())
+  sources = {split: experiment.image_source(split) for split in latents.SPLITS}
   report_classes(sources["train"], config.data.num_classes)
   directory = pathlib.Path(output)
   directory.mkdir(parents=True, exist_ok=True)

@@ -44,14 +44,14 @@ def describe_held_out(config: ConfigDict, source: Source) -> dict[str, Any]:
 
 
 def held_out_metrics(
-  config: ConfigDict, source: Source, weights: dict[str, Any], devices: parallel.Devices
+  experiment: Experiment, source: Source, weights: dict[str, Any], devices: parallel.Devices
 ) -> dict[str, Any]:
   """Return the losses on the held-out split, overall and by timestep group.
 
   Noise and timesteps are the same for every run; see `held_out`.
 
   Args:
-    config: resolved.
+    experiment: the run's.
     source: the held-out split.
     weights: parameters on the host by their name, "raw" or "ema".
     devices: devices to use.
@@ -59,9 +59,10 @@ def held_out_metrics(
   Returns:
     `describe_held_out`, and the losses by the name of the weights.
   """
+  config = experiment.config
   batch_size, draws = config.training.batch_size, config.evaluation.draws
-  step, slots = Experiment(config).eval_step(devices), parallel.batch_slots(batch_size, devices)
-  edges = list(itertools.pairwise(Experiment(config).curriculum.boundaries))
+  step, slots = experiment.eval_step(devices), parallel.batch_slots(batch_size, devices)
+  edges = list(itertools.pairwise(experiment.curriculum.boundaries))
   metrics = describe_held_out(config, source)
   for name, params in weights.items():
     losses = held_out.held_out_losses(
@@ -80,12 +81,12 @@ def held_out_metrics(
 
 
 def check_sample_set(
-  config: ConfigDict, directory: pathlib.Path, step: int, params: Any, vae_digest: str
+  experiment: Experiment, directory: pathlib.Path, step: int, params: Any, vae_digest: str
 ) -> dict[str, Any]:
   """Return a sample set's metadata; refuse samples of other weights or settings.
 
   Args:
-    config: resolved.
+    experiment: the run's.
     directory: of the sample set.
     step: of the newest checkpoint.
     params: its weights that `sampling.use_ema` names.
@@ -95,7 +96,7 @@ def check_sample_set(
     UserError: the sample set is missing, unfinished, or of something else.
   """
   metadata, _ = read_sample_set(directory, 1)
-  sampler = Experiment(config).sampler(parallel.all_devices())
+  config, sampler = experiment.config, experiment.sampler(parallel.all_devices())
   wanted = make_settings(config, sampler, step, checkpoints.digest(params), vae_digest)
   wanted["num_samples"] = config.sampling.num_samples
   store.check_same(
@@ -109,12 +110,15 @@ def check_sample_set(
 
 
 def sample_metrics(
-  config: ConfigDict, directory: pathlib.Path, extractors: list[Extractor], features: pathlib.Path
+  experiment: Experiment,
+  directory: pathlib.Path,
+  extractors: list[Extractor],
+  features: pathlib.Path,
 ) -> dict[str, Any]:
   """Return a sample set's metadata and its metrics against real images.
 
   Args:
-    config: resolved.
+    experiment: the run's.
     directory: of the sample set.
     extractors: what the images are compared by.
     features: directory of the real images' statistics.
@@ -122,8 +126,8 @@ def sample_metrics(
   Raises:
     UserError: the sample set is damaged or too small, or the statistics are of something else.
   """
-  e = config.evaluation
-  source = Experiment(config).image_source(e.reference_split)
+  config, e = experiment.config, experiment.config.evaluation
+  source = experiment.image_source(e.reference_split)
   result: dict[str, Any] = {field: {} for field in BY_EXTRACTOR}
   for extractor in extractors:
     path = features / f"reference_{extractor.name}_{e.reference_split}.npz"
@@ -227,22 +231,22 @@ def _evaluate(config: ConfigDict, path: pathlib.Path, devices: parallel.Devices)
   e, name, target = config.evaluation, config.sampling.name, path / "evaluation.json"
   directory = path / "samples" / name
   features = pathlib.Path(e.features_dir).expanduser() if e.features_dir else path / "features"
-  template = Experiment(config).params_template
-  step, weights = run_files.restore_params(path, template, ("raw", "ema"))
-  source = Experiment(config).source("eval")
+  experiment = Experiment(config)
+  step, weights = run_files.restore_params(path, experiment.params_template, ("raw", "ema"))
+  source = experiment.source("eval")
   run_files.check_run_data(path, "eval", source.fingerprint)
   vae_digest = run_files.read_vae_digest(path) if config.vae.downsample_factor else ""
   key = {"checkpoint_step": step, "checkpoint_digest": checkpoints.digest(weights["ema"])}
   kept, extractors = read_kept(target, key), []
   if e.extractors and cluster.is_first():  # checked before anything takes long
     params = weights["ema" if config.sampling.use_ema else "raw"]
-    metadata = check_sample_set(config, directory, step, params, vae_digest)
+    metadata = check_sample_set(experiment, directory, step, params, vae_digest)
     if not is_measured(config, kept["samples"].get(name), metadata):
-      extractors = Experiment(config).extractors(features)
+      extractors = experiment.extractors(features)
   losses, wanted = kept["held_out"], describe_held_out(config, source)
   has_losses = all(losses.get(field) == value for field, value in wanted.items())
   if not cluster.from_first(np.bool_(has_losses)):
-    losses = held_out_metrics(config, source, weights, devices)
+    losses = held_out_metrics(experiment, source, weights, devices)
   if not cluster.is_first():
     return
   if has_losses and not extractors:
@@ -250,7 +254,7 @@ def _evaluate(config: ConfigDict, path: pathlib.Path, devices: parallel.Devices)
     return
   samples = kept["samples"]
   if extractors:
-    measured = sample_metrics(config, directory, extractors, features)
+    measured = sample_metrics(experiment, directory, extractors, features)
     samples[name] = merged(samples.get(name), measured)
   settings = {"settings": e.to_dict(), "software": _software()}
   store.write_json(target, key | {"held_out": losses, "samples": samples} | settings)

@@ -170,13 +170,14 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
     UserError: no checkpoint, another model's workdir, a full disk, and the like.
   """
   devices, s = devices or parallel.all_devices(), config.sampling
-  sampler = Experiment(config).sampler(devices)
+  experiment = Experiment(config)
+  sampler = experiment.sampler(devices)
   path = open_trained(workdir, config)
   weights = "ema" if s.use_ema else "raw"
-  step, restored = run_files.restore_params(path, Experiment(config).params_template, [weights])
+  step, restored = run_files.restore_params(path, experiment.params_template, [weights])
   params = restored[weights]
   vae_digest = run_files.read_vae_digest(path) if config.vae.downsample_factor else ""
-  to_pixels = Experiment(config).to_pixels(devices, vae_digest)
+  to_pixels = experiment.to_pixels(devices, vae_digest)
   batches = SampleBatches(config, sampler, params, to_pixels, step)
   if not cluster.is_first():
     join_export(batches)

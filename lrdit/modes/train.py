@@ -159,7 +159,7 @@ class Trainer:
     self.source = self.experiment.source("train")
     self.eval_source = self.experiment.source("eval")
     self.optimizer = self.experiment.optimizer
-    self.grids = Grids(config, devices, self.source.fingerprint.get("vae", ""))
+    self.grids = Grids(self.experiment, devices, self.source.fingerprint.get("vae", ""))
     self.slots = parallel.batch_slots(config.training.batch_size, devices)
     self.key = jax.random.key(config.seed)
     self.eval_step = self.experiment.eval_step(devices)
@@ -278,14 +278,15 @@ class Trainer:
 class Grids:
   """Samples a grid of images, one class a column, on the devices of this process."""
 
-  def __init__(self, config: ConfigDict, devices: parallel.Devices, vae_digest: str):
+  def __init__(self, experiment: Experiment, devices: parallel.Devices, vae_digest: str):
     """Build the sampler, and check a VAE that is named even if no grid is asked for."""
+    config = experiment.config
     self._num_classes = config.data.num_classes
     own = parallel.own_devices(devices)
     batch_size = -(-GRID_ROWS * GRID_COLUMNS // len(own)) * len(own)
-    self._sampler = Experiment(config).sampler(own, batch_size)
+    self._sampler = experiment.sampler(own, batch_size)
     if config.training.sample_every_steps or config.vae.path:
-      self._to_pixels = Experiment(config).to_pixels(devices, vae_digest)
+      self._to_pixels = experiment.to_pixels(devices, vae_digest)
 
   def sample(self, params: Any, step: int) -> np.ndarray:
     """Return (rows * columns, H, W, C) uint8 samples of the parameters after `step` updates."""

@@ -109,8 +109,8 @@ def _naming_fields(keys: Sequence[dict[str, Any]]) -> list[str]:
 def _describe_model(run: Run) -> Model | None:
   """Return the model of a run's config; None, with a note, if it does not fit this version."""
   try:
-    resolved = resolve(as_config(run.config))
-    shape, plan = Experiment(resolved).shape, Experiment(resolved).plan
+    experiment = Experiment(resolve(as_config(run.config)))
+    shape, plan = experiment.shape, experiment.plan
   except (UserError, *DAMAGED) as error:
     run.notes.append(f"config.json does not fit this version of lrdit ({error})")
     return None

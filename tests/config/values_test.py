@@ -2,7 +2,6 @@
 
 import pytest
 
-from lrdit.config.checks import Number
 from lrdit.config.schema import FIELDS
 from tests import tiny
 from tests.command_line import (
@@ -22,21 +21,37 @@ BOUNDARIES = "--config.rank.measured_boundaries="
 # id: (flags after those of a tiny run, exit status, words of the message). {tmp} holds a file
 # `file`.
 MISTAKES = {
-  "unknown method": ([f"{DIGITS}:method=sparse"], 1, "config.method='sparse' is unknown"),
+  "unknown method": ([f"{DIGITS}:method=sparse"], 1, "config.method='sparse' must be one of"),
   "unknown variant": ([f"{DIGITS}:variant=M/2"], 1, "variant='M/2' is unknown"),
-  "ratio of zero": (["--config.rank.ratio=0"], 1, "rank.ratio=0.0 must lie in (0, 1]"),
-  "ratio above one": (["--config.rank.ratio=1.5"], 1, "rank.ratio=1.5 must lie in (0, 1]"),
-  "ratio not a number": (["--config.rank.ratio=nan"], 1, "rank.ratio=nan must lie in (0, 1]"),
-  "floor above one": (["--config.rank.min_ratio=2"], 1, "rank.min_ratio=2.0 must lie in (0, 1]"),
-  "unknown schedule": (["--config.rank.schedule=up"], 1, "rank.schedule='up' is unknown"),
-  "unknown match": (["--config.rank.match=none"], 1, "rank.match='none' is unknown"),
-  "unknown compute": (["--config.rank.compute=fast"], 1, "rank.compute='fast' is unknown"),
-  "no buckets": (["--config.rank.num_buckets=0"], 1, "rank.num_buckets=0 must be in [1, 1000]"),
-  "multiple of zero": (["--config.rank.multiple_of=0"], 1, "rank.multiple_of=0 must be at least 1"),
+  "ratio of zero": (["--config.rank.ratio=0"], 1, "rank.ratio=0.0 must be a number in (0, 1]"),
+  "ratio above one": (["--config.rank.ratio=1.5"], 1, "rank.ratio=1.5 must be a number in (0, 1]"),
+  "ratio not a number": (
+    ["--config.rank.ratio=nan"],
+    1,
+    "rank.ratio=nan must be a number in (0, 1]",
+  ),
+  "floor above one": (
+    ["--config.rank.min_ratio=2"],
+    1,
+    "rank.min_ratio=2.0 must be a number in (0, 1]",
+  ),
+  "unknown schedule": (["--config.rank.schedule=up"], 1, "rank.schedule='up' must be one of"),
+  "unknown match": (["--config.rank.match=none"], 1, "rank.match='none' must be one of"),
+  "unknown compute": (["--config.rank.compute=fast"], 1, "rank.compute='fast' must be one of"),
+  "no buckets": (
+    ["--config.rank.num_buckets=0"],
+    1,
+    "rank.num_buckets=0 must be a whole number from 1 to 1000",
+  ),
+  "multiple of zero": (
+    ["--config.rank.multiple_of=0"],
+    1,
+    "rank.multiple_of=0 must be a whole number from 1",
+  ),
   "multiple above the rank": (["--config.rank.multiple_of=64"], 1, "multiple_of=64 is above"),
   "unknown dense layer": (['--config.rank.dense_layers=("mlp",)'], 1, "'mlp' fits no layer"),
   "more blocks than there are": (["--config.rank.first_n_blocks=9"], 1, "rank.first_n_blocks=9"),
-  "unknown dataset": (["--config.data.name=mnist"], 1, "data.name='mnist' is unknown"),
+  "unknown dataset": (["--config.data.name=mnist"], 1, "data.name='mnist' must be one of"),
   "layers that are no names": (["--config.rank.dense_layers=(1,2)"], 1, "must be names of layers"),
   "no layer left": (['--config.rank.dense_layers=("*",)'], 1, "leaves no layer to factorise"),
   "mean that cannot be met": (["--config.rank.ratio=1"], 1, "rank.match=activated cannot be met"),
@@ -47,7 +62,7 @@ MISTAKES = {
     "eta=0.5 is noise of ddim",
   ),
   "image of another size": (["--config.data.image_size=16"], 1, "data.image_size=16 does not fit"),
-  "directory nobody reads": (["--config.data.data_dir=x"], 1, "data.data_dir='x' is not used"),
+  "directory nobody reads": (["--config.data.data_dir=x"], 1, "data.data_dir='x' does not fit"),
   "odd image size": (["--config.data.image_size=7"], 1, "image_size=7 is not a multiple of"),
   "more classes than there are": (
     ["--config.data.num_classes=11"],
@@ -65,28 +80,40 @@ MISTAKES = {
   "negative depth": (
     ["--config.model.depth=-1"],
     1,
-    "model.depth=-1 must be in [1, 10000], or None",
+    "model.depth=-1 must be a whole number from 1 to 10000, or None",
   ),
-  "unknown dtype": (["--config.model.dtype=float16"], 1, "model.dtype='float16' is unknown"),
+  "unknown dtype": (["--config.model.dtype=float16"], 1, "model.dtype='float16' must be one of"),
   "drop rate above one": (["--config.model.class_dropout_rate=1.1"], 1, "class_dropout_rate=1.1"),
   "unknown noise": (
     ["--config.diffusion.noise_schedule=cos"],
     1,
-    "noise_schedule='cos' is unknown",
+    "noise_schedule='cos' must be one of",
   ),
-  "unknown prediction": (["--config.diffusion.prediction=x0"], 1, "prediction='x0' is unknown"),
+  "unknown prediction": (["--config.diffusion.prediction=x0"], 1, "prediction='x0' must be one of"),
   "unknown weighting": (["--config.diffusion.loss_weighting=p2"], 1, "loss_weighting='p2'"),
-  "unknown optimiser": (["--config.optimizer.name=sgd"], 1, "optimizer.name='sgd' is unknown"),
-  "no learning rate": (["--config.optimizer.learning_rate=0"], 1, "must lie in (1e-37, 1e30)"),
-  "endless average": (["--config.optimizer.ema_decay=1"], 1, "ema_decay=1.0 must lie in [0, 1)"),
+  "unknown optimiser": (["--config.optimizer.name=sgd"], 1, "optimizer.name='sgd' must be one of"),
+  "no learning rate": (
+    ["--config.optimizer.learning_rate=0"],
+    1,
+    "must be a number in (1e-37, 1e30)",
+  ),
+  "endless average": (
+    ["--config.optimizer.ema_decay=1"],
+    1,
+    "ema_decay=1.0 must be a number in [0, 1)",
+  ),
   "negative clipping": (
     ["--config.optimizer.grad_clip_norm=-1"],
     1,
-    "grad_clip_norm=-1.0 must lie",
+    "grad_clip_norm=-1.0 must be",
   ),
-  "unknown start": (["--config.curriculum.start=top"], 1, "curriculum.start='top' is unknown"),
-  "no patience": (["--config.curriculum.patience=0"], 1, "patience=0 must be at least 1"),
-  "no checks": (["--config.curriculum.check_every_steps=0"], 1, "check_every_steps=0 must be at"),
+  "unknown start": (["--config.curriculum.start=top"], 1, "curriculum.start='top' must be one of"),
+  "no patience": (
+    ["--config.curriculum.patience=0"],
+    1,
+    "patience=0 must be a whole number from 1",
+  ),
+  "no checks": (["--config.curriculum.check_every_steps=0"], 1, "check_every_steps=0 must be a"),
   "groups from elsewhere": (["--config.curriculum.boundaries=(1,1000)"], 1, "must start at 0"),
   "groups that fall": (["--config.curriculum.boundaries=(0,9,9,1000)"], 1, "must rise"),
   "one boundary": (["--config.curriculum.boundaries=(0,)"], 1, "must be two or more whole numbers"),
@@ -96,27 +123,43 @@ MISTAKES = {
     1,
     "must end at config.diffusion.num_train_timesteps=1000: use (0, 500, 1000)",
   ),
-  "zero steps": (["--config.training.num_steps=0"], 1, "training.num_steps=0 must be at least 1"),
+  "zero steps": (
+    ["--config.training.num_steps=0"],
+    1,
+    "training.num_steps=0 must be a whole number from 1",
+  ),
   "zero batch": (
     ["--config.training.batch_size=0"],
     1,
-    "training.batch_size=0 must be in [1, 1048576]",
+    "training.batch_size=0 must be a whole number from 1 to 1048576",
   ),
   "batch over devices": (
     ["--config.training.batch_size=6"],
     1,
     "6 is not divisible by the 4 devices",
   ),
-  "no checkpoint kept": (["--config.checkpoint.keep=0"], 1, "checkpoint.keep=0 must be at least 1"),
-  "unknown solver": (["--config.sampling.solver=euler"], 1, "sampling.solver='euler' is unknown"),
+  "no checkpoint kept": (
+    ["--config.checkpoint.keep=0"],
+    1,
+    "checkpoint.keep=0 must be a whole number from 1",
+  ),
+  "unknown solver": (
+    ["--config.sampling.solver=euler"],
+    1,
+    "sampling.solver='euler' must be one of",
+  ),
   "zero solver steps": (
     ["--config.sampling.num_steps=0"],
     1,
-    "sampling.num_steps=0 must be at least 1",
+    "sampling.num_steps=0 must be a whole number from 1",
   ),
   "too many solver steps": (["--config.sampling.num_steps=2000"], 1, "must lie in [1, 1000]"),
-  "no samples": (["--config.sampling.num_samples=0"], 1, "num_samples=0 must be at least 1"),
-  "eta above one": (["--config.sampling.eta=2"], 1, "sampling.eta=2.0 must lie in [0, 1]"),
+  "no samples": (
+    ["--config.sampling.num_samples=0"],
+    1,
+    "num_samples=0 must be a whole number from 1",
+  ),
+  "eta above one": (["--config.sampling.eta=2"], 1, "sampling.eta=2.0 must be a number in [0, 1]"),
   "guidance without classes": (
     ["--config.data.num_classes=0", "--config.sampling.guidance_scale=2"],
     1,
@@ -127,7 +170,7 @@ MISTAKES = {
     1,
     "needs a null class",
   ),
-  "negative guidance": (["--config.sampling.guidance_scale=-1"], 1, "guidance_scale=-1.0 must lie"),
+  "negative guidance": (["--config.sampling.guidance_scale=-1"], 1, "guidance_scale=-1.0 must be"),
   "unknown label": (["--config.sampling.labels=10"], 1, "sampling.labels='10' is unknown"),
   "unknown label rule": (["--config.sampling.labels=all"], 1, "use balanced, random or 0 to 9"),
   "name with a slash": (["--config.sampling.name=../x"], 1, "must be the name of a directory"),
@@ -169,7 +212,7 @@ MISTAKES = {
   "negative cache": (
     ["--config.data.cache_gib=-1"],
     1,
-    "data.cache_gib=-1.0 must lie in [0, 1e6]",
+    "data.cache_gib=-1.0 must be a number in [0, 1e6]",
   ),
   # Combinations of fields.
   "measured without an analysis": ([MEASURED], 1, "rank.analysis='' is missing"),
@@ -236,12 +279,16 @@ MISTAKES = {
     1,
     "(1e-37, 1e30)",
   ),
-  "decay beyond float32": (["--config.optimizer.weight_decay=1e39"], 1, "must lie in [0, 1e30)"),
-  "cache beyond any machine": (["--config.data.cache_gib=1e300"], 1, "cache_gib=1e+300 must lie"),
+  "decay beyond float32": (
+    ["--config.optimizer.weight_decay=1e39"],
+    1,
+    "must be a number in [0, 1e30)",
+  ),
+  "cache beyond any machine": (["--config.data.cache_gib=1e300"], 1, "cache_gib=1e+300 must be"),
   "a zero for never": (
     ["--config.training.eval_every_steps=0"],
     1,
-    "eval_every_steps=0 must be at least 1, or None (never)",
+    "eval_every_steps=0 must be a whole number from 1 to 2**31 - 1, or None (never)",
   ),
   "one step to profile": (["--config.training.profile_steps=(3,)"], 1, "must be 0 or 2 rising"),
   "a dry run of what cannot be": (["--dry_run", "--config.model.num_heads=3"], 1, "not a multiple"),
@@ -259,7 +306,7 @@ NEVER = {
   bool: ("maybe", "2", ""),
 }
 NEVER_BY_FIELD = {
-  name: NEVER.get(float if isinstance(field.allowed, Number) else type(field.default), NEVER[int])
+  name: NEVER[field.allowed.kind if field.default is None else type(field.default)]
   for name, field in FIELDS.items()
   if type(field.default) not in (str, tuple)
 }
