@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import os
 import pty
 import re
@@ -226,6 +227,7 @@ STAGES = SHALLOW | {
 
 def train_stages(workdir, num_steps):
   """(stage, timesteps, first step) of each stage that the run enters."""
+  logging.getLogger("lrdit").setLevel(logging.DEBUG)  # as main.py does
   train_one_device(workdir, **STAGES, training__num_steps=num_steps)
   log_file = (workdir / "train.log").read_text()
   return re.findall(r"stage (\d)/3: timesteps (.*), from step (\d+)$", log_file, re.M)
