@@ -8,6 +8,7 @@ import numpy as np
 
 from lrdit.experiment import Experiment
 from lrdit.model import dit
+from lrdit.modes import train
 from lrdit.runtime import parallel
 from lrdit.train.checkpoints import Checkpoints
 from lrdit.train.state import create_train_state
@@ -68,3 +69,9 @@ def assert_same_run(workdir, reference, **overrides):
   assert a.step == expected[-1]["step"]
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     np.testing.assert_array_equal(x, y)
+
+
+def train_one_device(workdir, **fields):
+  """A run in this process, at a constant rate, so that a longer run is the same program."""
+  config = tiny.tiny_config(**{"optimizer__decay": "constant"} | fields)
+  train.train(config, str(workdir), jax.devices()[:1])
