@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from lrdit.experiment import Experiment
-from lrdit.train import train_state, training_step
+from lrdit.train.loss import select_ranks
+from tests.trained import fresh_state
 
 
 def structs(tree):
@@ -14,14 +15,8 @@ def structs(tree):
 def training(config, devices):
   """The pmapped training step, its arguments, and its groups."""
   objective = Experiment(config).objective(devices)
-  optimizer = Experiment(config).optimizer
-  curriculum = Experiment(config).curriculum
   n, local = len(devices), config.training.batch_size // len(devices)
-  state = jax.eval_shape(
-    lambda: train_state.create_train_state(
-      Experiment(config).init_params(), optimizer, curriculum.num_groups
-    )
-  )
+  state = jax.eval_shape(lambda: fresh_state(config))
   state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), state)
   s = objective.model.shape
   size = (s.image_size, s.image_size, s.channels)
@@ -30,5 +25,5 @@ def training(config, devices):
     "label": jax.ShapeDtypeStruct((n, local), jnp.int32),
   }
   key = structs(jax.random.key(0))
-  groups = training_step.select_ranks(objective, jnp.zeros(local, jnp.int32)).groups
+  groups = select_ranks(objective, jnp.zeros(local, jnp.int32)).groups
   return Experiment(config).train_step(devices, stage=0), (state, batch, key), groups

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lrdit.config.run_config import read_changes
 from lrdit.experiment import Experiment
 from lrdit.modes import train
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
-from lrdit.runtime.workdir import read_changes
 from tests import tiny
 from tests.trained import final_state, train_one_device
 
@@ -88,7 +88,7 @@ def test_a_nan_in_the_data_is_reported_with_its_step(tmp_path, monkeypatch):
   images = clean.images.copy()
   images[7, 2, 5] = np.nan
   spoilt = {"train": dataclasses.replace(clean, images=images), "eval": clean}
-  monkeypatch.setattr(builders, "make_source", lambda config, split: spoilt[split])
+  monkeypatch.setattr(Experiment, "source", lambda self, split: spoilt[split])
   devices = jax.devices()[:2]
   batches = train.Trainer(config, str(tmp_path), devices).batches(range(200))
   step = next(i for i, b in enumerate(batches, start=1) if np.isnan(b["image"]).any())
