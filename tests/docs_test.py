@@ -21,18 +21,6 @@ SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 FILE = re.compile(r"(?:lrdit|tests|docs|launch|configs)/[\w/.-]+\.(?:py|sh|md|txt|yaml|sbatch|png)")
 OWN_FILE = re.compile(r"\.(?:py|json|npz|jsonl|html|md|png|npy|part|log)$")
 FIELD = re.compile(r"\"?(?:--config\.)?([a-z_]+\.[a-z_0-9]+)(?:[=(].*)?")
-# What other branches bring: to be emptied once they are merged.
-IN_FLIGHT = (
-  "configuration.md",
-  "lrdit/experiment.py",
-  "lrdit/train/",
-  "tests/train/",
-  "--dry_run",
-  "profile_steps",
-  "logistic_",
-  "min_snr_gamma",
-  "beta1",
-)
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 
@@ -102,22 +90,16 @@ def is_dead(page, target):
   return not found.exists() or (anchor and anchor not in anchors_of(found))
 
 
-def still_missing(found):
-  return [text for text in found if not any(part in text for part in IN_FLIGHT)]
-
-
 @each_page
 def test_links_lead_somewhere(page):
   targets = [t for t in LINK.findall(prose_of(page)) if not re.match(r"\w+:", t)]
-  assert not still_missing(target for target in targets if is_dead(page, target))
+  assert not [target for target in targets if is_dead(page, target)]
 
 
 @each_page
 def test_commands_parse(page, monkeypatch):
   monkeypatch.chdir(ROOT)
   for words in commands_of(page):
-    if not still_missing([" ".join(words)]):
-      continue
     if "main.py" in words:
       check_main(words[words.index("main.py") + 1 :])
     elif words[:2] == ["python", "-m"]:
@@ -138,7 +120,7 @@ def test_code_spans_name_what_exists(page):
     field = FIELD.fullmatch(span)
     is_field = field and field[1].partition(".")[0] in groups and not OWN_FILE.search(span)
     unknown += [span] if is_field and field[1] not in default_fields() else []
-  assert not still_missing(unknown)
+  assert not unknown
 
 
 @each_page
@@ -150,8 +132,6 @@ def test_pages_are_short(page):
 
 def test_design_has_the_import_table():
   may_import = runpy.run_path(str(ROOT / "tests/imports_test.py"))["MAY_IMPORT"]
-  if "builders" in may_import:
-    pytest.skip("in flight")
   text = (ROOT / "docs/design.md").read_text()
   rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", text, re.M)
   assert [name for name, _ in rows] == [*may_import]
