@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 
 from lrdit.runtime import startup
@@ -29,6 +30,10 @@ if "LRDIT_TEST_CACHE" not in os.environ:
   os.environ["LRDIT_TEST_CACHE_MADE_BY"] = str(os.getpid())
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["LRDIT_TEST_CACHE"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+# A shell starts its background jobs with SIGINT ignored, and what they start inherits that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import jaxtyping
