@@ -31,7 +31,7 @@ TRAIN_IMAGES = 162_770
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  """The dissertation's recipe on latents, without classes."""
+  """Return the dissertation's recipe on latents, without classes."""
   args = parse_arg(arg, method="adaptive", variant="S/2")
   config = get_default_config(args["method"], args["variant"])
   config.data.name = "celeb_a"

@@ -12,7 +12,7 @@ Data: a prepared tensorflow-datasets directory under ~/tensorflow_datasets or
 Training reads the 50,000 training images; the 10,000 test images are held out.
 
 Run so far: a few steps of every arm, with resuming and sampling, on real CIFAR-10
-photographs; no whole training, so there is no expected figure yet.
+photographs; no whole training, so there is no result yet.
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +24,7 @@ TRAIN_IMAGES = 50_000
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  """The dissertation's recipe on pixels, with classes."""
+  """Return the dissertation's recipe on pixels, with classes."""
   args = parse_arg(arg, method="adaptive", variant="S/2")
   config = get_default_config(args["method"], args["variant"])
   config.data.name = "cifar10"

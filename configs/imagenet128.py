@@ -36,7 +36,7 @@ CLASSES = 1000
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  """The dissertation's recipe on latents, with classes."""
+  """Return the dissertation's recipe on latents, with classes."""
   args = parse_arg(arg, method="adaptive", variant="B/2", classes=str(CLASSES))
   if not args["classes"].isdecimal() or not 1 <= int(args["classes"]) <= CLASSES:
     raise UserError(f"classes={args['classes']} must be a number from 1 to {CLASSES}", 2)
@@ -49,7 +49,7 @@ def get_config(arg: str = "") -> ConfigDict:
   # FID: --config.evaluation.extractors="('inception',)"; a classifier takes long to train.
   config.evaluation.extractors = ()
   config.vae.downsample_factor = 8
-  # Of fewer classes about as many images less, so an epoch stays an epoch.
+  # Fewer classes have proportionally fewer images, so that an epoch stays an epoch.
   train_images = TRAIN_IMAGES * classes // CLASSES
   config.training.num_steps = EPOCHS * train_images // config.training.batch_size
   config.sampling.num_samples = 50_000
