@@ -174,9 +174,10 @@ def test_digits_go_on_where_they_were_stopped_and_repeat_nothing(checkout, tmp_p
 
 
 def finished_files(directory):
-  """Return when checkpoints, metrics and samples were written."""
-  parts = {"checkpoints", "metrics.jsonl", "samples"}
-  return {path: when for path, when in scripts.times(directory).items() if parts & {*path.parts}}
+  """Return when checkpoints and samples were written, and the text of metrics."""
+  parts, times = {"checkpoints", "samples"}, scripts.times(directory)
+  texts = {path: path.read_text() for path in times if path.name == "metrics.jsonl"}
+  return {path: when for path, when in times.items() if parts & {*path.parts}} | texts
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What goes between devices, and where arrays lie."""
+"""What devices exchange, and where arrays are."""
 
 import math
 import re
@@ -16,7 +16,7 @@ SHAPE = re.compile(r"([a-z]\d+)\[([\d,]*)\]")
 
 
 def reduced_values(text):
-  """Values of each dtype that all-reduce operations of compiled code take in."""
+  """Return how many values of each dtype the all-reduce operations of compiled code take."""
   counts = {}
   for result in re.findall(r"(?m)^.*? = (.*) all-reduce(?:-start)?\(", text):
     for dtype, dims in SHAPE.findall(result):
@@ -27,8 +27,8 @@ def reduced_values(text):
 
 @pytest.mark.parametrize("method", ["full", "adaptive"])
 def test_a_step_moves_the_gradient_between_devices_and_little_else(method):
-  """Once, in float32; beside it the loss, the sums of the groups and whether the batch is good."""
-  config = tiny_config(f"method={method}")
+  """Beside it, the loss, the sums of the groups and whether the batch is finite."""
+  config = tiny_config(f"method={method}", model__depth=1, rank__num_buckets=2)
   step, args, _ = training(config, jax.devices()[:4])
   text = step.lower(*args).compile().as_text()
   counts = reduced_values(text)
@@ -47,11 +47,11 @@ def test_batches_are_spread_over_the_devices():
   assert rows == dict.fromkeys(devices, (1, 2, 3))
 
 
-def test_samples_are_drawn_on_all_devices():
-  config = tiny_config(sampling__batch_size=8)
-  drawn = Experiment(config).sampler(jax.devices())
-  params = drawn.slice_params(jax.device_get(Experiment(config).init_params()))
-  images = drawn.sample_batch(params, np.arange(8), np.zeros(8, np.int32))
+def test_sampling_uses_all_devices():
+  config = tiny_config(sampling__batch_size=8, model__depth=1, rank__num_buckets=1)
+  sampler = Experiment(config).sampler(jax.devices())
+  params = sampler.slice_params(jax.device_get(Experiment(config).init_params()))
+  images = sampler.sample_batch(params, np.arange(8), np.zeros(8, np.int32))
   rows = {s.device: s.data.shape[0] for s in images.addressable_shards}
   assert rows == dict.fromkeys(jax.devices(), 2)
 

@@ -137,19 +137,15 @@ print(sum(hits))
 """
 
 
-@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"])
-def test_a_second_process_compiles_nothing_anew(tmp_path, variable):
-  environment = tiny.environment(JAX_COMPILATION_CACHE_DIR="") | {variable: str(tmp_path)}
-  cache = tmp_path / "lrdit" if variable == "XDG_CACHE_HOME" else tmp_path
+def test_a_second_process_compiles_nothing_anew(tmp_path):
+  def run(**variables):
+    environment = {"JAX_COMPILATION_CACHE_DIR": "", "JAX_NUM_CPU_DEVICES": "1", **CPU, **variables}
+    return run_program(COMPILE, **environment)[-1]
 
-  def run():
-    command = [sys.executable, "-c", COMPILE]
-    done = subprocess.run(command, cwd=tiny.ROOT, env=environment, check=True, capture_output=True)
-    return int(done.stdout.split()[-1])
-
-  assert run() == 0
+  assert run(XDG_CACHE_HOME=str(tmp_path)) == 0
+  cache = tmp_path / "lrdit"
   assert any("slow_to_compile" in path.name for path in cache.glob("*-cache"))
-  assert run() >= 1
+  assert run(JAX_COMPILATION_CACHE_DIR=str(cache)) >= 1
 
 
 OURS = "--xla_gpu_enable_triton_gemm=false"
