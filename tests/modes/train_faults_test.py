@@ -50,7 +50,7 @@ def test_a_run_that_blew_up_goes_on_as_its_message_says(tmp_path, told):
 
 @pytest.mark.slow
 def test_a_spoilt_checkpoint_is_deleted_as_its_message_says(tmp_path):
-  fields = dict(checkpoint__every_steps=1, optimizer__grad_clip_norm=0.0, training__num_steps=6)
+  fields = dict(checkpoint__every_steps=1, optimizer__grad_clip_norm=None, training__num_steps=6)
   spoilt = fields | dict(optimizer__learning_rate=1e15, optimizer__warmup_steps=1)
   path = tmp_path / "checkpoints" / "1"
   message = (
@@ -109,7 +109,7 @@ def test_a_grid_that_is_not_finite_is_logged(monkeypatch, caplog):
   batch = np.zeros((80, 8, 8, 1), np.float32)
   batch[3, 0, 0] = np.nan
   config = tiny.tiny_config(training__sample_every_steps=4)
-  grids = train.Grids(config, jax.devices()[:1], vae_digest="")
+  grids = train.Grids(Experiment(config), jax.devices()[:1], vae_digest="")
   monkeypatch.setattr(grids, "_sampler", types.SimpleNamespace(sample=lambda *_: [batch]))
   pixels = grids.sample({}, step=7)
   assert pixels[3, 0, 0] == 0
