@@ -343,7 +343,7 @@ def kill_again_and_again(start, progress, kills, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_processes", "kills"), [(1, 10), (2, 10)])
 def test_killed_training_ends_as_if_undisturbed(tmp_path, record_property, num_processes, kills):
-  """A checkpoint every second step: many kills meet one being written."""
+  """A checkpoint is saved every second step, so that many kills meet one being written."""
   flags = ("--config.training.num_steps=400", "--config.checkpoint.every_steps=2")
   fields = FIELDS | dict(training__num_steps=400, checkpoint__every_steps=2)
   undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "run"

@@ -111,7 +111,7 @@ def main() -> None:
   args = parser.parse_args()
   startup.use_compilation_cache()
   job = cluster.Cluster(args.coordinator, args.num_processes, args.process_id)
-  cluster.connect(job, shares_sigterm=False)
+  cluster.connect(job, shares_sigterm=True)
   worker = Worker(make_config(args), parallel.all_devices())
   about = {
     "num_processes": cluster.num_processes(),
