@@ -1,4 +1,4 @@
-"""The file that --config names: a Python file whose get_config returns a ConfigDict."""
+"""Load the Python file that --config names, whose get_config returns a ConfigDict."""
 
 import inspect
 import os
@@ -14,20 +14,14 @@ from ml_collections import ConfigDict
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.paths import local_path
 
-# Name of the module that the file becomes: dataclasses look themselves up there.
-MODULE = "lrdit_config_file"
+MODULE = "lrdit_config_file"  # The file becomes this module, which dataclasses look up.
 
 
 def load(flag: str) -> ConfigDict:
-  """Return the config of "FILE" or "FILE:ARGUMENT".
-
-  Args:
-    flag: value of --config. ARGUMENT is what get_config is called with; without a colon it is
-      called without arguments.
+  """Return the config of --config=FILE[:ARGUMENT]; ARGUMENT is passed to get_config.
 
   Raises:
-    UserError: with status 2, in one line that names the file and, where it has one, the line,
-      whatever is wrong with them.
+    UserError: anything is wrong with the flag or the file; the message has the line at fault.
   """
   local_path("--config", flag, 2)  # an address is not FILE:ARGUMENT
   path, colon, argument = flag.partition(":")
@@ -59,7 +53,6 @@ def load(flag: str) -> ConfigDict:
 
 
 def _run(path: str) -> types.ModuleType:
-  """Return the module that a file's text makes."""
   try:
     text = pathlib.Path(path).read_bytes()
   except OSError as error:
@@ -73,7 +66,7 @@ def _run(path: str) -> types.ModuleType:
 
 
 def _call(path: str, call: Callable, *arguments: str) -> Any:
-  """Return what a call into the file returns; raise its errors as a UserError of one line."""
+  """Call a function of the file; raise its errors as a UserError of one line."""
   try:
     return call(*arguments)
   except UserError:  # the file's own, about its argument

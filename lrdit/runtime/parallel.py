@@ -88,8 +88,8 @@ def prefetch(batches: Iterator[Any], devices: Devices) -> Iterator[Any]:
 
 def unreplicate(tree: Any) -> Any:
   """Return the first local device's copy of a replicated tree, on that device."""
-  # Indexing would gather across hosts, and flax's `unreplicate` keeps the axis where a run uses only
-  # some devices.
+  # Indexing would gather across hosts, and flax's `unreplicate` keeps the axis where a run uses
+  # some of several devices.
   return jax.tree.map(lambda x: x.addressable_shards[0].data.squeeze(0), tree)
 
 
