@@ -1,9 +1,8 @@
-r"""scikit-learn's handwritten digits: 8x8 grey, 10 classes, no download.
+"""scikit-learn's handwritten digits: 8x8 gray, 10 classes, no download.
 
 python main.py --config=configs/digits.py:method=adaptive --workdir=runs/digits
 
-Arguments: method=full|static|adaptive, variant=T/2. The figures it gives stand
-in the README's results table.
+Arguments: method=full|static|adaptive, variant=T/2. The README's table has its results.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +11,7 @@ from lrdit.config.schema import get_default_config, parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  """The recipe of the quickstart."""
+  """Return the recipe of the quickstart."""
   args = parse_arg(arg, method="adaptive", variant="T/2")
   config = get_default_config(args["method"], args["variant"])
   config.data.name = "digits"
