@@ -6,7 +6,7 @@ import logging
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,8 @@ from lrdit.config.checks import require
 from lrdit.config.schema import get
 from lrdit.data import images, latents, pipeline
 from lrdit.data.source import DataOptions, Source
-from lrdit.diffusion import solvers
 from lrdit.evaluation import classifier, features, inception
 from lrdit.model import dit, vae, vae_weights
-from lrdit.rank.plan import RankPlan
 from lrdit.rank.strata import uniform_strata
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
@@ -34,8 +32,12 @@ from lrdit.train.optimizer import Schedule, learning_rate_schedule, make_optimiz
 
 log = logging.getLogger("lrdit")
 
-# `Experiment.to_pixels` returns this.
-ToPixels = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+ToPixels = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # of `Experiment.to_pixels`
+T = TypeVar("T")
+
+
+def _derived(function: Callable[[ConfigDict], T]) -> functools.cached_property[T]:
+  return functools.cached_property(lambda self: function(self.config))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,20 +48,9 @@ class Experiment:
 
   # The model.
 
-  @functools.cached_property
-  def shape(self) -> dit.DiTShape:
-    """The model's sizes."""
-    return derive.model_shape(self.config)
-
-  @functools.cached_property
-  def factorised_layers(self) -> list[str]:
-    """Names of the layers that a low-rank arm factorises, whatever the experiment's arm."""
-    return derive.factorised_layers(self.config)
-
-  @functools.cached_property
-  def plan(self) -> RankPlan:
-    """The arm's rank plan."""
-    return derive.rank_plan(self.config)
+  shape = _derived(derive.model_shape)
+  factorised_layers = _derived(derive.factorised_layers)
+  plan = _derived(derive.rank_plan)
 
   @property
   def dtype(self) -> Any:
@@ -68,16 +59,10 @@ class Experiment:
 
   def model(self, devices: parallel.Devices = ()) -> dit.DiT:
     """Return the DiT, with the attention that the devices compute fastest."""
-    model = self.config.model
-    head = model.hidden_size // model.num_heads
-    return dit.DiT(
-      self.shape,
-      self.plan,
-      self.dtype,
-      remat=model.remat,
-      scan_blocks=model.scan_blocks,
-      attention=dit.choose_attention(devices, self.dtype, head),
-    )
+    m = self.config.model
+    attention = dit.choose_attention(devices, self.dtype, m.hidden_size // m.num_heads)
+    settings = dict(remat=m.remat, scan_blocks=m.scan_blocks, attention=attention)
+    return dit.DiT(self.shape, self.plan, self.dtype, **settings)
 
   def init_params(self) -> Any:
     """Return initial float32 parameters, which the seed determines."""
@@ -90,10 +75,7 @@ class Experiment:
 
   # Training.
 
-  @functools.cached_property
-  def alphas_cumprod(self) -> Float[np.ndarray, " T"]:
-    """(T,) float64 products of 1 - beta."""
-    return derive.alphas_cumprod(self.config)
+  alphas_cumprod = _derived(derive.alphas_cumprod)
 
   @functools.cached_property
   def curriculum(self) -> Curriculum:
@@ -159,10 +141,7 @@ class Experiment:
 
   # Sampling.
 
-  @functools.cached_property
-  def solver_table(self) -> solvers.SolverTable:
-    """The sampling solver's coefficients."""
-    return derive.solver_table(self.config)
+  solver_table = _derived(derive.solver_table)
 
   def sampler(self, devices: parallel.Devices, batch_size: int | None = None) -> Sampler:
     """Return the sliced sampler; `batch_size` replaces the config's."""
@@ -221,9 +200,10 @@ class Experiment:
   @property
   def _data_options(self) -> DataOptions:
     data = self.config.data
-    names = ("data_dir", "image_size", "num_channels", "skip_unreadable")
-    copied = {name: data[name] for name in names}
-    return DataOptions(**copied, cache_bytes=int(data.cache_gib * 2**30))
+    cache_bytes = int(data.cache_gib * 2**30)
+    return DataOptions(
+      data.data_dir, data.image_size, data.num_channels, cache_bytes, data.skip_unreadable
+    )
 
   def image_source(self, split: str) -> Source:
     """Return the images of the "train" or "eval" split."""

@@ -18,16 +18,13 @@ def input_size(config: ConfigDict) -> int:
 
 def model_shape(config: ConfigDict) -> dit.DiTShape:
   """Return the model's sizes."""
-  model, has_vae = config.model, config.vae.downsample_factor
+  has_vae = config.vae.downsample_factor
+  names = ("hidden_size", "depth", "num_heads", "patch_size", "learn_sigma")
   return dit.DiTShape(
     image_size=input_size(config),
     channels=config.vae.latent_channels if has_vae else config.data.num_channels,
     num_classes=config.data.num_classes,
-    hidden_size=model.hidden_size,
-    depth=model.depth,
-    num_heads=model.num_heads,
-    patch_size=model.patch_size,
-    learn_sigma=model.learn_sigma,
+    **{name: config.model[name] for name in names},
   )
 
 

@@ -102,9 +102,7 @@ def _override(values: flags.FlagValues, config: ConfigDict | None, rest: list[st
   for argument in rest:
     field = re.match(r"--?(?:no)?config\.([^=]*)", argument)
     if field and config is None:
-      raise UserError(
-        f"{argument} is a field of a config, which this mode does not take: leave it out", 2
-      )
+      raise UserError(f"{argument} is a config field, which this mode does not take: remove it", 2)
     if field and field[1] not in names:
       raise UserError(_no_such_field(argument, field[1], names), 2)
   fields = flags.FlagValues()
@@ -117,9 +115,8 @@ def _override(values: flags.FlagValues, config: ConfigDict | None, rest: list[st
     words = fields(["", *rest])[1:]
   except flags.UnrecognizedFlagError as error:
     near = _nearest(error.flagname, [*values, *(f"config.{name}" for name in names)])
-    raise UserError(
-      f"Unknown command line flag {error.flagname!r}{near} (see --help)", 2
-    ) from error
+    message = f"Unknown command line flag {error.flagname!r}{near} (see --help)"
+    raise UserError(message, 2) from error
   if words:
     raise UserError(f"{words[0]!r} is not a flag: write --name=value", 2)
 

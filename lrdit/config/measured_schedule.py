@@ -90,10 +90,8 @@ def measured_ranks(config: ConfigDict, found: dict[str, Any]) -> Float[np.ndarra
       "config.rank.measured_shares and measured_boundaries"
     )
   if found.get("num_buckets", 1) > 1:
-    raise UserError(
-      f"{where} a run with an r(t) of its own, above which no loss rises: analyze a run of the "
-      "full arm"
-    )
+    fix = "analyze a run of the full arm"
+    raise UserError(f"{where} a run with an r(t) of its own, above which no loss rises: {fix}")
   mean = np.mean([plan.static_rank(config.rank.ratio, *shapes[name]) for name in names])
   ranks = measured.match_mean_rank(
     found["ranks"], found["rise"], found["largest_rank"], boundaries, float(mean)

@@ -26,9 +26,8 @@ def load(flag: str) -> ConfigDict:
   local_path("--config", flag, 2)  # an address is not FILE:ARGUMENT
   path, colon, argument = flag.partition(":")
   if ":" in argument:
-    raise UserError(
-      f"--config={flag} has a colon too many: write FILE:KEY=VALUE,KEY=VALUE, with one colon", 2
-    )
+    fix = "write FILE:KEY=VALUE,KEY=VALUE, with one colon"
+    raise UserError(f"--config={flag} has a colon too many: {fix}", 2)
   if not path:
     raise UserError(f"--config={flag} names no file: write FILE or FILE:KEY=VALUE,...", 2)
   path = local_path("--config", path, 2)
@@ -44,11 +43,8 @@ def load(flag: str) -> ConfigDict:
     raise UserError(f"--config: get_config of {path}: {error}: {fix}", 2) from error
   config = _call(path, get_config, *arguments)
   if not isinstance(config, ConfigDict):
-    raise UserError(
-      f"--config: get_config of {path} returns {type(config).__name__}, not a ConfigDict: end it "
-      "with 'return config'",
-      2,
-    )
+    found = f"{type(config).__name__}, not a ConfigDict: end it with 'return config'"
+    raise UserError(f"--config: get_config of {path} returns {found}", 2)
   return config.lock()
 
 
@@ -73,9 +69,8 @@ def _call(path: str, call: Callable, *arguments: str) -> Any:
     raise
   except (Exception, SystemExit) as error:
     where, message = path, str(error)
-    lines = [
-      frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path
-    ]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
     if isinstance(error, SyntaxError) and error.filename:  # in the file, or in one it imports
       where, lines, message = error.filename, [error.lineno], error.msg
     where += f":{lines[-1]}" if lines and lines[-1] else ""

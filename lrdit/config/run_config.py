@@ -48,7 +48,7 @@ def open_workdir(path: str, config: ConfigDict, create: bool) -> pathlib.Path:
 
 
 def check_workdir(path: str | pathlib.Path, config: ConfigDict, create: bool) -> pathlib.Path:
-  """Do the checks of `open_workdir` without writing."""
+  """Run the checks of `open_workdir` without writing."""
   workdir = pathlib.Path(path)
   is_there, begun = (workdir / "config.json").exists(), has_begun(workdir)
   if not is_there and not create:

@@ -6,6 +6,7 @@ Config files import this module before jax is set up, so it imports neither nump
 import dataclasses
 import enum
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -49,11 +50,13 @@ class Field:
       local_path(f"config.{name}", value)
 
 
-def _group(name: str, role: Role, /, **fields: Field) -> dict[str, Field]:
-  return {
-    f"{name}.{key}" if name else key: dataclasses.replace(field, role=field.role or role)
-    for key, field in fields.items()
-  }
+def _group(group: str, role: Role) -> Callable[..., dict[str, Field]]:
+  prefix = f"{group}." if group else ""
+
+  def fields_by_name(**fields: Field) -> dict[str, Field]:
+    return {prefix + k: dataclasses.replace(f, role=f.role or role) for k, f in fields.items()}
+
+  return fields_by_name
 
 
 def _is_name(value: str) -> bool:
@@ -67,15 +70,11 @@ _NAME = "the name of a directory to make, without '/', of at most 100 printable 
 _VARIANT, _BETA2 = "the variant's", "0.999 for adamw, 0.99 for lion"
 
 FIELDS: dict[str, Field] = {
-  **_group(
-    "",
-    Role.RUN,
+  **_group("", Role.RUN)(
     seed=Field(0, "Seed of the parameters, batches, noise and timesteps", _SEED),
     method=Field("adaptive", "Arm", choice("full", "static", "adaptive")),
   ),
-  **_group(
-    "data",
-    Role.RUN,
+  **_group("data", Role.RUN)(
     name=Field("", "Dataset", choice(names="data.pipeline.LOADERS")),
     data_dir=Field("", "Directory or file of the data", PATH, role=Role.FREE),
     image_size=Field(None, "Height and width in pixels", whole(1, 2**16)),
@@ -85,18 +84,14 @@ FIELDS: dict[str, Field] = {
     cache_gib=Field(4.0, "Largest decoded split to cache", number("[0, 1e6]"), role=Role.FREE),
     skip_unreadable=Field(False, "Leave out images of a folder that cannot be read"),
   ),
-  **_group(
-    "vae",
-    Role.RUN,
+  **_group("vae", Role.RUN)(
     downsample_factor=Field(None, "Pixels along a latent's side", whole(), "pixels, no VAE"),
     latent_channels=Field(4, "Channels of a latent", whole()),
     path=Field("", "AutoencoderKL of diffusers: directory or safetensors", PATH, role=Role.FREE),
     latents_dir=Field("", "Directory that `--mode=encode` wrote", PATH, role=Role.FREE),
     batch_size=Field(32, "Images in flight over all devices", _BATCH, role=Role.FREE),
   ),
-  **_group(
-    "model",
-    Role.RUN,
+  **_group("model", Role.RUN)(
     variant=Field("S/2", "Size and patch; the README lists the sizes"),
     hidden_size=Field(None, "Width", whole(1, 2**16), _VARIANT),
     depth=Field(None, "Blocks", whole(1, 10_000), _VARIANT),
@@ -108,9 +103,7 @@ FIELDS: dict[str, Field] = {
     class_dropout_rate=Field(0.1, "Share of labels replaced by the null class", number("[0, 1]")),
     learn_sigma=Field(False, "Learn the reverse process's variance"),
   ),
-  **_group(
-    "rank",
-    Role.RUN,
+  **_group("rank", Role.RUN)(
     ratio=Field(0.5, "Share of a dense layer's parameters that the static arm keeps", _SHARE),
     schedule=Field(
       "logistic_decreasing",
@@ -145,9 +138,7 @@ FIELDS: dict[str, Field] = {
       role=Role.PROCESS,
     ),
   ),
-  **_group(
-    "diffusion",
-    Role.RUN,
+  **_group("diffusion", Role.RUN)(
     num_train_timesteps=Field(1000, "T", whole(2, 1_000_000)),
     noise_schedule=Field(
       "squaredcos_cap_v2", "Noise schedule", choice(names="diffusion.process.NOISE_SCHEDULES")
@@ -158,9 +149,7 @@ FIELDS: dict[str, Field] = {
     ),
     min_snr_gamma=Field(5.0, "Cap of the signal-to-noise ratio in `min_snr`", _FLOAT),
   ),
-  **_group(
-    "curriculum",
-    Role.RUN,
+  **_group("curriculum", Role.RUN)(
     enabled=Field(False, "Train on a growing set of timestep groups"),
     start=Field("high", "First group", choice(names="train.curriculum.STARTS")),
     boundaries=Field(
@@ -171,9 +160,7 @@ FIELDS: dict[str, Field] = {
     check_every_steps=Field(1000, "Steps between checks", whole(), role=Role.TUNABLE),
     restart_optimizer=Field(False, "Begin each stage with fresh moments and a new warm-up"),
   ),
-  **_group(
-    "optimizer",
-    Role.TUNABLE,
+  **_group("optimizer", Role.TUNABLE)(
     name=Field("adamw", "Optimizer", choice(names="train.optimizer.OPTIMIZERS"), role=Role.RUN),
     learning_rate=Field(1e-4, "Peak learning rate", _FLOAT),
     decay=Field("constant", "After the warm-up", choice(names="train.optimizer.DECAYS")),
@@ -185,9 +172,7 @@ FIELDS: dict[str, Field] = {
     grad_clip_norm=Field(5.0, "Largest norm of the gradient", _FLOAT, "no clipping"),
     ema_decay=Field(0.9999, "Decay of the averaged parameters", number("[0, 1)")),
   ),
-  **_group(
-    "training",
-    Role.WATCH,
+  **_group("training", Role.WATCH)(
     batch_size=Field(256, "Examples in a step over all devices", _BATCH, role=Role.RUN),
     num_steps=Field(100_000, "Updates; a larger number prolongs a run", whole(), role=Role.FREE),
     log_every_steps=Field(100, "Steps between lines of metrics", whole()),
@@ -196,15 +181,11 @@ FIELDS: dict[str, Field] = {
     tensorboard=Field(True, "Write TensorBoard events if tensorboard is installed"),
     profile_steps=Field((), "Steps (first, end) to trace; () traces none", rising(0, 0, 2)),
   ),
-  **_group(
-    "checkpoint",
-    Role.FREE,
+  **_group("checkpoint", Role.FREE)(
     every_steps=Field(5000, "Steps between checkpoints", whole()),
     keep=Field(2, "Number of newest checkpoints to keep", whole()),
   ),
-  **_group(
-    "sampling",
-    Role.FREE,
+  **_group("sampling", Role.FREE)(
     num_samples=Field(1000, "Images in a sample set", whole()),
     batch_size=Field(250, "Images in flight over all devices", _BATCH),
     solver=Field("ddim", "Solver", choice(names="diffusion.solvers.SOLVERS")),
@@ -218,9 +199,7 @@ FIELDS: dict[str, Field] = {
     name=Field("default", "Name of the sample set", rule(_is_name, _NAME)),
     png_files=Field(False, "Write a PNG file for each image as well"),
   ),
-  **_group(
-    "evaluation",
-    Role.FREE,
+  **_group("evaluation", Role.FREE)(
     extractors=Field(
       ("classifier",),
       "Features that samples are compared by; () measures only held-out losses",
@@ -233,9 +212,7 @@ FIELDS: dict[str, Field] = {
     classifier_steps=Field(None, "Updates of the classifier", whole(), "about 20 epochs"),
     inception_weights=Field("", "Inception's weights; empty: torch-fidelity's", PATH),
   ),
-  **_group(
-    "analysis",
-    Role.FREE,
+  **_group("analysis", Role.FREE)(
     sections=Field(
       ("flops", "weights", "gradients", "truncation"),
       "Parts of the analysis",
@@ -247,9 +224,7 @@ FIELDS: dict[str, Field] = {
     seed=Field(0, "Seed of the gradients' examples, noise and timesteps", _SEED),
     ranks=Field((), "Ranks to truncate all layers to; (): ten shares of the largest", rising(1)),
   ),
-  **_group(
-    "benchmark",
-    Role.FREE,
+  **_group("benchmark", Role.FREE)(
     rounds=Field(10, "Rounds that medians are taken over", whole()),
     steps=Field(1, "Steps timed together; more of them hide the time between steps", whole()),
     sampling_runs=Field(1, "Complete sampling runs of each arm", whole(), "sum of bucket times"),

@@ -10,14 +10,8 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 # jax raises errors with these words in the other processes when one of several ends.
-OTHERS_ARE_GONE = (
-  "Connection closed by peer",
-  "Connection reset by peer",
-  "Gloo ",
-  "NCCL",
-  "coordination service",
-  "Coordination service",
-)
+OTHERS_ARE_GONE = ("Connection closed by peer", "Connection reset by peer", "Gloo ", "NCCL")
+OTHERS_ARE_GONE += ("coordination service", "Coordination service")
 RESTART_STATUS = 75  # EX_TEMPFAIL: a launcher starts all processes again
 # With one of these set, jax raises at the first such value.
 DEBUG_VARIABLES = ("JAX_DEBUG_NANS", "JAX_DEBUG_INFS")

@@ -49,16 +49,11 @@ def read_npz(
 ) -> Iterator[list[np.ndarray]]:
   """Yield the rows of an .npz in order, a batch at a time: one array for each name.
 
-  Args:
-    path: the .npz.
-    kinds: dtype and number of axes of every array by name, in order.
-    num_rows: rows of each array.
-    batch_size: rows at a time.
-    fix: the end of the message about damage.
+  `kinds` has the dtype and number of axes of every array, in the file's order.
 
   Raises:
     StoreError: the file is missing or holds anything else, or, after the last batch, a checksum
-      differs.
+      differs. The message ends with `fix`.
   """
   with damage_of(path, fix), zipfile.ZipFile(path) as archive, contextlib.ExitStack() as stack:
     if archive.namelist() != [f"{name}.npy" for name in kinds]:

@@ -12,14 +12,9 @@ URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://|file:/")
 def local_path(name: str, path: str, exit_status: int = 1) -> str:
   """Return a path with the home directory filled in; "" stays "".
 
-  Args:
-    name: flag, field or variable that holds the path, for the error.
-    path: as given.
-    exit_status: status of the error.
-
   Raises:
     UserError: the path is an address such as gs://bucket/run, holds a zero byte, or begins with
-      the name of a user without a home directory.
+      the name of a user without a home directory. The message begins with `name`.
   """
   if URL.match(path):  # opened as a path, it would make a directory named "gs:"
     local = re.sub(r"^file:/+", "/", path)
