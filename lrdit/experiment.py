@@ -219,10 +219,8 @@ class Experiment:
     if not self.config.vae.downsample_factor:
       return self.image_source(split)
     directory, shape = os.path.expanduser(self.config.vae.latents_dir), self.shape
-    rule = (
-      "must name the directory that --mode=encode wrote: make it by --mode=encode --output=DIR "
-      "--config.vae.path=VAE"
-    )
+    fix = "make it by --mode=encode --output=DIR --config.vae.path=VAE"
+    rule = f"must name the directory that --mode=encode wrote: {fix}"
     require(bool(directory), "vae.latents_dir", directory, rule)
     source = latents.open_latents(directory, split)
     self._check_origin(source, split)

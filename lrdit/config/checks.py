@@ -68,17 +68,14 @@ def choice(*own: str, names: str = "") -> Check:
 
   `names` is a "package.module.CONSTANT" below lrdit, imported when the field is first checked.
   """
-  return Check(
-    lambda value: value in _words(own, names), lambda: f"one of {', '.join(_words(own, names))}"
-  )
+  words = functools.partial(_words, own, names)
+  return Check(lambda value: value in words(), lambda: f"one of {', '.join(words())}")
 
 
 def several(*own: str, names: str = "") -> Check:
   """Return the check for a tuple of words, each as in `choice`."""
-  return Check(
-    lambda value: set(value) <= set(_words(own, names)),
-    lambda: f"some of {', '.join(_words(own, names))}",
-  )
+  words = functools.partial(_words, own, names)
+  return Check(lambda value: set(value) <= {*words()}, lambda: f"some of {', '.join(words())}")
 
 
 def rising(low: int, *lengths: int) -> Check:

@@ -72,18 +72,16 @@ def _check_vae(config: ConfigDict) -> None:
 
 
 def _check_model(config: ConfigDict) -> None:
-  model, size = config.model, derive.input_size(config)
+  patch, size = config.model.patch_size, derive.input_size(config)
   latent = f"({size} latent pixels) " if config.vae.downsample_factor else ""
-  rule = (
-    f"{latent}is not a multiple of config.model.patch_size={model.patch_size}: choose a variant "
-    "with another patch"
-  )
-  require(size % model.patch_size == 0, "data.image_size", config.data.image_size, rule)
-  field, width = "model.hidden_size", model.hidden_size
-  rule = f"is not a multiple of config.model.num_heads={model.num_heads}"
-  require(width % model.num_heads == 0, field, width, rule)
+  rule = f"{latent}is not a multiple of config.model.patch_size={patch}: choose a variant "
+  rule += "with another patch"
+  require(size % patch == 0, "data.image_size", config.data.image_size, rule)
+  width, heads = config.model.hidden_size, config.model.num_heads
+  rule = f"is not a multiple of config.model.num_heads={heads}"
+  require(width % heads == 0, "model.hidden_size", width, rule)
   rule = "must be a multiple of 4 (the position embedding has four parts)"
-  require(width % 4 == 0, field, width, rule)
+  require(width % 4 == 0, "model.hidden_size", width, rule)
 
 
 def _check_sampling(config: ConfigDict) -> None:

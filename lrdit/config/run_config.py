@@ -52,19 +52,15 @@ def check_workdir(path: str | pathlib.Path, config: ConfigDict, create: bool) ->
   workdir = pathlib.Path(path)
   is_there, begun = (workdir / "config.json").exists(), has_begun(workdir)
   if not is_there and not create:
-    raise UserError(
-      f"{workdir} is not the workdir of a run (it has no config.json): train first, with the "
-      "same --config and --workdir and --mode=train"
-    )
+    fix = "train first, with the same --config and --workdir and --mode=train"
+    raise UserError(f"{workdir} is not the workdir of a run (it has no config.json): {fix}")
   if is_there and (begun or not create):
     allowed = fields_of(Role.PROCESS, Role.WATCH, Role.FREE, *([Role.TUNABLE] if create else []))
     found = changes(config.to_dict(), read_config(workdir))
     differences = [change for change in found if change.split(" ")[0] not in allowed]
     if differences:
-      raise UserError(
-        f"{workdir} holds another run: {'; '.join(differences)}. Use another --workdir, or "
-        "the config of that run"
-      )
+      fix = "Use another --workdir, or the config of that run"
+      raise UserError(f"{workdir} holds another run: {'; '.join(differences)}. {fix}")
   return workdir
 
 

@@ -286,10 +286,7 @@ def parse_arg(arg: str, **defaults: str) -> dict[str, str]:
     if key in given:
       raise UserError(f"config argument {key} is given twice: leave one out", 2)
     if not equals or key not in defaults:
-      raise UserError(
-        f"config argument {item!r} is unknown: after the colon of --config write "
-        f"KEY=VALUE with KEY one of {', '.join(defaults)}",
-        2,
-      )
+      fix = f"after the colon of --config write KEY=VALUE with KEY one of {', '.join(defaults)}"
+      raise UserError(f"config argument {item!r} is unknown: {fix}", 2)
     given[key] = value
   return defaults | given

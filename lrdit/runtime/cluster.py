@@ -105,18 +105,12 @@ def find_cluster(
   if None in given:
     raise UserError("--coordinator, --num_processes and --process_id go together: give all", 2)
   if not 0 <= process_id < num_processes:
-    raise UserError(
-      f"--process_id={process_id} is not in [0, {num_processes}): it counts from 0, and "
-      f"--num_processes={num_processes}",
-      2,
-    )
+    rule = f"is not in [0, {num_processes}): it counts from 0, and --num_processes={num_processes}"
+    raise UserError(f"--process_id={process_id} {rule}", 2)
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-    raise UserError(
-      f"--coordinator={coordinator} is not HOST:PORT, the address of process 0 with a port from 1 "
-      f"to {2**16 - 1}",
-      2,
-    )
+    rule = f"is not HOST:PORT, the address of process 0 with a port from 1 to {2**16 - 1}"
+    raise UserError(f"--coordinator={coordinator} {rule}", 2)
   return Cluster(*given)
 
 

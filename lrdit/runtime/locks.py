@@ -65,9 +65,8 @@ def _lock(file: int, path: pathlib.Path, wait: bool) -> None:
   except BlockingIOError as error:
     holder = _describe(_read(file))
     if not wait:
-      raise UserError(
-        f"{path.parent} is in use by {holder}: wait until that has ended, or name another directory"
-      ) from error
+      fix = "wait until that has ended, or name another directory"
+      raise UserError(f"{path.parent} is in use by {holder}: {fix}") from error
     log.info("%s is in use by %s: waiting for it", path.parent, holder)
     fcntl.flock(file, fcntl.LOCK_EX)
   except OSError as error:

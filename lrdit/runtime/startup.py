@@ -60,11 +60,8 @@ def prepare() -> list[str]:
     raise _environment_error(f"XLA_FLAGS={flags}", complaint)
   count = count_cpu_devices(os.environ)
   if not count.strip().isdecimal() or int(count) < 1:
-    raise UserError(
-      f"JAX_NUM_CPU_DEVICES={count} in the environment is not a number of devices from 1: correct "
-      "or unset it",
-      2,
-    )
+    rule = "in the environment is not a number of devices from 1: correct or unset it"
+    raise UserError(f"JAX_NUM_CPU_DEVICES={count} {rule}", 2)
   use_cublas()
   import_libraries()
   use_compilation_cache()
@@ -160,11 +157,9 @@ def open_devices() -> None:
     settings = " and ".join(f"{name}={os.environ[name]}" for name in names if os.environ.get(name))
     cause = (str(error).splitlines() or ["there is no such device"])[0]
     fix = "correct or unset what the environment says, or " if settings else ""
-    raise UserError(
-      f"{settings or 'jax'}: no device to compute on ({cause}): {fix}install jax for a device that "
-      "is there",
-      2,
-    ) from error
+    fix += "install jax for a device that is there"
+    message = f"{settings or 'jax'}: no device to compute on ({cause}): {fix}"
+    raise UserError(message, 2) from error
 
 
 def fix_settings() -> list[str]:
@@ -185,10 +180,8 @@ def fix_settings() -> list[str]:
     if getattr(config, name) != found:
       notes.append(f"{name.upper()} is ignored: a run computes with {name}={value}")
   if (precision := jax.config.jax_default_matmul_precision) is not None:
-    notes.append(
-      f"JAX_DEFAULT_MATMUL_PRECISION={precision} is heeded: a run that goes on without it rounds "
-      "differently"
-    )
+    effect = "is heeded: a run that goes on without it rounds differently"
+    notes.append(f"JAX_DEFAULT_MATMUL_PRECISION={precision} {effect}")
   return notes
 
 

@@ -155,10 +155,8 @@ def check_finite(what: str, arrays: Mapping[str, np.ndarray], fix: str) -> None:
   """Raise a UserError that begins with `what` and ends with `fix` if a weight is not finite."""
   bad = sorted(name for name, array in arrays.items() if not np.isfinite(array).all())
   if bad:
-    raise UserError(
-      f"{what} has weights that are not finite ({len(bad)} of {len(arrays)} arrays, {bad[0]} for "
-      f"one): {fix}"
-    )
+    found = f"{len(bad)} of {len(arrays)} arrays, such as {bad[0]}"
+    raise UserError(f"{what} has weights that are not finite ({found}): {fix}")
 
 
 def save_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:

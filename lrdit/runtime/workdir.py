@@ -15,10 +15,9 @@ def has_begun(workdir: pathlib.Path) -> bool:
   """Return whether the workdir has a checkpoint, intact or not."""
   checkpoints = workdir / "checkpoints"
   if checkpoints.is_symlink() and not checkpoints.exists():
-    raise UserError(
-      f"{checkpoints} is a link to {os.readlink(checkpoints)}, which is not there: mount it, or "
-      "remove the link to start again"
-    )
+    fix = "mount it, or remove the link to start again"
+    target = os.readlink(checkpoints)
+    raise UserError(f"{checkpoints} is a link to {target}, which is not there: {fix}")
   return any(checkpoints.glob("[0-9]*"))
 
 
@@ -31,10 +30,9 @@ def check_data(workdir: pathlib.Path, fingerprint: dict[str, Any]) -> None:
     except UserError:
       log.warning("%s is damaged and is written again: the data cannot be compared", path)
   if stored != fingerprint:
-    raise UserError(
-      f"{workdir} holds a run on other data: {'; '.join(changes(fingerprint, stored))}. Use "
-      "another --workdir, or the data of that run"
-    )
+    found = "; ".join(changes(fingerprint, stored))
+    fix = "Use another --workdir, or the data of that run"
+    raise UserError(f"{workdir} holds a run on other data: {found}. {fix}")
   write_json(path, fingerprint)
 
 
