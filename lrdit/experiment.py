@@ -156,10 +156,8 @@ class Experiment:
     path, factor = self.config.vae.path, self.config.vae.downsample_factor
     rule = "makes a model on pixels: use a config with latents, or set it to the VAE's (8)"
     require(bool(factor), "vae.downsample_factor", factor, rule)
-    rule = (
-      "must name the VAE, a diffusers directory or safetensors file (only training with "
-      "config.training.sample_every_steps=None needs none)"
-    )
+    rule = "must name the VAE, a diffusers directory or safetensors file (only training with "
+    rule += "config.training.sample_every_steps=None needs none)"
     require(bool(path), "vae.path", path, rule)
     read = vae_weights.read_vae(os.path.expanduser(path))
     found = {
@@ -226,15 +224,13 @@ class Experiment:
     self._check_origin(source, split)
     expected = (shape.image_size, shape.image_size, shape.channels)
     if source.image_shape != expected:
-      raise UserError(
-        f"the latents under {directory} have the shape {source.image_shape}, not "
-        f"{expected}: set config.vae.downsample_factor and latent_channels to the VAE's"
-      )
+      fix = "set config.vae.downsample_factor and latent_channels to the VAE's"
+      found = f"have the shape {source.image_shape}, not {expected}"
+      raise UserError(f"the latents under {directory} {found}: {fix}")
     if self.config.data.flip and source.images.shape[1] == 1:
-      raise UserError(
-        f"config.data.flip=True needs latents of the mirrored images, and {directory} has none: "
-        "encode again with config.data.flip=True, or train with False"
-      )
+      fix = "encode again with config.data.flip=True, or train with False"
+      cause = f"needs latents of the mirrored images, and {directory} has none"
+      raise UserError(f"config.data.flip=True {cause}: {fix}")
     return self._with_classes(source)
 
   def _with_classes(self, source: Source) -> Source:
@@ -269,8 +265,7 @@ class Experiment:
             f"{found!r} there and {value!r} here; encode again, with another --output"
           )
 
-    # These fields need no data. They come first, as another dataset's loader would reject
-    # `data_dir`.
+    # These need no data and come first, as another dataset's loader would reject `data_dir`.
     compare({"name": data.name, "crop": images.crop_name(loader.crop_size, data.image_size)})
     if data.data_dir and os.path.exists(os.path.expanduser(data.data_dir)):
       expected = loader.fingerprint(split, self._data_options)
@@ -293,9 +288,8 @@ class Experiment:
   def _classifier(self, directory: pathlib.Path) -> classifier.ClassifierExtractor:
     """Return the classifier kept in a directory, or train it first."""
     train, held_out = self.image_source("train"), self.image_source("eval")
-    num_steps = self.config.evaluation.classifier_steps or classifier.default_num_steps(
-      len(train), classifier.ClassifierSettings.batch_size
-    )
+    default = classifier.default_num_steps(len(train), classifier.ClassifierSettings.batch_size)
+    num_steps = self.config.evaluation.classifier_steps or default
     # The seed is not the run's, as runs that are compared share the classifier.
     settings = classifier.ClassifierSettings(0, num_steps, flip=self.config.data.flip)
     return classifier.open_classifier(directory, train, held_out, settings)

@@ -68,6 +68,7 @@ _SEED, _BATCH, _FLOAT = whole(0, LARGEST_SEED), whole(1, LARGEST_BATCH), number(
 _SHARE = number("(0, 1]")
 _NAME = "the name of a directory to make, without '/', of at most 100 printable characters"
 _VARIANT, _BETA2 = "the variant's", "0.999 for adamw, 0.99 for lion"
+_SECTIONS = ("flops", "weights", "gradients", "truncation")
 
 FIELDS: dict[str, Field] = {
   **_group("", Role.RUN)(
@@ -78,7 +79,7 @@ FIELDS: dict[str, Field] = {
     name=Field("", "Dataset", choice(names="data.pipeline.LOADERS")),
     data_dir=Field("", "Directory or file of the data", PATH, role=Role.FREE),
     image_size=Field(None, "Height and width in pixels", whole(1, 2**16)),
-    num_channels=Field(3, "Colour channels", rule(lambda n: n in (1, 3), "3, or 1 for grey")),
+    num_channels=Field(3, "Color channels", rule(lambda n: n in (1, 3), "3, or 1 for gray")),
     num_classes=Field(0, "Number of classes, taken from the first; 0 ignores labels", whole(0)),
     flip=Field(False, "Mirror images left to right with probability one half"),
     cache_gib=Field(4.0, "Largest decoded split to cache", number("[0, 1e6]"), role=Role.FREE),
@@ -122,7 +123,7 @@ FIELDS: dict[str, Field] = {
       "Set the mean (`activated`) or the largest (`total`) active rank to the static rank",
       choice(names="rank.plan.MATCHES"),
     ),
-    num_buckets=Field(4, "Levels of the quantised schedule", whole(1, 1000)),
+    num_buckets=Field(4, "Levels of the quantized schedule", whole(1, 1000)),
     multiple_of=Field(8, "Active ranks are multiples of this", whole()),
     first_n_blocks=Field(None, "Factorise only layers of the first blocks", whole(), "all"),
     last_n_blocks=Field(None, "Factorise only layers of the last blocks", whole(), "all"),
@@ -213,11 +214,7 @@ FIELDS: dict[str, Field] = {
     inception_weights=Field("", "Inception's weights; empty: torch-fidelity's", PATH),
   ),
   **_group("analysis", Role.FREE)(
-    sections=Field(
-      ("flops", "weights", "gradients", "truncation"),
-      "Parts of the analysis",
-      several("flops", "weights", "gradients", "truncation"),
-    ),
+    sections=Field(_SECTIONS, "Parts of the analysis", several(*_SECTIONS)),
     batch_sizes=Field((16, 64, 256), "Examples in a gradient; the last above 1", rising(1)),
     subspace_rank=Field(8, "Leading singular vectors of gradients to compare", whole()),
     microbatch=Field(16, "Examples in flight", _BATCH),
