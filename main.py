@@ -7,7 +7,7 @@ import sys
 
 from lrdit.runtime import malloc
 
-if __name__ == "__main__":  # before anything else, as this may start the program again
+if __name__ == "__main__":  # this may start the program again, so it comes first
   malloc.restart_tuned()
 
 from lrdit.config.flags import MODES, SHARED_BY_PROCESSES, parse_flags, wants_tracebacks
@@ -16,7 +16,7 @@ from lrdit.runtime.errors import UserError, print_error
 
 
 def run(argv: list[str]) -> int:
-  """Do what a command line says; return the exit status."""
+  """Run a command line and return the exit status."""
   debug, who = wants_tracebacks(argv), ""
   try:
     values = parse_flags(argv)
@@ -24,7 +24,7 @@ def run(argv: list[str]) -> int:
       print(__doc__, values.get_help(), sep="\n")
       return 0
     notes = startup.prepare()
-    # Only now, as they import jax.
+    # These import jax, which needs the prepared environment.
     from lrdit.config.resolve import resolve, resolve_for_run
     from lrdit.runtime import cluster, progress
 
@@ -35,7 +35,7 @@ def run(argv: list[str]) -> int:
           f"--mode={values.mode} is for one process: start it once, or --num_processes=1", 2
         )
       who = job.process_name
-      progress.start_logging(debug, who, is_first=True)  # none has met another yet
+      progress.start_logging(debug, who, is_first=True)  # which one is first is not yet known
       cluster.connect(job, shares_sigterm=values.mode == "train")
       who = cluster.process_name()
     startup.open_devices()
@@ -55,7 +55,7 @@ def run(argv: list[str]) -> int:
     return getattr(mode, values.mode)(*arguments) or 0
   except (Exception, KeyboardInterrupt) as error:
     status = print_error(error, debug, who)
-    if who:  # jax would have this process wait for the others, which wait for it
+    if who:  # at a normal exit, jax would wait for the other processes, which wait for this one
       os._exit(status)
     return status
 

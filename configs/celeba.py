@@ -1,4 +1,4 @@
-r"""CelebA: 128x128 pixels as 16x16x4 latents, no classes, DiT-S/2: the dissertation's settings.
+r"""The dissertation's CelebA: 128x128 pixels as 16x16x4 latents, no classes, DiT-S/2.
 
 python main.py --config=configs/celeba.py --mode=encode --output=data/celeba_latents \
   --config.vae.path=VAE
@@ -8,18 +8,17 @@ bash launch/celeba.sh --config.vae.path=VAE   # both, for the three arms
 
 Arguments: method=full|static|adaptive, variant=S/2 (or another size and patch).
 
-Data: VAE is stabilityai/sd-vae-ft-mse or another diffusers AutoencoderKL. The images
-are a prepared tensorflow-datasets directory under ~/tensorflow_datasets or
---config.data.data_dir. Put img_align_celeba.zip, list_eval_partition.txt,
-list_attr_celeba.txt, list_landmarks_align_celeba.txt and identity_CelebA.txt into
-~/tensorflow_datasets/downloads/manual, then:
+VAE is stabilityai/sd-vae-ft-mse or another diffusers AutoencoderKL. tensorflow-datasets prepares
+the images in ~/tensorflow_datasets or --config.data.data_dir. Put img_align_celeba.zip,
+list_eval_partition.txt, list_attr_celeba.txt, list_landmarks_align_celeba.txt and
+identity_CelebA.txt into ~/tensorflow_datasets/downloads/manual, then:
   python -c "import tensorflow_datasets as tfds; \
     tfds.builder('celeb_a', file_format='array_record').download_and_prepare()"
-Training reads the 162,770 training images, cropped to 178x178 at the centre; the
-19,867 validation images are held out. The latents take 3 GB.
+Training uses the 162,770 training images, cropped to 178x178 at the center. The 19,867 validation
+images are held out. The latents take 3 GB.
 
-Run so far: encoding, training, resuming and sampling on small directories of the same
-structure with a tiny VAE; the published archive was not read.
+Encoding, training, resuming and sampling were run on small directories of the same structure with
+a tiny VAE. The published archive was not read.
 """
 
 from ml_collections import ConfigDict
@@ -37,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.data.name = "celeb_a"
   config.data.image_size = 128
   config.data.flip = True
-  # No classes to train a classifier on. FID: --config.evaluation.extractors="('inception',)"
+  # There are no classes for a classifier. FID: --config.evaluation.extractors="('inception',)"
   config.evaluation.extractors = ()
   config.vae.downsample_factor = 8
   config.training.num_steps = EPOCHS * TRAIN_IMAGES // config.training.batch_size

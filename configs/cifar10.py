@@ -1,15 +1,14 @@
-r"""CIFAR-10: 32x32 pixels, 10 classes, DiT-S/2: the dissertation's settings.
+r"""The dissertation's CIFAR-10: 32x32 pixels, 10 classes, DiT-S/2.
 
 python main.py --config=configs/cifar10.py:method=adaptive --workdir=runs/cifar10_adaptive
 bash launch/cifar10.sh   # the three arms, one after another
 
 Arguments: method=full|static|adaptive, variant=S/2 (or another size and patch).
 
-Data: a prepared tensorflow-datasets directory under ~/tensorflow_datasets or
---config.data.data_dir, 163 MB to fetch:
+tensorflow-datasets prepares the images (163 MB) in ~/tensorflow_datasets or --config.data.data_dir:
   python -c "import tensorflow_datasets as tfds; \
     tfds.builder('cifar10', file_format='array_record').download_and_prepare()"
-Training reads the 50,000 training images; the 10,000 test images are held out.
+Training uses the 50,000 training images. The 10,000 test images are held out.
 
 Run so far: a few steps of every arm, with resuming and sampling, on real CIFAR-10
 photographs; no whole training, so there is no result yet.

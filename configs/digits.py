@@ -1,4 +1,4 @@
-r"""scikit-learn's handwritten digits: 8x8 grey, 10 classes, no download.
+"""scikit-learn's handwritten digits: 8x8 gray, 10 classes, no download.
 
 python main.py --config=configs/digits.py:method=adaptive --workdir=runs/digits
 

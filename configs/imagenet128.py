@@ -1,4 +1,4 @@
-r"""ImageNet at 128x128 as 16x16x4 latents, 1,000 classes, DiT-B/2: the dissertation's settings.
+r"""The dissertation's ImageNet: 128x128 pixels as 16x16x4 latents, 1,000 classes, DiT-B/2.
 
 python main.py --config=configs/imagenet128.py --mode=encode --output=data/imagenet128_latents \
   --config.vae.path=VAE
@@ -7,22 +7,21 @@ python main.py --config=configs/imagenet128.py:method=adaptive,classes=400 \
   --config.vae.path=VAE --config.vae.latents_dir=data/imagenet128_latents
 bash launch/imagenet128.sh --config.vae.path=VAE   # both, for the three arms
 
-Arguments: method=full|static|adaptive, variant=B/2 (or another size and patch),
-classes=1000, or fewer for the first ones, such as the dissertation's 400. Latents of all
-classes serve every choice.
+Arguments: method=full|static|adaptive, variant=B/2 (or another size and patch), classes=1000, or
+fewer for the first ones, such as the dissertation's 400. Latents of all classes serve any number.
 
-Data: VAE is stabilityai/sd-vae-ft-mse or another diffusers AutoencoderKL. The images
-are a prepared tensorflow-datasets directory under ~/tensorflow_datasets or
---config.data.data_dir. Put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, both from
-image-net.org/download-images, into ~/tensorflow_datasets/downloads/manual, then:
+VAE is stabilityai/sd-vae-ft-mse or another diffusers AutoencoderKL. tensorflow-datasets prepares
+the images in ~/tensorflow_datasets or --config.data.data_dir. Put ILSVRC2012_img_train.tar and
+ILSVRC2012_img_val.tar, both from image-net.org/download-images, into
+~/tensorflow_datasets/downloads/manual, then:
   python -c "import tensorflow_datasets as tfds; \
     tfds.builder('imagenet2012', file_format='array_record').download_and_prepare()"
-Training reads the 1,281,167 training images, cropped to the short side at the centre; the
-50,000 validation images are held out. The latents take 22 GB, half of it for the
-mirrored images (--config.data.flip=False leaves them out).
+Training uses the 1,281,167 training images, cropped to the short side at the center. The 50,000
+validation images are held out. The latents take 22 GB, half of it for the mirrored images
+(--config.data.flip=False leaves them out).
 
-Run so far: encoding, training, resuming and sampling on small directories of the same
-structure with a tiny VAE; the published archives were not read.
+Encoding, training, resuming and sampling were run on small directories of the same structure with
+a tiny VAE. The published archives were not read.
 """
 
 from ml_collections import ConfigDict
@@ -46,7 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.data.image_size = 128
   config.data.num_classes = classes
   config.data.flip = True
-  # FID: --config.evaluation.extractors="('inception',)"; a classifier takes long to train.
+  # A classifier takes long to train. FID: --config.evaluation.extractors="('inception',)"
   config.evaluation.extractors = ()
   config.vae.downsample_factor = 8
   # Fewer classes have proportionally fewer images, so that an epoch stays an epoch.

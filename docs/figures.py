@@ -1,4 +1,4 @@
-"""Draws the README's picture of r(t): python -m docs.figures."""
+"""Draw the README's picture of r(t): python -m docs.figures."""
 
 import pathlib
 
@@ -17,7 +17,7 @@ LAYER = "blocks_1/mlp/fc1"
 
 
 def main() -> None:
-  """Writes docs/rank_schedule.png."""
+  """Write docs/rank_schedule.png."""
   config = resolve(digits.get_config())
   plan = Experiment(config).plan
   ranks = plan.by_name[LAYER]
@@ -27,18 +27,12 @@ def main() -> None:
   figure, axes = plt.subplots(figsize=(6, 3.2), dpi=120, layout="constrained")
   axes.plot(t, exact, color="tab:gray", linewidth=1, label="r(t), logistic_decreasing")
   buckets = np.asarray(ranks.active)[plan.bucket_of_timestep]
-  axes.step(
-    t, buckets, where="post", color="tab:blue", linewidth=2, label="rank buckets (adaptive)"
-  )
-  axes.axhline(
-    ranks.static_rank, color="tab:orange", linestyle="--", label="static rank (ratio 0.5)"
-  )
-  axes.set(
-    xlabel="timestep t   (0: clean image, 1000: noise)",
-    ylabel=f"active rank of {LAYER}",
-    xlim=(0, len(t)),
-    ylim=(0, None),
-  )
+  label = "rank buckets (adaptive)"
+  axes.step(t, buckets, where="post", color="tab:blue", linewidth=2, label=label)
+  label = "static rank (ratio 0.5)"
+  axes.axhline(ranks.static_rank, color="tab:orange", linestyle="--", label=label)
+  axes.set(xlabel="timestep t   (0: clean image, 1000: noise)", xlim=(0, len(t)))
+  axes.set(ylabel=f"active rank of {LAYER}", ylim=(0, None))
   axes.legend(frameon=False)
   figure.savefig(pathlib.Path(__file__).with_name("rank_schedule.png"))
 

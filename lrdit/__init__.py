@@ -1,4 +1,4 @@
-"""Timestep-adaptive low-rank diffusion transformers; cheap to import, as names load when used."""
+"""Timestep-adaptive low-rank diffusion transformers; names are imported at their first use."""
 
 import importlib
 from typing import Any

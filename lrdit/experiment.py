@@ -1,4 +1,4 @@
-"""One experiment: everything that a resolved config makes, each part made once."""
+"""One experiment: everything that a resolved config describes, each part made once."""
 
 import dataclasses
 import functools
@@ -6,7 +6,7 @@ import logging
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,8 @@ from lrdit.config.checks import require
 from lrdit.config.schema import get
 from lrdit.data import images, latents, pipeline
 from lrdit.data.source import DataOptions, Source
-from lrdit.diffusion import solvers
 from lrdit.evaluation import classifier, features, inception
 from lrdit.model import dit, vae, vae_weights
-from lrdit.rank.plan import RankPlan
 from lrdit.rank.strata import uniform_strata
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
@@ -34,36 +32,25 @@ from lrdit.train.optimizer import Schedule, learning_rate_schedule, make_optimiz
 
 log = logging.getLogger("lrdit")
 
-# From `Experiment.to_pixels`.
-ToPixels = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+ToPixels = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # of `Experiment.to_pixels`
+T = TypeVar("T")
+
+
+def _derived(function: Callable[[ConfigDict], T]) -> functools.cached_property[T]:
+  return functools.cached_property(lambda self: function(self.config))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-  """What a config describes; properties are made when they are first used and kept.
+  """What a config describes; properties are computed at their first use and kept."""
 
-  Attributes:
-    config: from `config.resolve.resolve`; not to be changed.
-  """
-
-  config: ConfigDict
+  config: ConfigDict  # from `config.resolve.resolve`; it must not change
 
   # The model.
 
-  @functools.cached_property
-  def shape(self) -> dit.DiTShape:
-    """The model's sizes."""
-    return derive.model_shape(self.config)
-
-  @functools.cached_property
-  def factorised_layers(self) -> list[str]:
-    """Names of the layers that a low-rank arm factorises, whatever the experiment's own arm."""
-    return derive.factorised_layers(self.config)
-
-  @functools.cached_property
-  def plan(self) -> RankPlan:
-    """The rank plan of the arm."""
-    return derive.rank_plan(self.config)
+  shape = _derived(derive.model_shape)
+  factorised_layers = _derived(derive.factorised_layers)
+  plan = _derived(derive.rank_plan)
 
   @property
   def dtype(self) -> Any:
@@ -72,39 +59,29 @@ class Experiment:
 
   def model(self, devices: parallel.Devices = ()) -> dit.DiT:
     """Return the DiT, with the attention that the devices compute fastest."""
-    model = self.config.model
-    head = model.hidden_size // model.num_heads
-    return dit.DiT(
-      self.shape,
-      self.plan,
-      self.dtype,
-      remat=model.remat,
-      scan_blocks=model.scan_blocks,
-      attention=dit.choose_attention(devices, self.dtype, head),
-    )
+    m = self.config.model
+    attention = dit.choose_attention(devices, self.dtype, m.hidden_size // m.num_heads)
+    settings = dict(remat=m.remat, scan_blocks=m.scan_blocks, attention=attention)
+    return dit.DiT(self.shape, self.plan, self.dtype, **settings)
 
   def init_params(self) -> Any:
-    """Return fresh float32 parameters, fixed by the seed."""
+    """Return initial float32 parameters, which the seed determines."""
     return dit.init_params(self.model(), jax.random.key(self.config.seed))
 
   @functools.cached_property
   def params_template(self) -> Any:
-    """Shapes and dtypes of the parameters, without computing them."""
+    """Shapes and dtypes of the parameters."""
     return jax.eval_shape(self.init_params)
 
   # Training.
 
-  @functools.cached_property
-  def alphas_cumprod(self) -> Float[np.ndarray, " T"]:
-    """(T,) float64 products of 1 - beta."""
-    return derive.alphas_cumprod(self.config)
+  alphas_cumprod = _derived(derive.alphas_cumprod)
 
   @functools.cached_property
   def curriculum(self) -> Curriculum:
-    """The stages of training: without a curriculum, the one that trains everything."""
-    c, order = self.config.curriculum, ()
-    if c.enabled:
-      order = stage_order(c.start, len(c.boundaries) - 1)
+    """The stages of training; without a curriculum, a single one over all timesteps."""
+    c = self.config.curriculum
+    order = stage_order(c.start, len(c.boundaries) - 1) if c.enabled else ()
     return Curriculum(
       boundaries=c.boundaries,
       stages=make_stages(c.boundaries, order, self.config.training.batch_size),
@@ -117,23 +94,17 @@ class Experiment:
   def optimizer(self) -> optax.GradientTransformation:
     """The optimizer, for a learning rate of 1."""
     o = self.config.optimizer
-    return make_optimizer(
-      o.name,
-      o.weight_decay,
-      o.grad_clip_norm,
-      beta1=o.beta1,
-      beta2=o.beta2,
-      epsilon=o.epsilon,
-    )
+    constants = dict(beta1=o.beta1, beta2=o.beta2, epsilon=o.epsilon)
+    return make_optimizer(o.name, o.weight_decay, o.grad_clip_norm, **constants)
 
   @functools.cached_property
   def learning_rate(self) -> Schedule:
-    """The learning rate of (step, step that the warm-up began at)."""
+    """The learning rate at (step, first step of the warm-up)."""
     o, num_steps = self.config.optimizer, self.config.training.num_steps
     return learning_rate_schedule(o.learning_rate, o.warmup_steps, num_steps, o.decay)
 
   def objective(self, devices: parallel.Devices) -> loss.Objective:
-    """Return what training minimises, with its batch spread over `devices`."""
+    """Return the training objective, with its batch spread over `devices`."""
     config, batch_size = self.config, self.config.training.batch_size
     parallel.check_divisible("config.training.batch_size", batch_size, devices)
     return loss.Objective(
@@ -149,7 +120,7 @@ class Experiment:
     )
 
   def train_step(self, devices: parallel.Devices, stage: int) -> Callable:
-    """Return the pmapped step of a stage of the curriculum, which donates its state."""
+    """Return the pmapped step of a curriculum stage, which donates its state."""
     train_step = functools.partial(
       step.train_step,
       objective=self.objective(devices),
@@ -164,47 +135,29 @@ class Experiment:
 
   def eval_step(self, devices: parallel.Devices) -> Callable:
     """Return the pmapped evaluation step, for `held_out.held_out_losses`."""
-    eval_step = functools.partial(
-      step.eval_step,
-      objective=self.objective(devices).without_augmentation(),
-      boundaries=self.curriculum.boundaries,
-    )
-    return parallel.pmap(eval_step, devices)
+    objective, boundaries = self.objective(devices), self.curriculum.boundaries
+    fixed = dict(objective=objective.without_augmentation(), boundaries=boundaries)
+    return parallel.pmap(functools.partial(step.eval_step, **fixed), devices)
 
   # Sampling.
 
-  @functools.cached_property
-  def solver_table(self) -> solvers.SolverTable:
-    """The sampling solver's coefficients."""
-    return derive.solver_table(self.config)
+  solver_table = _derived(derive.solver_table)
 
   def sampler(self, devices: parallel.Devices, batch_size: int | None = None) -> Sampler:
     """Return the sliced sampler; `batch_size` replaces the config's."""
-    s = self.config.sampling
+    s, prediction = self.config.sampling, self.config.diffusion.prediction
     batch_size = batch_size or s.batch_size
     parallel.check_divisible("config.sampling.batch_size", batch_size, devices)
-    settings = SamplerSettings(
-      prediction=self.config.diffusion.prediction,
-      guidance_scale=s.guidance_scale,
-      clip_x_0=s.clip_x_0,
-      seed=s.seed,
-      batch_size=batch_size,
-    )
+    settings = SamplerSettings(prediction, s.guidance_scale, s.clip_x_0, s.seed, batch_size)
     return Sampler(self.model(devices), self.solver_table, settings, devices)
 
   def vae_runner(self, devices: parallel.Devices) -> vae.VaeRunner:
-    """Return the VAE at `vae.path`.
-
-    Raises:
-      UserError: there is none, or it is another kind than the config says.
-    """
-    field, path = "vae.downsample_factor", self.config.vae.path
+    """Return the VAE at `vae.path`; raise a UserError if it is missing or does not fit."""
+    path, factor = self.config.vae.path, self.config.vae.downsample_factor
     rule = "makes a model on pixels: use a config with latents, or set it to the VAE's (8)"
-    require(bool(get(self.config, field)), field, get(self.config, field), rule)
-    rule = (
-      "must name the VAE, a diffusers directory or safetensors file (only training with "
-      "config.training.sample_every_steps=None needs none)"
-    )
+    require(bool(factor), "vae.downsample_factor", factor, rule)
+    rule = "must name the VAE, a diffusers directory or safetensors file (only training with "
+    rule += "config.training.sample_every_steps=None needs none)"
     require(bool(path), "vae.path", path, rule)
     read = vae_weights.read_vae(os.path.expanduser(path))
     found = {
@@ -218,14 +171,11 @@ class Experiment:
     return vae.VaeRunner(read, devices, self.config.vae.batch_size)
 
   def to_pixels(self, devices: parallel.Devices, vae_digest: str) -> ToPixels:
-    """Return what takes (B, H, W, C) samples of the model to uint8 pixels.
+    """Return a function from the model's (B, H, W, C) samples to (pixels, are_finite).
 
-    Beside the (B, height, width, channels) pixels it returns (B,) whether each image is
-    finite: where one is not, its pixels mean nothing.
-
-    Args:
-      devices: devices to decode on.
-      vae_digest: of the VAE that the run's latents were made with; "" for pixels.
+    The pixels are (B, height, width, channels) uint8. They mean nothing where the (B,) bool
+    `are_finite` is False. `vae_digest` is the digest of the VAE that made the run's latents, or ""
+    for a model on pixels.
 
     Raises:
       UserError: the VAE is missing, or another one.
@@ -233,10 +183,8 @@ class Experiment:
     if not self.config.vae.downsample_factor:
       return lambda x_0: (images.to_uint8(x_0), images.are_finite(x_0))
     runner = self.vae_runner(devices)
-    rule = (
-      f"is another VAE (digest {runner.digest[:12]}) than the one that made the latents "
-      f"({vae_digest[:12]})"
-    )
+    rule = f"is another VAE (digest {runner.digest[:12]}) than the one that made the latents "
+    rule += f"({vae_digest[:12]})"
     require(runner.digest == vae_digest, "vae.path", self.config.vae.path, rule)
 
     def decode(x_0: Float[np.ndarray, "B H W C"]) -> tuple[np.ndarray, np.ndarray]:
@@ -250,58 +198,43 @@ class Experiment:
   @property
   def _data_options(self) -> DataOptions:
     data = self.config.data
+    cache_bytes = int(data.cache_gib * 2**30)
     return DataOptions(
-      data_dir=data.data_dir,
-      image_size=data.image_size,
-      num_channels=data.num_channels,
-      cache_bytes=int(data.cache_gib * 2**30),
-      skip_unreadable=data.skip_unreadable,
+      data.data_dir, data.image_size, data.num_channels, cache_bytes, data.skip_unreadable
     )
 
   def image_source(self, split: str) -> Source:
-    """Return the images of the "train" or "eval" split.
-
-    Raises:
-      UserError: the data is missing, or other than the config says.
-    """
+    """Return the images of the "train" or "eval" split."""
     source = pipeline.make_source(self.config.data.name, split, self._data_options)
     return self._with_classes(source)
 
   def source(self, split: str) -> Source:
-    """Return what the model is trained on: images, or their latents.
+    """Return the model's training data: images, or their latents.
 
     Raises:
-      UserError: the data is missing, or other than the config says.
+      UserError: the data is missing, or does not fit the config.
     """
     if not self.config.vae.downsample_factor:
       return self.image_source(split)
     directory, shape = os.path.expanduser(self.config.vae.latents_dir), self.shape
-    rule = (
-      "must name the directory that --mode=encode wrote: make it by --mode=encode --output=DIR "
-      "--config.vae.path=VAE"
-    )
+    fix = "make it by --mode=encode --output=DIR --config.vae.path=VAE"
+    rule = f"must name the directory that --mode=encode wrote: {fix}"
     require(bool(directory), "vae.latents_dir", directory, rule)
     source = latents.open_latents(directory, split)
     self._check_origin(source, split)
     expected = (shape.image_size, shape.image_size, shape.channels)
     if source.image_shape != expected:
-      raise UserError(
-        f"the latents under {directory} have the shape {source.image_shape}, not "
-        f"{expected}: set config.vae.downsample_factor and latent_channels to the VAE's"
-      )
+      fix = "set config.vae.downsample_factor and latent_channels to the VAE's"
+      found = f"have the shape {source.image_shape}, not {expected}"
+      raise UserError(f"the latents under {directory} {found}: {fix}")
     if self.config.data.flip and source.images.shape[1] == 1:
-      raise UserError(
-        f"config.data.flip=True needs latents of the mirrored images, and {directory} has none: "
-        "encode again with config.data.flip=True, or train with False"
-      )
+      fix = "encode again with config.data.flip=True, or train with False"
+      cause = f"needs latents of the mirrored images, and {directory} has none"
+      raise UserError(f"config.data.flip=True {cause}: {fix}")
     return self._with_classes(source)
 
   def _with_classes(self, source: Source) -> Source:
-    """Return the source restricted to the config's first classes.
-
-    Raises:
-      UserError: it has fewer classes than the config says.
-    """
+    """Return the source restricted to the config's first classes."""
     field, wanted, name = "data.num_classes", self.config.data.num_classes, self.config.data.name
     fix = ", which has no labels: use 0"
     if source.num_classes:
@@ -317,10 +250,9 @@ class Experiment:
     return kept
 
   def _check_origin(self, source: latents.LatentSource, split: str) -> None:
-    """Refuse latents of other images than the config's, or of what those were before.
+    """Raise a UserError for latents of other images than the config's.
 
-    The images themselves are looked at where `data.data_dir` names them, as
-    training needs no images and may be where there are none.
+    The images are read only if `data.data_dir` exists, as training on latents needs none.
     """
     data = self.config.data
     loader = pipeline.LOADERS[data.name]
@@ -333,22 +265,18 @@ class Experiment:
             f"{found!r} there and {value!r} here; encode again, with another --output"
           )
 
-    # What needs no data comes first: another dataset's loader would refuse `data_dir`.
+    # These need no data and come first, as another dataset's loader would reject `data_dir`.
     compare({"name": data.name, "crop": images.crop_name(loader.crop_size, data.image_size)})
     if data.data_dir and os.path.exists(os.path.expanduser(data.data_dir)):
       expected = loader.fingerprint(split, self._data_options)
-      if "num_classes" in source.fingerprint:  # of the first classes only
+      if "num_classes" in source.fingerprint:  # latents of the first classes only
         expected.pop("num_examples", None)
       compare(expected)
     elif data.data_dir:
       log.warning("the latents are not compared with their images: no %s", data.data_dir)
 
   def extractors(self, directory: pathlib.Path) -> list[features.Extractor]:
-    """Return the extractors of `evaluation.extractors`.
-
-    Args:
-      directory: where the classifier is kept.
-    """
+    """Return the feature extractors of the config, with the classifier kept in `directory`."""
     e, data = self.config.evaluation, self.config.data
     make = {
       "pixel": lambda: features.PixelExtractor(data.image_size, data.num_channels),
@@ -358,13 +286,10 @@ class Experiment:
     return [make[name]() for name in e.extractors]
 
   def _classifier(self, directory: pathlib.Path) -> classifier.ClassifierExtractor:
-    """Return the classifier kept in a directory, trained first where there is none.
-
-    Its seed is not the run's: runs that are compared share the classifier.
-    """
+    """Return the classifier kept in a directory, or train it first."""
     train, held_out = self.image_source("train"), self.image_source("eval")
-    num_steps = self.config.evaluation.classifier_steps or classifier.default_num_steps(
-      len(train), classifier.ClassifierSettings.batch_size
-    )
+    default = classifier.default_num_steps(len(train), classifier.ClassifierSettings.batch_size)
+    num_steps = self.config.evaluation.classifier_steps or default
+    # The seed is not the run's, as runs that are compared share the classifier.
     settings = classifier.ClassifierSettings(0, num_steps, flip=self.config.data.flip)
     return classifier.open_classifier(directory, train, held_out, settings)

@@ -1,4 +1,4 @@
-"""A trained run in a notebook: `run = lrdit.open_run("runs/digits")`."""
+"""Use a trained run in a notebook: `run = lrdit.open_run("runs/digits")`."""
 
 import dataclasses
 import functools
@@ -23,19 +23,14 @@ from lrdit.train.run_files import read_vae_digest, restore_params
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-  """A run's config and what follows from it; parameters are read when they are asked for.
-
-  Attributes:
-    workdir: the run's directory.
-    config: the resolved config that it was trained with.
-  """
+  """A trained run: its config, rank plan, parameters and samples."""
 
   workdir: pathlib.Path
-  config: ConfigDict
+  config: ConfigDict  # resolved, as the run was trained with it
 
   @functools.cached_property
   def experiment(self) -> Experiment:
-    """Everything that the config makes: model, objective, data, sampler."""
+    """The model, objective, data and sampler that the config describes."""
     return Experiment(self.config)
 
   @property
@@ -44,14 +39,7 @@ class Run:
     return self.experiment.plan
 
   def params(self, weights: str = "ema") -> Any:
-    """Return the parameters of the newest intact checkpoint, on the host.
-
-    Args:
-      weights: "ema" (averaged) or "raw".
-
-    Raises:
-      UserError: there is no intact checkpoint.
-    """
+    """Return the newest intact checkpoint's parameters on the host: "ema" (averaged) or "raw"."""
     template = self.experiment.params_template
     return restore_params(self.workdir, template, [weights])[1][weights]
 
@@ -63,20 +51,17 @@ class Run:
     params: Any = None,
     **fields: Any,
   ) -> UInt8[np.ndarray, "n H W C"]:
-    """Sample images with the sliced sampler, on all local devices.
+    """Sample images with the sliced sampler on all local devices.
 
     Args:
-      n: number of images; the same index and seed give the same image whatever n is.
-      labels: one class, n classes, or None for `sampling.labels` of the config.
-      seed: of the noise and of random labels.
-      params: from `params`; by default the averaged ones.
+      n: number of images; image i depends on the seed, not on n.
+      labels: one class, n classes, or None for the config's `sampling.labels`.
+      seed: seed of the noise and of random labels.
+      params: from `params`; the averaged ones by default.
       fields: other fields of `sampling`, such as num_steps=20, solver="dpm++".
 
     Returns:
       (n, height, width, channels) uint8.
-
-    Raises:
-      UserError: a field has a value that is not allowed, or samples are not finite.
     """
     devices = parallel.all_devices()
     config = ConfigDict(self.config.to_dict())
@@ -98,11 +83,7 @@ class Run:
 
 
 def open_run(workdir: str | pathlib.Path) -> Run:
-  """Open the workdir of a training.
-
-  Raises:
-    UserError: it is not a workdir, or its config is damaged.
-  """
-  logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of every read-only checkpoint
+  """Open a trained run's workdir; raise a UserError if it is none or its config is damaged."""
+  logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns about read-only checkpoints
   path = pathlib.Path(workdir).expanduser()
   return Run(path, resolve_for_run(stored_config(path), str(path)))

@@ -54,7 +54,7 @@ def test_labels_are_one_class_or_one_for_each_image(workdir):
 def test_mistakes_are_refused(workdir, tmp_path):
   with pytest.raises(UserError, match="not the workdir of a run"):
     lrdit.open_run(tmp_path)
-  with pytest.raises(UserError, match=r"config\.sampling\.solver=.euler. is unknown"):
+  with pytest.raises(UserError, match=r"config\.sampling\.solver=.euler. must be one of"):
     lrdit.open_run(workdir).sample(1, solver="euler")
   with pytest.raises(AttributeError, match="no attribute 'nothing'"):
     lrdit.nothing  # noqa: B018

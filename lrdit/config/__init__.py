@@ -1,1 +1,1 @@
-"""The schema of all fields, and the command line that fills it in."""
+"""The schema of all config fields, and the command line that sets them."""

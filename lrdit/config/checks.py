@@ -1,4 +1,4 @@
-"""Checks of a config field's value, in words that errors and the documentation share.
+"""Checks of a config field's value, with wording that errors and the documentation share.
 
 Like the schema, the module imports neither numpy nor jax.
 """
@@ -13,38 +13,33 @@ from typing import Any
 
 from lrdit.runtime.errors import UserError
 
+INT32_MAX = 2**31 - 1  # the largest step, number of examples or size
+
 
 def require(condition: bool, field: str, value: Any, rule: str) -> None:
-  """Raise a UserError that names the field, its value and the rule, unless it is met."""
+  """Raise a UserError that names the field, its value and the rule, unless the condition holds."""
   if not condition:
     raise UserError(f"config.{field}={value!r} {rule}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-  """What a field may be.
-
-  Attributes:
-    accepts: whether it may have a value.
-    words: what it must be, for "must be ...".
-    kind: type of the field where its default is None.
-  """
+  """The values that a field may have."""
 
   accepts: Callable[[Any], bool]
-  words: Callable[[], str]
-  kind: type = str
+  words: Callable[[], str]  # completes "must be ..."
+  kind: type = str  # the field's type where its default is None
 
 
 def rule(accepts: Callable[[Any], bool], words: str) -> Check:
-  """Return a check by a predicate."""
+  """Return a check that is a predicate."""
   return Check(accepts, lambda: words)
 
 
-def whole(low: int = 1, high: int | None = None) -> Check:
-  """Return the check for a whole number; steps, examples and sizes are counted in int32."""
-  most = 2**31 - 1 if high is None else high
-  words = f"a whole number from {low} to {'2**31 - 1' if high is None else high}"
-  return Check(lambda value: type(value) is int and low <= value <= most, lambda: words, int)
+def whole(low: int = 1, high: int = INT32_MAX) -> Check:
+  """Return the check for a whole number."""
+  words = f"a whole number from {low} to {'2**31 - 1' if high == INT32_MAX else high}"
+  return Check(lambda value: type(value) is int and low <= value <= high, lambda: words, int)
 
 
 def number(interval: str) -> Check:
@@ -69,28 +64,22 @@ def _words(own: tuple[str, ...], names: str) -> Sequence[str]:
 
 
 def choice(*own: str, names: str = "") -> Check:
-  """Return the check for one of a few words.
+  """Return the check for one of a few words: `own` and those in `names`.
 
-  Args:
-    *own: words of the schema's own.
-    names: "package.module.CONSTANT" below lrdit, which holds the other words. It is imported
-      when the field is first checked.
+  `names` is a "package.module.CONSTANT" below lrdit, imported when the field is first checked.
   """
-  return Check(
-    lambda value: value in _words(own, names), lambda: f"one of {', '.join(_words(own, names))}"
-  )
+  words = functools.partial(_words, own, names)
+  return Check(lambda value: value in words(), lambda: f"one of {', '.join(words())}")
 
 
 def several(*own: str, names: str = "") -> Check:
-  """Return the check for a tuple of words, each one as in `choice`."""
-  return Check(
-    lambda value: set(value) <= set(_words(own, names)),
-    lambda: f"some of {', '.join(_words(own, names))}",
-  )
+  """Return the check for a tuple of words, each as in `choice`."""
+  words = functools.partial(_words, own, names)
+  return Check(lambda value: set(value) <= {*words()}, lambda: f"some of {', '.join(words())}")
 
 
 def rising(low: int, *lengths: int) -> Check:
-  """Return the check for rising whole numbers from `low`, as many as one of `lengths`, if any."""
+  """Return the check for rising whole numbers from `low`, whose count is in `lengths` if given."""
   count = f"{' or '.join(map(str, lengths))} " if lengths else ""
 
   def accepts(value: Any) -> bool:
@@ -100,5 +89,5 @@ def rising(low: int, *lengths: int) -> Check:
   return Check(accepts, lambda: f"{count}rising numbers from {low} to 2**31 - 1")
 
 
-# What a field that names a file or directory may be; `Field.check` looks at the path itself.
+# The check for a file or directory; `Field.check` also checks the path itself.
 PATH = rule(lambda value: isinstance(value, str), "a path on this machine, or empty")

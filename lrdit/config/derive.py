@@ -1,6 +1,4 @@
-"""What follows from the fields of a config: the model's shape, the rank plan, the solver."""
-
-from typing import Any
+"""Derive the model's shape, the rank plan and the solver from a config."""
 
 import numpy as np
 from jaxtyping import Float
@@ -10,31 +8,28 @@ from lrdit.diffusion import process, solvers
 from lrdit.model import dit
 from lrdit.rank import measured, plan, schedules
 
-MEASURED = "measured"  # the schedule that an analysis gives
+MEASURED = "measured"  # the schedule that an analysis determines
 
 
 def input_size(config: ConfigDict) -> int:
-  """Return the height and width of what the model works on, pixels or latents."""
+  """Return the height and width of the model's input, pixels or latents."""
   return config.data.image_size // (config.vae.downsample_factor or 1)
 
 
 def model_shape(config: ConfigDict) -> dit.DiTShape:
   """Return the model's sizes."""
-  model, has_vae = config.model, config.vae.downsample_factor
+  has_vae = config.vae.downsample_factor
+  names = ("hidden_size", "depth", "num_heads", "patch_size", "learn_sigma")
   return dit.DiTShape(
     image_size=input_size(config),
     channels=config.vae.latent_channels if has_vae else config.data.num_channels,
     num_classes=config.data.num_classes,
-    hidden_size=model.hidden_size,
-    depth=model.depth,
-    num_heads=model.num_heads,
-    patch_size=model.patch_size,
-    learn_sigma=model.learn_sigma,
+    **{name: config.model[name] for name in names},
   )
 
 
 def factorised_layers(config: ConfigDict) -> list[str]:
-  """Return the names of the layers that a low-rank arm factorises, whatever the config's arm."""
+  """Return the names of the layers that a low-rank arm factorizes, whatever the config's arm."""
   rank, shapes = config.rank, dit.layer_shapes(model_shape(config))
   first, last = rank.first_n_blocks or 0, rank.last_n_blocks or 0
   return plan.select_layers(shapes, rank.dense_layers, first, last, config.model.depth)
@@ -49,24 +44,16 @@ def rank_plan(config: ConfigDict) -> plan.RankPlan:
   shapes, chosen = dit.layer_shapes(model_shape(config)), factorised_layers(config)
   if config.method == "full":
     return plan.dense_plan(steps)
-  fields: dict[str, Any] = dict(
-    min_ratio=rank.min_ratio,
-    match=rank.match,
-    num_buckets=rank.num_buckets,
-    multiple_of=rank.multiple_of,
-  )
+  names = ("min_ratio", "match", "num_buckets", "multiple_of")
+  fields = {name: rank[name] for name in names}
   if config.method == "static":
     height = schedules.schedule_height("constant", steps)
     fields = dict(min_ratio=1.0, match="total", num_buckets=1, multiple_of=1)
   elif rank.schedule == MEASURED:
     height, fields["min_ratio"] = measured.height(rank.measured_shares, rank.measured_boundaries)
   else:
-    height = schedules.schedule_height(
-      rank.schedule,
-      steps,
-      logistic_steepness=rank.logistic_steepness,
-      logistic_midpoint=rank.logistic_midpoint,
-    )
+    logistic = {name: rank[name] for name in ("logistic_steepness", "logistic_midpoint")}
+    height = schedules.schedule_height(rank.schedule, steps, **logistic)
   layers = {name: shapes[name] for name in chosen}
   return plan.make_plan(layers, height=height, ratio=rank.ratio, **fields)
 

@@ -13,23 +13,23 @@ HEAD = """# Configuration
 
 `--config=FILE[:KEY=VALUE,...]` names a recipe, a Python file whose `get_config` returns a
 `ConfigDict`; those of `configs/` take `method` and `variant`. A recipe starts from
-`lrdit.config.schema.get_default_config`, which makes all fields below with their defaults, and
-changes what differs. `--config.GROUP.FIELD=VALUE` overrides one field; where None is allowed,
+`lrdit.config.schema.get_default_config`, which creates all fields below with their defaults, and
+changes some of them. `--config.GROUP.FIELD=VALUE` overrides one field. Where None is allowed,
 `None` is a value. `--dry_run` prints the resolved run and ends.
 
-The role of a field says who may change it once a run has begun:
+The role of a field says whether it may change once a run has begun:
 
-- **defines the run**: a workdir of another value is refused.
-- **may change while training**: training goes on and notes the change in `changes.jsonl`; the
-  other modes need the value that the run was trained with last.
-- **choice of the process**: how a process computes; a difference is logged.
-- **watches only** and **free**: may differ in every command.
+- **defines the run**: it may not; a workdir with another value is refused.
+- **may change while training**: training continues and records the change in `changes.jsonl`. The
+  other modes need the value that the run was last trained with.
+- **choice of the process**: it decides how a process computes; a difference is logged.
+- **watches only** and **free**: it may differ in every command.
 """
 
 
 def _row(name: str, field: Field) -> str:
-  allowed = {bool: "True, False", str: "text"}.get(type(field.default), "")
-  allowed = field.allowed.words() if field.allowed else allowed
+  of_type = {bool: "True, False", str: "text"}.get(type(field.default), "")
+  allowed = field.allowed.words() if field.allowed else of_type
   allowed += f", or None: {field.none}" if field.none else ""
   default = "" if field.default is None and not field.none else f"`{field.default!r}`"
   cells = (f"`{name}`", default, field.meaning, allowed, field.role.value)

@@ -1,4 +1,4 @@
-"""The flags of the command line, and the fields that it overrides."""
+"""Parse the command line: its flags, and the config fields that it overrides."""
 
 import difflib
 import re
@@ -13,20 +13,18 @@ from lrdit.runtime.errors import UserError
 from lrdit.runtime.paths import local_path
 from lrdit.runtime.store import flatten
 
-# mode: the flags whose values the function of its name in lrdit/modes takes.
-MODES = dict.fromkeys(
-  ("train", "sample", "evaluate", "analyze", "benchmark"), ("config", "workdir")
-)
-MODES |= {"encode": ("config", "output"), "report": ("workdirs", "output")}
+# The function lrdit.modes.MODE.MODE takes the values of a mode's flags.
 SHARED_BY_PROCESSES = ("train", "sample", "evaluate")
+MODES = dict.fromkeys((*SHARED_BY_PROCESSES, "analyze", "benchmark"), ("config", "workdir"))
+MODES |= {"encode": ("config", "output"), "report": ("workdirs", "output")}
 
 
 def parse_flags(argv: list[str]) -> flags.FlagValues:
-  """Return the flags of one command line: `config` as a ConfigDict, paths with ~ filled in.
+  """Return a command line's flags: `config` as a ConfigDict, paths with ~ filled in.
 
   Raises:
-    UserError: with status 2: unknown, missing or malformed flags or config fields, or a config
-      file that cannot be read.
+    UserError: a flag or config field is unknown, missing or malformed, or the config file cannot
+      be read; the status is 2.
   """
   values = _define()
   try:
@@ -43,7 +41,7 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
     _override(values, config, rest)
   except UnicodeDecodeError as error:
     raise UserError(f"--flagfile names no text file: {error}", 2) from error
-  except (flags.Error, ValueError) as error:  # the latter of --noNAME=value
+  except (flags.Error, ValueError) as error:  # --noNAME=value raises the latter
     message = str(error).splitlines()[0].removeprefix("ERROR:: ")
     raise UserError(f"{message} (see --help)", 2) from error
   values["config"].value = config
@@ -51,10 +49,10 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
 
 
 def wants_tracebacks(argv: list[str]) -> bool:
-  """Return whether --debug is given, however wrong the rest of the command line is."""
+  """Return whether --debug is given, even if the rest of the command line is wrong."""
   values = flags.FlagValues()
   values.set_gnu_getopt(True)
-  flags.DEFINE_boolean("debug", False, "", flag_values=values)
+  flags.DEFINE_boolean("debug", False, "", values)
   try:
     values(argv, known_only=True)
   except (flags.Error, ValueError):
@@ -64,34 +62,29 @@ def wants_tracebacks(argv: list[str]) -> bool:
 
 def _define() -> flags.FlagValues:
   values = flags.FlagValues()
-  values.set_gnu_getopt(True)  # flags may follow words, so that a stray word is seen as one
-  # Given twice, it would be unclear which config the overrides change.
-  flags.DEFINE_string(
-    "config", None, "FILE[:ARGUMENTS].", flag_values=values, allow_overwrite=False
-  )
-  flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=values)
-  flags.DEFINE_list("workdirs", None, "Runs to compare (report).", flag_values=values)
-  flags.DEFINE_string("output", None, "Directory to make (encode, report).", flag_values=values)
-  flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", flag_values=values)
-  flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.", flag_values=values)
-  flags.DEFINE_integer("num_processes", None, "1: alone, on any cluster.", flag_values=values)
+  values.set_gnu_getopt(True)  # flags may follow words, so that a stray word is reported as one
+  # With two configs, it would be unclear which one the overrides change.
+  flags.DEFINE_string("config", None, "FILE[:ARGUMENTS].", values, allow_overwrite=False)
+  flags.DEFINE_string("workdir", None, "Directory of the run.", values)
+  flags.DEFINE_list("workdirs", None, "Runs to compare (report).", values)
+  flags.DEFINE_string("output", None, "Directory to create (encode, report).", values)
+  flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", values)
+  flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.", values)
+  flags.DEFINE_integer("num_processes", None, "1 runs alone on any cluster.", flag_values=values)
   flags.DEFINE_integer("process_id", None, "From 0.", flag_values=values)
-  flags.DEFINE_boolean(
-    "dry_run", False, "Print the resolved run and end, without writing.", flag_values=values
-  )
-  flags.DEFINE_boolean("debug", False, "Show tracebacks.", flag_values=values)
-  flags.DEFINE_boolean("help", False, "Show this help.", flag_values=values)
+  flags.DEFINE_boolean("dry_run", False, "Print the resolved run and end, without writing.", values)
+  flags.DEFINE_boolean("debug", False, "Show tracebacks.", values)
+  flags.DEFINE_boolean("help", False, "Show this help.", values)
   return values
 
 
 def _check_needed(values: flags.FlagValues) -> None:
-  """Refuse a command line that lacks a mode's flags or has flags of other modes."""
   mode = values.mode
   missing = [name for name in MODES[mode] if not values[name].value]
   if missing:
     needed = " and ".join(f"--{name}" for name in MODES[mode])
     raise UserError(f"--{missing[0]} is missing: --mode={mode} needs {needed}", 2)
-  # One config and workdir serve every mode; encode just has no use for the latter.
+  # Every mode but report accepts a config and a workdir, though encode ignores the latter.
   others = ("config", "workdir") if mode == "report" else ("workdirs",)
   others += () if "output" in MODES[mode] else ("output",)
   others += () if "config" in MODES[mode] else ("dry_run",)
@@ -104,20 +97,12 @@ def _check_needed(values: flags.FlagValues) -> None:
 
 
 def _override(values: flags.FlagValues, config: ConfigDict | None, rest: list[str]) -> None:
-  """Set the fields of the config that the remaining arguments name.
-
-  Args:
-    values: all other flags, to suggest one for a misspelt argument.
-    config: to be changed; None in modes without one.
-    rest: arguments that set none of `values`.
-  """
+  """Set the config's fields from the arguments that set none of the flags `values`."""
   names = [] if config is None else list(flatten(config.to_dict()))
   for argument in rest:
     field = re.match(r"--?(?:no)?config\.([^=]*)", argument)
     if field and config is None:
-      raise UserError(
-        f"{argument} is a field of a config, which this mode does not take: leave it out", 2
-      )
+      raise UserError(f"{argument} is a config field, which this mode does not take: remove it", 2)
     if field and field[1] not in names:
       raise UserError(_no_such_field(argument, field[1], names), 2)
   fields = flags.FlagValues()
@@ -130,9 +115,8 @@ def _override(values: flags.FlagValues, config: ConfigDict | None, rest: list[st
     words = fields(["", *rest])[1:]
   except flags.UnrecognizedFlagError as error:
     near = _nearest(error.flagname, [*values, *(f"config.{name}" for name in names)])
-    raise UserError(
-      f"Unknown command line flag {error.flagname!r}{near} (see --help)", 2
-    ) from error
+    message = f"Unknown command line flag {error.flagname!r}{near} (see --help)"
+    raise UserError(message, 2) from error
   if words:
     raise UserError(f"{words[0]!r} is not a flag: write --name=value", 2)
 
@@ -144,7 +128,6 @@ class _OrNone(flags.ArgumentParser):
     self._parser = parser
 
   def parse(self, argument: Any) -> Any:
-    """As the base class."""
     return None if argument == "None" else self._parser.parse(argument)
 
 

@@ -1,4 +1,4 @@
-"""The r(t) of `rank.schedule=measured`: read from an analysis, and kept by a run that has begun."""
+"""Read the r(t) of `rank.schedule=measured` from an analysis, which a begun run does once."""
 
 import dataclasses
 import itertools
@@ -20,11 +20,7 @@ from lrdit.runtime.store import changes
 
 
 def read_truncation(path: str) -> dict[str, Any]:
-  """Return what `--mode=analyze` wrote about rank truncation.
-
-  Raises:
-    UserError: there is no such file, or it is something else or has gaps.
-  """
+  """Return the result of rank truncation that `--mode=analyze` wrote."""
   try:
     found = json.loads(pathlib.Path(path).expanduser().read_text())
     rise = _check_truncation(found)
@@ -41,11 +37,7 @@ def read_truncation(path: str) -> dict[str, Any]:
 
 
 def _check_truncation(found: dict[str, Any]) -> Float[np.ndarray, "K G"]:
-  """Return the (K, G) rises, NaN for what was not measured.
-
-  Raises:
-    ValueError, KeyError, TypeError: it is no result of rank truncation.
-  """
+  """Return the (K, G) rises, NaN where not measured; raise what `read_truncation` catches."""
   ranks = np.array([*found["ranks"], found["largest_rank"]], np.int64)
   boundaries = np.array(found["boundaries"], np.int64)
   rise = np.array(found["rise"], np.float64)  # None becomes NaN
@@ -58,24 +50,19 @@ def _check_truncation(found: dict[str, Any]) -> Float[np.ndarray, "K G"]:
 
 
 def read_kept(run: str, analysis: str) -> tuple[tuple, tuple] | None:
-  """Return (shares, boundaries) that a run which has begun took from an analysis, or None.
-
-  Args:
-    run: its workdir.
-    analysis: the path it was named by; another one asks for another run.
-  """
+  """Return the (shares, boundaries) that a begun run took from this analysis path, or None."""
   path = pathlib.Path(run)
   try:
     rank = json.loads((path / "config.json").read_text())["rank"]
     if workdir.has_begun(path) and rank["analysis"] == analysis:
       return tuple(rank["measured_shares"]), tuple(rank["measured_boundaries"])
   except (OSError, ValueError, KeyError, TypeError):
-    pass  # no run, or one that cannot be read, which its mode reports
+    pass  # no run, or a damaged one, which the mode reports
   return None
 
 
 def describe_model(config: ConfigDict) -> dict[str, Any]:
-  """Return what the rises depend on, beside their layers and data; as JSON."""
+  """Return, as JSON, what the rises depend on besides their layers and data."""
   return {
     "model": dataclasses.asdict(derive.model_shape(config)),
     "diffusion": config.diffusion.to_dict(),
@@ -85,18 +72,14 @@ def describe_model(config: ConfigDict) -> dict[str, Any]:
 def measured_ranks(config: ConfigDict, found: dict[str, Any]) -> Float[np.ndarray, " G"]:
   """Return the (G,) iso-loss ranks whose mean over t is that of the static ranks.
 
-  Args:
-    config: whose layers, `rank.ratio` and `rank.monotone` count.
-    found: of `read_truncation`.
-
   Raises:
-    UserError: the analysis is of another model, of one with an r(t) of its own, or of no such
-      mean.
+    UserError: the analysis `found` is of another model or of one with an r(t) of its own, or
+      cannot reach that mean.
   """
   shapes, boundaries = dit.layer_shapes(derive.model_shape(config)), found["boundaries"]
   names, ours = derive.factorised_layers(config), describe_model(config)
   theirs = {field: found.get(field, {}) for field in ours}
-  if "diffusion" in found:  # perhaps of a version without some of the fields
+  if "diffusion" in found:  # an older version may lack some of the fields
     theirs["diffusion"] = schema.upgrade({"diffusion": found["diffusion"]})["diffusion"]
   other = changes(ours, theirs)
   other += ["other layers are factorised"] if names != found["layers"] else []
@@ -107,10 +90,8 @@ def measured_ranks(config: ConfigDict, found: dict[str, Any]) -> Float[np.ndarra
       "config.rank.measured_shares and measured_boundaries"
     )
   if found.get("num_buckets", 1) > 1:
-    raise UserError(
-      f"{where} a run with an r(t) of its own, above which no loss rises: analyze a run of the "
-      "full arm"
-    )
+    fix = "analyze a run of the full arm"
+    raise UserError(f"{where} a run with an r(t) of its own, above which no loss rises: {fix}")
   mean = np.mean([plan.static_rank(config.rank.ratio, *shapes[name]) for name in names])
   ranks = measured.match_mean_rank(
     found["ranks"], found["rise"], found["largest_rank"], boundaries, float(mean)
@@ -119,7 +100,7 @@ def measured_ranks(config: ConfigDict, found: dict[str, Any]) -> Float[np.ndarra
 
 
 def fill_in(config: ConfigDict) -> None:
-  """Read r(t) from the analysis, unless the config holds it already, and check it."""
+  """Read r(t) from the analysis, unless the config already holds it, and check it."""
   rank, total = config.rank, config.diffusion.num_train_timesteps
   if rank.schedule != derive.MEASURED:
     for field in ("analysis", "measured_shares", "measured_boundaries"):
@@ -130,8 +111,7 @@ def fill_in(config: ConfigDict) -> None:
   if not rank.measured_shares:
     rule = "is missing: name analysis/truncation.json of a run after --mode=analyze"
     require(rank.analysis != "", "rank.analysis", rank.analysis, rule)
-    found = read_truncation(rank.analysis)
-    ranks = measured_ranks(config, found)
+    ranks = measured_ranks(config, found := read_truncation(rank.analysis))
     rank.measured_shares = tuple(float(r / ranks.max()) for r in ranks)
     rank.measured_boundaries = tuple(found["boundaries"])
   shares, boundaries = rank.measured_shares, rank.measured_boundaries

@@ -1,4 +1,4 @@
-"""The file that --config names: a Python file whose get_config returns a ConfigDict."""
+"""Load the Python file that --config names, whose get_config returns a ConfigDict."""
 
 import inspect
 import os
@@ -14,27 +14,20 @@ from ml_collections import ConfigDict
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.paths import local_path
 
-# Name of the module that the file becomes: dataclasses look themselves up there.
-MODULE = "lrdit_config_file"
+MODULE = "lrdit_config_file"  # The file becomes this module, which dataclasses look up.
 
 
 def load(flag: str) -> ConfigDict:
-  """Return the config of "FILE" or "FILE:ARGUMENT".
-
-  Args:
-    flag: value of --config. ARGUMENT is what get_config is called with; without a colon it is
-      called without arguments.
+  """Return the config of --config=FILE[:ARGUMENT]; ARGUMENT is passed to get_config.
 
   Raises:
-    UserError: with status 2, in one line that names the file and, where it has one, the line,
-      whatever is wrong with them.
+    UserError: anything is wrong with the flag or the file; the message has the line at fault.
   """
   local_path("--config", flag, 2)  # an address is not FILE:ARGUMENT
   path, colon, argument = flag.partition(":")
   if ":" in argument:
-    raise UserError(
-      f"--config={flag} has a colon too many: write FILE:KEY=VALUE,KEY=VALUE, with one colon", 2
-    )
+    fix = "write FILE:KEY=VALUE,KEY=VALUE, with one colon"
+    raise UserError(f"--config={flag} has a colon too many: {fix}", 2)
   if not path:
     raise UserError(f"--config={flag} names no file: write FILE or FILE:KEY=VALUE,...", 2)
   path = local_path("--config", path, 2)
@@ -50,16 +43,12 @@ def load(flag: str) -> ConfigDict:
     raise UserError(f"--config: get_config of {path}: {error}: {fix}", 2) from error
   config = _call(path, get_config, *arguments)
   if not isinstance(config, ConfigDict):
-    raise UserError(
-      f"--config: get_config of {path} returns {type(config).__name__}, not a ConfigDict: end it "
-      "with 'return config'",
-      2,
-    )
+    found = f"{type(config).__name__}, not a ConfigDict: end it with 'return config'"
+    raise UserError(f"--config: get_config of {path} returns {found}", 2)
   return config.lock()
 
 
 def _run(path: str) -> types.ModuleType:
-  """Return the module that a file's text makes."""
   try:
     text = pathlib.Path(path).read_bytes()
   except OSError as error:
@@ -73,16 +62,15 @@ def _run(path: str) -> types.ModuleType:
 
 
 def _call(path: str, call: Callable, *arguments: str) -> Any:
-  """Return what a call into the file returns; raise its errors as a UserError of one line."""
+  """Call a function of the file; raise its errors as a UserError of one line."""
   try:
     return call(*arguments)
   except UserError:  # the file's own, about its argument
     raise
   except (Exception, SystemExit) as error:
     where, message = path, str(error)
-    lines = [
-      frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path
-    ]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
     if isinstance(error, SyntaxError) and error.filename:  # in the file, or in one it imports
       where, lines, message = error.filename, [error.lineno], error.msg
     where += f":{lines[-1]}" if lines and lines[-1] else ""

@@ -1,4 +1,4 @@
-"""Fill in a config and refuse fields that do not fit each other."""
+"""Fill in a config and reject fields that do not fit each other."""
 
 import itertools
 import logging
@@ -16,10 +16,10 @@ log = logging.getLogger("lrdit")
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-  """Return a new, locked config with the variant's sizes and fitted timestep groups.
+  """Return a new, locked config with the variant's sizes and scaled timestep groups.
 
   Raises:
-    UserError: naming the first field that is wrong, and how to fix it.
+    UserError: a field is wrong; the message names the first such field and the fix.
   """
   config = ConfigDict(config.to_dict())
   for name, field in FIELDS.items():
@@ -36,21 +36,16 @@ def resolve(config: ConfigDict) -> ConfigDict:
   sizes = config.analysis.batch_sizes
   require(bool(sizes) and sizes[-1] > 1, "analysis.batch_sizes", sizes, "must end above 1")
   measured_schedule.fill_in(config)
-  # Made for their own checks: both raise where values do not fit together.
+  # Both raise where values do not fit together.
   derive.rank_plan(config)
   derive.solver_table(config)
   return config.lock()
 
 
 def resolve_for_run(config: ConfigDict, run: str) -> ConfigDict:
-  """Return `resolve(config)`, where a run that has begun keeps the r(t) it took from an analysis.
+  """Return `resolve(config)`, where a begun run keeps the r(t) that it took from an analysis.
 
-  Args:
-    config: as given.
-    run: its workdir, which need not be there.
-
-  Raises:
-    UserError: as `resolve`.
+  The workdir `run` need not exist.
   """
   rank, kept = config.rank, None
   if rank.schedule == derive.MEASURED and not rank.measured_shares:
@@ -68,7 +63,6 @@ def resolve_for_run(config: ConfigDict, run: str) -> ConfigDict:
 
 
 def _check_vae(config: ConfigDict) -> None:
-  """Check that a model on pixels names no VAE, and that the VAE's factor fits the images."""
   size, factor = config.data.image_size, config.vae.downsample_factor
   for field in () if factor else ("vae.path", "vae.latents_dir"):
     rule = "is not used by a model on pixels, which config.vae.downsample_factor=None makes"
@@ -78,23 +72,19 @@ def _check_vae(config: ConfigDict) -> None:
 
 
 def _check_model(config: ConfigDict) -> None:
-  """Check the sizes that must divide each other."""
-  model, size = config.model, derive.input_size(config)
+  patch, size = config.model.patch_size, derive.input_size(config)
   latent = f"({size} latent pixels) " if config.vae.downsample_factor else ""
-  rule = (
-    f"{latent}is not a multiple of config.model.patch_size={model.patch_size}: choose a variant "
-    "with another patch"
-  )
-  require(size % model.patch_size == 0, "data.image_size", config.data.image_size, rule)
-  field, width = "model.hidden_size", model.hidden_size
-  rule = f"is not a multiple of config.model.num_heads={model.num_heads}"
-  require(width % model.num_heads == 0, field, width, rule)
+  rule = f"{latent}is not a multiple of config.model.patch_size={patch}: choose a variant "
+  rule += "with another patch"
+  require(size % patch == 0, "data.image_size", config.data.image_size, rule)
+  width, heads = config.model.hidden_size, config.model.num_heads
+  rule = f"is not a multiple of config.model.num_heads={heads}"
+  require(width % heads == 0, "model.hidden_size", width, rule)
   rule = "must be a multiple of 4 (the position embedding has four parts)"
-  require(width % 4 == 0, field, width, rule)
+  require(width % 4 == 0, "model.hidden_size", width, rule)
 
 
 def _check_sampling(config: ConfigDict) -> None:
-  """Check that the model and the solver can do what sampling asks for."""
   s, classes = config.sampling, config.data.num_classes
   if s.guidance_scale != 1.0:
     field = "sampling.guidance_scale"
@@ -113,7 +103,6 @@ def _check_sampling(config: ConfigDict) -> None:
 
 
 def _check_boundaries(config: ConfigDict) -> None:
-  """Check that timestep groups begin at 0, rise and, for a curriculum, end at T."""
   field, value = "curriculum.boundaries", config.curriculum.boundaries
   total = config.diffusion.num_train_timesteps
   whole = len(value) > 1 and all(type(b) is int for b in value)

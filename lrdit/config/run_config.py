@@ -1,4 +1,4 @@
-"""A run's config.json and changes.jsonl, and which fields a workdir lets change."""
+"""A run's config.json and changes.jsonl, and which fields may change in its workdir."""
 
 import contextlib
 import json
@@ -22,10 +22,10 @@ log = logging.getLogger("lrdit")
 
 
 def open_trained(path: str, config: ConfigDict) -> pathlib.Path:
-  """Return the path of a trained run's workdir, which the first process checks.
+  """Return the path of a trained run's workdir, after the first process has checked it.
 
   Raises:
-    UserError: no workdir, another run's, or processes with different configs.
+    UserError: it is no workdir or another run's, or the processes have different configs.
   """
   check_same("config", config.to_dict())
   if cluster.is_first():
@@ -34,20 +34,13 @@ def open_trained(path: str, config: ConfigDict) -> pathlib.Path:
 
 
 def open_workdir(path: str, config: ConfigDict, create: bool) -> pathlib.Path:
-  """Check that a workdir belongs to the config, and make it where training begins.
+  """Return the path of the config's workdir.
 
-  Args:
-    path: the workdir.
-    config: resolved.
-    create: make the workdir where there is none, and ignore the config of a run that never
-      came to its first checkpoint (training); otherwise the workdir and its config must be
-      there.
-
-  Returns:
-    The workdir's path.
+  With `create`, make a missing workdir and ignore the config of a run without a checkpoint.
+  Otherwise the workdir must have a config.
 
   Raises:
-    UserError: another run's workdir, no workdir, or one that cannot be used.
+    UserError: it is no workdir, or another run's.
   """
   if create:
     pathlib.Path(path).mkdir(parents=True, exist_ok=True)
@@ -55,49 +48,40 @@ def open_workdir(path: str, config: ConfigDict, create: bool) -> pathlib.Path:
 
 
 def check_workdir(path: str | pathlib.Path, config: ConfigDict, create: bool) -> pathlib.Path:
-  """As `open_workdir`, but write nothing."""
+  """Run the checks of `open_workdir` without writing."""
   workdir = pathlib.Path(path)
   is_there, begun = (workdir / "config.json").exists(), has_begun(workdir)
   if not is_there and not create:
-    raise UserError(
-      f"{workdir} is not the workdir of a run (it has no config.json): train first, with the "
-      "same --config and --workdir and --mode=train"
-    )
+    fix = "train first, with the same --config and --workdir and --mode=train"
+    raise UserError(f"{workdir} is not the workdir of a run (it has no config.json): {fix}")
   if is_there and (begun or not create):
     allowed = fields_of(Role.PROCESS, Role.WATCH, Role.FREE, *([Role.TUNABLE] if create else []))
     found = changes(config.to_dict(), read_config(workdir))
     differences = [change for change in found if change.split(" ")[0] not in allowed]
     if differences:
-      raise UserError(
-        f"{workdir} holds another run: {'; '.join(differences)}. Use another --workdir, or "
-        "the config of that run"
-      )
+      fix = "Use another --workdir, or the config of that run"
+      raise UserError(f"{workdir} holds another run: {'; '.join(differences)}. {fix}")
   return workdir
 
 
 def log_process_fields(workdir: pathlib.Path, config: ConfigDict) -> None:
-  """Log how a process computes otherwise than the run that it looks at was trained."""
+  """Log `Role.PROCESS` fields that differ from those that the run was trained with."""
   if (workdir / "config.json").exists():
     for change in changes(config.to_dict(), read_config(workdir)):
       if change.split(" ")[0] in fields_of(Role.PROCESS):
-        log.info("computed otherwise than the run was trained: %s", change)
+        log.info("this process computes differently than the run's training: %s", change)
 
 
 def begin_config(workdir: pathlib.Path, config: ConfigDict, first_step: int) -> None:
-  """Store the config that later modes are checked against, and note what a resumed run changes.
+  """Store a run's config when it starts or resumes after `first_step` updates.
 
-  A finished run was not trained with other `Role.PROCESS` fields, so it keeps its own.
-
-  Args:
-    workdir: of the run.
-    config: resolved.
-    first_step: updates applied before; changes.jsonl has a line for every change of
-      `Role.PROCESS` and `Role.TUNABLE` fields after some steps.
+  changes.jsonl gets a line for every change of a `Role.PROCESS` or `Role.TUNABLE` field since then.
+  A finished run keeps its `Role.PROCESS` fields, as it was not trained with others.
 
   Raises:
-    UserError: fields have changed that nothing will be trained with.
+    UserError: it is another run's workdir, or tunable fields of a finished run have changed.
   """
-  check_workdir(workdir, config, create=True)  # again, as only now nobody else writes there
+  check_workdir(workdir, config, create=True)  # again, now that the workdir is locked
   history = [record for record in read_changes(workdir) if record["step"] < first_step]
   new = _changes_since(workdir, config, first_step)
   finished = first_step >= config.training.num_steps
@@ -121,10 +105,9 @@ def begin_config(workdir: pathlib.Path, config: ConfigDict, first_step: int) -> 
 
 
 def read_changes(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """Return the changes of a run's config after some of its steps, in order.
+  """Return "step", "field", "before" and "after" of each change of a run's config, in order.
 
-  Returns:
-    "step" (updates applied before), "field", "before" and "after"; nothing for a damaged line.
+  The step is the number of updates applied before the change. Damaged lines are skipped.
   """
   records = []
   with contextlib.suppress(FileNotFoundError):
@@ -139,11 +122,11 @@ def read_changes(workdir: pathlib.Path) -> list[dict[str, Any]]:
 def _changes_since(
   workdir: pathlib.Path, config: ConfigDict, first_step: int
 ) -> list[dict[str, Any]]:
-  """Return what differs from how the steps up to `first_step` were trained."""
+  """Return the differences from the config that the last step before `first_step` had."""
   if first_step == 0 or not (workdir / "config.json").exists():
     return []
   before, after = flatten(read_config(workdir)), flatten(config.to_dict())
-  # Changes whose steps were lost do not count.
+  # Changes at steps that were lost do not count.
   for record in reversed(read_changes(workdir)):
     if record["step"] >= first_step:
       before[record["field"]] = record["before"]
@@ -160,22 +143,18 @@ def _describe(record: dict[str, Any]) -> str:
 
 
 def store_config(workdir: pathlib.Path, config: ConfigDict) -> None:
-  """Write the config that later modes are checked against."""
+  """Write config.json, which later modes are checked against."""
   write_json(workdir / "config.json", config.to_dict())
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
-  """Return what config.json holds, with the fields of this version.
-
-  Raises:
-    UserError: it is damaged.
-  """
+  """Return the fields of config.json, upgraded to this version."""
   path = workdir / "config.json"
   try:
     stored = json.loads(path.read_text())
     if isinstance(stored, dict):
       return upgrade(stored)
-    error = "it is no JSON object"
+    error = "it is not a JSON object"
   except ValueError as damage:
     error = damage
   copies = (workdir / "checkpoints").glob("[0-9]*/config/metadata")
@@ -185,7 +164,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def as_config(stored: dict[str, Any]) -> ConfigDict:
-  """Return what config.json holds as a config, with tuples for JSON's lists."""
+  """Return the fields of config.json as a config, with tuples for JSON's lists."""
 
   def tuples(value: Any) -> Any:
     if isinstance(value, dict):
@@ -196,11 +175,7 @@ def as_config(stored: dict[str, Any]) -> ConfigDict:
 
 
 def stored_config(workdir: pathlib.Path) -> ConfigDict:
-  """Return the config of a run.
-
-  Raises:
-    UserError: the directory is not a workdir, or config.json is damaged.
-  """
+  """Return the config of a run's workdir."""
   if not (workdir / "config.json").exists():
     raise UserError(f"{workdir} is not the workdir of a run (it has no config.json)")
   return as_config(read_config(workdir))

@@ -1,11 +1,12 @@
 """Every config field, declared once: its default, meaning, allowed values and role.
 
-The module imports neither numpy nor jax: config files import it before jax is set up.
+Config files import this module before jax is set up, so it imports neither numpy nor jax.
 """
 
 import dataclasses
 import enum
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -16,12 +17,12 @@ from lrdit.runtime.paths import local_path
 
 LARGEST_SEED = 2**32 - 1
 LARGEST_BATCH = 2**20
-NEVER_ZERO = ("optimizer.beta2",)  # fields that may be None and never had a 0 in its place
+NEVER_ZERO = ("optimizer.beta2",)  # fields that may be None, where an old 0 does not stand for it
 FLOAT32 = "(1e-37, 1e30)"  # numbers that stay finite and above 0 in float32
 
 
 class Role(enum.Enum):
-  """Who may change a field of a run that has begun."""
+  """Whether a field may change once a run has begun."""
 
   RUN = "defines the run"
   TUNABLE = "may change while training"
@@ -32,38 +33,30 @@ class Role(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-  """One field of the config.
-
-  Attributes:
-    default: its value where a recipe sets no other.
-    meaning: one line.
-    allowed: check of its value; None where the default's type is all that counts.
-    none: what None stands for; "" where the field may not be None.
-    role: who may change it; None for the role of its group.
-  """
+  """One field of the config."""
 
   default: Any
   meaning: str
-  allowed: Check | None = None
-  none: str = ""
-  role: Role | None = None
+  allowed: Check | None = None  # None where the default's type is the only limit
+  none: str = ""  # what None stands for; "" where the field may not be None
+  role: Role | None = None  # None for the role of its group
 
   def check(self, name: str, value: Any) -> None:
     """Raise a UserError unless the field may have this value."""
     if self.allowed and not (self.none and value is None):
-      otherwise = f", or None ({self.none})" if self.none else ""
-      require(
-        self.allowed.accepts(value), name, value, f"must be {self.allowed.words()}{otherwise}"
-      )
+      rule = f"must be {self.allowed.words()}" + (f", or None ({self.none})" if self.none else "")
+      require(self.allowed.accepts(value), name, value, rule)
     if self.allowed is PATH:
       local_path(f"config.{name}", value)
 
 
-def _group(name: str, role: Role, /, **fields: Field) -> dict[str, Field]:
-  return {
-    f"{name}.{key}" if name else key: dataclasses.replace(field, role=field.role or role)
-    for key, field in fields.items()
-  }
+def _group(group: str, role: Role) -> Callable[..., dict[str, Field]]:
+  prefix = f"{group}." if group else ""
+
+  def fields_by_name(**fields: Field) -> dict[str, Field]:
+    return {prefix + k: dataclasses.replace(f, role=f.role or role) for k, f in fields.items()}
+
+  return fields_by_name
 
 
 def _is_name(value: str) -> bool:
@@ -73,44 +66,33 @@ def _is_name(value: str) -> bool:
 
 _SEED, _BATCH, _FLOAT = whole(0, LARGEST_SEED), whole(1, LARGEST_BATCH), number(FLOAT32)
 _SHARE = number("(0, 1]")
-_VARIANT = "the variant's"
+_NAME = "the name of a directory to make, without '/', of at most 100 printable characters"
+_VARIANT, _BETA2 = "the variant's", "0.999 for adamw, 0.99 for lion"
+_SECTIONS = ("flops", "weights", "gradients", "truncation")
 
 FIELDS: dict[str, Field] = {
-  **_group(
-    "",
-    Role.RUN,
+  **_group("", Role.RUN)(
     seed=Field(0, "Seed of the parameters, batches, noise and timesteps", _SEED),
     method=Field("adaptive", "Arm", choice("full", "static", "adaptive")),
   ),
-  **_group(
-    "data",
-    Role.RUN,
+  **_group("data", Role.RUN)(
     name=Field("", "Dataset", choice(names="data.pipeline.LOADERS")),
     data_dir=Field("", "Directory or file of the data", PATH, role=Role.FREE),
     image_size=Field(None, "Height and width in pixels", whole(1, 2**16)),
-    num_channels=Field(3, "Colour channels", rule(lambda n: n in (1, 3), "3, or 1 for grey")),
-    num_classes=Field(0, "Classes: 0 ignores labels, fewer than exist take the first", whole(0)),
+    num_channels=Field(3, "Color channels", rule(lambda n: n in (1, 3), "3, or 1 for gray")),
+    num_classes=Field(0, "Number of classes, taken from the first; 0 ignores labels", whole(0)),
     flip=Field(False, "Mirror images left to right with probability one half"),
-    cache_gib=Field(
-      4.0,
-      "Keep a split's decoded images up to this size",
-      number("[0, 1e6]"),
-      role=Role.FREE,
-    ),
+    cache_gib=Field(4.0, "Largest decoded split to cache", number("[0, 1e6]"), role=Role.FREE),
     skip_unreadable=Field(False, "Leave out images of a folder that cannot be read"),
   ),
-  **_group(
-    "vae",
-    Role.RUN,
+  **_group("vae", Role.RUN)(
     downsample_factor=Field(None, "Pixels along a latent's side", whole(), "pixels, no VAE"),
     latent_channels=Field(4, "Channels of a latent", whole()),
-    path=Field("", "diffusers AutoencoderKL: directory or safetensors file", PATH, role=Role.FREE),
+    path=Field("", "AutoencoderKL of diffusers: directory or safetensors", PATH, role=Role.FREE),
     latents_dir=Field("", "Directory that `--mode=encode` wrote", PATH, role=Role.FREE),
     batch_size=Field(32, "Images in flight over all devices", _BATCH, role=Role.FREE),
   ),
-  **_group(
-    "model",
-    Role.RUN,
+  **_group("model", Role.RUN)(
     variant=Field("S/2", "Size and patch; the README lists the sizes"),
     hidden_size=Field(None, "Width", whole(1, 2**16), _VARIANT),
     depth=Field(None, "Blocks", whole(1, 10_000), _VARIANT),
@@ -118,15 +100,11 @@ FIELDS: dict[str, Field] = {
     patch_size=Field(None, "Pixels along a patch's side", whole(), _VARIANT),
     dtype=Field("float32", "Compute dtype", choice("float32", "bfloat16"), role=Role.PROCESS),
     remat=Field(False, "Recompute blocks in the backward pass to save memory", role=Role.PROCESS),
-    scan_blocks=Field(
-      False, "Compile equal blocks once: for deep models; slower on CPUs", role=Role.PROCESS
-    ),
+    scan_blocks=Field(False, "Compile equal blocks once (slower on CPUs)", role=Role.PROCESS),
     class_dropout_rate=Field(0.1, "Share of labels replaced by the null class", number("[0, 1]")),
     learn_sigma=Field(False, "Learn the reverse process's variance"),
   ),
-  **_group(
-    "rank",
-    Role.RUN,
+  **_group("rank", Role.RUN)(
     ratio=Field(0.5, "Share of a dense layer's parameters that the static arm keeps", _SHARE),
     schedule=Field(
       "logistic_decreasing",
@@ -135,9 +113,9 @@ FIELDS: dict[str, Field] = {
     ),
     logistic_steepness=Field(8.0, "Steepness of the logistic schedules", number("(0, 500]")),
     logistic_midpoint=Field(0.6, "Midpoint of the logistic schedules' ramp", number("[0, 1]")),
-    min_ratio=Field(0.4, "Least active rank as a share of the largest", _SHARE),
+    min_ratio=Field(0.4, "Smallest active rank as a share of the largest", _SHARE),
     analysis=Field("", "`measured`: an analysis/truncation.json", PATH, role=Role.FREE),
-    monotone=Field(False, "`measured`: smooth r(t) so that it nowhere rises"),
+    monotone=Field(False, "`measured`: smooth r(t) so that it never rises"),
     measured_shares=Field((), "`measured`: shares of the largest rank, read from the analysis"),
     measured_boundaries=Field((), "`measured`: the shares' timestep groups"),
     match=Field(
@@ -145,7 +123,7 @@ FIELDS: dict[str, Field] = {
       "Set the mean (`activated`) or the largest (`total`) active rank to the static rank",
       choice(names="rank.plan.MATCHES"),
     ),
-    num_buckets=Field(4, "Levels of the quantised schedule", whole(1, 1000)),
+    num_buckets=Field(4, "Levels of the quantized schedule", whole(1, 1000)),
     multiple_of=Field(8, "Active ranks are multiples of this", whole()),
     first_n_blocks=Field(None, "Factorise only layers of the first blocks", whole(), "all"),
     last_n_blocks=Field(None, "Factorise only layers of the last blocks", whole(), "all"),
@@ -161,9 +139,7 @@ FIELDS: dict[str, Field] = {
       role=Role.PROCESS,
     ),
   ),
-  **_group(
-    "diffusion",
-    Role.RUN,
+  **_group("diffusion", Role.RUN)(
     num_train_timesteps=Field(1000, "T", whole(2, 1_000_000)),
     noise_schedule=Field(
       "squaredcos_cap_v2", "Noise schedule", choice(names="diffusion.process.NOISE_SCHEDULES")
@@ -174,123 +150,90 @@ FIELDS: dict[str, Field] = {
     ),
     min_snr_gamma=Field(5.0, "Cap of the signal-to-noise ratio in `min_snr`", _FLOAT),
   ),
-  **_group(
-    "curriculum",
-    Role.RUN,
+  **_group("curriculum", Role.RUN)(
     enabled=Field(False, "Train on a growing set of timestep groups"),
     start=Field("high", "First group", choice(names="train.curriculum.STARTS")),
     boundaries=Field(
       (0, 44, 123, 234, 371, 520, 667, 796, 897, 966, 1000),
       "Timestep groups of the curriculum and of losses; scaled to T without a curriculum",
     ),
-    patience=Field(5, "Checks without a better loss that end a stage", whole(), role=Role.TUNABLE),
+    patience=Field(5, "Checks without improvement that end a stage", whole(), role=Role.TUNABLE),
     check_every_steps=Field(1000, "Steps between checks", whole(), role=Role.TUNABLE),
     restart_optimizer=Field(False, "Begin each stage with fresh moments and a new warm-up"),
   ),
-  **_group(
-    "optimizer",
-    Role.TUNABLE,
+  **_group("optimizer", Role.TUNABLE)(
     name=Field("adamw", "Optimizer", choice(names="train.optimizer.OPTIMIZERS"), role=Role.RUN),
     learning_rate=Field(1e-4, "Peak learning rate", _FLOAT),
     decay=Field("constant", "After the warm-up", choice(names="train.optimizer.DECAYS")),
     warmup_steps=Field(3000, "Steps of linear warm-up", whole(0)),
     weight_decay=Field(0.0, "Decoupled weight decay of matrices", number("[0, 1e30)")),
     beta1=Field(0.9, "Decay of the first moment", number("[0, 1)"), role=Role.RUN),
-    beta2=Field(
-      None,
-      "Decay of the second moment",
-      number("[0, 1)"),
-      "0.999 for adamw, 0.99 for lion",
-      role=Role.RUN,
-    ),
-    epsilon=Field(1e-8, "AdamW's addend to the root of the second moment", _FLOAT, role=Role.RUN),
+    beta2=Field(None, "Decay of the second moment", number("[0, 1)"), _BETA2, role=Role.RUN),
+    epsilon=Field(1e-8, "Epsilon of AdamW", _FLOAT, role=Role.RUN),
     grad_clip_norm=Field(5.0, "Largest norm of the gradient", _FLOAT, "no clipping"),
     ema_decay=Field(0.9999, "Decay of the averaged parameters", number("[0, 1)")),
   ),
-  **_group(
-    "training",
-    Role.WATCH,
-    batch_size=Field(256, "Examples of a step over all devices", _BATCH, role=Role.RUN),
-    num_steps=Field(100_000, "Updates; more of them prolong a run", whole(), role=Role.FREE),
+  **_group("training", Role.WATCH)(
+    batch_size=Field(256, "Examples in a step over all devices", _BATCH, role=Role.RUN),
+    num_steps=Field(100_000, "Updates; a larger number prolongs a run", whole(), role=Role.FREE),
     log_every_steps=Field(100, "Steps between lines of metrics", whole()),
     eval_every_steps=Field(5000, "Steps between held-out losses", whole(), "never"),
     sample_every_steps=Field(10_000, "Steps between grids of samples", whole(), "never"),
-    tensorboard=Field(True, "Write TensorBoard events if its package is installed"),
+    tensorboard=Field(True, "Write TensorBoard events if tensorboard is installed"),
     profile_steps=Field((), "Steps (first, end) to trace; () traces none", rising(0, 0, 2)),
   ),
-  **_group(
-    "checkpoint",
-    Role.FREE,
+  **_group("checkpoint", Role.FREE)(
     every_steps=Field(5000, "Steps between checkpoints", whole()),
-    keep=Field(2, "Newest checkpoints that are kept", whole()),
+    keep=Field(2, "Number of newest checkpoints to keep", whole()),
   ),
-  **_group(
-    "sampling",
-    Role.FREE,
-    num_samples=Field(1000, "Images of a sample set", whole()),
+  **_group("sampling", Role.FREE)(
+    num_samples=Field(1000, "Images in a sample set", whole()),
     batch_size=Field(250, "Images in flight over all devices", _BATCH),
     solver=Field("ddim", "Solver", choice(names="diffusion.solvers.SOLVERS")),
     num_steps=Field(50, "Solver steps, at most T", whole()),
     eta=Field(0.0, "Noise of ddim", number("[0, 1]")),
-    guidance_scale=Field(1.0, "Classifier-free guidance", number("[0, 1000]")),
-    clip_x_0=Field(True, "Keep the predicted image in [-1, 1]; for pixels only"),
+    guidance_scale=Field(1.0, "Scale of classifier-free guidance", number("[0, 1000]")),
+    clip_x_0=Field(True, "Clip the predicted image to [-1, 1]; for pixels only"),
     seed=Field(0, "Seed of the noise and of random labels", _SEED),
-    labels=Field("balanced", "Labels: `balanced`, `random` or the number of a class"),
+    labels=Field("balanced", "Labels: `balanced`, `random` or a class index"),
     use_ema=Field(True, "Use the averaged parameters, in every mode that uses one set"),
-    name=Field(
-      "default",
-      "Name of the sample set",
-      rule(
-        _is_name,
-        "the name of a directory to make, without '/', of at most 100 printable characters",
-      ),
-    ),
+    name=Field("default", "Name of the sample set", rule(_is_name, _NAME)),
     png_files=Field(False, "Write a PNG file for each image as well"),
   ),
-  **_group(
-    "evaluation",
-    Role.FREE,
+  **_group("evaluation", Role.FREE)(
     extractors=Field(
       ("classifier",),
-      "Features that samples are compared by; () measures held-out losses alone",
+      "Features that samples are compared by; () measures only held-out losses",
       several(names="evaluation.features.EXTRACTORS"),
     ),
-    draws=Field(4, "Noises and timesteps of each held-out example", whole()),
+    draws=Field(4, "Pairs of noise and timestep for each held-out example", whole()),
     reference_split=Field("train", "Real images to compare with", choice("train", "eval")),
     max_features=Field(10_000, "Images in kernel distance, precision and recall", whole(10)),
-    features_dir=Field("", "Classifier and statistics; empty: in the workdir", PATH),
+    features_dir=Field("", "Directory of the classifier and statistics; empty: the workdir", PATH),
     classifier_steps=Field(None, "Updates of the classifier", whole(), "about 20 epochs"),
     inception_weights=Field("", "Inception's weights; empty: torch-fidelity's", PATH),
   ),
-  **_group(
-    "analysis",
-    Role.FREE,
-    sections=Field(
-      ("flops", "weights", "gradients", "truncation"),
-      "Parts of the analysis",
-      several("flops", "weights", "gradients", "truncation"),
-    ),
-    batch_sizes=Field((16, 64, 256), "Examples behind a gradient; the last above 1", rising(1)),
+  **_group("analysis", Role.FREE)(
+    sections=Field(_SECTIONS, "Parts of the analysis", several(*_SECTIONS)),
+    batch_sizes=Field((16, 64, 256), "Examples in a gradient; the last above 1", rising(1)),
     subspace_rank=Field(8, "Leading singular vectors of gradients to compare", whole()),
     microbatch=Field(16, "Examples in flight", _BATCH),
     seed=Field(0, "Seed of the gradients' examples, noise and timesteps", _SEED),
     ranks=Field((), "Ranks to truncate all layers to; (): ten shares of the largest", rising(1)),
   ),
-  **_group(
-    "benchmark",
-    Role.FREE,
-    rounds=Field(10, "Rounds that medians are over", whole()),
-    steps=Field(1, "Steps timed together; more hide the time between steps", whole()),
-    sampling_runs=Field(1, "Whole sampling runs of each arm", whole(), "sum of bucket times"),
+  **_group("benchmark", Role.FREE)(
+    rounds=Field(10, "Rounds that medians are taken over", whole()),
+    steps=Field(1, "Steps timed together; more of them hide the time between steps", whole()),
+    sampling_runs=Field(1, "Complete sampling runs of each arm", whole(), "sum of bucket times"),
     fit_memory=Field(False, "Halve the batch until all arms fit the accelerator"),
     compile_threads=Field(1, "Programs compiled at once, untimed above 1", whole(1, 1024)),
-    matmul_size=Field(None, "Side of the matrices of the peak", whole(), "2048 on CPUs, else 8192"),
+    matmul_size=Field(None, "Matrix size for the peak rate", whole(), "2048 on CPUs, else 8192"),
   ),
 }
 
 
 def fields_of(*roles: Role) -> frozenset[str]:
-  """Return the names of the fields of some roles."""
+  """Return the names of the fields with one of the roles."""
   return frozenset(name for name, field in FIELDS.items() if field.role in roles)
 
 
@@ -300,27 +243,25 @@ def get(config: ConfigDict, field: str) -> Any:
 
 
 def get_default_config(method: str, variant: str) -> ConfigDict:
-  """Return a locked config of all fields; a recipe changes what differs.
+  """Return a locked config with all fields at their defaults, for a recipe to change.
 
-  Args:
-    method: full, static or adaptive.
-    variant: model size such as "S/2".
+  `method` is full, static or adaptive, and `variant` a model size such as "S/2".
   """
   nested: dict[str, Any] = {}
   for name, field in FIELDS.items():
     group, _, key = name.rpartition(".")
     values = nested.setdefault(group, {}) if group else nested
-    default = field.default
-    values[key] = config_dict.placeholder(field.allowed.kind) if default is None else default
+    is_none = field.default is None
+    values[key] = config_dict.placeholder(field.allowed.kind) if is_none else field.default
   config = ConfigDict(nested)
   config.method, config.model.variant = method, variant
   return config.lock()
 
 
 def upgrade(stored: dict[str, Any]) -> dict[str, Any]:
-  """Return a config.json of any version with the fields of this one.
+  """Return the config.json of any version with this version's fields.
 
-  Fields that did not exist take their defaults, and zeros that stood for None become None.
+  New fields take their defaults, and zeros that stood for None become None.
   """
   config = {key: dict(v) if isinstance(v, dict) else v for key, v in stored.items()}
   for name, field in FIELDS.items():
@@ -335,21 +276,14 @@ def upgrade(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_arg(arg: str, **defaults: str) -> dict[str, str]:
-  """Parse "key=value,..." over `defaults`, which name all keys there are.
-
-  Raises:
-    UserError: unknown key, one given twice, or an item without "=".
-  """
+  """Parse "key=value,..." for a recipe's `get_config`; `defaults` has every allowed key."""
   given: dict[str, str] = {}
   for item in arg.split(",") if arg else ():
     key, equals, value = item.partition("=")
     if key in given:
       raise UserError(f"config argument {key} is given twice: leave one out", 2)
     if not equals or key not in defaults:
-      raise UserError(
-        f"config argument {item!r} is unknown: after the colon of --config write "
-        f"KEY=VALUE with KEY one of {', '.join(defaults)}",
-        2,
-      )
+      fix = f"after the colon of --config write KEY=VALUE with KEY one of {', '.join(defaults)}"
+      raise UserError(f"config argument {item!r} is unknown: {fix}", 2)
     given[key] = value
   return defaults | given

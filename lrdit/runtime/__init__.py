@@ -1,1 +1,1 @@
-"""What every mode stands on: errors, devices and processes, files, logs; nothing of ours below."""
+"""Errors, devices, processes, files and logs: the base, which imports no other lrdit package."""

@@ -19,16 +19,12 @@ from lrdit.runtime.parallel import AXIS
 
 log = logging.getLogger("lrdit")
 
-# A process that has been silent for so long counts as dead, and the others end.
-HEARTBEAT_SECONDS = 20
-# All processes of a job start within so long of each other.
-START_SECONDS = 300
-# A wait is logged after this long.
-LOGGED_AFTER_SECONDS = 5
-# The others wait at the end for the first process, which may have much to write.
-SHUTDOWN_SECONDS = 24 * 3600
+HEARTBEAT_SECONDS = 20  # The others end when a process has been silent for this long.
+START_SECONDS = 300  # All processes must start within this time.
+LOGGED_AFTER_SECONDS = 5  # A longer wait for the others is logged.
+SHUTDOWN_SECONDS = 24 * 3600  # At the end, the others wait while the first process writes.
 MAX_PROCESSES = 2**31 - 1
-# Variables by which launchers give each process the number of processes.
+# Launchers set these variables to the number of processes.
 COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 NOT_REACHED = (
   "the other processes cannot be reached ({}): check that all are started, and --coordinator, "
@@ -37,11 +33,10 @@ NOT_REACHED = (
 
 
 def detection_method(environment: Mapping[str, str]) -> str | None:
-  """Return how a process finds the others by the variables of mpirun, srun or a TPU pod.
+  """Return how a process that mpirun, srun or a TPU pod started finds the others.
 
-  Returns:
-    None for a process on its own; "jax" where jax finds the coordinator; "mpi4py" where that needs
-    this package, as with all of MPI but Open MPI 4.
+  The result is "jax" where jax finds the coordinator itself, "mpi4py" where it needs that package
+  (every MPI but Open MPI 4), or None for a process on its own.
   """
 
   def count(name: str) -> int:
@@ -62,7 +57,7 @@ def detection_method(environment: Mapping[str, str]) -> str | None:
     return "mpi4py"
   if count("SLURM_STEP_NUM_TASKS") > 1 or "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
     return "jax"
-  # The hosts of a TPU pod have nothing else that tells them from a single one.
+  # Nothing else distinguishes the hosts of a TPU pod from a single one.
   has_chips = os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")
   is_pod = "TPU_SKIP_MDS_QUERY" not in environment and has_chips
   return "jax" if is_pod and importlib.util.find_spec("libtpu") else None
@@ -70,28 +65,21 @@ def detection_method(environment: Mapping[str, str]) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-  """Where the processes of a job meet; all None where jax finds it.
+  """Where the processes of a job meet; fields are None where jax finds them itself."""
 
-  Attributes:
-    coordinator: "HOST:PORT" at which the first process listens.
-    num_processes: P.
-    process_id: this process, in [0, P).
-    detection: jax's `cluster_detection_method`.
-  """
-
-  coordinator: str | None = None
+  coordinator: str | None = None  # "HOST:PORT" at which the first process listens
   num_processes: int | None = None
-  process_id: int | None = None
-  detection: str | None = None
+  process_id: int | None = None  # from 0
+  detection: str | None = None  # jax's cluster_detection_method
 
   @property
   def process_name(self) -> str:
-    """The beginning of this process's lines before it has met the others."""
+    """Prefix of this process's log lines before it has met the others."""
     return "a process: " if self.process_id is None else f"process {self.process_id}: "
 
   @property
   def how_to_stay_alone(self) -> str:
-    """What to do if there are no other processes, as in an interactive shell of several tasks."""
+    """The fix where there are no other processes, as in an interactive shell of several tasks."""
     if self.num_processes is not None:
       return "leave out these flags to run this process alone"
     counts = [f"{name}={os.environ[name]}" for name in COUNTS if os.environ.get(name)]
@@ -102,14 +90,10 @@ class Cluster:
 def find_cluster(
   coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> Cluster | None:
-  """Return the cluster that the flags name, or else the environment; None to stay alone.
+  """Return the cluster that the flags or else the environment describe, or None for one process.
 
-  Args:
-    coordinator, num_processes, process_id: as in `Cluster`, all or none of them. With
-      num_processes=1 the process stays alone, whatever the environment says.
-
-  Raises:
-    UserError: some are missing or invalid, or the environment is not sufficient.
+  The flags are given together or not at all, except that num_processes=1 alone overrides the
+  environment.
   """
   given = (coordinator, num_processes, process_id)
   if num_processes is not None and not 1 <= num_processes <= MAX_PROCESSES:
@@ -121,18 +105,12 @@ def find_cluster(
   if None in given:
     raise UserError("--coordinator, --num_processes and --process_id go together: give all", 2)
   if not 0 <= process_id < num_processes:
-    raise UserError(
-      f"--process_id={process_id} is not in [0, {num_processes}): it counts from 0, and "
-      f"--num_processes={num_processes}",
-      2,
-    )
+    rule = f"is not in [0, {num_processes}): it counts from 0, and --num_processes={num_processes}"
+    raise UserError(f"--process_id={process_id} {rule}", 2)
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-    raise UserError(
-      f"--coordinator={coordinator} is not HOST:PORT, the address of process 0 with a port from 1 "
-      f"to {2**16 - 1}",
-      2,
-    )
+    rule = f"is not HOST:PORT, the address of process 0 with a port from 1 to {2**16 - 1}"
+    raise UserError(f"--coordinator={coordinator} {rule}", 2)
   return Cluster(*given)
 
 
@@ -155,12 +133,8 @@ def _detect() -> Cluster | None:
 def connect(cluster: Cluster, shares_sigterm: bool) -> None:
   """Join the processes of a job; call this before any device is used.
 
-  Args:
-    cluster: from `find_cluster`.
-    shares_sigterm: SIGTERM makes `is_preempted` true in all processes instead of ending this one.
-
-  Raises:
-    UserError: the others cannot be reached, or have another number of devices.
+  With `shares_sigterm`, SIGTERM makes `is_preempted` true in all processes instead of ending this
+  one.
   """
   jax.config.update("jax_enable_preemption_service", shares_sigterm)
   try:
@@ -170,11 +144,11 @@ def connect(cluster: Cluster, shares_sigterm: bool) -> None:
         cluster.num_processes,
         cluster.process_id,
         cluster_detection_method=cluster.detection,
-        initialization_timeout=2 * START_SECONDS,  # `_limited_wait` gives up before
+        initialization_timeout=2 * START_SECONDS,  # `_limited_wait` gives up first
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=SHUTDOWN_SECONDS,
       )
-  except Exception as error:  # whatever a wrong address or variable leads jax to
+  except Exception as error:  # a wrong address or variable makes jax raise many types
     cause = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(NOT_REACHED.format(cause, cluster.how_to_stay_alone), RESTART_STATUS) from error
   _open_connections()
@@ -182,11 +156,8 @@ def connect(cluster: Cluster, shares_sigterm: bool) -> None:
 
 @contextlib.contextmanager
 def _limited_wait(cluster: Cluster) -> Iterator[None]:
-  """Log that this process waits for the others, and end it after `START_SECONDS`.
-
-  jax would end it with a stack trace and status 134 from one of its threads, where no exception
-  can be caught.
-  """
+  """Log that this process waits for the others, and end it after `START_SECONDS`."""
+  # jax would abort from one of its threads, with a stack trace that nothing can catch.
   met = threading.Event()
 
   def watch() -> None:
@@ -209,11 +180,9 @@ def _limited_wait(cluster: Cluster) -> Iterator[None]:
 
 
 def _open_connections() -> None:
-  """Run each kind of collective once.
-
-  On CPUs, the first collective of a kind fails if a process is 30 s behind another, as may happen
-  later on; those that follow wait as long as they must.
-  """
+  """Run each kind of collective once."""
+  # On CPUs, the first collective of a kind fails if a process is 30 s behind another, which may
+  # happen later in a run. Those that follow wait without a limit.
   counts = multihost_utils.process_allgather(np.int32(jax.local_device_count()))
   if len(set(counts.tolist())) > 1:
     raise UserError(f"the processes have {counts.tolist()} devices: each must have as many")
@@ -223,17 +192,17 @@ def _open_connections() -> None:
 
 
 def num_processes() -> int:
-  """Return P."""
+  """Return the number of processes."""
   return jax.process_count()
 
 
 def process_id() -> int:
-  """Return the index of this process, in [0, P)."""
+  """Return this process's index, from 0."""
   return jax.process_index()
 
 
 def process_name() -> str:
-  """Return the beginning of this process's lines, where it is one of several."""
+  """Return the prefix of this process's log lines, where it is one of several."""
   return f"process {jax.process_index()}: "
 
 
@@ -245,9 +214,8 @@ def is_first() -> bool:
 def from_first(tree: Any) -> Any:
   """Return the first process's tree on every process.
 
-  Args:
-    tree: numpy arrays or scalars; on the other processes anything of the same structure, shapes
-      and dtypes of at most 32 bits.
+  The tree holds numpy arrays or scalars of at most 32 bits. The other processes pass a tree with
+  the same structure, shapes and dtypes.
   """
   if jax.process_count() == 1:
     return tree
@@ -257,11 +225,9 @@ def from_first(tree: Any) -> Any:
 def is_preempted(num_calls: int) -> bool:
   """Return whether all processes stop now because one of them got SIGTERM.
 
-  All processes ask before every step, and get the same answer.
-
-  Args:
-    num_calls: how often this process has asked before. jax answers at the number after the highest
-      one that any process has asked with. A count of the run's steps would never meet that number
-      if the signal came before the first question.
+  All processes ask before every step and get the same answer. `num_calls` counts this process's
+  earlier calls.
   """
+  # jax answers at the number after the highest that any process has asked with. Step numbers would
+  # never reach it if the signal came before the first question.
   return multihost_utils.reached_preemption_sync_point(num_calls)

@@ -9,26 +9,18 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-# What jax raises in the other processes when one of several ends, and the exit status by which a
-# launcher knows that it should start all of them again (EX_TEMPFAIL).
-OTHERS_ARE_GONE = (
-  "Connection closed by peer",
-  "Connection reset by peer",
-  "Gloo ",
-  "NCCL",
-  "coordination service",
-  "Coordination service",
-)
-RESTART_STATUS = 75
-# With one of these, jax ends a process at the first such value.
+# jax raises errors with these words in the other processes when one of several ends.
+OTHERS_ARE_GONE = ("Connection closed by peer", "Connection reset by peer", "Gloo ", "NCCL")
+OTHERS_ARE_GONE += ("coordination service", "Coordination service")
+RESTART_STATUS = 75  # EX_TEMPFAIL: a launcher starts all processes again
+# With one of these set, jax raises at the first such value.
 DEBUG_VARIABLES = ("JAX_DEBUG_NANS", "JAX_DEBUG_INFS")
 
 
 class UserError(Exception):
-  """A mistake or a circumstance that the user can fix.
+  """A problem that the user can fix; the message is one line that names the cause and the fix.
 
-  The message is one line that names the cause and the fix. `main.py` prints it without a traceback
-  and exits with `exit_status`.
+  `main.py` prints it without a traceback and exits with `exit_status`.
   """
 
   def __init__(self, message: str, exit_status: int = 1):
@@ -37,16 +29,15 @@ class UserError(Exception):
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-  """Yield the error and those that it was raised from, newest first."""
   while error is not None:
     yield error
     error = error.__cause__
 
 
 def system_limit(error: BaseException) -> UserError | None:
-  """Return the one line for a limit of the system, or None for any other error.
+  """Return the `UserError` for a system limit, or None for any other error.
 
-  Code that takes errors for damaged files asks here first, as the files are intact then.
+  Code that treats errors as damaged files checks this first, as the files are intact then.
   """
   code = error.errno if isinstance(error, OSError) else None
   if code in (errno.EMFILE, errno.ENFILE) or os.strerror(errno.EMFILE) in str(error):
@@ -67,20 +58,19 @@ def system_limit(error: BaseException) -> UserError | None:
 
 
 def as_user_error(error: Exception) -> UserError | None:
-  """Return the one line for an error, or None where it is a defect of this package."""
+  """Return the `UserError` for an error, or None where it is a bug in this package."""
   for cause in _causes(error):
     if isinstance(cause, UserError):
       return cause
     if (limit := system_limit(cause)) is not None:
       return limit
-    # Fields are read as attributes, and the schema has all there are.
     if isinstance(cause, AttributeError) and isinstance(getattr(cause, "obj", None), ConfigDict):
       return UserError(
         f"the config has no field {cause.name!r}: begin get_config with "
         "lrdit.config.schema.get_default_config, which makes all fields",
         2,
       )
-    if isinstance(cause.__context__, UserError):  # raised while ours was handled
+    if isinstance(cause.__context__, UserError):  # a library failed while ours was handled
       return cause.__context__
     asked = [name for name in DEBUG_VARIABLES if os.environ.get(name)]
     if isinstance(cause, FloatingPointError) and asked:
@@ -110,15 +100,10 @@ def as_user_error(error: Exception) -> UserError | None:
 
 
 def print_error(error: BaseException, with_traceback: bool, who: str = "") -> int:
-  """Print the error that ended a command, in one line if the user can fix it.
+  """Print the error that ended a command and return the exit status.
 
-  Args:
-    error: the exception being handled.
-    with_traceback: show where even a `UserError` came from.
-    who: the beginning of the line, which names one of several processes.
-
-  Returns:
-    the exit status.
+  The error is one line if the user can fix it, after its traceback with `with_traceback`. `who`
+  is the line's prefix, which names one of several processes.
   """
   if isinstance(error, KeyboardInterrupt):
     print(f"{who}interrupted", file=sys.stderr)

@@ -1,7 +1,6 @@
 """Locks: one process at a time writes a directory, and the others learn which one.
 
-The kernel holds a lock and releases it when its process ends, however that ends. No lock outlives
-its process, and none has to be judged by its age. On NFS the server holds it.
+The kernel, or on NFS the server, releases a lock when its process ends in any way.
 """
 
 import contextlib
@@ -17,35 +16,28 @@ from collections.abc import Iterator
 
 from lrdit.runtime.errors import UserError
 
-# Errors of file systems without locks.
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of the file system
 
 log = logging.getLogger("lrdit")
 
 
 def lock_path(directory: pathlib.Path, use: str) -> pathlib.Path:
-  """Return the lock file of a use of a directory, which exists while it is in use."""
+  """Return the lock file for one use of a directory, which exists while it is in use."""
   return directory / f".{use}.lock"
 
 
 @contextlib.contextmanager
 def owned(directory: pathlib.Path, use: str, wait: bool = False) -> Iterator[None]:
-  """Hold the lock for a use of a directory.
+  """Hold the lock for one use of an existing directory, such as the mode that writes it.
 
-  Args:
-    directory: must be there.
-    use: the name of the mode that writes; each use has a lock of its own.
-    wait: wait for the other process instead of raising.
-
-  Raises:
-    UserError: another process holds the lock.
+  With `wait`, wait for another process that holds the lock instead of raising a UserError.
   """
   path = lock_path(directory, use)
   file = _take(path, wait)
   try:
     yield
   finally:
-    try:  # remove it before releasing it, so that those who wait see that it has gone
+    try:  # remove the file before its release, so that waiting processes see that it is gone
       with contextlib.suppress(OSError):
         if _is_at(file, path):
           path.unlink()
@@ -54,7 +46,6 @@ def owned(directory: pathlib.Path, use: str, wait: bool = False) -> Iterator[Non
 
 
 def _take(path: pathlib.Path, wait: bool) -> int:
-  """Lock the file and return its descriptor."""
   while True:
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -65,7 +56,7 @@ def _take(path: pathlib.Path, wait: bool) -> int:
     except BaseException:
       os.close(file)
       raise
-    os.close(file)  # the previous process removed it, and another may have made it again
+    os.close(file)  # the previous process removed it, and another may have created it again
 
 
 def _lock(file: int, path: pathlib.Path, wait: bool) -> None:
@@ -74,9 +65,8 @@ def _lock(file: int, path: pathlib.Path, wait: bool) -> None:
   except BlockingIOError as error:
     holder = _describe(_read(file))
     if not wait:
-      raise UserError(
-        f"{path.parent} is in use by {holder}: wait until that has ended, or name another directory"
-      ) from error
+      fix = "wait until that has ended, or name another directory"
+      raise UserError(f"{path.parent} is in use by {holder}: {fix}") from error
     log.info("%s is in use by %s: waiting for it", path.parent, holder)
     fcntl.flock(file, fcntl.LOCK_EX)
   except OSError as error:
@@ -93,9 +83,8 @@ def _is_at(file: int, path: pathlib.Path) -> bool:
 
 
 def _sign(file: int, path: pathlib.Path) -> None:
-  """Write who holds the lock, for the messages of others."""
-  before = _read(file)
-  if before:
+  """Write who holds the lock, for other processes' messages."""
+  if before := _read(file):
     log.info("%s was left by %s, which has ended", path.parent, _describe(before))
   now = time.strftime("%Y-%m-%d %H:%M:%S %z")
   holder = {"host": socket.gethostname(), "process": os.getpid(), "since": now}
@@ -105,7 +94,7 @@ def _sign(file: int, path: pathlib.Path) -> None:
 
 
 def _read(file: int) -> dict:
-  """Return what the holder wrote; {} where it has not written yet."""
+  """Return what the holder wrote, or {} if it has not written yet."""
   try:
     holder = json.loads(os.pread(file, 4096, 0))
   except (ValueError, OSError):

@@ -1,4 +1,4 @@
-"""Writes a run's metrics to metrics.jsonl, and to TensorBoard where it is installed."""
+"""Write a run's metrics to metrics.jsonl, and to TensorBoard where it is installed."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ log = logging.getLogger("lrdit")
 
 
 def _drop_lines_after(path: pathlib.Path, step: int) -> None:
-  """Remove lines of steps that a resumed run writes again, and a torn last one."""
+  """Remove lines that a resumed run writes again, and an incomplete last one."""
   if not path.is_file():
     return
   kept = []
@@ -25,24 +25,18 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> None:
       if json.loads(line)["step"] <= step:
         kept.append(line + "\n")
     except (ValueError, TypeError, KeyError):
-      break  # written when the process was killed; nothing follows it
+      break  # cut off when the process was killed; nothing follows it
   with atomic_path(path) as temporary:
     temporary.write_text("".join(kept))
 
 
 class _EventWriter:
-  """Writes TensorBoard events of one start of a run, without TensorFlow."""
+  """Writes TensorBoard events without TensorFlow; the first one drops later steps of earlier files.
+
+  Raises ImportError, AttributeError or TypeError where tensorboard is missing or does not fit.
+  """
 
   def __init__(self, directory: pathlib.Path, first_step: int):
-    """Open a file, whose first event takes back later steps of earlier starts.
-
-    Args:
-      directory: of the event files of all starts.
-      first_step: step that the run resumes from.
-
-    Raises:
-      ImportError, AttributeError, TypeError: tensorboard is missing or does not fit.
-    """
     from tensorboard.compat.proto import event_pb2, summary_pb2
     from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -61,39 +55,28 @@ class _EventWriter:
     self._records.flush()
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
-    """Write the scalars of a step."""
     values = [self._summary.Value(tag=k, simple_value=v) for k, v in scalars.items()]
     self._write(step=step, summary=self._summary(value=values))
 
   def close(self) -> None:
-    """Close the file."""
     self._records.close()
 
 
-def _tensorboard_writer(workdir: pathlib.Path, first_step: int) -> _EventWriter | None:
-  """Return a writer of events, or None where tensorboard cannot be imported."""
-  try:
-    return _EventWriter(workdir / "tensorboard", first_step)
-  except (ImportError, AttributeError, TypeError) as error:  # clashing versions raise these too
-    log.info("TensorBoard events are off (%s): pip install 'lrdit[tensorboard]'", error)
-    return None
-
-
 class MetricWriter:
-  """Appends the scalars of each step as one JSON object a line, in full precision."""
+  """Appends each step's scalars as a line of JSON in full precision, after dropping later steps.
+
+  With `tensorboard`, TensorBoard events are written too where the package can be imported.
+  """
 
   def __init__(self, workdir: pathlib.Path, first_step: int, tensorboard: bool):
-    """Open the files.
-
-    Args:
-      workdir: the run's directory.
-      first_step: step that the run resumes from; later lines are dropped.
-      tensorboard: also write TensorBoard events where tensorboard can be imported.
-    """
     path = workdir / "metrics.jsonl"
     _drop_lines_after(path, first_step)
-    self._file = path.open("a")
-    self._tensorboard = _tensorboard_writer(workdir, first_step) if tensorboard else None
+    self._file, self._tensorboard = path.open("a"), None
+    if tensorboard:
+      try:
+        self._tensorboard = _EventWriter(workdir / "tensorboard", first_step)
+      except (ImportError, AttributeError, TypeError) as error:
+        log.info("TensorBoard events are off (%s): pip install 'lrdit[tensorboard]'", error)
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Write one line and flush it; non-finite values become null."""

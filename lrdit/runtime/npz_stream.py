@@ -1,4 +1,4 @@
-"""Arrays of an .npz that are written and read a batch at a time, so that none is held whole."""
+"""Write and read an .npz a batch at a time, so that no array is in memory as a whole."""
 
 import contextlib
 import math
@@ -19,14 +19,9 @@ def write_member(
   shape: tuple[int, ...],
   chunks: Iterable[np.ndarray],
 ) -> None:
-  """Write an array as one .npy, without a time, so that equal arrays make equal archives.
+  """Write an array, without a time, so that equal arrays make equal archives.
 
-  Args:
-    archive: open for writing.
-    name: of the array.
-    dtype: of the array.
-    shape: of the whole array.
-    chunks: its rows in order, contiguous and of that dtype; as many as the shape says.
+  The chunks are its rows in order, contiguous and of `dtype`, as many as `shape` has.
   """
   with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
     member.write(npy_header(shape, dtype))
@@ -35,7 +30,6 @@ def write_member(
 
 
 def _read_shape(member: Any, dtype: np.dtype, num_axes: int, num_rows: int) -> tuple[int, ...]:
-  """Read the header of an .npy and return its shape, which must be as expected."""
   version = np.lib.format.read_magic(member)
   if version != (1, 0):
     raise ValueError(f"it is of .npy version {version}")
@@ -53,18 +47,13 @@ def _read_rows(member: Any, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarr
 def read_npz(
   path: pathlib.Path, kinds: Mapping[str, tuple[Any, int]], num_rows: int, batch_size: int, fix: str
 ) -> Iterator[list[np.ndarray]]:
-  """Yield the rows of an .npz in order, a batch at a time: one array of each name.
+  """Yield the rows of an .npz in order, a batch at a time: one array for each name.
 
-  Args:
-    path: of the .npz.
-    kinds: dtype and number of axes of every array by its name, in order.
-    num_rows: rows of each array.
-    batch_size: rows at a time.
-    fix: the end of the message about damage.
+  `kinds` has the dtype and number of axes of every array, in the file's order.
 
   Raises:
-    StoreError: it is missing or holds anything else, or a checksum differs; the latter is known
-      with the last batch.
+    StoreError: the file is missing or holds anything else, or, after the last batch, a checksum
+      differs. The message ends with `fix`.
   """
   with damage_of(path, fix), zipfile.ZipFile(path) as archive, contextlib.ExitStack() as stack:
     if archive.namelist() != [f"{name}.npy" for name in kinds]:

@@ -10,21 +10,13 @@ URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://|file:/")
 
 
 def local_path(name: str, path: str, exit_status: int = 1) -> str:
-  """Return a path with the user's home directory filled in.
-
-  Only mounted file systems are read and written: as a path, an address would make a directory
-  named "gs:".
-
-  Args:
-    name: of the flag, field or variable that holds the path, for the error.
-    path: as given; "" stays "".
-    exit_status: of the error.
+  """Return a path with the home directory filled in; "" stays "".
 
   Raises:
     UserError: the path is an address such as gs://bucket/run, holds a zero byte, or begins with
-      the name of a user without a home directory.
+      the name of a user without a home directory. The message begins with `name`.
   """
-  if URL.match(path):
+  if URL.match(path):  # opened as a path, it would make a directory named "gs:"
     local = re.sub(r"^file:/+", "/", path)
     fix = f"write {local}" if local != path else "mount it and name the directory"
     raise UserError(f"{name}={path} is an address, not a path on this machine: {fix}", exit_status)

@@ -23,27 +23,22 @@ class _BarHandler(logging.Handler):
 
 
 def start_logging(debug: bool, who: str, is_first: bool) -> None:
-  """Send the package's log lines, and no library's, to standard error.
+  """Send the first process's log lines to standard error, each with the prefix `who`.
 
-  Of several processes, which all do the same, only the first one logs. A failed write makes orbax
-  and tensorstore print tracebacks from their own threads; the error itself reaches the main
-  thread, which reports it.
-
-  Args:
-    debug: let the libraries log too.
-    who: the beginning of each line.
-    is_first: this process is the only one, or the first of several.
+  The libraries log only with `debug`, and the other processes log only errors.
   """
   if not debug:
+    # After a failed write, orbax and tensorstore print tracebacks from their own threads. The error
+    # itself reaches the main thread, which reports it.
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    logging.raiseExceptions = False  # a full disk under the log file, say
+    logging.raiseExceptions = False  # as on a full disk under the log file
     sys.unraisablehook = _ignore_closed_event_loop
   for handler in [handler for handler in log.handlers if isinstance(handler, _BarHandler)]:
     log.removeHandler(handler)  # from before the processes met
   handler = _BarHandler()
   handler.setFormatter(logging.Formatter(who + "%(message)s"))
-  # Lines of progress are DEBUG: a terminal shows the bar instead.
+  # Progress lines are DEBUG, as a terminal shows the bar instead.
   level = logging.INFO if sys.stderr.isatty() else logging.DEBUG
   handler.setLevel(level if is_first else logging.ERROR)
   log.addHandler(handler)
@@ -70,17 +65,9 @@ def log_to_file(path: pathlib.Path) -> Iterator[None]:
 
 
 def make_bar(total: int, done: int, unit: str) -> tqdm.tqdm:
-  """Return a progress bar, which is shown on the first process's terminal only.
+  """Return a progress bar that only the first process's terminal shows.
 
-  Args:
-    total: steps or items in all.
-    done: items that were done before this process started.
-    unit: name of one item.
+  `done` of the `total` items were finished before this process started.
   """
-  return tqdm.tqdm(
-    total=total,
-    initial=done,
-    unit=unit,
-    dynamic_ncols=True,
-    disable=not (cluster.is_first() and sys.stderr.isatty()),
-  )
+  hidden = not (cluster.is_first() and sys.stderr.isatty())
+  return tqdm.tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, disable=hidden)

@@ -1,4 +1,4 @@
-"""What a process sets up before it computes: its limits, jax's settings and compilation cache."""
+"""Set up a process before it computes: its limits, jax's settings and compilation cache."""
 
 import contextlib
 import importlib.util
@@ -10,20 +10,13 @@ import warnings
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.malloc import count_cpu_devices
 
-# XLA's flag for matrix products by its own GPU kernels, and the packages of its CUDA support.
-TRITON_PRODUCTS = "xla_gpu_enable_triton_gemm"
 CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+MIN_CACHED_SECONDS = 0.1  # Faster compilations are not worth a file.
+OPEN_FILES = 1 << 16  # Files that may be open at once, where the system allows it.
 
-# Faster compilations are not worth a file.
-MIN_CACHED_SECONDS = 0.1
-
-# Files that may be open at once, if the system lets a process have so many.
-OPEN_FILES = 1 << 16
-
-# Settings of jax and flax that the environment may not choose, at their default values. They define
+# The environment may not change these settings of jax and flax from their defaults. They define
 # what a run computes (random streams, dtypes, compilation) in every process that resumes or samples
-# it. The last ones help to debug jax itself, and would end every run at its first step. Other
-# settings choose where and how fast a process computes, or help to debug it.
+# it. The last ones, which debug jax itself, would end every run at its first step.
 FIXED_SETTINGS = {
   "jax_default_prng_impl": "threefry2x32",
   "jax_threefry_partitionable": True,
@@ -55,23 +48,20 @@ def prepare() -> list[str]:
   """Set up the process; call this before numpy or jax are imported.
 
   Returns:
-    lines for the log about settings in the environment that are overridden or change rounding.
+    Log lines about environment settings that are overridden or change rounding.
 
   Raises:
-    UserError: a variable of the environment has a value that jax or XLA do not accept.
+    UserError: an environment variable has a value that jax or XLA does not accept.
   """
   raise_open_files_limit()
-  os.environ["MPLBACKEND"] = "agg"  # plots are files, whatever window the shell wants
+  os.environ["MPLBACKEND"] = "agg"  # plots go to files, whatever backend the shell asks for
   flags = os.environ.get("XLA_FLAGS", "").strip()
   if flags and (complaint := _xla_complaint()):  # XLA itself would end the process
     raise _environment_error(f"XLA_FLAGS={flags}", complaint)
   count = count_cpu_devices(os.environ)
   if not count.strip().isdecimal() or int(count) < 1:
-    raise UserError(
-      f"JAX_NUM_CPU_DEVICES={count} in the environment is not a number of devices from 1: correct "
-      "or unset it",
-      2,
-    )
+    rule = "in the environment is not a number of devices from 1: correct or unset it"
+    raise UserError(f"JAX_NUM_CPU_DEVICES={count} {rule}", 2)
   use_cublas()
   import_libraries()
   use_compilation_cache()
@@ -83,10 +73,8 @@ def _environment_error(settings: str, cause: str) -> UserError:
 
 
 def raise_open_files_limit() -> None:
-  """Let the process open as many files as the system allows, up to `OPEN_FILES`.
-
-  A prepared dataset has over a thousand files, and shells allow 1,024 by default.
-  """
+  """Let the process open as many files as the system allows, up to `OPEN_FILES`."""
+  # A prepared dataset has over a thousand files, and shells allow 1,024 by default.
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
   if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -97,16 +85,16 @@ def raise_open_files_limit() -> None:
 def use_cublas() -> None:
   """Have XLA compute matrix products on NVIDIA GPUs by cuBLAS, unless XLA_FLAGS say otherwise.
 
-  Otherwise XLA also tries its own kernels, in dozens of variants for every shape. On an H100 with
-  16 cores, the training step of two blocks was not compiled in 80 s; that of DiT-B/2 takes 36 s
-  with cuBLAS alone.
+  By default, XLA also tries dozens of its own kernels for every shape. On an H100 with 16 cores, it
+  had not compiled the training step of two blocks after 80 s. With cuBLAS alone, that of DiT-B/2
+  takes 36 s.
   """
   if any(map(importlib.util.find_spec, CUDA_PLUGINS)):
-    add_xla_flag(TRITON_PRODUCTS, "false")
+    add_xla_flag("xla_gpu_enable_triton_gemm", "false")
 
 
 def add_xla_flag(name: str, value: str) -> None:
-  """Add a flag to XLA_FLAGS, unless it is there or this version of XLA does not know it."""
+  """Add a flag to XLA_FLAGS, unless it is there already or XLA does not know it."""
   before = os.environ.get("XLA_FLAGS")
   if name in (before or ""):
     return
@@ -119,10 +107,7 @@ def add_xla_flag(name: str, value: str) -> None:
 
 
 def _xla_complaint() -> str | None:
-  """Return XLA's complaint about XLA_FLAGS; None if it accepts or has already read them.
-
-  A child process has XLA read them, which takes some milliseconds.
-  """
+  """Return XLA's complaint about XLA_FLAGS, or None if it accepts or has already read them."""
   if "jax" in sys.modules or not sys.platform.startswith("linux"):
     return None
   from jaxlib import _jax
@@ -131,7 +116,7 @@ def _xla_complaint() -> str | None:
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the child does not need the threads that numpy has started
     child = os.fork()
-  if child == 0:
+  if child == 0:  # XLA reads the flags here, as it would end the process at a wrong one
     try:
       os.dup2(write_end, 2)
       _ = _jax.CompileOptions().executable_build_options.debug_options
@@ -147,11 +132,7 @@ def _xla_complaint() -> str | None:
 
 
 def import_libraries() -> None:
-  """Import the libraries that read the environment while they are imported.
-
-  Raises:
-    UserError: a variable has a value that its library does not accept.
-  """
+  """Import the libraries that read the environment while they are imported."""
   try:
     import flax  # noqa: F401
     import jax  # noqa: F401  # only now: importing them starts threads
@@ -165,11 +146,7 @@ def import_libraries() -> None:
 
 
 def open_devices() -> None:
-  """Open jax's devices; call this after the processes of a job have met.
-
-  Raises:
-    UserError: the device that the environment asks for does not exist.
-  """
+  """Open jax's devices; call this after the processes of a job have met."""
   import jax
 
   try:
@@ -180,17 +157,15 @@ def open_devices() -> None:
     settings = " and ".join(f"{name}={os.environ[name]}" for name in names if os.environ.get(name))
     cause = (str(error).splitlines() or ["there is no such device"])[0]
     fix = "correct or unset what the environment says, or " if settings else ""
-    raise UserError(
-      f"{settings or 'jax'}: no device to compute on ({cause}): {fix}install jax for a device that "
-      "is there",
-      2,
-    ) from error
+    fix += "install jax for a device that is there"
+    message = f"{settings or 'jax'}: no device to compute on ({cause}): {fix}"
+    raise UserError(message, 2) from error
 
 
 def fix_settings() -> list[str]:
-  """Apply `FIXED_SETTINGS`; return a log line for each that the environment had changed.
+  """Apply `FIXED_SETTINGS` and return a log line for each that the environment had changed.
 
-  The precision of matrix products stays: like the device, it is the choice of a process.
+  A process may choose the precision of matrix products, like its device.
   """
   import flax
   import jax
@@ -198,25 +173,22 @@ def fix_settings() -> list[str]:
   notes = []
   for name, value in FIXED_SETTINGS.items():
     config = flax.config if name.startswith("flax_") else jax.config
-    if not hasattr(config, name):  # of another version
+    if not hasattr(config, name):  # a setting of another version
       continue
     found = getattr(config, name)
     config.update(name, value)
     if getattr(config, name) != found:
       notes.append(f"{name.upper()} is ignored: a run computes with {name}={value}")
   if (precision := jax.config.jax_default_matmul_precision) is not None:
-    notes.append(
-      f"JAX_DEFAULT_MATMUL_PRECISION={precision} is heeded: a run that goes on without it rounds "
-      "differently"
-    )
+    effect = "is heeded: a run that goes on without it rounds differently"
+    notes.append(f"JAX_DEFAULT_MATMUL_PRECISION={precision} {effect}")
   return notes
 
 
 def use_compilation_cache() -> None:
   """Keep compiled programs in ~/.cache/lrdit, so that only new ones are compiled.
 
-  XDG_CACHE_HOME or JAX_COMPILATION_CACHE_DIR name another directory. jax tells programs apart by
-  their code, its version and the device.
+  XDG_CACHE_HOME or JAX_COMPILATION_CACHE_DIR names another directory.
   """
   import jax
 

@@ -1,8 +1,8 @@
-"""Files that survive a kill: whole or not there, described by JSON, checked when they are read.
+"""Files that survive a kill: complete or absent, described by JSON, checked when they are read.
 
-Sample sets, latents, the classifier, references and the units of an analysis are all kept the
-same way: arrays, and a JSON record of what they are, which is written last. A later start
-compares the record with what it was asked for.
+Sample sets, latents, the classifier, references and analysis units are all stored as arrays with a
+JSON record of what they are, which is written last. A later start compares the record with what it
+was asked for.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from lrdit.runtime.locks import owned
 CHUNK_BYTES = 1 << 20  # read at once
 MAX_SHOWN_CHANGES = 3
 
-# What reading a damaged file raises: JSON, .npy and .npz.
+# Reading damaged JSON, .npy and .npz raises these.
 DAMAGE = (
   ValueError,
   LookupError,
@@ -44,11 +44,7 @@ T = TypeVar("T")
 
 
 class StoreError(UserError):
-  """Kept files are damaged, or hold something other than what was asked for.
-
-  Attributes:
-    reason: the message without its fix.
-  """
+  """Stored files are damaged or hold something else; `reason` is the message without its fix."""
 
   def __init__(self, reason: str, fix: str):
     super().__init__(f"{reason}: {fix}")
@@ -57,7 +53,7 @@ class StoreError(UserError):
 
 @contextlib.contextmanager
 def damage_of(path: pathlib.Path, fix: str) -> Iterator[None]:
-  """Raise a StoreError that names the path and the fix for whatever a damaged file raises."""
+  """Turn the errors that a damaged file raises into a StoreError with the path and the fix."""
   try:
     yield
   except FileNotFoundError as error:
@@ -83,7 +79,7 @@ def atomic_path(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def remove_directory(path: pathlib.Path) -> None:
-  """Remove a directory, or a link in its place with all that it points to."""
+  """Remove a directory, or a link in its place with its target's entries."""
   if path.is_symlink() and path.is_dir():
     for entry in path.iterdir():
       shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
@@ -93,7 +89,7 @@ def remove_directory(path: pathlib.Path) -> None:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-  """Write indented JSON, which is on the disk before it takes its name."""
+  """Write indented JSON atomically, and to the disk."""
   with atomic_path(path) as temporary, temporary.open("w") as file:
     file.write(json.dumps(value, indent=2) + "\n")
     file.flush()
@@ -101,11 +97,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def read_json(path: pathlib.Path, fix: str) -> dict[str, Any]:
-  """Return the JSON object that a file holds.
-
-  Raises:
-    StoreError: the file is missing or damaged; `fix` says what to do.
-  """
+  """Return the JSON object of a file; raise a StoreError if it is missing or damaged."""
   with damage_of(path, fix):
     value = json.loads(path.read_text())
     if not isinstance(value, dict):
@@ -114,12 +106,12 @@ def read_json(path: pathlib.Path, fix: str) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> Any:
-  """Return a value as JSON gives it back: tuples become lists."""
+  """Return a value after a round trip through JSON: tuples become lists."""
   return json.loads(json.dumps(value))
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Return {"group.field": value} of a nested dict; tuples become lists, as in JSON."""
+  """Return a nested dict as {"group.field": value}; tuples become lists, as in JSON."""
   flat = {}
   for key, value in config.items():
     if isinstance(value, dict):
@@ -130,7 +122,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changes(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-  """Return "field (stored value there, given value asked for)" of each field that differs."""
+  """Return "field (stored value there, given value asked for)" for each field that differs."""
   ours, theirs = flatten(ours), flatten(theirs)
   return [
     f"{field} ({theirs.get(field)!r} there, {ours.get(field)!r} asked for)"
@@ -140,26 +132,18 @@ def changes(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 
 def check_same(what: str, ours: dict[str, Any], theirs: dict[str, Any], fix: str) -> None:
-  """Refuse kept files whose description differs from ours.
+  """Raise a StoreError if stored files' description (`theirs`) differs from ours.
 
-  Args:
-    what: the beginning of the message, such as "DIR holds other latents".
-    ours: what is asked for, as JSON.
-    theirs: what the files were made from.
-    fix: the end of the message.
-
-  Raises:
-    StoreError: some field differs; the first few are named.
+  `what` begins the message, as in "DIR holds other latents", and `fix` ends it.
   """
-  found = changes(as_json(ours), theirs)
-  if found:
+  if found := changes(as_json(ours), theirs):
     more = len(found) - MAX_SHOWN_CHANGES
     shown = "; ".join(found[:MAX_SHOWN_CHANGES]) + (f" and {more} more" if more > 0 else "")
     raise StoreError(f"{what}: {shown}", fix)
 
 
 def digest(head: str, arrays: Iterable[tuple[str, np.ndarray]]) -> str:
-  """Return the SHA-256, in hex, of a text and then of every array's text and bytes."""
+  """Return the SHA-256, in hex, of a text followed by every array's text and bytes."""
   sha256 = hashlib.sha256(head.encode())
   for text, array in arrays:
     sha256.update(text.encode())
@@ -168,26 +152,15 @@ def digest(head: str, arrays: Iterable[tuple[str, np.ndarray]]) -> str:
 
 
 def check_finite(what: str, arrays: Mapping[str, np.ndarray], fix: str) -> None:
-  """Refuse weights that are not finite.
-
-  Args:
-    what: has the weights, for the message.
-    arrays: the weights by name.
-    fix: what to do.
-
-  Raises:
-    UserError: some value is not finite.
-  """
+  """Raise a UserError that begins with `what` and ends with `fix` if a weight is not finite."""
   bad = sorted(name for name, array in arrays.items() if not np.isfinite(array).all())
   if bad:
-    raise UserError(
-      f"{what} has weights that are not finite ({len(bad)} of {len(arrays)} arrays, {bad[0]} for "
-      f"one): {fix}"
-    )
+    found = f"{len(bad)} of {len(arrays)} arrays, such as {bad[0]}"
+    raise UserError(f"{what} has weights that are not finite ({found}): {fix}")
 
 
 def save_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-  """Write an .npz, which is on the disk before it takes its name."""
+  """Write an .npz atomically, and to the disk."""
   with atomic_path(path) as temporary, temporary.open("wb") as file:
     np.savez(file, **arrays)
     file.flush()
@@ -195,29 +168,21 @@ def save_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def load_arrays(path: pathlib.Path, fix: str) -> dict[str, np.ndarray]:
-  """Return the arrays of an .npz by name.
-
-  Raises:
-    StoreError: the file is missing or damaged.
-  """
-  # Opened here, as numpy leaves the file of a damaged archive open.
+  """Return an .npz's arrays by name; raise a StoreError if it is missing or damaged."""
+  # numpy would leave the file of a damaged archive open.
   with damage_of(path, fix), path.open("rb") as file, np.load(file) as arrays:
     return dict(arrays)
 
 
 def load_or_make(path: pathlib.Path, use: str, load: Callable[[], T], make: Callable[[], T]) -> T:
-  """Return what a file keeps, or make it once, however many processes ask for it.
+  """Return `load()` if `path` exists, and otherwise `make()`, which writes it.
 
-  Args:
-    path: there once `make` has ended.
-    use: name of the lock in the path's directory, which is made where there is none.
-    load: reads the file.
-    make: makes and writes it.
+  The lock `use` in the path's directory lets only one of several processes make it.
   """
   if not path.exists():
     path.parent.mkdir(parents=True, exist_ok=True)
     with owned(path.parent, use, wait=True):
-      if not path.exists():  # else the process that was waited for made it
+      if not path.exists():  # another process may have made it meanwhile
         return make()
   return load()
 
@@ -229,7 +194,7 @@ def _write_all(file: Any, data: np.ndarray) -> None:
 
 
 def npy_header(shape: tuple[int, ...], dtype: Any) -> bytes:
-  """Return the first bytes of an .npy file, up to its rows."""
+  """Return the bytes of an .npy file before its rows."""
   file = io.BytesIO()
   header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
   np.lib.format.write_array_header_1_0(file, header)
@@ -237,16 +202,16 @@ def npy_header(shape: tuple[int, ...], dtype: Any) -> bytes:
 
 
 class RowFile:
-  """Rows of equal shape that are appended to a file, which another start goes on with.
+  """A file that rows of equal shape are appended to, over several starts of a program.
 
-  A record kept elsewhere says how many rows count and what their checksum is. Opening cuts what
-  follows them, which a kill tore off. Writes are unbuffered and go through no memory map, so that
-  a full disk raises an error at once.
+  A record elsewhere holds the number of valid rows and their checksum. Opening cuts off whatever
+  follows them, such as a partial write before a kill. Writes are unbuffered and use no memory map,
+  so that a full disk raises an error at once.
 
   Attributes:
-    path: of the file.
+    path: the file.
     num_rows: rows written so far.
-    crc32: of their bytes.
+    crc32: checksum of their bytes.
   """
 
   def __init__(
@@ -260,11 +225,11 @@ class RowFile:
 
   @property
   def chunk_rows(self) -> int:
-    """Number of rows that are read at once."""
+    """Number of rows read at once."""
     return max(1, CHUNK_BYTES // self._row_bytes)
 
   def _check_size(self, num_rows: int, is_all: bool) -> int:
-    """Return the size in bytes of that many rows, which must be there."""
+    """Return the size in bytes of the header and that many rows, which must be present."""
     if not self.path.exists():
       raise StoreError(f"{self.path} is missing", self._fix)
     size, expected = self.path.stat().st_size, len(self._header) + num_rows * self._row_bytes
@@ -275,11 +240,9 @@ class RowFile:
     return expected
 
   def open(self, num_rows: int, crc32: int) -> None:
-    """Open the file for appending after its first rows, and cut the others.
+    """Open the file to append after its first `num_rows` rows, and cut off the rest.
 
-    Args:
-      num_rows: rows that count; 0 begins the file anew.
-      crc32: their checksum, which is not verified here.
+    The checksum is not verified here. 0 rows begin the file anew.
 
     Raises:
       StoreError: the file has fewer rows.
@@ -292,14 +255,14 @@ class RowFile:
     self._file = self.path.open("ab", buffering=0)
 
   def append(self, rows: np.ndarray) -> None:
-    """Write rows, which are safe against a kill after `sync`."""
+    """Write rows; `sync` makes them durable."""
     rows = np.ascontiguousarray(rows, self._dtype)
     _write_all(self._file, rows)
     self.num_rows += len(rows)
     self.crc32 = zlib.crc32(rows, self.crc32)
 
   def sync(self) -> None:
-    """Wait until the disk has all rows."""
+    """Wait until all rows are on the disk."""
     os.fsync(self._file.fileno())
 
   def close(self) -> None:
@@ -310,12 +273,8 @@ class RowFile:
   def read(self, num_rows: int, crc32: int | None = None) -> Iterator[np.ndarray]:
     """Yield the first rows in chunks.
 
-    Args:
-      num_rows: rows to read.
-      crc32: their checksum, compared after the last chunk; None for no check.
-
     Raises:
-      StoreError: there are fewer rows, or the checksum differs.
+      StoreError: the file has fewer rows, or, after the last chunk, their checksum is not `crc32`.
     """
     self._check_size(num_rows, is_all=False)
     found = 0
@@ -330,7 +289,7 @@ class RowFile:
       raise StoreError(f"{self.path} has changed since it was written", self._fix)
 
   def verify(self, num_rows: int, crc32: int) -> None:
-    """Read the whole file; raise a StoreError unless it holds exactly those rows."""
+    """Raise a StoreError unless the file holds exactly those rows."""
     self._check_size(num_rows, is_all=True)
     for _ in self.read(num_rows, crc32):
       pass

@@ -11,10 +11,7 @@ def format_table(
 ) -> str:
   """Return aligned columns, one line per entry.
 
-  Args:
-    title: heads the entries' names.
-    columns: by heading, the text of an entry's cell.
-    entries: by name.
+  `title` heads the entries' names, and `columns` maps each heading to its text of an entry.
   """
   rows = [[title, *columns]]
   rows += [[name, *(text(entry) for text in columns.values())] for name, entry in entries.items()]

@@ -1,4 +1,4 @@
-"""A run's directory: whether it has begun, and the data that it was trained on."""
+"""A run's directory: whether training has begun, and on which data."""
 
 import logging
 import os
@@ -12,50 +12,31 @@ log = logging.getLogger("lrdit")
 
 
 def has_begun(workdir: pathlib.Path) -> bool:
-  """Return whether there is something like a checkpoint.
-
-  Raises:
-    UserError: `checkpoints` is a link to what is not there.
-  """
+  """Return whether the workdir has a checkpoint, intact or not."""
   checkpoints = workdir / "checkpoints"
   if checkpoints.is_symlink() and not checkpoints.exists():
-    raise UserError(
-      f"{checkpoints} is a link to {os.readlink(checkpoints)}, which is not there: mount it, or "
-      "remove the link to start again"
-    )
+    fix = "mount it, or remove the link to start again"
+    target = os.readlink(checkpoints)
+    raise UserError(f"{checkpoints} is a link to {target}, which is not there: {fix}")
   return any(checkpoints.glob("[0-9]*"))
 
 
 def check_data(workdir: pathlib.Path, fingerprint: dict[str, Any]) -> None:
-  """Keeps a run to the data it began with.
-
-  Args:
-    workdir: of the run.
-    fingerprint: what its splits are made from, as JSON.
-
-  Raises:
-    UserError: checkpoints are there, and were trained on other data.
-  """
-  path = workdir / "data.json"
-  stored = None
+  """Store the JSON fingerprint of the splits, or raise a UserError if the run has other data."""
+  path, stored = workdir / "data.json", fingerprint
   if has_begun(workdir) and path.exists():
     try:
       stored = read_data(workdir)
-    except UserError:  # it says to train, which is this
-      log.warning("%s is damaged, and made again: the data cannot be compared", path)
-  if stored is not None and stored != fingerprint:
-    raise UserError(
-      f"{workdir} holds a run on other data: {'; '.join(changes(fingerprint, stored))}. Use "
-      "another --workdir, or the data of that run"
-    )
+    except UserError:
+      log.warning("%s is damaged and is written again: the data cannot be compared", path)
+  if stored != fingerprint:
+    found = "; ".join(changes(fingerprint, stored))
+    fix = "Use another --workdir, or the data of that run"
+    raise UserError(f"{workdir} holds a run on other data: {found}. {fix}")
   write_json(path, fingerprint)
 
 
 def read_data(workdir: pathlib.Path) -> dict[str, Any]:
-  """What `check_data` stored.
-
-  Raises:
-    UserError: it is missing or damaged.
-  """
+  """Return the fingerprint that `check_data` stored."""
   fix = "run --mode=train with the same --workdir, which writes it"
   return read_json(workdir / "data.json", fix)

@@ -148,7 +148,7 @@ def test_how_a_process_computes_is_told_and_refused_by_no_mode(tmp_path, caplog,
         run_config.open_workdir(tmp_path, config, create=create), config
       )
     field = name.replace("__", ".")
-    assert caplog.text.count(f"than the run was trained: {field} (") == 2
+    assert caplog.text.count(f"than the run's training: {field} (") == 2
   caplog.clear()
   run_config.log_process_fields(tmp_path, tiny_config())
   assert not caplog.text

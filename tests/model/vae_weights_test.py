@@ -222,7 +222,7 @@ TENSORS = {
   ),
   "not finite": (
     not_finite(),
-    r"not finite \(2 of \d+ arrays, decoder\.conv_out\.bias for one\): download or c",
+    r"not finite \(2 of \d+ arrays, such as decoder\.conv_out\.bias\): download or c",
   ),
   "integers": (
     {"quant_conv.bias": np.zeros(8, np.int32)},

@@ -11,7 +11,7 @@ from tests.workdirs import make_run
 
 
 def run_main(capsys, monkeypatch, *flags):
-  monkeypatch.setattr(main.startup, "prepare", lambda: [])
+  monkeypatch.setattr(main.startup, "prepare", list)
   capsys.readouterr()
   status = main.run(["main.py", *flags])
   return status, capsys.readouterr().err.strip()

@@ -61,7 +61,7 @@ def test_differences_are_named_a_few_at_most():
 
 def test_weights_that_are_not_finite_are_named():
   store.check_finite("it", {"a": np.ones(2), "b": np.array(3)}, "train again")
-  with pytest.raises(UserError, match=r"it has .* not finite \(1 of 2 arrays, a for one\): train"):
+  with pytest.raises(UserError, match=r"it has .* not finite \(1 of 2 arrays, such as a\): train"):
     store.check_finite("it", {"a": np.array([1, np.nan]), "b": np.ones(1)}, "train again")
 
 
