@@ -1,4 +1,4 @@
-"""What a training run carries from step to step; checkpoints hold all of it.
+"""The state that training carries from step to step, all of it in the checkpoints.
 
 Axes: G timestep groups.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lrdit.train.curriculum import Curriculum
 
-# In the order in which a step computes them.
+# In the order of their computation in a step.
 NON_FINITE_QUANTITIES = ("batch", "loss", "gradient", "update")
 
 
@@ -27,12 +27,12 @@ def first_non_finite(*is_finite: Bool[Array, ""]) -> Int[Array, ""]:
 class WindowMetrics:
   """Sums over the steps of one line of metrics.
 
-  They are part of the state, so that a resumed run writes the lines of an uninterrupted one.
+  The state holds them, so that a resumed run writes the same lines as an uninterrupted one.
 
   Attributes:
     loss, grad_norm: float32 sums over steps.
     count: int32 number of steps.
-    learning_rate: float32, the one applied in the last step.
+    learning_rate: float32 rate of the last step.
     group_loss: (G,) float32 sum over the examples of each timestep group.
     group_count: (G,) int32 number of examples of each group.
     non_finite: int32, of the last step: 0, or 1 + the index of the first of
@@ -63,14 +63,9 @@ class WindowMetrics:
   def add(
     self, new: "WindowMetrics", step: Int[Array, ""], log_every_steps: int
   ) -> "WindowMetrics":
-    """Return the window with step number `step` (from 1) added.
+    """Return the window with the metrics `new` of step number `step` (from 1) added.
 
     The first step after a multiple of `log_every_steps` starts new sums.
-
-    Args:
-      new: the window of that step alone.
-      step: int32.
-      log_every_steps: steps in a window.
     """
     goes_on = (step - 1) % log_every_steps != 0
     summed = ("loss", "grad_norm", "count", "group_loss", "group_count")
@@ -81,13 +76,13 @@ class WindowMetrics:
 
 @flax.struct.dataclass
 class StageProgress:
-  """Where a run stands in its curriculum.
+  """A run's position in its curriculum.
 
   Attributes:
     number: int32 stage, from 0.
     first_step: int32 updates applied before the stage began.
-    best_loss: float32, the lowest mean loss that a check of the stage has seen.
-    bad_checks: int32 checks since then.
+    best_loss: float32, the lowest mean loss of the stage's checks.
+    bad_checks: int32 checks since that one.
     loss_sum: float32 sum over the current group's examples since the last check.
     example_count: int32 number of those examples.
   """
@@ -120,8 +115,8 @@ class StageProgress:
   ) -> "StageProgress":
     """Return the progress with the current group's examples of step `step` (from 1) added.
 
-    Every `check_every_steps` the mean since the last check is compared with the
-    best one; after `patience` checks without a better one the next stage begins.
+    Every `check_every_steps` the mean loss since the last check is compared with the best one.
+    After `patience` checks without a better one the next stage begins.
     """
     sums = self.replace(
       loss_sum=self.loss_sum + loss_sum, example_count=self.example_count + example_count
@@ -142,12 +137,12 @@ class TrainState:
   """The state of a run after `step` updates.
 
   Attributes:
-    step: int32 updates applied.
-    params: float32 parameters ("raw").
+    step: int32.
+    params: float32 raw parameters.
     ema_params: their exponential moving average.
     opt_state: optax state.
     window: sums for the next line of metrics.
-    stage: where the run stands in its curriculum.
+    stage: position in the curriculum.
   """
 
   step: Int[Array, ""]
@@ -161,12 +156,9 @@ class TrainState:
 def create_train_state(
   params: Any, optimizer: optax.GradientTransformation, num_groups: int
 ) -> TrainState:
-  """Return the state before the first update, whose average starts at `params`.
+  """Return the state before the first update, for `num_groups` timestep groups.
 
-  Args:
-    params: float32 parameters.
-    optimizer: the optax chain.
-    num_groups: number of timestep groups G in the metrics.
+  The moving average starts at `params`.
   """
   return TrainState(
     step=jnp.zeros((), jnp.int32),

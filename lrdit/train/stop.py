@@ -1,4 +1,4 @@
-"""Requests to stop a run, which training asks for before every step."""
+"""Requests to stop a run, which training checks before every step."""
 
 import signal
 from typing import Any
@@ -7,7 +7,7 @@ from lrdit.runtime import cluster
 
 
 class StopRequest:
-  """Turns the first SIGTERM or SIGINT of a lone process into a flag; a second one kills."""
+  """Turns a single process's first SIGTERM or SIGINT into a flag; a second one kills."""
 
   def __init__(self):
     self.signal_name: str | None = None
@@ -32,20 +32,20 @@ class StopRequest:
 
 
 class SharedStopRequest(StopRequest):
-  """Turns SIGTERM in any of several processes into a flag that all see at the same step.
+  """Turns a SIGTERM in any of several processes into a flag that all see at the same step.
 
-  jax watches for the signal in all of them. SIGINT ends a process, and with it the others.
+  jax watches for SIGTERM in all of them. SIGINT ends a process, and with it the others.
   """
 
   def __init__(self):
     super().__init__()
-    self._steps_asked = 0  # jax counts a start's own steps, not the run's
+    self._steps_asked = 0  # jax counts from the start of the process
 
   def __enter__(self) -> "SharedStopRequest":
     return self
 
   def is_due(self) -> bool:
-    """Return whether to stop; to be asked before every step."""
+    """Return whether to stop; call it before every step."""
     if cluster.is_preempted(self._steps_asked):
       self.signal_name = "SIGTERM"
     self._steps_asked += 1
