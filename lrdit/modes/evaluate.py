@@ -173,16 +173,11 @@ def read_kept(path: pathlib.Path, key: dict[str, Any]) -> dict[str, Any]:
 
 
 def _software() -> dict[str, str | None]:
-  versions: dict[str, str | None] = {
-    "python": platform.python_version(),
-    "backend": jax.default_backend(),
-  }
-  for name in ("jax", "flax", "lrdit"):
-    try:
+  versions: dict[str, str | None] = dict.fromkeys(("jax", "flax", "lrdit"))
+  for name in versions:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       versions[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      versions[name] = None
-  return versions
+  return {"python": platform.python_version(), "backend": jax.default_backend()} | versions
 
 
 def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:

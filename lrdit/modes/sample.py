@@ -109,7 +109,7 @@ class SampleBatches:
 
 
 def export(batches: SampleBatches, writer: SampleSetWriter, num_devices: int) -> None:
-  """Write the remaining samples of a set, in the first of the processes with `num_devices` in all."""
+  """Write the remaining samples of a set; only the first process calls this."""
   s = batches.config.sampling
   cluster.from_first((np.int32(writer.num_done), np.bool_(writer.is_finished)))
   if writer.is_finished:
