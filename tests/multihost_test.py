@@ -214,7 +214,7 @@ def test_processes_on_different_data_report_it(tmp_path, monkeypatch):
   with Job(tmp_path / "run", 2, 1, *flags, apart=(1, [], [], other)) as job:
     statuses = job.wait()
   assert statuses == [1, 1], job.text()
-  assert "process 1 has another data than process 0" in errors_of(job)[1][0]
+  assert "the data of process 1 differs from process 0" in errors_of(job)[1][0]
 
 
 @pytest.mark.slow

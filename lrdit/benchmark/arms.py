@@ -78,17 +78,13 @@ def seconds_of(function: Callable[[], Any]) -> tuple[float, Any]:
 
 
 class MatmulPeak:
-  """Products of large square matrices in the compute dtype, one per device at a time.
-
-  Attributes:
-    size: rows and columns.
-    flops: FLOPs of one timing, over all devices.
-  """
+  """Products of large square matrices in the compute dtype, one per device at a time."""
 
   def __init__(self, config: ConfigDict, devices: parallel.Devices):
     is_cpu = devices[0].platform == "cpu"
     default = MATMUL_SIZE_ON_CPU if is_cpu else MATMUL_SIZE_ELSEWHERE
     self.size = config.benchmark.matmul_size or default
+    # FLOPs of one timing, over all devices.
     self.flops = flops.FLOPS_PER_MAC * MATMUL_COUNT * len(devices) * self.size**3
     split, replicated = parallel.shardings(devices)
     dtype = Experiment(config).dtype
@@ -112,15 +108,7 @@ class MatmulPeak:
 
 
 class TrainingArm:
-  """One arm's training step with its state, donated from step to step.
-
-  Attributes:
-    groups: (examples, rank bucket) of one device.
-    flops: FLOPs of one step, over all devices.
-    num_parameters: allocated parameters.
-    compile_seconds: time of tracing and compiling the step.
-    memory_bytes: see `results.MEMORY_MEANING`; None if unknown.
-  """
+  """One arm's training step with its state, donated from step to step."""
 
   def __init__(self, config: ConfigDict, devices: parallel.Devices):
     experiment = Experiment(config)
@@ -134,13 +122,14 @@ class TrainingArm:
       lambda: create_train_state(random_params(config), optimizer, curriculum.num_groups), devices
     )
     local = config.training.batch_size // len(devices)
+    # (examples, rank bucket) of one device, and the FLOPs of one step over all devices.
     self.groups = loss.select_ranks(objective, jnp.zeros(local, jnp.int32)).groups
     shape, plan = objective.model.shape, objective.model.plan
     macs = len(devices) * flops.training_macs(shape, plan, self.groups)
     self.flops = flops.FLOPS_PER_MAC * macs
     self.num_parameters = flops.num_parameters(shape, plan)
     self.compile_seconds, self._compiled = seconds_of(self._compile)
-    self.memory_bytes = None
+    self.memory_bytes = None  # see `results.MEMORY_MEANING`
     if memory := self._compiled.memory_analysis():
       arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes
       self.memory_bytes = arrays - memory.alias_size_in_bytes + memory.temp_size_in_bytes
@@ -170,17 +159,11 @@ def random_batch(config: ConfigDict, devices: parallel.Devices) -> dict[str, jax
 
 
 class SamplingArm:
-  """One arm's sampler on a batch of images.
-
-  Attributes:
-    sampler: as `--mode=sample` uses it.
-    buckets: the rank buckets that the solver visits, ascending.
-    compile_seconds: time of tracing and compiling every bucket.
-  """
+  """One arm's sampler, as `--mode=sample` uses it, on a batch of images."""
 
   def __init__(self, config: ConfigDict, devices: parallel.Devices):
     self.sampler = Experiment(config).sampler(devices)
-    self.buckets = sorted(self.sampler.run_bucket)
+    self.buckets = sorted(self.sampler.run_bucket)  # that the solver visits
     params = jax.jit(functools.partial(random_params, config))()
     self._sliced_params = self.sampler.slice_params(params)
     size, classes = self.sampler.settings.batch_size, config.data.num_classes

@@ -18,6 +18,9 @@ MEMORY_MEANING = (
 )
 
 
+Seconds = Mapping[Any, list[float]]  # of each round, by task
+
+
 def summarize(seconds: Sequence[float], per: int = 1) -> dict[str, Any]:
   """Return the median, the minimum and all of some timings, each divided by `per`."""
   each = [s / per for s in seconds]
@@ -29,10 +32,7 @@ def _rates(flops: int, seconds: float, peak: float) -> dict[str, float]:
 
 
 def training_results(
-  arms: Mapping[str, TrainingArm],
-  seconds: Mapping[Any, list[float]],
-  config: ConfigDict,
-  peak: float,
+  arms: Mapping[str, TrainingArm], seconds: Seconds, config: ConfigDict, peak: float
 ) -> dict[str, dict[str, Any]]:
   """Return the results of training by arm; `peak` is in FLOP/s."""
   timings = {name: summarize(seconds["training", name], config.benchmark.steps) for name in arms}
@@ -78,10 +78,7 @@ def bucket_results(
 
 
 def sampling_results(
-  arms: Mapping[str, SamplingArm],
-  seconds: Mapping[Any, list[float]],
-  config: ConfigDict,
-  peak: float,
+  arms: Mapping[str, SamplingArm], seconds: Seconds, config: ConfigDict, peak: float
 ) -> dict[str, dict[str, Any]]:
   """Return the results of sampling by arm.
 
@@ -149,7 +146,7 @@ def make_results(
   peak: MatmulPeak,
   training: Mapping[str, TrainingArm],
   sampling: Mapping[str, SamplingArm],
-  seconds: Mapping[Any, list[float]],
+  seconds: Seconds,
 ) -> dict[str, Any]:
   """Return the contents of `benchmark.json` after the rounds of the given seconds."""
   products = summarize(seconds["peak",])

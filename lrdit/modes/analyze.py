@@ -88,11 +88,7 @@ class Analysis:
   """The parameters and files that the sections share."""
 
   def __init__(self, config: ConfigDict, path: pathlib.Path, devices: parallel.Devices):
-    """Read the checkpoint of the trained run in workdir `path`, which has a directory `analysis`.
-
-    Raises:
-      UserError: there is no checkpoint.
-    """
+    """Read the checkpoint of the trained run in workdir `path`."""
     self.config, self.devices, self._workdir = config, devices, path
     self._directory, self.experiment = path / "analysis", Experiment(config)
     weights = "ema" if config.sampling.use_ema else "raw"
@@ -110,11 +106,7 @@ class Analysis:
     self.title = f"{model}, step {step}, {weights} weights"
 
   def source(self, split: str) -> Source:
-    """Return the split's images or latents.
-
-    Raises:
-      UserError: they are not the run's.
-    """
+    """Return the split's images or latents; raise a UserError unless they are the run's."""
     source = self.experiment.source(split)
     run_files.check_run_data(self._workdir, split, source.fingerprint)
     return source
@@ -122,10 +114,8 @@ class Analysis:
   def run(self, name: str, settings: dict[str, Any], make: Callable[[UnitCache], dict]) -> dict:
     """Return a section's result, from its file if that has the same checkpoint and settings.
 
-    Args:
-      name: name of the section and its JSON file.
-      settings: everything but the parameters that the section depends on.
-      make: computes the result, given the units that an earlier start has finished.
+    The section depends on `settings` and the parameters alone. `make` computes the result, given
+    the units that an earlier start has finished.
     """
     path, key = self._directory / f"{name}.json", json.loads(json.dumps(self.key | settings))
     try:
@@ -262,9 +252,6 @@ def analyze(config: ConfigDict, workdir: str, devices: parallel.Devices | None =
 
   Results of earlier starts for the same checkpoint and settings are kept. The section "flops" alone
   needs no trained run, and creates `workdir` if it is missing.
-
-  Raises:
-    UserError: there is no checkpoint, the data differs, and the like.
   """
   by_name = dict(
     weights=analyze_weights, gradients=analyze_gradients, truncation=analyze_truncation

@@ -36,9 +36,6 @@ def benchmark(config: ConfigDict, workdir: str, devices: parallel.Devices | None
   The file is written after every round, so a benchmark that is killed keeps its rounds. Data and
   parameters are random, so neither a dataset nor a trained run is needed. Every arm is measured,
   whatever the config's own.
-
-  Raises:
-    UserError: a mistake in the config or the workdir.
   """
   devices = devices or jax.local_devices()
   for name in ARMS:

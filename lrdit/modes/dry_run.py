@@ -24,14 +24,9 @@ WRITES = {
 
 
 def dry_run(mode: str, config: ConfigDict, path: str) -> None:
-  """Run `--dry_run`: print the resolved run of a mode.
+  """Run `--dry_run`: print the resolved run of a mode; `path` is --workdir, or --output.
 
-  Args:
-    mode: any mode that takes a config.
-    path: --workdir, or --output.
-
-  Raises:
-    UserError: any that the mode itself would raise for its config, workdir, devices and data.
+  Raise a UserError where the mode itself would for its config, workdir, devices and data.
   """
   experiment, devices, s = Experiment(config), parallel.all_devices(), config.sampling
   if mode in ("train", "sample", "evaluate", "analyze"):

@@ -40,11 +40,7 @@ def describe(config: ConfigDict, codec: VaeRunner, sources: dict[str, Source]) -
 def encode_split(
   config: ConfigDict, codec: VaeRunner, source: Source, split: str, writer: latents.LatentWriter
 ) -> None:
-  """Encode the remaining images of a split, and their mirror images if `data.flip` is set.
-
-  Raises:
-    UserError: latents are not finite.
-  """
+  """Encode the remaining images of a split, and their mirror images if `data.flip` is set."""
   total, done, batch_size = len(source), writer.num_done(split), config.vae.batch_size
 
   def read(start: int) -> dict[str, Any]:
@@ -77,9 +73,6 @@ def encode(config: ConfigDict, output: str, devices: parallel.Devices | None = N
 
   With `data.flip` the mirror images are encoded as well. A finished directory is read and compared
   with its checksums.
-
-  Raises:
-    UserError: a mistake in the config or the data, another directory's contents, and the like.
   """
   experiment = Experiment(config)
   codec = experiment.vae_runner(devices or jax.local_devices())

@@ -33,28 +33,24 @@ BY_EXTRACTOR = ("figures", "extractors", "settings")
 
 def describe_held_out(config: ConfigDict, source: Source) -> dict[str, Any]:
   """Return how held-out losses are measured, as JSON."""
-  description = {
-    "draws": config.evaluation.draws,
-    "examples": len(source),
-    "seed": held_out.SEED,
-    "batch_size": config.training.batch_size,
-    "dtype": config.model.dtype,
-    "data": source.fingerprint,
-  }
-  return store.as_json(description)
+  return store.as_json(
+    {
+      "draws": config.evaluation.draws,
+      "examples": len(source),
+      "seed": held_out.SEED,
+      "batch_size": config.training.batch_size,
+      "dtype": config.model.dtype,
+      "data": source.fingerprint,
+    }
+  )
 
 
 def held_out_metrics(
   experiment: Experiment, source: Source, weights: dict[str, Any], devices: parallel.Devices
 ) -> dict[str, Any]:
-  """Return the losses on the held-out split, overall and by timestep group.
+  """Return `describe_held_out`, and the losses by weights, overall and by timestep group.
 
-  Args:
-    source: the held-out split.
-    weights: host parameters by name, "raw" or "ema".
-
-  Returns:
-    `describe_held_out`, and the losses by the name of the weights.
+  `weights` are host parameters by name, "raw" or "ema".
   """
   config = experiment.config
   batch_size, draws = config.training.batch_size, config.evaluation.draws
@@ -79,15 +75,10 @@ def held_out_metrics(
 def check_sample_set(
   experiment: Experiment, directory: pathlib.Path, step: int, params: Any, vae_digest: str
 ) -> dict[str, Any]:
-  """Return a sample set's metadata.
+  """Return a sample set's metadata, or raise a UserError unless it is complete and this run's.
 
-  Args:
-    step: step of the newest checkpoint.
-    params: that checkpoint's weights according to `sampling.use_ema`.
-    vae_digest: digest of the VAE that decodes; "" for pixels.
-
-  Raises:
-    UserError: the sample set is missing, unfinished, or of other weights or settings.
+  The newest checkpoint has number `step` and the weights `params` that `sampling.use_ema` selects.
+  `vae_digest` is "" for pixels.
   """
   metadata, _ = read_sample_set(directory, 1)
   config, sampler = experiment.config, experiment.sampler(parallel.all_devices())
@@ -112,9 +103,6 @@ def sample_metrics(
   """Return the metadata of the sample set in `directory` and its metrics against real images.
 
   Statistics of the real images are kept in the directory `features`.
-
-  Raises:
-    UserError: the sample set is damaged or too small, or the statistics do not match.
   """
   config, e = experiment.config, experiment.config.evaluation
   source = experiment.image_source(e.reference_split)
@@ -183,15 +171,10 @@ def _software() -> dict[str, str | None]:
 def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:
   """Run `--mode=evaluate`: write evaluation.json, unless it is complete already.
 
-  All processes measure held-out losses; the first one alone measures the samples. Metrics of the
-  same checkpoint over other extractors, and of other sample sets, stay in the file.
-
-  Args:
-    workdir: a trained run's, with a sample set named `sampling.name` unless `evaluation.extractors`
-      is empty.
-
-  Raises:
-    UserError: no checkpoint or no sample set, other data, and the like.
+  `workdir` holds a trained run, with a sample set named `sampling.name` unless
+  `evaluation.extractors` is empty. All processes measure held-out losses; the first one alone
+  measures the samples. Metrics of the same checkpoint over other extractors, and of other sample
+  sets, stay in the file.
   """
   path = open_trained(workdir, config)
   with contextlib.ExitStack() as opened:

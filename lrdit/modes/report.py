@@ -17,9 +17,6 @@ def report(workdirs: Sequence[str], output: str) -> None:
   """Run `--mode=report`: write report.html and report.json to the directory `output`.
 
   Runs that differ only in their seed are one arm.
-
-  Raises:
-    UserError: a path is not a run's workdir, or one run is named twice.
   """
   made = make_report(workdirs, output)
   text = page.render(made)

@@ -32,19 +32,13 @@ PATH_STEPS = 10  # number of solver steps in the path of a sample
 
 @dataclasses.dataclass
 class SampleBatches:
-  """The batches of a sample set, which all processes compute together.
-
-  Attributes:
-    params: the sampled weights.
-    to_pixels: from `Experiment.to_pixels`.
-    step: step of the weights' checkpoint.
-  """
+  """The batches of a sample set, which all processes compute together."""
 
   config: ConfigDict
   sampler: Sampler
-  params: Any
+  params: Any  # the sampled weights
   to_pixels: ToPixels
-  step: int
+  step: int  # of the weights' checkpoint
 
   @functools.cached_property
   def path(self) -> SamplePath:
@@ -60,8 +54,7 @@ class SampleBatches:
   def iterate(self, first: int) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
     """Yield the batches of the samples [first, num_samples), whole on every process.
 
-    Raises:
-      UserError: on all processes, if a sample is not finite.
+    Raise a UserError on all processes if a sample is not finite.
     """
     s = self.config.sampling
     starts, rows = range(first, s.num_samples, s.batch_size), parallel.own_rows(s.batch_size)
@@ -147,9 +140,6 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
   """Run `--mode=sample`: export exactly `sampling.num_samples` images of the run in `workdir`.
 
   A stopped export resumes; a finished one is left alone.
-
-  Raises:
-    UserError: no checkpoint, another model's workdir, a full disk, and the like.
   """
   devices, s, experiment = devices or parallel.all_devices(), config.sampling, Experiment(config)
   sampler = experiment.sampler(devices)

@@ -32,7 +32,7 @@ from lrdit.train.state import (
   WindowMetrics,
   create_train_state,
 )
-from lrdit.train.stop import StopRequest, watch_for_stop
+from lrdit.train.stop import StopRequest
 
 log = logging.getLogger("lrdit")
 
@@ -42,15 +42,11 @@ GRID_ROWS, GRID_COLUMNS = 8, 10
 def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> int:
   """Run `--mode=train` on `devices`, all by default.
 
-  Returns:
-    the exit status: `RESTART_STATUS` if the run was stopped before its last step, else 0.
-
-  Raises:
-    UserError: whatever the user can fix.
+  Return the exit status: `RESTART_STATUS` if the run was stopped before its last step, else 0.
   """
   trainer = Trainer(config, workdir, devices or parallel.all_devices())
   num_steps = config.training.num_steps
-  with contextlib.closing(trainer.files), watch_for_stop() as stop:
+  with contextlib.closing(trainer.files), StopRequest() as stop:
     state = trainer.initial_state()
     first_step = int(state.step)
     if cluster.is_first():
@@ -64,7 +60,13 @@ def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = N
       log.info("stopped by %s at step %d; the same command resumes", stop.signal_name, step)
       return RESTART_STATUS
     log.info("trained %d steps; checkpoints are under %s", step, directory_of(workdir))
-    warn_of_stages_left(trainer.curriculum, int(parallel.read(state.stage.number)))
+    number, count = 1 + int(parallel.read(state.stage.number)), len(trainer.curriculum.stages)
+    if number < count:
+      text = (
+        "training ended in stage %d/%d of the curriculum: raise config.training.num_steps to "
+        "continue, or lower config.curriculum.patience in a new run"
+      )
+      log.warning(text, number, count)
     return 0
 
 
@@ -106,19 +108,12 @@ def run_steps(
 
 @dataclasses.dataclass(frozen=True)
 class FinishedStep:
-  """A dispatched step.
+  """A dispatched step."""
 
-  Attributes:
-    step: updates applied.
-    stage: the step's stage of the curriculum.
-    window: the step's second output.
-    due: work after the step, from `due_after`.
-  """
-
-  step: int
-  stage: int
-  window: WindowMetrics
-  due: set[str]
+  step: int  # updates applied
+  stage: int  # the step's stage of the curriculum
+  window: WindowMetrics  # the step's second output
+  due: set[str]  # work after the step, from `due_after`
 
 
 def due_after(config: ConfigDict, step: int) -> set[str]:
@@ -297,13 +292,3 @@ def warn_of_too_few_steps(curriculum: Curriculum, num_steps: int) -> None:
   )
   if least >= num_steps:
     log.warning(text, least, num_steps)
-
-
-def warn_of_stages_left(curriculum: Curriculum, stage: int) -> None:
-  """Warn of a finished run whose curriculum did not reach all timesteps."""
-  text = (
-    "training ended in stage %d/%d of the curriculum: raise config.training.num_steps to continue, "
-    "or lower config.curriculum.patience in a new run"
-  )
-  if stage + 1 < len(curriculum.stages):
-    log.warning(text, stage + 1, len(curriculum.stages))

@@ -63,17 +63,14 @@ class Checkpoints:
   """The checkpoints of one workdir, for one process."""
 
   def __init__(self, workdir: str | os.PathLike, keep: int | None = None):
-    """Open `workdir`/checkpoints.
+    """Open `workdir`/checkpoints, of which the newest `keep` survive a save.
 
-    Args:
-      keep: number of newest checkpoints that survive a save. None opens them read-only and leaves
-        another process's pending save alone.
+    None opens them read-only and leaves another process's pending save alone.
     """
     self.directory = directory_of(workdir).absolute()
     self._last_step = 0  # the newest checkpoint that this run saved or restored
-    if keep is None:
-      access: dict[str, Any] = dict(read_only=True)
-    else:
+    access: dict[str, Any] = dict(read_only=True)
+    if keep is not None:
       self.directory.mkdir(parents=True, exist_ok=True)
       access = dict(max_to_keep=keep, cleanup_tmp_directories=True)
     # This process reads and writes alone, whatever other processes there are.
@@ -107,8 +104,7 @@ class Checkpoints:
   def save(self, state: TrainState, config: dict[str, Any]) -> None:
     """Start to save a host state, once pending saves are done; nothing may overwrite its arrays.
 
-    Raises:
-      UserError: the disk is full or not writable, or a later checkpoint is there.
+    Raise a UserError if the disk is full or not writable, or a later checkpoint is there.
     """
     step = int(state.step)
     if step == self._last_step:
@@ -124,7 +120,7 @@ class Checkpoints:
     if not is_saved:
       raise UserError(
         f"step {step} was not saved, as {self.directory}/{self.steps()[0]} was put there and is "
-        "later: move it away, then run the same command again to go on from "
+        "later: move it away, then run the same command again to resume from "
         f"{f'step {self._last_step}' if self._last_step else 'the start'}"
       )
     self._last_step = step
@@ -140,18 +136,16 @@ class Checkpoints:
   def _save_failed(self, error: Exception) -> UserError:
     return UserError(
       f"cannot save a checkpoint under {self.directory}: {_first_line(error)}; "
-      "free space or make it writable, then run the same command again to go on from "
+      "free space or make it writable, then run the same command again to resume from "
       f"{'step ' + str(self.steps()[0]) if self.steps() else 'the start'}"
     )
 
   def restore_state(self, template: TrainState) -> TrainState | None:
     """Return the newest intact state, or None if there is no checkpoint.
 
-    Damaged newer checkpoints are moved to `damaged_checkpoints` with a warning. The `RESTARTABLE`
-    fields of `template` have their initial values; its other leaves need only shape and dtype.
-
-    Raises:
-      UserError: there are checkpoints, but none is intact.
+    Move damaged newer checkpoints to `damaged_checkpoints`, with a warning; raise a UserError if
+    none is intact. The `RESTARTABLE` fields of `template` have their initial values; its other
+    leaves need only shape and dtype.
     """
     step, items = self._newest_intact(_items(template), move_damaged=True)
     if step is None:
@@ -163,12 +157,8 @@ class Checkpoints:
   def restore_params(self, template: Any, weights: Sequence[str]) -> tuple[int, dict[str, Any]]:
     """Return (step, parameters by name) of the newest checkpoint with all of `weights` intact.
 
-    Args:
-      template: parameters of the model's shapes.
-      weights: some of `WEIGHTS`.
-
-    Raises:
-      UserError: there is no checkpoint, or none is intact.
+    `template` has the parameters' shapes; `weights` are some of `WEIGHTS`. Raise a UserError if no
+    checkpoint is intact.
     """
     templates = {WEIGHTS[name]: template for name in weights}
     step, items = self._newest_intact(templates, move_damaged=False)

@@ -17,34 +17,21 @@ STARTS = ("high", "low", "middle")
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """What one stage trains; hashable.
+  """What one stage trains; hashable."""
 
-  Attributes:
-    groups: (first, past the last) group whose loss ends the stage.
-    strata: timesteps of the batch's slots.
-  """
-
-  groups: tuple[int, int]
-  strata: Strata
+  groups: tuple[int, int]  # (first, past the last) group whose loss ends the stage
+  strata: Strata  # timesteps of the batch's slots
 
 
 @dataclasses.dataclass(frozen=True)
 class Curriculum:
-  """The stages of a run and their ending rule; hashable.
+  """The stages of a run and their ending rule; hashable."""
 
-  Attributes:
-    boundaries: (G + 1,) ascending timesteps from 0 to T.
-    stages: in training order; the last one never ends.
-    patience: number of checks without a better loss that end a stage.
-    check_every_steps: number of steps whose mean loss one check compares.
-    restart_optimizer: begin each stage with fresh moments and a new warm-up.
-  """
-
-  boundaries: tuple[int, ...]
-  stages: tuple[Stage, ...]
-  patience: int
-  check_every_steps: int
-  restart_optimizer: bool
+  boundaries: tuple[int, ...]  # (G + 1,) ascending timesteps from 0 to T
+  stages: tuple[Stage, ...]  # in training order; the last one never ends
+  patience: int  # number of checks without a better loss that end a stage
+  check_every_steps: int  # number of steps whose mean loss one check compares
+  restart_optimizer: bool  # begin each stage with fresh moments and a new warm-up
 
   @property
   def num_groups(self) -> int:

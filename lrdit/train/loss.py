@@ -23,28 +23,17 @@ from lrdit.runtime import parallel
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Objective:
-  """The model, its diffusion process, and how a batch samples them.
-
-  Attributes:
-    alphas_cumprod: (T,) float64.
-    prediction: one of `process.PREDICTIONS`.
-    loss_weighting: one of `process.LOSS_WEIGHTINGS`.
-    min_snr_gamma: constant of the weighting `min_snr`.
-    class_dropout_rate: probability of replacing a label by the null class.
-    compute: one of `strata.COMPUTES`.
-    strata: timesteps of the global batch's slots.
-    num_devices: number of devices that share the batch.
-  """
+  """The model, its diffusion process, and how a batch samples them."""
 
   model: DiT
-  alphas_cumprod: Float[np.ndarray, " T"]
-  prediction: str
-  loss_weighting: str
-  min_snr_gamma: float
-  class_dropout_rate: float
-  compute: str
-  strata: Strata
-  num_devices: int
+  alphas_cumprod: Float[np.ndarray, " T"]  # float64
+  prediction: str  # one of `process.PREDICTIONS`
+  loss_weighting: str  # one of `process.LOSS_WEIGHTINGS`
+  min_snr_gamma: float  # constant of the weighting `min_snr`
+  class_dropout_rate: float  # probability of replacing a label by the null class
+  compute: str  # one of `strata.COMPUTES`
+  strata: Strata  # timesteps of the global batch's slots
+  num_devices: int  # number of devices that share the batch
 
   def without_augmentation(self) -> "Objective":
     """Return the objective for evaluation, which keeps every label."""
@@ -57,19 +46,12 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class StepNoise:
-  """The random choices of one step for a local batch.
+  """The random choices of one step for a local batch; float32 and int32."""
 
-  Attributes:
-    t: (b,) int32 timesteps in [0, T).
-    eps: (b, H, W, C) float32 standard normal.
-    drop: (b,) bool, whether the null class replaces the label.
-    posterior_noise: (b, H, W, C) float32 standard normal, for latents.
-  """
-
-  t: Int[Array, " b"]
-  eps: Float[Array, "b H W C"]
-  drop: Bool[Array, " b"]
-  posterior_noise: Float[Array, "b H W C"]
+  t: Int[Array, " b"]  # timesteps in [0, T)
+  eps: Float[Array, "b H W C"]  # standard normal
+  drop: Bool[Array, " b"]  # whether the null class replaces the label
+  posterior_noise: Float[Array, "b H W C"]  # standard normal, for latents
 
 
 def draw_step_noise(
@@ -78,12 +60,7 @@ def draw_step_noise(
   image_shape: tuple[int, int, int],
   objective: Objective,
 ) -> StepNoise:
-  """Sample each example's noise from the step's key and its global index alone.
-
-  Args:
-    index: (b,) int32 global example index in [0, B).
-    image_shape: (H, W, C).
-  """
+  """Sample each example's noise from the step's key and the global `index` in [0, B) alone."""
   keys = jax.vmap(lambda j: jax.random.split(jax.random.fold_in(key, j), 4))(index)
   uniform = jax.vmap(jax.random.uniform)
   normal = jax.vmap(lambda k: jax.random.normal(k, image_shape))
@@ -117,11 +94,8 @@ def example_losses(
   as in that paper's code.
 
   Args:
-    x_0: (b, H, W, C) clean images in [-1, 1].
-    y: (b,) labels with the null class applied, or None.
-
-  Returns:
-    (b,) float32.
+    x_0: clean images in [-1, 1].
+    y: labels with the null class applied, or None.
   """
   alphas_cumprod, shape = objective.alphas_cumprod, objective.model.shape
 
@@ -162,7 +136,7 @@ def example_losses(
 def batch_losses(
   params: Any, objective: Objective, key: Key[Array, ""], batch: dict[str, Array]
 ) -> tuple[Float[Array, " b"], Int[Array, " b"]]:
-  """Return the (b,) float32 losses and (b,) int32 timesteps of a device's share of a batch.
+  """Return the float32 losses and int32 timesteps of a device's share of a batch.
 
   Runs under an axis named `parallel.AXIS`.
 

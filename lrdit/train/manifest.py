@@ -47,8 +47,7 @@ def make_manifest(step: int, items: dict[str, Any]) -> dict[str, Any]:
 def check_manifest(step: int, manifest: Any) -> dict[str, Any]:
   """Return the "layout" and "crc32" of each tree by name.
 
-  Raises:
-    DamagedCheckpoint: the manifest changed, or belongs to another step.
+  Raise DamagedCheckpoint if the manifest changed or belongs to another step.
   """
   contents = manifest.get("contents") if isinstance(manifest, dict) else None
   if contents is None or manifest.get("crc32") != _crc32_of_json(contents):

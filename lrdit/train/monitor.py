@@ -48,10 +48,7 @@ class Profiler:
   """Writes a trace of some steps of the first process, for TensorBoard or Perfetto."""
 
   def __init__(self, steps: tuple[int, ...], directory: pathlib.Path):
-    """Prepare a trace of the steps (first, last), counted from 1, or of none for ().
-
-    The trace goes to `directory`/plugins/profile.
-    """
+    """Prepare a trace of the steps (first, last), from 1, below `directory`/plugins/profile."""
     self._steps = range(steps[0], steps[1] + 1) if steps and cluster.is_first() else range(0)
     self._directory, self._is_tracing = directory, False
 
@@ -97,12 +94,9 @@ def window_scalars(window: WindowMetrics, curriculum: Curriculum, stage: int) ->
 def advice_on_non_finite(
   quantity: str, step: int, newest: int, before: int, directory: pathlib.Path
 ) -> str:
-  """Return what can be done about a quantity that is not finite.
+  """Return advice on a non-finite quantity, one of `state.NON_FINITE_QUANTITIES`.
 
-  Args:
-    quantity: one of `state.NON_FINITE_QUANTITIES`.
-    newest, before: steps of the last two checkpoints; 0 if there is none.
-    directory: the checkpoints' directory.
+  `newest` and `before` are the steps of the last two checkpoints in `directory`, 0 for none.
   """
   lower = "ower config.optimizer.learning_rate or raise config.optimizer.warmup_steps"
   # The loss and gradient of the first step after a checkpoint depend on the checkpoint alone.

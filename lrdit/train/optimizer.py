@@ -18,16 +18,11 @@ DECAYS = ("cosine", "constant")
 def learning_rate_schedule(
   learning_rate: float, warmup_steps: int, num_steps: int, decay: str
 ) -> Schedule:
-  """Return a linear warm-up to `learning_rate`, then cosine decay to 0 or a constant.
+  """Return a linear warm-up to `learning_rate`, then the `decay`: cosine to 0, or constant.
 
-  Args:
-    warmup_steps: steps of warm-up; the first step already has a rate above 0.
-    num_steps: total steps, at the end of which a cosine reaches 0.
-    decay: one of `DECAYS`.
-
-  Returns:
-    A function of (step, start): `step` updates precede this one, and the warm-up, but not the
-    decay, counts from step `start`.
+  The first step already has a rate above 0; a cosine reaches 0 after `num_steps`. The result is a
+  function of (step, start): `step` updates precede this one, and the warm-up, but not the decay,
+  counts from step `start`.
   """
   if decay == "cosine":
     share = optax.cosine_decay_schedule(1.0, max(1, num_steps - warmup_steps))
@@ -51,13 +46,12 @@ def make_optimizer(
   beta2: float | None = None,
   epsilon: float | None = None,
 ) -> optax.GradientTransformation:
-  """Return the named optimizer after clipping of the global gradient norm.
+  """Return the optimizer `name` after clipping of the global gradient norm.
 
   Its updates are for a learning rate of 1. The training step scales them, because optax's step
   counter cannot give a rate that counts from the start of a stage.
 
   Args:
-    name: one of `OPTIMIZERS`.
     weight_decay: decoupled decay of matrices; vectors (biases) do not decay.
     grad_clip_norm: largest global norm; 0 or None turns clipping off.
     beta1, beta2: decay rates of the moments; None is (0.9, 0.999) for adamw, (0.9, 0.99) for lion.

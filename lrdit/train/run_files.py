@@ -28,8 +28,7 @@ class RunFiles:
   def __init__(self, config: ConfigDict, workdir: str, fingerprint: dict[str, Any]):
     """Open the workdir for data whose splits have these fingerprints.
 
-    Raises:
-      UserError: the workdir holds other data, cannot be written, or is in training already.
+    Raise a UserError if it holds other data, cannot be written, or is in training already.
     """
     self._config, self._workdir = config, pathlib.Path(workdir)
     self._checkpoints: Checkpoints | None = None
@@ -95,8 +94,8 @@ def check_same(what: str, value: dict[str, Any]) -> None:
   if len(others):
     difference = "; ".join(differing) or "see its message"
     raise UserError(
-      f"process {others[0]} has another {what} than process 0: {difference}. Start all with the "
-      "same flags, on the same data"
+      f"the {what} of process {others[0]} differs from process 0: {difference}. Start all processes "
+      "with the same flags, on the same data"
     )
 
 
@@ -118,11 +117,7 @@ def restore_params(
 ) -> tuple[int, dict[str, Any]]:
   """Return (step, host parameters by name) of the newest intact checkpoint, on every process.
 
-  All `weights`, some of `checkpoints.WEIGHTS`, come from one checkpoint. `template` has the
-  parameters' shapes.
-
-  Raises:
-    UserError: there is no checkpoint, or none is intact.
+  Arguments and errors are those of `Checkpoints.restore_params`.
   """
   if cluster.is_first():
     checkpoints = Checkpoints(workdir)

@@ -9,7 +9,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from lrdit.train.curriculum import Curriculum
 
@@ -17,34 +17,20 @@ from lrdit.train.curriculum import Curriculum
 NON_FINITE_QUANTITIES = ("batch", "loss", "gradient", "update")
 
 
-def first_non_finite(*is_finite: Bool[Array, ""]) -> Int[Array, ""]:
-  """Return 1 + the index of the first flag that is False, or 0 if all are True; int32."""
-  flags = jnp.stack(is_finite)
-  return jnp.where(flags.all(), 0, 1 + flags.argmin()).astype(jnp.int32)
-
-
 @flax.struct.dataclass
 class WindowMetrics:
-  """Sums over the steps of one line of metrics.
+  """Sums over the steps of one line of metrics; float32 and int32.
 
   The state holds them, so that a resumed run writes the same lines as an uninterrupted one.
-
-  Attributes:
-    loss, grad_norm: float32 sums over steps.
-    count: int32 number of steps.
-    learning_rate: float32 rate of the last step.
-    group_loss: (G,) float32 sum over the examples of each timestep group.
-    group_count: (G,) int32 number of examples of each group.
-    non_finite: int32, of the last step: 0, or 1 + the index of the first of
-      `NON_FINITE_QUANTITIES` that was not finite.
   """
 
   loss: Float[Array, ""]
   grad_norm: Float[Array, ""]
-  count: Int[Array, ""]
-  learning_rate: Float[Array, ""]
-  group_loss: Float[Array, " G"]
-  group_count: Int[Array, " G"]
+  count: Int[Array, ""]  # steps
+  learning_rate: Float[Array, ""]  # of the last step
+  group_loss: Float[Array, " G"]  # over the examples of each timestep group
+  group_count: Int[Array, " G"]  # examples of each group
+  # Of the last step: 0, or 1 + the index of the first of `NON_FINITE_QUANTITIES` to be non-finite.
   non_finite: Int[Array, ""]
 
   @classmethod
@@ -76,23 +62,14 @@ class WindowMetrics:
 
 @flax.struct.dataclass
 class StageProgress:
-  """A run's position in its curriculum.
+  """A run's position in its curriculum; float32 and int32."""
 
-  Attributes:
-    number: int32 stage, from 0.
-    first_step: int32 updates applied before the stage began.
-    best_loss: float32, the lowest mean loss of the stage's checks.
-    bad_checks: int32 checks since that one.
-    loss_sum: float32 sum over the current group's examples since the last check.
-    example_count: int32 number of those examples.
-  """
-
-  number: Int[Array, ""]
-  first_step: Int[Array, ""]
-  best_loss: Float[Array, ""]
-  bad_checks: Int[Array, ""]
-  loss_sum: Float[Array, ""]
-  example_count: Int[Array, ""]
+  number: Int[Array, ""]  # of the stage, from 0
+  first_step: Int[Array, ""]  # updates applied before the stage began
+  best_loss: Float[Array, ""]  # lowest mean loss of the stage's checks
+  bad_checks: Int[Array, ""]  # checks since that one
+  loss_sum: Float[Array, ""]  # over the current group's examples since the last check
+  example_count: Int[Array, ""]  # of those examples
 
   @classmethod
   def begin(cls, number: Int[Array, ""] | int, first_step: Int[Array, ""] | int) -> "StageProgress":
@@ -134,20 +111,11 @@ class StageProgress:
 
 @flax.struct.dataclass
 class TrainState:
-  """The state of a run after `step` updates.
-
-  Attributes:
-    step: int32.
-    params: float32 raw parameters.
-    ema_params: their exponential moving average.
-    opt_state: optax state.
-    window: sums for the next line of metrics.
-    stage: position in the curriculum.
-  """
+  """The state of a run after `step` updates."""
 
   step: Int[Array, ""]
-  params: Any
-  ema_params: Any
+  params: Any  # float32, raw
+  ema_params: Any  # their exponential moving average
   opt_state: Any
   window: WindowMetrics
   stage: StageProgress

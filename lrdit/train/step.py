@@ -14,7 +14,7 @@ from lrdit.runtime.parallel import AXIS
 from lrdit.train.curriculum import Curriculum
 from lrdit.train.loss import Objective, batch_losses, group_sums
 from lrdit.train.optimizer import Schedule, update_ema
-from lrdit.train.state import TrainState, WindowMetrics, first_non_finite
+from lrdit.train.state import TrainState, WindowMetrics
 
 
 def mean_gradient(
@@ -24,12 +24,9 @@ def mean_gradient(
   batch: dict[str, Array],
   boundaries: tuple[int, ...],
 ) -> tuple[Float[Array, ""], tuple[Float[Array, " G"], Int[Array, " G"]], Any, Bool[Array, ""]]:
-  """Return the mean loss over the global batch and its gradient.
+  """Return the loss, `group_sums`, gradient and finiteness of the global batch.
 
   The arguments are those of `batch_losses` and `group_sums`.
-
-  Returns:
-    loss, `group_sums` over the global batch, gradient, and whether that batch is finite.
   """
 
   def mean_loss(params):
@@ -64,10 +61,7 @@ def train_step(
     key: the run's key, the same on every device.
     objective: the loss; the stage replaces its strata.
     optimizer: optax chain for a learning rate of 1.
-    learning_rate: function of (step, start of the warm-up).
     stage: the state's own `stage.number`, static because its strata are.
-    ema_decay: decay of the average, in [0, 1).
-    log_every_steps: number of steps in a line of metrics.
 
   Returns:
     The state after the update, and a copy of its window that outlives the state's donation to
@@ -115,7 +109,8 @@ def step_metrics(
   well, so that no checkpoint can hold parameters that are not finite.
   """
   grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
-  finite = (jnp.isfinite(value) for value in (loss, grad_norm, update_norm))
+  finite = [jnp.isfinite(value) for value in (loss, grad_norm, update_norm)]
+  flags = jnp.stack([is_batch_finite, *finite])  # in the order of `NON_FINITE_QUANTITIES`
   return WindowMetrics(
     loss=loss,
     grad_norm=grad_norm,
@@ -123,7 +118,7 @@ def step_metrics(
     learning_rate=learning_rate,
     group_loss=group_loss,
     group_count=group_count,
-    non_finite=first_non_finite(is_batch_finite, *finite),
+    non_finite=jnp.where(flags.all(), 0, 1 + flags.argmin()).astype(jnp.int32),
   )
 
 
@@ -137,13 +132,8 @@ def eval_step(
 ) -> tuple[Float[Array, " G"], Int[Array, " G"]]:
   """Return the summed losses and numbers of held-out examples of each timestep group.
 
-  Args:
-    batch: as in `train_step`, plus "weight" (b,) float32, 0 for padding.
-    key: determines noise and timesteps.
-    objective: the loss without augmentation.
-
-  Returns:
-    (G,) float32 and (G,) int32 over all devices, equal on every device.
+  They are float32 and int32, over all devices, and equal on every device. `batch` is as in
+  `train_step`, plus "weight" (b,) float32, 0 for padding. `key` determines noise and timesteps.
   """
   losses, t = batch_losses(params, objective, key, batch)
   return jax.lax.psum(group_sums(losses, t, batch["weight"] > 0, boundaries), AXIS)

@@ -390,7 +390,7 @@ def test_a_damaged_checkpoint_on_another_disk_stays_on_it(tmp_path, monkeypatch,
   checkpoints = Checkpoints(tmp_path / "run", 2)
   assert_equal(checkpoints.restore_state(TEMPLATE), make_state(1))
   assert (disk / "damaged_2").is_dir()
-  assert "it is kept as" in told.text
+  assert "the damaged checkpoint is kept as" in told.text
   checkpoints.save(make_state(2), CONFIG)
   checkpoints.close()
   assert_equal(Checkpoints(tmp_path / "run", 2).restore_state(TEMPLATE), make_state(2))
