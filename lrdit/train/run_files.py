@@ -94,8 +94,8 @@ def check_same(what: str, value: dict[str, Any]) -> None:
   if len(others):
     difference = "; ".join(differing) or "see its message"
     raise UserError(
-      f"the {what} of process {others[0]} differs from process 0: {difference}. Start all processes "
-      "with the same flags, on the same data"
+      f"the {what} of process {others[0]} differs from process 0: {difference}. Start all with the "
+      "same flags, on the same data"
     )
 
 

@@ -109,7 +109,7 @@ def test_a_grid_that_is_not_finite_is_logged(monkeypatch, caplog):
   batch = np.zeros((80, 8, 8, 1), np.float32)
   batch[3, 0, 0] = np.nan
   config = tiny.tiny_config(training__sample_every_steps=4)
-  grids = train.Grids(config, jax.devices()[:1], vae_digest="")
+  grids = train.Grids(Experiment(config), jax.devices()[:1], vae_digest="")
   monkeypatch.setattr(grids, "_sampler", types.SimpleNamespace(sample=lambda *_: [batch]))
   pixels = grids.sample({}, step=7)
   assert pixels[3, 0, 0] == 0
