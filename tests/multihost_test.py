@@ -195,9 +195,9 @@ def errors_of(job):
 def test_processes_of_different_configs_report_what_differs(tmp_path):
   with Job(tmp_path / "run", 3, 1, apart=(2, [], ["--config.seed=7"], {})) as job:
     assert job.wait() == [1, 1, 1], job.text()
-  says = "process 2 has another config than process 0: {}. Start all with the same flags, on the "
+  says = "the config of process 2 differs from process 0: {}. Start all with the same flags, on "
   words = ["see its message"] * 2 + ["seed (0 there, 7 asked for)"]
-  assert errors_of(job) == [[says.format(w) + "same data"] for w in words]
+  assert errors_of(job) == [[says.format(w) + "the same data"] for w in words]
   assert not (tmp_path / "run").exists()
 
 
@@ -214,7 +214,7 @@ def test_processes_on_different_data_report_it(tmp_path, monkeypatch):
   with Job(tmp_path / "run", 2, 1, *flags, apart=(1, [], [], other)) as job:
     statuses = job.wait()
   assert statuses == [1, 1], job.text()
-  assert "process 1 has another data than process 0" in errors_of(job)[1][0]
+  assert "the data of process 1 differs from process 0" in errors_of(job)[1][0]
 
 
 @pytest.mark.slow

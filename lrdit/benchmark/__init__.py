@@ -1,1 +1,1 @@
-"""How fast each arm trains and samples, beside how fast its FLOPs say it should be."""
+"""The speed of training and sampling of each arm, compared with its FLOPs."""

@@ -1,4 +1,4 @@
-"""What a benchmark times: each arm's training step and sampler, and the machine's matmul peak."""
+"""The timed work: each arm's training step and sampler, and the machine's matmul peak."""
 
 import concurrent.futures
 import functools
@@ -22,8 +22,7 @@ from lrdit.train.state import create_train_state
 
 log = logging.getLogger("lrdit")
 
-# arm: (method, rank.compute). The last is the reference for training alone: it
-# samples as `adaptive` does.
+# arm: (method, rank.compute). The last one is trained only; it samples as `adaptive` does.
 ARMS = {
   "full": ("full", "grouped"),
   "static": ("static", "grouped"),
@@ -32,40 +31,33 @@ ARMS = {
 }
 SAMPLING_ARMS = ("full", "static", "adaptive")
 
-# Square matrices, large enough to be compute-bound, and how many products in a row.
-MATMUL_SIZES = {"cpu": 2048}
-MATMUL_SIZE_ELSEWHERE = 8192
-MATMUL_COUNT = 5
+# Sizes that are compute-bound, and the number of consecutive products.
+MATMUL_SIZE_ON_CPU, MATMUL_SIZE_ELSEWHERE, MATMUL_COUNT = 2048, 8192, 5
 
 # A state holds the parameters, their average and two moments.
 STATE_ARRAYS, BYTES_PER_FLOAT = 4, 4
-# The rest is for what XLA does not count: fragments, libraries' work space.
-USABLE_SHARE = 0.9
+USABLE_SHARE = 0.9  # XLA's estimate leaves out fragmentation and the workspace of libraries
 
-# A task times its work in round number i and returns seconds.
+# Takes the number of a round and returns the seconds of its work.
 Task = Callable[[int], float]
 
 
 def arm_config(config: ConfigDict, arm: str) -> ConfigDict:
-  """Return the config of one of `ARMS`, all else equal.
-
-  Raises:
-    UserError: the arm cannot be made of these fields.
-  """
+  """Return the config of one of `ARMS`, all else equal; raise a UserError if it is invalid."""
   copy = ConfigDict(config.to_dict())
   copy.method, copy.rank.compute = ARMS[arm]
   return resolve(copy)
 
 
 def random_params(config: ConfigDict) -> Any:
-  """Return parameters of the model's shapes, N(0, 0.02**2) float32, drawn on the device.
+  """Return parameters of the model's shapes, N(0, 0.02**2) float32, sampled on the device.
 
-  Initial parameters would flatter: their zeros make most gradients zero, and zeros
-  can be multiplied faster than other numbers.
+  Initial parameters would flatter the speed: their zeros make most gradients zero, and some
+  hardware multiplies zeros faster.
   """
   leaves, tree = jax.tree.flatten(Experiment(config).params_template)
   ends = np.cumsum([leaf.size for leaf in leaves])
-  # One draw, which compiles in a moment, and a barrier, or every slice would draw for itself.
+  # One array compiles fast; without the barrier every slice would sample all of it again.
   flat = 0.02 * jax.random.normal(jax.random.key(0), (int(ends[-1]),))
   parts = jnp.split(jax.lax.optimization_barrier(flat), ends[:-1])
   return tree.unflatten(part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True))
@@ -79,29 +71,26 @@ def random_images(config: ConfigDict, *batch_axes: int) -> np.ndarray:
 
 
 def seconds_of(function: Callable[[], Any]) -> tuple[float, Any]:
-  """Return the seconds until the function's arrays are there, and the arrays."""
+  """Return the seconds until the function's arrays are ready, and the arrays."""
   start = time.perf_counter()
   out = jax.block_until_ready(function())
   return time.perf_counter() - start, out
 
 
 class MatmulPeak:
-  """Large square products in the compute dtype, one per device at a time.
-
-  Attributes:
-    size: rows and columns.
-    flops: FLOPs of one timing, over all devices.
-  """
+  """Products of large square matrices in the compute dtype, one per device at a time."""
 
   def __init__(self, config: ConfigDict, devices: parallel.Devices):
-    default = MATMUL_SIZES.get(devices[0].platform, MATMUL_SIZE_ELSEWHERE)
+    is_cpu = devices[0].platform == "cpu"
+    default = MATMUL_SIZE_ON_CPU if is_cpu else MATMUL_SIZE_ELSEWHERE
     self.size = config.benchmark.matmul_size or default
+    # FLOPs of one timing, over all devices.
     self.flops = flops.FLOPS_PER_MAC * MATMUL_COUNT * len(devices) * self.size**3
     split, replicated = parallel.shardings(devices)
     dtype = Experiment(config).dtype
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((len(devices) * self.size, self.size), np.float32)
-    # Products of this scale neither grow nor vanish.
+    # This scale keeps products from growing or vanishing.
     factor = rng.standard_normal((self.size, self.size), np.float32) / np.sqrt(self.size)
     self._rows = jax.device_put(jnp.asarray(rows, dtype), split)
     self._factor = jax.device_put(jnp.asarray(factor, dtype), replicated)
@@ -119,18 +108,9 @@ class MatmulPeak:
 
 
 class TrainingArm:
-  """One arm's training step with its state, donated from step to step.
-
-  Attributes:
-    groups: (examples, rank bucket) of one device.
-    flops: FLOPs of one step, over all devices.
-    num_parameters: allocated parameters.
-    compile_seconds: of tracing and compiling the step.
-    memory_bytes: see `results.MEMORY_MEANING`; None where it is unknown.
-  """
+  """One arm's training step with its state, donated from step to step."""
 
   def __init__(self, config: ConfigDict, devices: parallel.Devices):
-    """Make the state and compile the step."""
     experiment = Experiment(config)
     objective = experiment.objective(devices)
     optimizer, curriculum = experiment.optimizer, experiment.curriculum
@@ -142,13 +122,17 @@ class TrainingArm:
       lambda: create_train_state(random_params(config), optimizer, curriculum.num_groups), devices
     )
     local = config.training.batch_size // len(devices)
+    # (examples, rank bucket) of one device, and the FLOPs of one step over all devices.
     self.groups = loss.select_ranks(objective, jnp.zeros(local, jnp.int32)).groups
     shape, plan = objective.model.shape, objective.model.plan
     macs = len(devices) * flops.training_macs(shape, plan, self.groups)
     self.flops = flops.FLOPS_PER_MAC * macs
     self.num_parameters = flops.num_parameters(shape, plan)
     self.compile_seconds, self._compiled = seconds_of(self._compile)
-    self.memory_bytes = program_bytes(self._compiled)
+    self.memory_bytes = None  # see `results.MEMORY_MEANING`
+    if memory := self._compiled.memory_analysis():
+      arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes
+      self.memory_bytes = arrays - memory.alias_size_in_bytes + memory.temp_size_in_bytes
 
   def _compile(self) -> Any:
     return self._step.lower(self._state, self._batch, self._key).compile()
@@ -164,7 +148,7 @@ class TrainingArm:
 
 
 def random_batch(config: ConfigDict, devices: parallel.Devices) -> dict[str, jax.Array]:
-  """Return a training batch on the devices, where reading ahead would have put it."""
+  """Return a training batch on the devices."""
   n, classes = len(devices), config.data.num_classes
   local = config.training.batch_size // n
   label = np.arange(n * local, dtype=np.int32).reshape(n, local) % max(classes, 1)
@@ -174,33 +158,16 @@ def random_batch(config: ConfigDict, devices: parallel.Devices) -> dict[str, jax
   return jax.device_put(batch, parallel.shardings(devices)[0])
 
 
-def program_bytes(compiled: Any) -> int | None:
-  """Return the memory of one device while a compiled program runs; None if unknown."""
-  memory = compiled.memory_analysis()
-  if memory is None:
-    return None
-  arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes
-  return arrays - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-
-
 class SamplingArm:
-  """One arm's sampler on a batch of images.
-
-  Attributes:
-    sampler: as `--mode=sample` uses it.
-    buckets: the rank buckets that the solver visits, ascending.
-    compile_seconds: of tracing and compiling every bucket.
-  """
+  """One arm's sampler, as `--mode=sample` uses it, on a batch of images."""
 
   def __init__(self, config: ConfigDict, devices: parallel.Devices):
-    """Slice the parameters and compile every bucket."""
     self.sampler = Experiment(config).sampler(devices)
-    self.buckets = sorted(self.sampler.run_bucket)
+    self.buckets = sorted(self.sampler.run_bucket)  # that the solver visits
     params = jax.jit(functools.partial(random_params, config))()
     self._sliced_params = self.sampler.slice_params(params)
     size, classes = self.sampler.settings.batch_size, config.data.num_classes
-    split = parallel.shardings(devices)[0]
-    index = np.arange(size)
+    split, index = parallel.shardings(devices)[0], np.arange(size)
     self._index = jax.device_put(index.astype(np.uint32), split)
     self._y = jax.device_put((index % classes).astype(np.int32), split) if classes else None
     noise = random_images(config, size)
@@ -216,7 +183,7 @@ class SamplingArm:
     }
 
   def solver_steps(self, bucket: int) -> int:
-    """Return the number of the run's solver steps that fall in a bucket."""
+    """Return the number of solver steps that fall in a bucket."""
     return sum(end - first for b, first, end in self.sampler.segments if b == bucket)
 
   def step_flops(self, bucket: int) -> int:
@@ -237,7 +204,7 @@ class SamplingArm:
     return (self._sliced_params[bucket], carry, self._y, self._index, *steps)
 
   def _copy_start(self) -> Any:
-    """Return images to begin from; a copy, as a run may overwrite what it is given."""
+    """Return a copy of the initial images, which a run may overwrite."""
     return jax.block_until_ready(jax.tree.map(jnp.copy, self._start))
 
   def time_bucket(self, bucket: int, _round: int) -> float:
@@ -267,25 +234,24 @@ class SamplingArm:
 
 
 def bytes_of_other_arms(config: ConfigDict) -> int:
-  """Return what lies on a device beside the full arm's training: states, sliced parameters."""
+  """Return the bytes on a device beside the full arm's training."""
   arrays = 0
   for arm in ARMS:
-    fields = arm_config(config, arm)
-    experiment = Experiment(fields)
+    experiment = Experiment(arm_config(config, arm))
     shape, plan = experiment.shape, experiment.plan
     if arm != "full":
       arrays += STATE_ARRAYS * flops.num_parameters(shape, plan)
     if arm in SAMPLING_ARMS:
-      buckets = range(plan.num_buckets)
-      arrays += sum(flops.num_parameters(shape, plan.at_bucket(bucket)) for bucket in buckets)
+      plans = map(plan.at_bucket, range(plan.num_buckets))
+      arrays += sum(flops.num_parameters(shape, at_bucket) for at_bucket in plans)
   return BYTES_PER_FLOAT * arrays
 
 
 def full_arm_that_fits(config: ConfigDict, devices: parallel.Devices) -> TrainingArm:
-  """Return the full arm at a batch that fits, the given one or less; set it in the config.
+  """Return the full arm, with the config's batch size halved in place until it fits.
 
-  The batch is halved until XLA's estimate of the full arm, whose activations are the largest,
-  fits beside what the other arms hold. It is kept where a device does not report its memory.
+  It fits if XLA's estimate for the full arm, whose activations are the largest, leaves room for the
+  arrays of the other arms. Devices that do not report their memory keep the batch size.
   """
   limit = (devices[0].memory_stats() or {}).get("bytes_limit")
   others = bytes_of_other_arms(config)
@@ -295,17 +261,17 @@ def full_arm_that_fits(config: ConfigDict, devices: parallel.Devices) -> Trainin
     too_much = limit and (arm.memory_bytes or 0) + others > USABLE_SHARE * limit
     if not too_much or half % len(devices) or not half:
       return arm
-    log.info("a batch of %d does not fit: trying %d", config.training.batch_size, half)
+    log.info("a batch of %d does not fit; trying %d", config.training.batch_size, half)
     config.training.batch_size = half
-    del arm  # and its state, before the next one is made
+    del arm  # free its state before the next one is made
 
 
 def make_arms(
   config: ConfigDict, devices: parallel.Devices
 ) -> tuple[ConfigDict, dict[str, TrainingArm], dict[str, SamplingArm]]:
-  """Return the config, with a batch that fits if asked to, and the compiled arms.
+  """Return the config, with a batch size that fits if `fit_memory` asks for it, and the arms.
 
-  On several threads the compile times would be those of sharing the cores, so they are dropped.
+  Concurrent compilations slow each other down, so several threads leave compile times at None.
   """
   threads = config.benchmark.compile_threads
   training: dict[str, TrainingArm] = {}

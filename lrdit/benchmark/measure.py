@@ -1,9 +1,8 @@
-"""All arms in one process, which take turns.
+"""Timing of all arms in one process, in turn.
 
-One round times, once each, a training step of every arm, solver steps of every arm
-and bucket, a part of a whole sampling run of every arm, and the machine's matrix
-products. Medians over rounds are compared, so whatever else the machine does slows
-all of them alike.
+One round times, once each, a training step of every arm, solver steps of every arm and bucket, a
+part of a whole sampling run of every arm, and the machine's matrix products. Medians over rounds
+are compared, so other work on the machine slows all of them alike.
 """
 
 import functools
@@ -21,11 +20,10 @@ from lrdit.runtime.progress import make_bar
 def interleave(
   tasks: Mapping[Any, Task], rounds: int, after_round: Callable[[dict[Any, list[float]]], Any]
 ) -> None:
-  """Time every task in every round.
+  """Time every task in every round, and call `after_round` with the seconds by task so far.
 
-  Each round begins with another task, so that no task always follows the same
-  one into warm caches or a hot chip's lower clock. `after_round` is called with every
-  task's seconds in the rounds so far.
+  Each round begins with another task, so that no task always follows the same one into warm caches
+  or the lower clock of a hot chip.
   """
   keys = list(tasks)
   seconds: dict[Any, list[float]] = {key: [] for key in keys}
@@ -48,7 +46,7 @@ def measure(
     for bucket in arm.buckets:
       tasks["bucket", name, bucket] = functools.partial(arm.time_bucket, bucket)
   for task in tasks.values():
-    task(0)  # not counted: first calls touch memory for the first time
+    task(0)  # an untimed warm-up
   for number in range(config.benchmark.sampling_runs or 0):
     tasks |= {("run", name, number): arm.make_run() for name, arm in sampling.items()}
   with make_bar(config.benchmark.rounds, 0, "round") as bar:

@@ -1,4 +1,4 @@
-"""From the seconds of each round to `benchmark.json`, and from that to tables."""
+"""The results of a benchmark, from timings to `benchmark.json` and from that to tables."""
 
 import os
 import statistics
@@ -18,6 +18,9 @@ MEMORY_MEANING = (
 )
 
 
+Seconds = Mapping[Any, list[float]]  # of each round, by task
+
+
 def summarize(seconds: Sequence[float], per: int = 1) -> dict[str, Any]:
   """Return the median, the minimum and all of some timings, each divided by `per`."""
   each = [s / per for s in seconds]
@@ -29,12 +32,9 @@ def _rates(flops: int, seconds: float, peak: float) -> dict[str, float]:
 
 
 def training_results(
-  arms: Mapping[str, TrainingArm],
-  seconds: Mapping[Any, list[float]],
-  config: ConfigDict,
-  peak: float,
+  arms: Mapping[str, TrainingArm], seconds: Seconds, config: ConfigDict, peak: float
 ) -> dict[str, dict[str, Any]]:
-  """Return the results of each arm's training, `full` among them, against a peak in FLOP/s."""
+  """Return the results of training by arm; `peak` is in FLOP/s."""
   timings = {name: summarize(seconds["training", name], config.benchmark.steps) for name in arms}
   results = {}
   for name, arm in arms.items():
@@ -78,15 +78,12 @@ def bucket_results(
 
 
 def sampling_results(
-  arms: Mapping[str, SamplingArm],
-  seconds: Mapping[Any, list[float]],
-  config: ConfigDict,
-  peak: float,
+  arms: Mapping[str, SamplingArm], seconds: Seconds, config: ConfigDict, peak: float
 ) -> dict[str, dict[str, Any]]:
-  """Return the results of each arm's sampling.
+  """Return the results of sampling by arm.
 
-  Rates and speed-ups are those of the buckets' medians over all rounds; a whole run is
-  one timing, and stands beside them as a check once all its rounds are done.
+  Rates and speed-ups come from the buckets' medians over all rounds. A whole run is timed just
+  once, so it only checks them, after its last round.
   """
   steps, results = min(config.benchmark.steps, config.sampling.num_steps), {}
   for name, arm in arms.items():
@@ -111,7 +108,7 @@ def sampling_results(
 
 
 def describe(config: ConfigDict, devices: parallel.Devices) -> dict[str, Any]:
-  """Return what the results must be quoted with."""
+  """Return the settings and software that the results depend on."""
   shape, s, b = Experiment(config).shape, config.sampling, config.benchmark
   return {
     "jax": jax.__version__,
@@ -138,7 +135,7 @@ def describe(config: ConfigDict, devices: parallel.Devices) -> dict[str, Any]:
 
 
 def device_peak_bytes(devices: parallel.Devices) -> int | None:
-  """Return the most memory the process has held on a device; None if unknown."""
+  """Return the peak memory of the process over its devices; None if unknown."""
   peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
   return max((peak for peak in peaks if peak is not None), default=None)
 
@@ -149,9 +146,9 @@ def make_results(
   peak: MatmulPeak,
   training: Mapping[str, TrainingArm],
   sampling: Mapping[str, SamplingArm],
-  seconds: Mapping[Any, list[float]],
+  seconds: Seconds,
 ) -> dict[str, Any]:
-  """Return what `benchmark.json` holds after the rounds whose seconds are given."""
+  """Return the contents of `benchmark.json` after the rounds of the given seconds."""
   products = summarize(seconds["peak",])
   peak_rate = peak.flops / products["median"]
   return describe(config, devices) | {
@@ -168,7 +165,7 @@ def make_results(
   }
 
 
-# Columns of the tables: header -> text of an entry of the results.
+# Maps the header of each column to a function that formats an entry of the results.
 Columns = Mapping[str, Callable[[Any], str]]
 _RATES: Columns = {
   "GFLOP/s": lambda e: f"{e['flops_per_second'] / 1e9:.4g}",
@@ -212,7 +209,7 @@ RUN_COLUMNS: Columns = {
 
 
 def format_results(results: Mapping[str, Any]) -> str:
-  """Return what a person reads of `benchmark.json`."""
+  """Return a readable summary of `benchmark.json`."""
   r, model, peak = results, results["model"], results["matmul_peak"]
   size = f"{model['image_size']}x{model['image_size']}x{model['channels']}"
   head = f"""\

@@ -1,4 +1,4 @@
-"""`--mode=analyze`: effective ranks of weights and gradients by timestep, and rank truncation."""
+"""Analyze ranks of weights and gradients by timestep, and rank truncation: `--mode=analyze`."""
 
 import functools
 import json
@@ -40,16 +40,13 @@ from lrdit.train import checkpoints, run_files
 log = logging.getLogger("lrdit")
 
 ARMS = ("full", "static", "adaptive")
-LAYOUT = 1  # of the sections' JSON; files of another layout are made again
+LAYOUT = 1  # version of the sections' JSON; files of another one are made again
 
 
 def count_flops(config: ConfigDict) -> dict[str, Any]:
   """Return `flops.describe_arm` of every arm, by method.
 
-  An arm that cannot be made of these fields is left out, with a warning.
-
-  Args:
-    config: resolved, of any arm.
+  An arm that the config does not allow is left out, with a warning.
   """
   arms = {}
   for method in ARMS:
@@ -58,10 +55,9 @@ def count_flops(config: ConfigDict) -> dict[str, Any]:
     try:
       arm = resolve(arm)
     except UserError as error:
-      log.warning("%s is not counted: %s", method, error)
+      log.warning("the FLOPs of %s are not counted: %s", method, error)
       continue
-    made = Experiment(arm)
-    scale = arm.sampling.guidance_scale
+    made, scale = Experiment(arm), arm.sampling.guidance_scale
     arms[method] = flops.describe_arm(made.shape, made.plan, made.solver_table.t, scale)
   return arms
 
@@ -92,23 +88,13 @@ class Analysis:
   """The parameters and files that the sections share."""
 
   def __init__(self, config: ConfigDict, path: pathlib.Path, devices: parallel.Devices):
-    """Read the checkpoint.
-
-    Args:
-      config: resolved.
-      path: a trained run's workdir, which has a directory `analysis`.
-      devices: to use.
-
-    Raises:
-      UserError: there is no checkpoint.
-    """
+    """Read the checkpoint of the trained run in workdir `path`."""
     self.config, self.devices, self._workdir = config, devices, path
     self._directory, self.experiment = path / "analysis", Experiment(config)
     weights = "ema" if config.sampling.use_ema else "raw"
     step, restored = run_files.restore_params(path, self.experiment.params_template, [weights])
     self.params = restored[weights]
-    self.plan, self.shape = self.experiment.plan, self.experiment.shape
-    self.boundaries = self.experiment.curriculum.boundaries
+    self.plan, self.boundaries = self.experiment.plan, self.experiment.curriculum.boundaries
     self.key = {
       "layout": LAYOUT,
       "checkpoint_step": step,
@@ -116,44 +102,38 @@ class Analysis:
       "weights": weights,
       "boundaries": list(self.boundaries),
     }
-    variant = f"DiT-{config.model.variant} on {config.data.name}"
-    self.title = f"{config.method} {variant}, step {step}, {weights} weights"
+    model = f"{config.method} DiT-{config.model.variant} on {config.data.name}"
+    self.title = f"{model}, step {step}, {weights} weights"
 
   def source(self, split: str) -> Source:
-    """Return the split's images or latents.
-
-    Raises:
-      UserError: they are not the run's.
-    """
+    """Return the split's images or latents; raise a UserError unless they are the run's."""
     source = self.experiment.source(split)
     run_files.check_run_data(self._workdir, split, source.fingerprint)
     return source
 
   def run(self, name: str, settings: dict[str, Any], make: Callable[[UnitCache], dict]) -> dict:
-    """Return a section's result, from its file if that is of the same checkpoint and settings.
+    """Return a section's result, from its file if that has the same checkpoint and settings.
 
-    Args:
-      name: of the section and its JSON file.
-      settings: all that the section depends on beside the parameters.
-      make: computes it, given the units that an earlier start has left.
+    The section depends on `settings` and the parameters alone. `make` computes the result, given
+    the units that an earlier start has finished.
     """
     path, key = self._directory / f"{name}.json", json.loads(json.dumps(self.key | settings))
     try:
       result = json.loads(path.read_text())
       if all(result[field] == value for field, value in key.items()):
-        log.info("%s is there", path)
+        log.info("%s is up to date", path)
         return result
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-      pass  # missing, damaged, or of an older layout: it is made again
+      pass  # it is missing, damaged or of another layout
     cache = UnitCache(self._directory / "parts" / name, key)
     result = key | make(cache)
     write_json(path, result)
     cache.remove()
-    log.info("%s", path)
+    log.info("wrote %s", path)
     return result
 
   def plot(self, name: str, figure: Any) -> None:
-    """Write a figure, if there is anything to show."""
+    """Write a figure if there is one."""
     figures.write_png(self._directory / f"{name}.png", figure)
 
 
@@ -161,7 +141,8 @@ def analyze_weights(run: Analysis) -> None:
   """Write weights.json and its figures."""
 
   def make(cache: UnitCache) -> dict[str, Any]:
-    return weight_spectra.analyze_weights(run.params, run.plan, run.shape, run.boundaries, cache)
+    shape = run.experiment.shape
+    return weight_spectra.analyze_weights(run.params, run.plan, shape, run.boundaries, cache)
 
   weights = run.run("weights", {}, make)
   run.plot("weights_spectra", weight_figures.spectra(weights, run.title))
@@ -201,7 +182,7 @@ def analyze_gradients(run: Analysis) -> None:
 
 
 def analyze_truncation(run: Analysis) -> None:
-  """Write truncation.json, its figure, and that of the loss by timestep group."""
+  """Write truncation.json, its figure, and a figure of the loss by timestep group."""
   config, devices = run.config, run.devices
   source, draws = run.source("eval"), config.evaluation.draws
   names = run.experiment.factorised_layers
@@ -210,7 +191,7 @@ def analyze_truncation(run: Analysis) -> None:
   if not ranks or ranks[-1] >= truncator.largest_rank:
     raise UserError(
       f"config.analysis.ranks={tuple(ranks)} must end below {truncator.largest_rank}, the largest "
-      "rank that these layers have"
+      "rank of these layers"
     )
   batch_size = config.training.batch_size
   settings = {
@@ -245,10 +226,10 @@ def analyze_truncation(run: Analysis) -> None:
 def schedule_on_map(
   config: ConfigDict, plan: RankPlan, found: dict[str, Any]
 ) -> tuple[str, np.ndarray] | None:
-  """Return the name and the (T,) values of the r(t) to draw on the map of a rank truncation.
+  """Return the name and (T,) values of the r(t) to plot over a rank truncation, or None.
 
-  It is the run's own r(t), above which cutting changes nothing, or else the one that
-  `rank.schedule=measured` would take; None where no r(t) follows.
+  It is the run's own r(t), above which truncation changes nothing, or else the one that
+  `rank.schedule=measured` would choose.
   """
   if plan.num_buckets > 1:
     active = np.mean([ranks.active for _, ranks in plan.layers], axis=0)
@@ -258,38 +239,25 @@ def schedule_on_map(
   try:
     ranks = measured_schedule.measured_ranks(config, found)
   except UserError as error:
-    log.warning("the heat map is without r(t): %s", error)
+    log.warning("the heat map does not show r(t): %s", error)
     return None
   name = f"rank.schedule=measured at rank.ratio={config.rank.ratio:g}, before rounding"
   r, widths = measured.interpolate(ranks, found["boundaries"]), np.diff(found["boundaries"])
-  # A plan keeps the mean, which interpolation between groups of unequal widths does not.
+  # Interpolation between groups of unequal widths changes the mean, which a plan keeps.
   return name, r * np.average(ranks, weights=widths) / r.mean()
-
-
-SECTIONS = {  # those that need a checkpoint, in order
-  "weights": analyze_weights,
-  "gradients": analyze_gradients,
-  "truncation": analyze_truncation,
-}
 
 
 def analyze(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:
   """Run `--mode=analyze`: write analysis/*.json and *.png.
 
-  What an earlier start has finished for the same checkpoint and settings is kept. The section
-  "flops" alone needs no trained run.
-
-  Args:
-    config: resolved.
-    workdir: of a trained run; for "flops" alone any directory, made if it is not there.
-    devices: devices to use; all by default.
-
-  Raises:
-    UserError: there is no checkpoint, the data is another, and the like.
+  Results of earlier starts for the same checkpoint and settings are kept. The section "flops" alone
+  needs no trained run, and creates `workdir` if it is missing.
   """
-  sections = [SECTIONS[name] for name in SECTIONS if name in config.analysis.sections]
-  needs_run = bool(sections)
-  path = open_trained(workdir, config) if needs_run else open_workdir(workdir, config, create=True)
+  by_name = dict(
+    weights=analyze_weights, gradients=analyze_gradients, truncation=analyze_truncation
+  )
+  sections = [by_name[name] for name in by_name if name in config.analysis.sections]
+  path = open_trained(workdir, config) if sections else open_workdir(workdir, config, create=True)
   directory = path / "analysis"
   directory.mkdir(exist_ok=True)
   with owned(directory, "analyze"):
@@ -300,4 +268,4 @@ def analyze(config: ConfigDict, workdir: str, devices: parallel.Devices | None =
       write_json(directory / "flops.json", arms)
     for analyze_section in sections:
       analyze_section(run)
-  log.info("%s", directory)
+  log.info("wrote the analysis to %s", directory)

@@ -1,4 +1,4 @@
-"""Measure how fast each arm trains and samples on this machine."""
+"""Measure how fast each arm trains and samples on this machine: `--mode=benchmark`."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ log = logging.getLogger("lrdit")
 
 @contextlib.contextmanager
 def without_compilation_cache() -> Iterator[None]:
-  """Compile anew, so that compile times are not those of reading a file."""
+  """Compile every program, so that compile times are not those of reading a file."""
   before = jax.config.jax_enable_compilation_cache
   jax.config.update("jax_enable_compilation_cache", False)
   try:
@@ -31,27 +31,20 @@ def without_compilation_cache() -> Iterator[None]:
 
 
 def benchmark(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:
-  """Run `--mode=benchmark`: a table on standard output, and `benchmark.json`.
+  """Run `--mode=benchmark`: print a table, and write `benchmark.json` below `workdir`.
 
-  The file is written after every round, so a benchmark that is killed keeps its rounds.
-  Data and parameters are random: neither a dataset nor a trained run is needed.
-
-  Args:
-    config: resolved; its arm does not matter, as every arm is measured.
-    workdir: where to write; made if it is not there.
-    devices: devices to use; all by default.
-
-  Raises:
-    UserError: whatever the user can fix.
+  The file is written after every round, so a benchmark that is killed keeps its rounds. Data and
+  parameters are random, so neither a dataset nor a trained run is needed. Every arm is measured,
+  whatever the config's own.
   """
   devices = devices or jax.local_devices()
   for name in ARMS:
-    arm_config(config, name)  # for its checks, before anything is written
+    arm_config(config, name)  # check the config before anything is written
   parallel.check_divisible("config.training.batch_size", config.training.batch_size, devices)
   parallel.check_divisible("config.sampling.batch_size", config.sampling.batch_size, devices)
   path = open_workdir(workdir, config, create=True)
   log_process_fields(path, config)
-  # Programs compiled side by side are not timed, and may come from the cache.
+  # The times of concurrent compilations are not kept, so these may use the cache.
   is_timed = config.benchmark.compile_threads == 1
   with (
     owned(path, "benchmark"),
@@ -59,4 +52,4 @@ def benchmark(config: ConfigDict, workdir: str, devices: parallel.Devices | None
   ):
     measure(config, devices, lambda results: write_json(path / "benchmark.json", results))
   print(format_results(json.loads((path / "benchmark.json").read_text())))
-  log.info("written to %s", path / "benchmark.json")
+  log.info("wrote %s", path / "benchmark.json")

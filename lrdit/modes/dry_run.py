@@ -1,4 +1,4 @@
-"""Print what a command would do, and do none of it."""
+"""Print the resolved run of a command without running it: `--dry_run`."""
 
 import collections
 import pathlib
@@ -11,12 +11,10 @@ from lrdit.experiment import Experiment
 from lrdit.model import dit, flops
 from lrdit.runtime import parallel
 
-# What a mode writes below --workdir, or --output.
+# The files of each mode below --workdir, or --output.
 WRITES = {
-  "train": (
-    "config.json, data.json, changes.jsonl, metrics.jsonl, train.log, checkpoints/, "
-    "samples/step_*.png"
-  ),
+  "train": "config.json, data.json, changes.jsonl, metrics.jsonl, train.log, checkpoints/, "
+  "samples/step_*.png",
   "sample": "samples/{name}/",
   "evaluate": "evaluation.json, features/",
   "analyze": "analysis/",
@@ -26,15 +24,9 @@ WRITES = {
 
 
 def dry_run(mode: str, config: ConfigDict, path: str) -> None:
-  """Run `--dry_run`: print the resolved run of a mode.
+  """Run `--dry_run`: print the resolved run of a mode; `path` is --workdir, or --output.
 
-  Args:
-    mode: any that takes a config.
-    config: resolved.
-    path: --workdir, or --output.
-
-  Raises:
-    UserError: what the mode itself would say of its config, workdir, devices and data.
+  Raise a UserError where the mode itself would for its config, workdir, devices and data.
   """
   experiment, devices, s = Experiment(config), parallel.all_devices(), config.sampling
   if mode in ("train", "sample", "evaluate", "analyze"):
@@ -73,7 +65,7 @@ def dry_run(mode: str, config: ConfigDict, path: str) -> None:
 
 
 def _plan_by_kind(experiment: Experiment) -> dict[str, str]:
-  """Return the ranks of each kind of layer, one entry for equal layers of all blocks."""
+  """Return the ranks of each kind of layer, summed up over the blocks."""
   kinds: dict[tuple[str, str], int] = collections.Counter()
   for name in dit.layer_shapes(experiment.shape):
     ranks = experiment.plan.by_name.get(name)

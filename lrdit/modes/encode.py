@@ -1,4 +1,4 @@
-"""Encode a dataset's images with a VAE, once, into a directory that training reads."""
+"""Encode a dataset's images with a VAE into a directory for training: `--mode=encode`."""
 
 import dataclasses
 import logging
@@ -20,11 +20,11 @@ from lrdit.runtime.progress import make_bar
 
 log = logging.getLogger("lrdit")
 
-KEEP_EVERY_IMAGES = 1024  # a kill loses at most about this much work
+KEEP_EVERY_IMAGES = 1024  # a kill loses the work on about this many images at most
 
 
 def describe(config: ConfigDict, codec: VaeRunner, sources: dict[str, Source]) -> dict[str, Any]:
-  """Return the part of a manifest that a later start must agree with."""
+  """Return the part of a manifest that a later start must match."""
   size = config.data.image_size // config.vae.downsample_factor
   copies = 2 if config.data.flip else 1
   return {
@@ -40,11 +40,7 @@ def describe(config: ConfigDict, codec: VaeRunner, sources: dict[str, Source]) -
 def encode_split(
   config: ConfigDict, codec: VaeRunner, source: Source, split: str, writer: latents.LatentWriter
 ) -> None:
-  """Encode what a split still lacks; the mirrored images too where the config flips.
-
-  Raises:
-    UserError: latents are not finite.
-  """
+  """Encode the remaining images of a split, and their mirror images if `data.flip` is set."""
   total, done, batch_size = len(source), writer.num_done(split), config.vae.batch_size
 
   def read(start: int) -> dict[str, Any]:
@@ -73,17 +69,10 @@ def encode_split(
 
 
 def encode(config: ConfigDict, output: str, devices: parallel.Devices | None = None) -> None:
-  """Run `--mode=encode`: write the latents of both splits, or go on where it was stopped.
+  """Run `--mode=encode`: write the latents of both splits to `output`, or resume.
 
-  A finished directory is read through and compared with its checksums.
-
-  Args:
-    config: resolved; `data.flip` asks for the mirrored images as well.
-    output: the directory to write.
-    devices: devices to encode on; all by default.
-
-  Raises:
-    UserError: a mistake in the config or the data, another directory's contents, and the like.
+  With `data.flip` the mirror images are encoded as well. A finished directory is read and compared
+  with its checksums.
   """
   experiment = Experiment(config)
   codec = experiment.vae_runner(devices or jax.local_devices())
@@ -93,18 +82,17 @@ def encode(config: ConfigDict, output: str, devices: parallel.Devices | None = N
   directory.mkdir(parents=True, exist_ok=True)
   with owned(directory, "encode"):
     _encode_into(directory, config, codec, sources)
-  log.info("train on them by --config.vae.latents_dir=%s", directory)
+  log.info("train on these latents with --config.vae.latents_dir=%s", directory)
 
 
 def _encode_into(
   directory: pathlib.Path, config: ConfigDict, codec: VaeRunner, sources: dict[str, Source]
 ) -> None:
-  """Write what the directory still lacks; no other process writes it."""
   num_examples = {split: len(source) for split, source in sources.items()}
   writer = latents.LatentWriter(directory, describe(config, codec, sources), num_examples)
   if writer.is_complete:
     latents.verify(directory)
-    log.info("the latents under %s are complete and as they were written", directory)
+    log.info("the latents under %s are complete and intact", directory)
     return
   for split, source in sources.items():
     log.info("%s: %d of %d images are encoded", split, writer.num_done(split), len(source))

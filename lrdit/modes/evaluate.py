@@ -1,4 +1,4 @@
-"""Measures a trained model: its held-out loss, and the quality of a sample set."""
+"""Measure a trained model's held-out loss and the quality of a sample set: `--mode=evaluate`."""
 
 import contextlib
 import importlib.metadata
@@ -25,39 +25,32 @@ from lrdit.train import checkpoints, run_files
 
 log = logging.getLogger("lrdit")
 
-# Of `evaluation`, what the metrics of samples do not depend on.
+# Fields of `evaluation` that do not affect the metrics of samples.
 HELD_OUT_FIELDS = ("draws", "extractors")
-BY_EXTRACTOR = ("figures", "extractors", "settings")  # of a sample set's entry
+# Fields of a sample set's entry that hold one value per extractor.
+BY_EXTRACTOR = ("figures", "extractors", "settings")
 
 
 def describe_held_out(config: ConfigDict, source: Source) -> dict[str, Any]:
   """Return how held-out losses are measured, as JSON."""
-  description = {
-    "draws": config.evaluation.draws,
-    "examples": len(source),
-    "seed": held_out.SEED,
-    "batch_size": config.training.batch_size,
-    "dtype": config.model.dtype,
-    "data": source.fingerprint,
-  }
-  return store.as_json(description)
+  return store.as_json(
+    {
+      "draws": config.evaluation.draws,
+      "examples": len(source),
+      "seed": held_out.SEED,
+      "batch_size": config.training.batch_size,
+      "dtype": config.model.dtype,
+      "data": source.fingerprint,
+    }
+  )
 
 
 def held_out_metrics(
   experiment: Experiment, source: Source, weights: dict[str, Any], devices: parallel.Devices
 ) -> dict[str, Any]:
-  """Return the losses on the held-out split, overall and by timestep group.
+  """Return `describe_held_out`, and the losses by weights, overall and by timestep group.
 
-  Noise and timesteps are the same for every run; see `held_out`.
-
-  Args:
-    experiment: the run's.
-    source: the held-out split.
-    weights: parameters on the host by their name, "raw" or "ema".
-    devices: devices to use.
-
-  Returns:
-    `describe_held_out`, and the losses by the name of the weights.
+  `weights` are host parameters by name, "raw" or "ema".
   """
   config = experiment.config
   batch_size, draws = config.training.batch_size, config.evaluation.draws
@@ -65,9 +58,8 @@ def held_out_metrics(
   edges = list(itertools.pairwise(experiment.curriculum.boundaries))
   metrics = describe_held_out(config, source)
   for name, params in weights.items():
-    losses = held_out.held_out_losses(
-      step, parallel.replicate(params, devices), source, slots, batch_size, draws
-    )
+    replicated = parallel.replicate(params, devices)
+    losses = held_out.held_out_losses(step, replicated, source, slots, batch_size, draws)
     groups = zip(edges, losses.group_means, losses.count, strict=True)
     metrics[name] = {
       "loss": losses.mean,
@@ -83,17 +75,10 @@ def held_out_metrics(
 def check_sample_set(
   experiment: Experiment, directory: pathlib.Path, step: int, params: Any, vae_digest: str
 ) -> dict[str, Any]:
-  """Return a sample set's metadata; refuse samples of other weights or settings.
+  """Return a sample set's metadata, or raise a UserError unless it is complete and this run's.
 
-  Args:
-    experiment: the run's.
-    directory: of the sample set.
-    step: of the newest checkpoint.
-    params: its weights that `sampling.use_ema` names.
-    vae_digest: of the VAE that decodes; "" for pixels.
-
-  Raises:
-    UserError: the sample set is missing, unfinished, or of something else.
+  The newest checkpoint has number `step` and the weights `params` that `sampling.use_ema` selects.
+  `vae_digest` is "" for pixels.
   """
   metadata, _ = read_sample_set(directory, 1)
   config, sampler = experiment.config, experiment.sampler(parallel.all_devices())
@@ -115,16 +100,9 @@ def sample_metrics(
   extractors: list[Extractor],
   features: pathlib.Path,
 ) -> dict[str, Any]:
-  """Return a sample set's metadata and its metrics against real images.
+  """Return the metadata of the sample set in `directory` and its metrics against real images.
 
-  Args:
-    experiment: the run's.
-    directory: of the sample set.
-    extractors: what the images are compared by.
-    features: directory of the real images' statistics.
-
-  Raises:
-    UserError: the sample set is damaged or too small, or the statistics are of something else.
+  Statistics of the real images are kept in the directory `features`.
   """
   config, e = experiment.config, experiment.config.evaluation
   source = experiment.image_source(e.reference_split)
@@ -145,76 +123,58 @@ def sample_metrics(
 
 
 def _sample_settings(config: ConfigDict) -> dict[str, Any]:
-  """Return what the metrics of samples depend on beside the samples, as JSON."""
+  """Return the settings on which the metrics of given samples depend, as JSON."""
   fields = config.evaluation.to_dict().items()
   return store.as_json({name: value for name, value in fields if name not in HELD_OUT_FIELDS})
 
 
 def is_measured(config: ConfigDict, kept: dict[str, Any] | None, metadata: dict[str, Any]) -> bool:
-  """Return whether a kept entry has the metrics over all extractors, of these samples."""
-  return (
-    kept is not None
-    and kept["metadata"] == metadata
-    and all(
-      kept.get("settings", {}).get(name) == _sample_settings(config)
-      for name in config.evaluation.extractors
-    )
-  )
+  """Return whether `kept` has the metrics of these samples over all extractors."""
+  if kept is None or kept["metadata"] != metadata:
+    return False
+  settings, wanted = kept.get("settings", {}), _sample_settings(config)
+  return all(settings.get(name) == wanted for name in config.evaluation.extractors)
 
 
 def merged(kept: dict[str, Any] | None, measured: dict[str, Any]) -> dict[str, Any]:
-  """Return new metrics of a sample set beside those over other extractors that still hold."""
+  """Return new metrics of a sample set together with valid ones over other extractors."""
   if not kept or any(kept.get(field) != measured[field] for field in ("metadata", "reference")):
     return measured
   return measured | {field: kept.get(field, {}) | measured[field] for field in BY_EXTRACTOR}
 
 
 def read_kept(path: pathlib.Path, key: dict[str, Any]) -> dict[str, Any]:
-  """Return what was measured before of the same checkpoint: "held_out" and "samples" by name.
+  """Return the kept "held_out" and "samples" (by name) of evaluation.json at `path`.
 
-  Args:
-    path: of evaluation.json.
-    key: "checkpoint_step" and "checkpoint_digest", which must be the same.
+  They are empty unless the file has the "checkpoint_step" and "checkpoint_digest" of `key`.
   """
   nothing = {"held_out": {}, "samples": {}}
   if not path.exists():
     return nothing
   try:
     evaluation = store.read_json(path, "it is measured again")
-    if any(evaluation[name] != value for name, value in key.items()):
-      return nothing
-    return {name: dict(evaluation[name]) for name in nothing}
+    if all(evaluation[name] == value for name, value in key.items()):
+      return {name: dict(evaluation[name]) for name in nothing}
   except (store.StoreError, ValueError, KeyError, TypeError) as error:
     log.warning("%s is damaged (%s): its metrics are not kept", path, error)
-    return nothing
+  return nothing
 
 
 def _software() -> dict[str, str | None]:
-  versions: dict[str, str | None] = {"python": platform.python_version()}
-  versions["backend"] = jax.default_backend()
-  for name in ("jax", "flax", "lrdit"):
-    try:
+  versions: dict[str, str | None] = dict.fromkeys(("jax", "flax", "lrdit"))
+  for name in versions:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       versions[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      versions[name] = None
-  return versions
+  return {"python": platform.python_version(), "backend": jax.default_backend()} | versions
 
 
 def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:
-  """Run `--mode=evaluate`: write evaluation.json, or leave one alone that has it all.
+  """Run `--mode=evaluate`: write evaluation.json, unless it is complete already.
 
-  All processes measure held-out losses, the first one alone the samples. Metrics over other
-  extractors, and of the workdir's other sample sets (other `sampling.name`s), stay in the file as
-  long as they are of the same checkpoint.
-
-  Args:
-    config: resolved.
-    workdir: of a trained run, with a sample set named `sampling.name` unless
-      `evaluation.extractors` is empty.
-    devices: devices to use; all by default.
-
-  Raises:
-    UserError: no checkpoint or no sample set, other data, and the like.
+  `workdir` holds a trained run, with a sample set named `sampling.name` unless
+  `evaluation.extractors` is empty. All processes measure held-out losses; the first one alone
+  measures the samples. Metrics of the same checkpoint over other extractors, and of other sample
+  sets, stay in the file.
   """
   path = open_trained(workdir, config)
   with contextlib.ExitStack() as opened:
@@ -227,7 +187,7 @@ def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None 
 
 
 def _evaluate(config: ConfigDict, path: pathlib.Path, devices: parallel.Devices) -> None:
-  """Measure the newest checkpoint and its samples, which no other process writes meanwhile."""
+  """Measure the newest checkpoint and its samples, both locked by the caller."""
   e, name, target = config.evaluation, config.sampling.name, path / "evaluation.json"
   directory = path / "samples" / name
   features = pathlib.Path(e.features_dir).expanduser() if e.features_dir else path / "features"
@@ -238,7 +198,7 @@ def _evaluate(config: ConfigDict, path: pathlib.Path, devices: parallel.Devices)
   vae_digest = run_files.read_vae_digest(path) if config.vae.downsample_factor else ""
   key = {"checkpoint_step": step, "checkpoint_digest": checkpoints.digest(weights["ema"])}
   kept, extractors = read_kept(target, key), []
-  if e.extractors and cluster.is_first():  # checked before anything takes long
+  if e.extractors and cluster.is_first():  # check before the slow work
     params = weights["ema" if config.sampling.use_ema else "raw"]
     metadata = check_sample_set(experiment, directory, step, params, vae_digest)
     if not is_measured(config, kept["samples"].get(name), metadata):
@@ -250,7 +210,7 @@ def _evaluate(config: ConfigDict, path: pathlib.Path, devices: parallel.Devices)
   if not cluster.is_first():
     return
   if has_losses and not extractors:
-    log.info("%s has all of it, of step %d: delete it to measure again", target, step)
+    log.info("%s is complete for step %d; delete it to measure again", target, step)
     return
   samples = kept["samples"]
   if extractors:
@@ -258,4 +218,4 @@ def _evaluate(config: ConfigDict, path: pathlib.Path, devices: parallel.Devices)
     samples[name] = merged(samples.get(name), measured)
   settings = {"settings": e.to_dict(), "software": _software()}
   store.write_json(target, key | {"held_out": losses, "samples": samples} | settings)
-  log.info("%s", target)
+  log.info("wrote %s", target)

@@ -14,14 +14,9 @@ log = logging.getLogger("lrdit")
 
 
 def report(workdirs: Sequence[str], output: str) -> None:
-  """Run `--mode=report`: write report.html and report.json.
+  """Run `--mode=report`: write report.html and report.json to the directory `output`.
 
-  Args:
-    workdirs: of the runs to compare; those that differ only in their seed are one arm.
-    output: directory of both files, which is made if it does not exist.
-
-  Raises:
-    UserError: a name is not that of a workdir, or one run is named twice.
+  Runs that differ only in their seed are one arm.
   """
   made = make_report(workdirs, output)
   text = page.render(made)

@@ -1,4 +1,4 @@
-"""Export samples of a trained model for evaluation by any tool."""
+"""Export samples of a trained model for evaluation by any tool: `--mode=sample`."""
 
 import dataclasses
 import functools
@@ -27,30 +27,22 @@ from lrdit.train import checkpoints, run_files
 
 log = logging.getLogger("lrdit")
 
-PATH_STEPS = 10  # solver steps that the path of a sample shows
+PATH_STEPS = 10  # number of solver steps in the path of a sample
 
 
 @dataclasses.dataclass
 class SampleBatches:
-  """The batches of a sample set, which all processes compute together.
-
-  Attributes:
-    config: resolved.
-    sampler: the config's.
-    params: the sampler's weights.
-    to_pixels: from `Experiment.to_pixels`.
-    step: of the weights' checkpoint.
-  """
+  """The batches of a sample set, which all processes compute together."""
 
   config: ConfigDict
   sampler: Sampler
-  params: Any
+  params: Any  # the sampled weights
   to_pixels: ToPixels
-  step: int
+  step: int  # of the weights' checkpoint
 
   @functools.cached_property
   def path(self) -> SamplePath:
-    """The way to sample 0, shown at steps that are spread over the solver's."""
+    """The path of sample 0, at evenly spread solver steps."""
     shown = np.linspace(0, len(self.sampler.table.t) - 1, PATH_STEPS)
     return SamplePath(np.unique(shown.round().astype(int)).tolist())
 
@@ -62,8 +54,7 @@ class SampleBatches:
   def iterate(self, first: int) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
     """Yield the batches of the samples [first, num_samples), whole on every process.
 
-    Raises:
-      UserError: on all processes, at a sample that is not finite.
+    Raise a UserError on all processes if a sample is not finite.
     """
     s = self.config.sampling
     starts, rows = range(first, s.num_samples, s.batch_size), parallel.own_rows(s.batch_size)
@@ -76,11 +67,10 @@ class SampleBatches:
       yield pixels
 
   def write_path(self, directory: pathlib.Path) -> None:
-    """Write path.png and path.json once the first batch of the set has been computed.
+    """Write path.png and path.json, once the set's first batch has been computed.
 
-    path.png shows the clean images that the model predicts on the way to sample 0.
-    path.json holds the label, the solver steps, their timesteps, and the active ranks of each
-    factorised layer there.
+    path.png shows the clean images that the model predicts on the way to sample 0. path.json holds
+    its label, solver steps, timesteps, and the active ranks of each factorised layer there.
     """
     label_rule, t, steps = make_label_rule(self.config), self.sampler.table.t, self.path.steps
     x_0 = np.stack([np.asarray(x_0) for x_0 in self.path.x_0])
@@ -112,13 +102,7 @@ class SampleBatches:
 
 
 def export(batches: SampleBatches, writer: SampleSetWriter, num_devices: int) -> None:
-  """Write the samples that a set lacks, in the first process.
-
-  Args:
-    batches: of the sample set.
-    writer: of its files.
-    num_devices: devices of all processes.
-  """
+  """Write the remaining samples of a set; only the first process calls this."""
   s = batches.config.sampling
   cluster.from_first((np.int32(writer.num_done), np.bool_(writer.is_finished)))
   if writer.is_finished:
@@ -137,18 +121,14 @@ def export(batches: SampleBatches, writer: SampleSetWriter, num_devices: int) ->
         batches.write_path(writer.directory)
       writer.append(batch)
       bar.update(len(batch))
-  facts = {
-    "batch_size": s.batch_size,
-    "num_devices": num_devices,
-    "compile_seconds": compile_seconds,
-  }
+  facts = dict(batch_size=s.batch_size, num_devices=num_devices, compile_seconds=compile_seconds)
   metadata = writer.finish(make_label_rule(batches.config), facts)
   text = "%d samples of step %d in %.1f s: %s"
   log.info(text, s.num_samples, batches.step, metadata["wall_clock_seconds"], writer.directory)
 
 
 def join_export(batches: SampleBatches) -> None:
-  """Compute with the first process the samples that it exports, in another process."""
+  """Help to compute the samples that the first process exports."""
   first, is_finished = cluster.from_first((np.int32(0), np.bool_(False)))
   if not is_finished:
     batches.compile()
@@ -157,20 +137,11 @@ def join_export(batches: SampleBatches) -> None:
 
 
 def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:
-  """Run `--mode=sample`: exactly `sampling.num_samples` images.
+  """Run `--mode=sample`: export exactly `sampling.num_samples` images of the run in `workdir`.
 
-  An export that was stopped goes on where it was; a finished one is left alone.
-
-  Args:
-    config: resolved.
-    workdir: of a trained run.
-    devices: devices to sample on; all by default.
-
-  Raises:
-    UserError: no checkpoint, another model's workdir, a full disk, and the like.
+  A stopped export resumes; a finished one is left alone.
   """
-  devices, s = devices or parallel.all_devices(), config.sampling
-  experiment = Experiment(config)
+  devices, s, experiment = devices or parallel.all_devices(), config.sampling, Experiment(config)
   sampler = experiment.sampler(devices)
   path = open_trained(workdir, config)
   weights = "ema" if s.use_ema else "raw"
@@ -182,14 +153,11 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
   if not cluster.is_first():
     join_export(batches)
     return
+  software = {"backend": jax.default_backend(), "jax": jax.__version__}
   with SampleSetWriter(
     path / "samples" / s.name,
     settings=make_settings(config, sampler, step, checkpoints.digest(params), vae_digest),
-    software={
-      "backend": jax.default_backend(),
-      "jax": jax.__version__,
-      "scan_blocks": config.model.scan_blocks,
-    },
+    software=software | {"scan_blocks": config.model.scan_blocks},
     num_samples=s.num_samples,
     image_size=config.data.image_size,
     batch_size=s.batch_size,

@@ -1,4 +1,4 @@
-"""Train a model, or go on training it from its newest checkpoint."""
+"""Train a model, or resume from its newest checkpoint: `--mode=train`."""
 
 import contextlib
 import dataclasses
@@ -32,7 +32,7 @@ from lrdit.train.state import (
   WindowMetrics,
   create_train_state,
 )
-from lrdit.train.stop import StopRequest, watch_for_stop
+from lrdit.train.stop import StopRequest
 
 log = logging.getLogger("lrdit")
 
@@ -40,22 +40,13 @@ GRID_ROWS, GRID_COLUMNS = 8, 10
 
 
 def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> int:
-  """Run `--mode=train`.
+  """Run `--mode=train` on `devices`, all by default.
 
-  Args:
-    config: resolved.
-    workdir: the run's directory.
-    devices: devices to train on; all by default.
-
-  Returns:
-    the exit status: `RESTART_STATUS` if it was stopped before its last step, else 0.
-
-  Raises:
-    UserError: whatever the user can fix.
+  Return the exit status: `RESTART_STATUS` if the run was stopped before its last step, else 0.
   """
   trainer = Trainer(config, workdir, devices or parallel.all_devices())
   num_steps = config.training.num_steps
-  with contextlib.closing(trainer.files), watch_for_stop() as stop:
+  with contextlib.closing(trainer.files), StopRequest() as stop:
     state = trainer.initial_state()
     first_step = int(state.step)
     if cluster.is_first():
@@ -69,7 +60,13 @@ def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = N
       log.info("stopped by %s at step %d; the same command resumes", stop.signal_name, step)
       return RESTART_STATUS
     log.info("trained %d steps; checkpoints are under %s", step, directory_of(workdir))
-    warn_of_stages_left(trainer.curriculum, int(parallel.read(state.stage.number)))
+    number, count = 1 + int(parallel.read(state.stage.number)), len(trainer.curriculum.stages)
+    if number < count:
+      text = (
+        "training ended in stage %d/%d of the curriculum: raise config.training.num_steps to "
+        "continue, or lower config.curriculum.patience in a new run"
+      )
+      log.warning(text, number, count)
     return 0
 
 
@@ -78,7 +75,7 @@ def run_steps(
 ) -> tuple[TrainState, int]:
   """Train until the last step or a request to stop; return state and step.
 
-  A step is logged while the next one is under way, unless something needs its state.
+  A step is logged while the next one runs, unless something needs its state.
   """
   step, last = first_step, trainer.config.training.num_steps
   batches = trainer.batches(range(step, last))
@@ -86,11 +83,8 @@ def run_steps(
   profiler = Profiler(trainer.config.training.profile_steps, trainer.workdir / "profile")
   watch, pending = Stopwatch(), None
   stage, train_step = trainer.enter_stage(state)
-  with (
-    contextlib.closing(batches),
-    contextlib.closing(profiler),
-    make_bar(last, step, "step") as bar,
-  ):
+  bar = make_bar(last, step, "step")
+  with contextlib.closing(batches), contextlib.closing(profiler), bar:
     while step < last and not stop.is_due():
       profiler.before(step + 1, state, watch)
       state, window = train_step(state, next(on_devices), trainer.key)
@@ -100,7 +94,7 @@ def run_steps(
       watch.tick()
       pending = FinishedStep(step, stage, window, due_after(trainer.config, step))
       profiler.after(step, state, watch)
-      if pending.needs_state():
+      if pending.due - {"log"}:  # reads the state, which the next step donates
         trainer.finish_step(pending, state, watch, bar)
         pending = None
       bar.update()
@@ -114,23 +108,12 @@ def run_steps(
 
 @dataclasses.dataclass(frozen=True)
 class FinishedStep:
-  """A step that was dispatched, and what is to be done after it.
+  """A dispatched step."""
 
-  Attributes:
-    step: updates applied.
-    stage: the step's stage of the curriculum.
-    window: the step's second output.
-    due: from `due_after`.
-  """
-
-  step: int
-  stage: int
-  window: WindowMetrics
-  due: set[str]
-
-  def needs_state(self) -> bool:
-    """Return whether something is due that reads the state, which the next step would donate."""
-    return bool(self.due - {"log"})
+  step: int  # updates applied
+  stage: int  # the step's stage of the curriculum
+  window: WindowMetrics  # the step's second output
+  due: set[str]  # work after the step, from `due_after`
 
 
 def due_after(config: ConfigDict, step: int) -> set[str]:
@@ -150,7 +133,7 @@ class Trainer:
   """One run's compiled steps, data and files."""
 
   def __init__(self, config: ConfigDict, workdir: str, devices: parallel.Devices):
-    """Build what does not depend on the state, checking before it writes."""
+    """Build everything but the state, with all checks before the first file is written."""
     check_same("config", config.to_dict())
     self.config, self.workdir, self.devices = config, pathlib.Path(workdir), devices
     self.experiment = Experiment(config)
@@ -171,7 +154,7 @@ class Trainer:
     report_classes(self.source, config.data.num_classes)
 
   def initial_state(self) -> TrainState:
-    """Return the newest checkpoint's state, or a fresh one, of the first process, on the host."""
+    """Return the first process's newest checkpoint, or a fresh state, on the host."""
     num_groups = self.curriculum.num_groups
 
     def fresh() -> TrainState:
@@ -189,14 +172,14 @@ class Trainer:
     return cluster.from_first(parallel.to_host(state))
 
   def batches(self, steps: range) -> Any:
-    """Return an iterator over the training batches of some steps, read ahead."""
+    """Return an iterator that reads the training batches of `steps` ahead."""
     config = self.config
     return pipeline.train_batches(
       self.source, config.seed, self.slots, config.training.batch_size, steps, config.data.flip
     )
 
   def enter_stage(self, state: TrainState) -> tuple[int, Callable]:
-    """Return the stage of a replicated state and its pmapped step, which compiles when called."""
+    """Return the stage of a replicated state and its pmapped step, not yet compiled."""
     progress = parallel.read(state.stage)
     stage, count = int(progress.number), len(self.curriculum.stages)
     if count > 1:
@@ -208,7 +191,7 @@ class Trainer:
   def has_left_stage(self, stage: int, state: TrainState, step: int) -> bool:
     """Return whether the state after `step` updates is in a later stage.
 
-    Waits for the state where a stage can have ended, and only there.
+    This waits for the state, but only where a stage can end.
     """
     is_last = stage == len(self.curriculum.stages) - 1
     if is_last or step % self.curriculum.check_every_steps:
@@ -218,9 +201,9 @@ class Trainer:
   def log_step(
     self, finished: FinishedStep, watch: Stopwatch, bar: Any, extra: dict[str, float] | None = None
   ) -> None:
-    """Wait for a step, stop if its numbers are bad, and write its line of metrics.
+    """Wait for a step, raise a UserError if it is not finite, and write its metrics and `extra`.
 
-    The watch runs while the next step is under way; `extra` are other numbers for the line.
+    The watch keeps running, because the next step may be under way.
     """
     step, window = finished.step, parallel.read(finished.window)
     if window.non_finite:
@@ -243,27 +226,22 @@ class Trainer:
   def finish_step(
     self, finished: FinishedStep, state: TrainState, watch: Stopwatch, bar: Any
   ) -> None:
-    """Log a step, and do the evaluation, grid and checkpoint that are due after it."""
+    """Log a step, and run the evaluation, grid and checkpoint that are due after it."""
     jax.block_until_ready(state)
     watch.pause()
-    extra = {"eval/loss": self._eval_loss(state)} if "eval" in finished.due else {}
+    extra = {}
+    if "eval" in finished.due:
+      size, source = self.config.training.batch_size, self.eval_source
+      losses = held_out_losses(self.eval_step, state.ema_params, source, self.slots, size, draws=1)
+      extra["eval/loss"] = losses.mean
     self.log_step(finished, watch, bar, extra)
     watch.pause()
     if "grid" in finished.due and cluster.is_first():
-      params = parallel.unreplicate(state.ema_params)
-      pixels = self.grids.sample(params, finished.step)
+      pixels = self.grids.sample(parallel.unreplicate(state.ema_params), finished.step)
       self.files.write_grid(finished.step, pixels, GRID_COLUMNS)
     if "save" in finished.due:
       self.files.save(state)
     watch.resume()
-
-  def _eval_loss(self, state: TrainState) -> float:
-    """Return the mean held-out loss of the averaged weights, over the same draws every time."""
-    batch_size = self.config.training.batch_size
-    losses = held_out_losses(
-      self.eval_step, state.ema_params, self.eval_source, self.slots, batch_size, draws=1
-    )
-    return losses.mean
 
   def _refuse_non_finite(self, step: int, quantity: str) -> None:
     saved = (*self.files.finish_saves(), 0, 0)[:2]
@@ -276,10 +254,10 @@ class Trainer:
 
 
 class Grids:
-  """Samples a grid of images, one class a column, on the devices of this process."""
+  """Samples a grid of images, one class per column, on the devices of this process."""
 
   def __init__(self, experiment: Experiment, devices: parallel.Devices, vae_digest: str):
-    """Build the sampler, and check a VAE that is named even if no grid is asked for."""
+    """Build the sampler. A named VAE is checked even if no grid is due."""
     config = experiment.config
     self._num_classes = config.data.num_classes
     own = parallel.own_devices(devices)
@@ -305,24 +283,12 @@ class Grids:
 
 def warn_of_too_few_steps(curriculum: Curriculum, num_steps: int) -> None:
   """Warn of a curriculum that cannot reach all timesteps in the run's steps."""
-  # A stage's first check is always better than none, so it takes one more.
+  # A stage's first check always improves on none, so it does not count towards the patience.
   checks = (len(curriculum.stages) - 1) * (curriculum.patience + 1)
   least = checks * curriculum.check_every_steps
+  text = (
+    "the curriculum takes at least %d steps to reach all timesteps, and config.training.num_steps "
+    "is %d: lower config.curriculum.check_every_steps or patience"
+  )
   if least >= num_steps:
-    log.warning(
-      "the curriculum takes at least %d steps to reach all timesteps, and config.training."
-      "num_steps is %d: lower config.curriculum.check_every_steps or patience",
-      least,
-      num_steps,
-    )
-
-
-def warn_of_stages_left(curriculum: Curriculum, stage: int) -> None:
-  """Warn of a finished run whose curriculum did not reach all timesteps."""
-  if stage + 1 < len(curriculum.stages):
-    log.warning(
-      "training ended in stage %d/%d of the curriculum: go on with more "
-      "config.training.num_steps, or begin again with less config.curriculum.patience",
-      stage + 1,
-      len(curriculum.stages),
-    )
+    log.warning(text, least, num_steps)

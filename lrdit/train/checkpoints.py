@@ -1,9 +1,8 @@
-"""Checkpoints: saving in the background, restoring only what proves intact.
+"""Checkpoints: saved in the background, restored only if intact.
 
-A checkpoint `checkpoints/STEP/` holds the items `params` (raw weights),
-`ema_params`, `opt_state`, `progress` (step, metric sums and curriculum stage),
-`config` (JSON) and `manifest` (JSON), written by orbax, which makes it visible
-only once it is complete.
+A checkpoint `checkpoints/STEP/` holds the items `params` (raw weights), `ema_params`, `opt_state`,
+`progress` (step, metric sums and curriculum stage), `config` (JSON) and `manifest` (JSON). Orbax
+writes it and makes it visible once it is complete.
 """
 
 import contextlib
@@ -27,16 +26,15 @@ from lrdit.train import manifest
 from lrdit.train.manifest import DamagedCheckpoint
 from lrdit.train.state import TrainState
 
-# The item that holds the weights of each name: the moving average, or what it averages.
+# The checkpoint item that holds each kind of weights.
 WEIGHTS = {"raw": "params", "ema": "ema_params"}
 TREES = ("params", "ema_params", "opt_state")
-# Fields of `progress` that a run can begin anew: the sums for the next line of metrics and the
-# next check of a stage. The other fields, and all other items, are the run.
+# Fields of `progress` that a run can reset: the sums for the next line of metrics and for the next
+# check of a stage.
 RESTARTABLE = re.compile(r"\['(window|stage)'\](?!\['(number|first_step)'\])")
-# Paths that orbax takes as they are: it splits them at "gs:", and tensorstore and glob read
-# other characters in ways of their own.
+# Paths that orbax takes literally: it splits at "gs:", and tensorstore and glob interpret others.
 PLAIN_PATH = re.compile(r"[\w/.,=@%+~ -]*")
-DESCRIPTORS = pathlib.Path("/proc/self/fd")  # where Linux gives any directory a plain path
+DESCRIPTORS = pathlib.Path("/proc/self/fd")  # where Linux gives any open directory a plain path
 
 log = logging.getLogger("lrdit")
 
@@ -52,15 +50,9 @@ def digest(tree: Any) -> str:
   return store.digest("", zip(texts, jax.tree.leaves(tree), strict=True))
 
 
-def _progress(state: TrainState) -> dict[str, Any]:
-  """Return all but the large trees."""
-  return {"step": state.step, "window": state.window, "stage": state.stage}
-
-
 def _items(state: TrainState) -> dict[str, Any]:
-  """Return the array items of a host state, as trees of plain dicts."""
-  trees = {name: getattr(state, name) for name in TREES} | {"progress": _progress(state)}
-  return {name: flax.serialization.to_state_dict(tree) for name, tree in trees.items()}
+  fields = flax.serialization.to_state_dict(state)
+  return {name: fields.pop(name) for name in TREES} | {"progress": fields}
 
 
 def _first_line(error: Exception) -> str:
@@ -71,24 +63,17 @@ class Checkpoints:
   """The checkpoints of one workdir, for one process."""
 
   def __init__(self, workdir: str | os.PathLike, keep: int | None = None):
-    """Open `workdir`/checkpoints.
+    """Open `workdir`/checkpoints, of which the newest `keep` survive a save.
 
-    Args:
-      workdir: the run's directory.
-      keep: how many of the newest survive a save; None opens for reading only, which
-        leaves alone a save that another process has under way.
-
-    Raises:
-      UserError: orbax cannot take the directory's name on this system.
+    None opens them read-only and leaves another process's pending save alone.
     """
     self.directory = directory_of(workdir).absolute()
-    self._last_step = 0  # of the newest checkpoint of this run
-    if keep is None:
-      access: dict[str, Any] = dict(read_only=True)
-    else:
+    self._last_step = 0  # the newest checkpoint that this run saved or restored
+    access: dict[str, Any] = dict(read_only=True)
+    if keep is not None:
       self.directory.mkdir(parents=True, exist_ok=True)
       access = dict(max_to_keep=keep, cleanup_tmp_directories=True)
-    # Whatever other processes there are, this one reads and writes alone.
+    # This process reads and writes alone, whatever other processes there are.
     alone = ocp.options.MultiprocessingOptions(
       primary_host=cluster.process_id(),
       active_processes={cluster.process_id()},
@@ -100,7 +85,7 @@ class Checkpoints:
     self._opened.callback(self._manager.close)
 
   def _plain_path(self) -> pathlib.Path:
-    """Return a path of the directory that orbax and tensorstore take as it is."""
+    """Return a path to the directory that orbax and tensorstore take literally."""
     if PLAIN_PATH.fullmatch(str(self.directory)):
       return self.directory
     if not DESCRIPTORS.exists():
@@ -117,14 +102,13 @@ class Checkpoints:
     return sorted(self._manager.all_steps(), reverse=True)
 
   def save(self, state: TrainState, config: dict[str, Any]) -> None:
-    """Start to save a host state that nothing will overwrite, after any save under way.
+    """Start to save a host state, once pending saves are done; nothing may overwrite its arrays.
 
-    Raises:
-      UserError: the disk is full or not writable, or a later checkpoint is there.
+    Raise a UserError if the disk is full or not writable, or a later checkpoint is there.
     """
     step = int(state.step)
     if step == self._last_step:
-      return  # it is there
+      return
     items = _items(state)
     arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     arguments["config"] = ocp.args.JsonSave(config)
@@ -136,17 +120,13 @@ class Checkpoints:
     if not is_saved:
       raise UserError(
         f"step {step} was not saved, as {self.directory}/{self.steps()[0]} was put there and is "
-        "later: move it away, then run the same command again to go on from "
+        "later: move it away, then run the same command again to resume from "
         f"{f'step {self._last_step}' if self._last_step else 'the start'}"
       )
     self._last_step = step
 
   def wait(self) -> None:
-    """Wait until every started save is on disk.
-
-    Raises:
-      UserError: a save failed.
-    """
+    """Wait until every started save is on disk; raise a UserError if one failed."""
     try:
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
@@ -156,38 +136,29 @@ class Checkpoints:
   def _save_failed(self, error: Exception) -> UserError:
     return UserError(
       f"cannot save a checkpoint under {self.directory}: {_first_line(error)}; "
-      "free space or make it writable, then run the same command again to go on from "
+      "free space or make it writable, then run the same command again to resume from "
       f"{'step ' + str(self.steps()[0]) if self.steps() else 'the start'}"
     )
 
   def restore_state(self, template: TrainState) -> TrainState | None:
     """Return the newest intact state, or None if there is no checkpoint.
 
-    Damaged newer checkpoints are moved to `damaged_checkpoints` with a warning.
-
-    Args:
-      template: a state of the run's shapes, whose `RESTARTABLE` fields are as they begin.
-
-    Raises:
-      UserError: there are checkpoints, but none is intact.
+    Move damaged newer checkpoints to `damaged_checkpoints`, with a warning; raise a UserError if
+    none is intact. The `RESTARTABLE` fields of `template` have their initial values; its other
+    leaves need only shape and dtype.
     """
     step, items = self._newest_intact(_items(template), move_damaged=True)
     if step is None:
       return None
     self._last_step = step
-    from_dict = flax.serialization.from_state_dict
-    trees = {name: from_dict(getattr(template, name), items[name]) for name in TREES}
-    return TrainState(**trees, **from_dict(_progress(template), items["progress"]))
+    progress = items.pop("progress")
+    return flax.serialization.from_state_dict(template, items | progress)
 
   def restore_params(self, template: Any, weights: Sequence[str]) -> tuple[int, dict[str, Any]]:
-    """Return (step, parameters by name) of the newest checkpoint that is intact in all of them.
+    """Return (step, parameters by name) of the newest checkpoint with all of `weights` intact.
 
-    Args:
-      template: parameters of the model's shapes.
-      weights: some of `WEIGHTS`.
-
-    Raises:
-      UserError: there is no checkpoint, or none is intact.
+    `template` has the parameters' shapes; `weights` are some of `WEIGHTS`. Raise a UserError if no
+    checkpoint is intact.
     """
     templates = {WEIGHTS[name]: template for name in weights}
     step, items = self._newest_intact(templates, move_damaged=False)
@@ -203,7 +174,7 @@ class Checkpoints:
   ) -> tuple[int | None, dict[str, Any]]:
     damaged: list[int] = []
     while True:
-      self._manager.reload()  # another process may have saved and removed some
+      self._manager.reload()  # another process may have saved or removed some
       steps = self.steps()
       step = next((step for step in steps if step not in damaged), None)
       if step is None:
@@ -213,7 +184,7 @@ class Checkpoints:
       except DamagedCheckpoint as damage:
         self._manager.reload()
         if self.steps()[:1] != steps[:1] and step not in self.steps()[:1]:
-          continue  # the run has gone on, and removes what it no longer keeps
+          continue  # the run continued and removed this checkpoint
         log.warning("checkpoint %s/%d is damaged (%s)", self.directory, step, damage)
         damaged.append(step)
         if move_damaged and step != steps[-1]:
@@ -226,20 +197,16 @@ class Checkpoints:
     return None, {}
 
   def _restore(self, step: int, templates: dict[str, Any]) -> dict[str, Any]:
-    """Read and check some items of one checkpoint.
-
-    `RESTARTABLE` fields that it lacks are those of the templates.
-    """
     stored = self._read(step, manifest=ocp.args.JsonRestore())["manifest"]
     arrays = manifest.check_manifest(step, stored)
     arguments = {}
     for name, tree in templates.items():
       layout = arrays[name]["layout"]
       self._check_layout(step, name, layout, manifest.layout(tree))
-      if name == "progress":  # it may have other fields
+      if name == "progress":  # its fields may differ
         tree = manifest.zeros(layout)
       host = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
-      arguments[name] = ocp.args.StandardRestore(host)  # to numpy, as it finds numpy
+      arguments[name] = ocp.args.StandardRestore(host)  # as numpy
     restored = self._read(step, **arguments)
     for name in templates:
       expected, found = arrays[name]["crc32"], manifest.checksums(restored[name])
@@ -253,11 +220,7 @@ class Checkpoints:
   def _check_layout(
     self, step: int, name: str, stored: dict[str, str], asked: dict[str, str]
   ) -> None:
-    """Log differences in fields that a run can begin anew, and refuse others.
-
-    Raises:
-      UserError: the checkpoint is of another model.
-    """
+    """Log differences in restartable or surplus progress, and refuse all others."""
     for path in sorted(stored.keys() | asked.keys()):
       there, here = stored.get(path, "missing"), asked.get(path, "missing")
       if there == here:
@@ -270,7 +233,6 @@ class Checkpoints:
       log.info("checkpoint %s/%d: %s: it %s", self.directory, step, difference, result)
 
   def _read(self, step: int, **items: Any) -> dict[str, Any]:
-    """Read items of one checkpoint, whatever they hold."""
     try:
       restored = self._manager.restore(step, args=ocp.args.Composite(**items))
       return {name: restored[name] for name in items}
@@ -278,7 +240,7 @@ class Checkpoints:
       raise DamagedCheckpoint(f"a file is missing: {error.filename}") from error
     except (OSError, MemoryError) as error:
       if getattr(error, "errno", None) != errno.ESTALE:  # removed by another host
-        raise  # too many open files, no permission: no reason to give up the data
+        raise  # such as too many open files: the data may be intact
       raise DamagedCheckpoint("it was removed") from error
     except Exception as error:  # orbax and tensorstore raise many kinds
       raise DamagedCheckpoint(_first_line(error)) from error
@@ -293,10 +255,10 @@ class Checkpoints:
     except OSError as error:
       if error.errno != errno.EXDEV:
         raise
-      # `checkpoints` is a link to another disk, where there is room for it.
+      # `checkpoints` links to another disk, so keep the damaged one there.
       free = self.directory / f"damaged_{free.name}"
       os.replace(self.directory / str(step), free)
-    log.info("it is kept as %s", free)
+    log.info("the damaged checkpoint is kept as %s", free)
     self._manager.reload()
 
   def close(self) -> None:

@@ -1,10 +1,8 @@
 """The timestep curriculum: groups of timesteps that training enters one by one.
 
-Group i is [boundaries[i], boundaries[i + 1]). In a stage most slots of a batch
-train the current group, and some replay the finished range: the groups of the
-earlier stages, which are always one run next to the current group. The last
-stage is ordinary training over all timesteps; a run without a curriculum has
-that stage alone.
+Group i is [boundaries[i], boundaries[i + 1]). Most slots of a stage's batch train the current
+group; the others replay the groups of earlier stages, a contiguous range next to it. The last
+stage, and the only one without a curriculum, is ordinary training over all timesteps.
 
 Axes: B global batch, G groups.
 """
@@ -19,34 +17,21 @@ STARTS = ("high", "low", "middle")
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """What is trained until the stage ends; hashable.
+  """What one stage trains; hashable."""
 
-  Attributes:
-    groups: (first, past the last) group whose loss decides when the stage ends.
-    strata: how the batch is spread over timesteps.
-  """
-
-  groups: tuple[int, int]
-  strata: Strata
+  groups: tuple[int, int]  # (first, past the last) group whose loss ends the stage
+  strata: Strata  # timesteps of the batch's slots
 
 
 @dataclasses.dataclass(frozen=True)
 class Curriculum:
-  """The stages of a run and what ends them; hashable.
+  """The stages of a run and their ending rule; hashable."""
 
-  Attributes:
-    boundaries: (G + 1,) rising timesteps from 0 to T.
-    stages: in the order in which they are entered; the last one never ends.
-    patience: checks without a better loss that end a stage.
-    check_every_steps: steps whose mean loss one check looks at.
-    restart_optimizer: begin each stage with fresh moments and a new warm-up.
-  """
-
-  boundaries: tuple[int, ...]
-  stages: tuple[Stage, ...]
-  patience: int
-  check_every_steps: int
-  restart_optimizer: bool
+  boundaries: tuple[int, ...]  # (G + 1,) ascending timesteps from 0 to T
+  stages: tuple[Stage, ...]  # in training order; the last one never ends
+  patience: int  # number of checks without a better loss that end a stage
+  check_every_steps: int  # number of steps whose mean loss one check compares
+  restart_optimizer: bool  # begin each stage with fresh moments and a new warm-up
 
   @property
   def num_groups(self) -> int:
@@ -54,20 +39,16 @@ class Curriculum:
     return len(self.boundaries) - 1
 
   def timesteps_of(self, stage: int) -> tuple[int, int]:
-    """Return [low, high) of the stage's own groups."""
+    """Return the timesteps [low, high) of the stage's own groups."""
     first, end = self.stages[stage].groups
     return self.boundaries[first], self.boundaries[end]
 
 
 def stage_order(start: str, num_groups: int) -> tuple[int, ...]:
-  """Return the groups in the order they are entered, each next to those before it.
+  """Return the groups in the order in which training enters them.
 
-  The order leads outward from the first group, to lower and higher neighbours in turn,
-  and on with the one side where the other is exhausted.
-
-  Args:
-    start: one of `STARTS`; the lower of two middle groups counts as the middle.
-    num_groups: G >= 1.
+  The order leads outward from the group at `start`, alternating between lower and higher
+  neighbours until one side is exhausted. "middle" is the lower of two middle groups.
   """
   first = {"high": num_groups - 1, "low": 0, "middle": (num_groups - 1) // 2}[start]
   lower, higher = range(first - 1, -1, -1), range(first + 1, num_groups)
@@ -75,46 +56,26 @@ def stage_order(start: str, num_groups: int) -> tuple[int, ...]:
   return (first, *(group for pair in pairs for group in pair if group is not None))
 
 
-def stage_strata(
-  current: tuple[int, int], finished: tuple[int, int], batch_size: int, total: int
-) -> Strata:
-  """Return the batch of a stage: the current range, and a replay of the finished one.
-
-  The finished range gets its share of all timesteps in slots, rounded, but
-  leaves the current one at least one slot; without a slot it is left out.
-
-  Args:
-    current: [low, high).
-    finished: [low, high), disjoint from `current`; may be empty.
-    batch_size: B.
-    total: T.
-  """
-  width = finished[1] - finished[0]
-  replay = min((2 * batch_size * width + total) // (2 * total), batch_size - 1)
-  ranges = ((*finished, replay), (*current, batch_size - replay))
-  return Strata(tuple(sorted(r for r in ranges if r[2] > 0)))
-
-
 def make_stages(
   boundaries: tuple[int, ...], order: tuple[int, ...], batch_size: int
 ) -> tuple[Stage, ...]:
   """Return a stage for each group of `order`, then ordinary training.
 
-  Args:
-    boundaries: (G + 1,) rising timesteps from 0 to T.
-    order: from `stage_order`; empty without a curriculum.
-    batch_size: B.
+  The finished timesteps get slots in proportion to their share of [0, T), rounded, but leave at
+  least one slot to the current group.
   """
-  total, stages, low, high = boundaries[-1], [], 0, 0
+  total, stages = boundaries[-1], []
+  low = high = 0  # the finished timesteps [low, high)
   for group in order:
-    current = boundaries[group], boundaries[group + 1]
-    strata = stage_strata(current, (low, high), batch_size, total)
+    first, end = boundaries[group : group + 2]
+    replay = min((2 * batch_size * (high - low) + total) // (2 * total), batch_size - 1)
+    ranges = ((low, high, replay), (first, end, batch_size - replay))
+    strata = Strata(tuple(sorted(r for r in ranges if r[2] > 0)))
     stages.append(Stage((group, group + 1), strata))
-    low, high = (min(low, current[0]), max(high, current[1])) if low < high else current
-  everything = Stage((0, len(boundaries) - 1), uniform_strata(batch_size, total))
-  return (*stages, everything)
+    low, high = (min(low, first), max(high, end)) if low < high else (first, end)
+  return (*stages, Stage((0, len(boundaries) - 1), uniform_strata(batch_size, total)))
 
 
 def scale_boundaries(boundaries: tuple[int, ...], total: int) -> tuple[int, ...]:
-  """Return the same groups for T = `total`, without those that would hold no timestep."""
+  """Return the groups for T = `total`, without those that would be empty."""
   return tuple(sorted({b * total // boundaries[-1] for b in boundaries}))

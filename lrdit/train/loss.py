@@ -1,13 +1,12 @@
 """The training loss: a batch's noise and timesteps, and the loss of each example.
 
-All randomness of an example is drawn from (seed, step, global example index),
-so a run does not depend on how its batch is spread over devices.
+All randomness of an example comes from (seed, step, global example index), so a run does not
+depend on the number of devices.
 
 Axes: B global batch, b local batch, H W image, C channels, G timestep groups.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,54 +23,35 @@ from lrdit.runtime import parallel
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Objective:
-  """What is trained: the model, its diffusion and how a batch is drawn.
-
-  Attributes:
-    model: the DiT with its rank plan.
-    alphas_cumprod: (T,) float64.
-    prediction: one of `process.PREDICTIONS`.
-    loss_weighting: one of `process.LOSS_WEIGHTINGS`.
-    min_snr_gamma: of the weighting `min_snr`.
-    class_dropout_rate: probability of replacing a label by the null class.
-    compute: one of `strata.COMPUTES`.
-    strata: how the global batch B is spread over timesteps.
-    num_devices: devices that the batch is spread over.
-  """
+  """The model, its diffusion process, and how a batch samples them."""
 
   model: DiT
-  alphas_cumprod: Float[np.ndarray, " T"]
-  prediction: str
-  loss_weighting: str
-  min_snr_gamma: float
-  class_dropout_rate: float
-  compute: str
-  strata: Strata
-  num_devices: int
+  alphas_cumprod: Float[np.ndarray, " T"]  # float64
+  prediction: str  # one of `process.PREDICTIONS`
+  loss_weighting: str  # one of `process.LOSS_WEIGHTINGS`
+  min_snr_gamma: float  # constant of the weighting `min_snr`
+  class_dropout_rate: float  # probability of replacing a label by the null class
+  compute: str  # one of `strata.COMPUTES`
+  strata: Strata  # timesteps of the global batch's slots
+  num_devices: int  # number of devices that share the batch
 
   def without_augmentation(self) -> "Objective":
-    """Return the same objective with every label kept, for evaluation."""
+    """Return the objective for evaluation, which keeps every label."""
     return dataclasses.replace(self, class_dropout_rate=0.0)
 
   def with_strata(self, strata: Strata) -> "Objective":
-    """Return the same objective on a stage's timesteps, for the same global batch."""
+    """Return the objective on a stage's timesteps, for the same global batch."""
     return dataclasses.replace(self, strata=strata)
 
 
 @dataclasses.dataclass(frozen=True)
 class StepNoise:
-  """The random choices of one step for a local batch.
+  """The random choices of one step for a local batch; float32 and int32."""
 
-  Attributes:
-    t: (b,) int32 timesteps in [0, T).
-    eps: (b, H, W, C) float32 standard normal.
-    drop: (b,) bool, whether the label is replaced by the null class.
-    posterior_noise: (b, H, W, C) float32 standard normal, for latents.
-  """
-
-  t: Int[Array, " b"]
-  eps: Float[Array, "b H W C"]
-  drop: Bool[Array, " b"]
-  posterior_noise: Float[Array, "b H W C"]
+  t: Int[Array, " b"]  # timesteps in [0, T)
+  eps: Float[Array, "b H W C"]  # standard normal
+  drop: Bool[Array, " b"]  # whether the null class replaces the label
+  posterior_noise: Float[Array, "b H W C"]  # standard normal, for latents
 
 
 def draw_step_noise(
@@ -80,14 +60,7 @@ def draw_step_noise(
   image_shape: tuple[int, int, int],
   objective: Objective,
 ) -> StepNoise:
-  """Draw each example's noise from the step's key and its global index alone.
-
-  Args:
-    key: key of the step.
-    index: (b,) int32 global example index in [0, B).
-    image_shape: (H, W, C).
-    objective: has the strata and the dropout rate.
-  """
+  """Sample each example's noise from the step's key and the global `index` in [0, B) alone."""
   keys = jax.vmap(lambda j: jax.random.split(jax.random.fold_in(key, j), 4))(index)
   uniform = jax.vmap(jax.random.uniform)
   normal = jax.vmap(lambda k: jax.random.normal(k, image_shape))
@@ -100,7 +73,7 @@ def draw_step_noise(
 
 
 def select_ranks(objective: Objective, t: Int[Array, " b"]) -> RankSelection:
-  """Return the static rank groups, and each example's bucket where the plan has several."""
+  """Return the static rank groups, and each example's bucket if the plan has several."""
   plan = objective.model.plan
   groups = rank_groups(plan, objective.compute, objective.strata, objective.num_devices)
   if plan.num_buckets == 1:
@@ -117,18 +90,12 @@ def example_losses(
 ) -> Float[Array, " b"]:
   """Return the weighted loss of each example: squared error, plus L_vlb with learn_sigma.
 
-  The hybrid objective is Nichol and Dhariwal 2021, eq. 16, with the bound
-  rescaled by T / 1000 as in that paper's code.
+  The hybrid objective is eq. 16 of Nichol and Dhariwal 2021, with the bound rescaled by T / 1000
+  as in that paper's code.
 
   Args:
-    params: model parameters.
-    objective: what is trained.
-    x_0: (b, H, W, C) clean images in [-1, 1].
-    y: (b,) labels with the null class applied, or None.
-    noise: the batch's random choices.
-
-  Returns:
-    (b,) float32.
+    x_0: clean images in [-1, 1].
+    y: labels with the null class applied, or None.
   """
   alphas_cumprod, shape = objective.alphas_cumprod, objective.model.shape
 
@@ -148,53 +115,35 @@ def example_losses(
   losses = losses * at_t(weights)[:, 0, 0, 0]
   if not shape.learn_sigma:
     return losses
-  # The bound trains the variance alone.
+  # The bound trains the variance alone; `coordinate` in [-1, 1] interpolates its logarithm.
   predicted_x_0, _ = process.predict_x_0_eps(
     objective.prediction, jax.lax.stop_gradient(prediction), x_t, signal, sigma
   )
-  bound = _variational_bound(alphas_cumprod, at_t, x_0, x_t, predicted_x_0, coordinate, noise.t)
-  return losses + bound * (len(alphas_cumprod) / 1000.0)
-
-
-def _variational_bound(
-  alphas_cumprod: Float[np.ndarray, " T"],
-  at_t: Callable,
-  x_0: Float[Array, "b H W C"],
-  x_t: Float[Array, "b H W C"],
-  predicted_x_0: Float[Array, "b H W C"],
-  coordinate: Float[Array, "b H W C"],
-  t: Int[Array, " b"],
-) -> Float[Array, " b"]:
-  """Return L_vlb of each example, whose log variance lies at `coordinate` in [-1, 1]."""
   q = process.posterior(alphas_cumprod, np.append(1.0, alphas_cumprod[:-1]))
   low, high = (at_t(bound) for bound in q.log_variance_range)
   share = (coordinate + 1) / 2
-  return process.variational_bound(
+  bound = process.variational_bound(
     true_mean=at_t(q.on_x_0) * x_0 + at_t(q.on_x_t) * x_t,
     log_true_variance=low,
     mean=at_t(q.on_x_0) * predicted_x_0 + at_t(q.on_x_t) * x_t,
     log_variance=share * high + (1 - share) * low,
     x_0=x_0,
-    is_last=(t == 0)[:, None, None, None],
+    is_last=(noise.t == 0)[:, None, None, None],
   )
+  return losses + bound * (len(alphas_cumprod) / 1000.0)
 
 
 def batch_losses(
   params: Any, objective: Objective, key: Key[Array, ""], batch: dict[str, Array]
 ) -> tuple[Float[Array, " b"], Int[Array, " b"]]:
-  """Return the losses and timesteps of a device's share of a global batch.
+  """Return the float32 losses and int32 timesteps of a device's share of a batch.
 
   Runs under an axis named `parallel.AXIS`.
 
   Args:
-    params: model parameters.
-    objective: what is trained.
     key: key of the step.
-    batch: "image" (b, H, W, C) float32 and "label" (b,) int32; where the images
-      are the means of latents, also "std" (b, H, W, C), and x_0 is drawn.
-
-  Returns:
-    (b,) float32 and (b,) int32.
+    batch: "image" (b, H, W, C) float32 and "label" (b,) int32. With "std" (b, H, W, C), images
+      are latent means and x_0 is sampled.
   """
   x_0, y = batch["image"], batch["label"]
   device = jax.lax.axis_index(parallel.AXIS)
@@ -215,11 +164,7 @@ def group_sums(
 ) -> tuple[Float[Array, " G"], Int[Array, " G"]]:
   """Return the sum of losses and the number of examples of each timestep group.
 
-  Args:
-    losses: (b,) float32.
-    t: (b,) int32.
-    counts: (b,) bool, False for padding.
-    boundaries: (G + 1,) rising; group i is [boundaries[i], boundaries[i + 1]).
+  Examples whose `counts` is False are padding. Group i is [boundaries[i], boundaries[i + 1]).
   """
   edges = jnp.asarray(boundaries, jnp.int32)
   is_member = (t[:, None] >= edges[:-1]) & (t[:, None] < edges[1:]) & counts[:, None]

@@ -1,7 +1,7 @@
-"""A checkpoint's record of its own arrays, which a restored one is compared with.
+"""A checkpoint's record of its arrays, against which a restored one is checked.
 
-A manifest is JSON: the step, and of every array by its path its dtype, shape and CRC-32,
-with a CRC-32 of all that.
+A manifest is JSON: the step; the dtype, shape and CRC-32 of every array by its path; and a CRC-32
+of all that.
 """
 
 import json
@@ -39,9 +39,7 @@ def _crc32_of_json(value: Any) -> int:
 
 def make_manifest(step: int, items: dict[str, Any]) -> dict[str, Any]:
   """Return the manifest of a checkpoint's trees by name."""
-  arrays = {
-    name: {"layout": layout(tree), "crc32": checksums(tree)} for name, tree in items.items()
-  }
+  arrays = {n: {"layout": layout(tree), "crc32": checksums(tree)} for n, tree in items.items()}
   contents = {"step": step, "items": arrays}
   return {"contents": contents, "crc32": _crc32_of_json(contents)}
 
@@ -49,8 +47,7 @@ def make_manifest(step: int, items: dict[str, Any]) -> dict[str, Any]:
 def check_manifest(step: int, manifest: Any) -> dict[str, Any]:
   """Return the "layout" and "crc32" of each tree by name.
 
-  Raises:
-    DamagedCheckpoint: the manifest changed, or is another step's.
+  Raise DamagedCheckpoint if the manifest changed or belongs to another step.
   """
   contents = manifest.get("contents") if isinstance(manifest, dict) else None
   if contents is None or manifest.get("crc32") != _crc32_of_json(contents):
@@ -73,13 +70,8 @@ def zeros(layout: dict[str, str]) -> Any:
 
 
 def merge(fresh: Any, stored: Any) -> Any:
-  """Return the stored leaves that have the layout of those of `fresh`, and the latter elsewhere.
-
-  Args:
-    fresh, stored: trees of plain dicts.
-  """
+  """Return the tree `fresh` of plain dicts with those leaves of `stored` that have its layout."""
   if isinstance(fresh, dict):
     stored = stored if isinstance(stored, dict) else {}
     return {name: merge(value, stored.get(name)) for name, value in fresh.items()}
-  same = stored is not None and layout(fresh) == layout(stored)
-  return stored if same else fresh
+  return stored if stored is not None and layout(fresh) == layout(stored) else fresh

@@ -1,4 +1,4 @@
-"""What a run reports of itself: its speed, a profile, its line of metrics, and advice."""
+"""Observing a run: its speed, a profile, its metrics, and advice on bad numbers."""
 
 import itertools
 import pathlib
@@ -13,30 +13,30 @@ from lrdit.train.state import WindowMetrics
 
 
 class Stopwatch:
-  """Measures steps per second of training alone: `pause` keeps other work out."""
+  """Measures the steps per second of training alone, without what `pause` excludes."""
 
   def __init__(self):
     self.steps, self.seconds, self._since = 0, 0.0, None
 
   def tick(self) -> None:
-    """Count a dispatched step; the first one, which compiles, only starts time."""
+    """Count a dispatched step; the first one, which compiles, only starts the clock."""
     if self._since is None:
       self._since = time.perf_counter()
     else:
       self.steps += 1
 
   def pause(self) -> None:
-    """Stop time, as the steps counted are done and something else begins."""
+    """Stop the clock, after the counted steps are done."""
     if self._since is not None:
       self.seconds += time.perf_counter() - self._since
       self._since = None
 
   def resume(self) -> None:
-    """Start time, as training goes on."""
+    """Start the clock."""
     self._since = time.perf_counter()
 
   def take_rate(self) -> float | None:
-    """Return the steps per second since the last call, if a step was timed; time goes on."""
+    """Return the steps per second since the last call, or None if none was timed."""
     self.pause()
     rate = self.steps / self.seconds if self.steps else None
     self.steps, self.seconds = 0, 0.0
@@ -45,13 +45,10 @@ class Stopwatch:
 
 
 class Profiler:
-  """Writes a trace of some of the first process's steps, for TensorBoard or Perfetto."""
+  """Writes a trace of some steps of the first process, for TensorBoard or Perfetto."""
 
   def __init__(self, steps: tuple[int, ...], directory: pathlib.Path):
-    """Prepare a trace of the steps (first, last), counted from 1, or () for none.
-
-    It goes under `directory`/plugins/profile.
-    """
+    """Prepare a trace of the steps (first, last), from 1, below `directory`/plugins/profile."""
     self._steps = range(steps[0], steps[1] + 1) if steps and cluster.is_first() else range(0)
     self._directory, self._is_tracing = directory, False
 
@@ -71,14 +68,14 @@ class Profiler:
       self.close()
 
   def close(self) -> None:
-    """End a trace that is under way."""
+    """End the trace if it is running."""
     if self._is_tracing:
       self._is_tracing = False
       jax.profiler.stop_trace()
 
 
 def window_scalars(window: WindowMetrics, curriculum: Curriculum, stage: int) -> dict[str, float]:
-  """Return the means of a host window by the names of their metrics."""
+  """Return the metrics of a host window by name."""
   count = int(window.count)
   scalars = {
     "train/loss": float(window.loss) / count,
@@ -97,16 +94,12 @@ def window_scalars(window: WindowMetrics, curriculum: Curriculum, stage: int) ->
 def advice_on_non_finite(
   quantity: str, step: int, newest: int, before: int, directory: pathlib.Path
 ) -> str:
-  """Return what can be done about a quantity that is not finite.
+  """Return advice on a non-finite quantity, one of `state.NON_FINITE_QUANTITIES`.
 
-  Args:
-    quantity: one of `state.NON_FINITE_QUANTITIES`.
-    step: updates applied.
-    newest, before: steps of the last two checkpoints; 0 where there is none.
-    directory: of the checkpoints.
+  `newest` and `before` are the steps of the last two checkpoints in `directory`, 0 for none.
   """
   lower = "ower config.optimizer.learning_rate or raise config.optimizer.warmup_steps"
-  # What a step computes before its update depends on the checkpoint alone.
+  # The loss and gradient of the first step after a checkpoint depend on the checkpoint alone.
   if newest and step == newest + 1 and quantity in ("loss", "gradient"):
     goes_on = f"step {before}" if before else "the start"
     return (
@@ -117,8 +110,8 @@ def advice_on_non_finite(
   last_good = f"The last good checkpoint is step {newest}. " if newest else ""
   if quantity == "batch":
     return (
-      f"{last_good}The data is damaged: where it is latents, run the command that made them, "
-      "--mode=encode, again, which names what has changed"
+      f"{last_good}The data is damaged: if it is latents, run the command that made them, "
+      "--mode=encode, again, which reports what has changed"
     )
   goes_on = f", which goes on from step {newest}" if newest else ""
   return f"{last_good}L{lower}, and run the command again{goes_on}"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-# float32 learning rate of (step, step at which the warm-up began).
+# The float32 learning rate as a function of (step, step at which the warm-up began).
 Schedule = Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike], Float[Array, ""]]
 
 OPTIMIZERS = ("adamw", "lion")
@@ -18,17 +18,11 @@ DECAYS = ("cosine", "constant")
 def learning_rate_schedule(
   learning_rate: float, warmup_steps: int, num_steps: int, decay: str
 ) -> Schedule:
-  """Return a linear warm-up to `learning_rate`, then cosine decay to 0 or a constant.
+  """Return a linear warm-up to `learning_rate`, then the `decay`: cosine to 0, or constant.
 
-  Args:
-    learning_rate: peak, per step.
-    warmup_steps: steps of warm-up; the first step already moves.
-    num_steps: total steps, at the end of which a cosine reaches 0.
-    decay: one of `DECAYS`.
-
-  Returns:
-    float32 rate of (step, start): `step` updates were applied before, and the
-    warm-up counts from step `start`, with which the decay does not begin again.
+  The first step already has a rate above 0; a cosine reaches 0 after `num_steps`. The result is a
+  function of (step, start): `step` updates precede this one, and the warm-up, but not the decay,
+  counts from step `start`.
   """
   if decay == "cosine":
     share = optax.cosine_decay_schedule(1.0, max(1, num_steps - warmup_steps))
@@ -52,18 +46,16 @@ def make_optimizer(
   beta2: float | None = None,
   epsilon: float | None = None,
 ) -> optax.GradientTransformation:
-  """Return the named optimizer behind a clip of the global gradient norm.
+  """Return the optimizer `name` after clipping of the global gradient norm.
 
-  Its updates are for a learning rate of 1: the training step scales them, since
-  a rate that counts from the start of a stage is no function of optax's counter.
+  Its updates are for a learning rate of 1. The training step scales them, because optax's step
+  counter cannot give a rate that counts from the start of a stage.
 
   Args:
-    name: one of `OPTIMIZERS`.
     weight_decay: decoupled decay of matrices; vectors (biases) do not decay.
     grad_clip_norm: largest global norm; 0 or None turns clipping off.
-    beta1, beta2: decay rates of the moments; None takes the optimizer's own, (0.9, 0.999)
-      for adamw and (0.9, 0.99) for lion.
-    epsilon: term in adamw's denominator; None takes 1e-8. lion has none.
+    beta1, beta2: decay rates of the moments; None is (0.9, 0.999) for adamw, (0.9, 0.99) for lion.
+    epsilon: term in adamw's denominator; None is 1e-8. lion has none.
   """
   make = {"adamw": optax.adamw, "lion": optax.lion}[name]
   constants = {"b1": beta1, "b2": beta2} | ({"eps": epsilon} if name == "adamw" else {})
@@ -80,13 +72,8 @@ def make_optimizer(
 def update_ema(ema_params: Any, params: Any, step: jax.Array, ema_decay: float) -> Any:
   """Return the average moved towards `params`, with warm-up.
 
-  The decay is min(ema_decay, (1 + step) / (10 + step)), so that the initial
-  parameters do not dominate an early average.
-
-  Args:
-    ema_params, params: equal trees.
-    step: int32, updates applied before this one.
-    ema_decay: in [0, 1).
+  The decay is min(ema_decay, (1 + step) / (10 + step)), so that the initial parameters do not
+  dominate an early average. `step` updates precede this one.
   """
   decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
   return jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema_params, params)

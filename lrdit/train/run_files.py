@@ -23,14 +23,12 @@ from lrdit.train.state import TrainState
 
 
 class RunFiles:
-  """The files that training reads and writes; in other processes than the first, none at all."""
+  """Reads and writes the files of training; does nothing in processes other than the first."""
 
   def __init__(self, config: ConfigDict, workdir: str, fingerprint: dict[str, Any]):
     """Open the workdir for data whose splits have these fingerprints.
 
-    Raises:
-      UserError: other data, a place that cannot be written, or one that
-        another training has.
+    Raise a UserError if it holds other data, cannot be written, or is in training already.
     """
     self._config, self._workdir = config, pathlib.Path(workdir)
     self._checkpoints: Checkpoints | None = None
@@ -47,11 +45,11 @@ class RunFiles:
       self._opened = opened.pop_all()
 
   def restore_state(self, template: TrainState) -> TrainState | None:
-    """Return the newest intact checkpoint's state on the host, or None; see `Checkpoints`."""
+    """Return the newest intact checkpoint's host state, or None; see `Checkpoints`."""
     return self._checkpoints.restore_state(template) if self._checkpoints else None
 
   def begin(self, first_step: int) -> None:
-    """Open the metrics, which go on after `first_step`."""
+    """Open the metrics, which continue after `first_step`."""
     if self._checkpoints:
       self._writer = MetricWriter(self._workdir, first_step, self._config.training.tensorboard)
       self._opened.callback(self._writer.close)
@@ -72,23 +70,21 @@ class RunFiles:
       self._checkpoints.save(parallel.read(state), self._config.to_dict())
 
   def finish_saves(self) -> list[int]:
-    """Wait for checkpoints under way; return the steps of all, newest first."""
+    """Wait for pending saves; return the steps of all checkpoints, newest first."""
     if not self._checkpoints:
       return []
     self._checkpoints.wait()
     return self._checkpoints.steps()
 
   def close(self) -> None:
-    """Wait for saves and close everything, whatever happened before."""
+    """Wait for saves and close everything."""
     self._opened.close()
 
 
 def check_same(what: str, value: dict[str, Any]) -> None:
-  """Raise a UserError on every process, if any has another value than the first.
+  """Raise a UserError on every process if any has another JSON `value` than the first.
 
-  Args:
-    what: the value's name.
-    value: this process's, as JSON.
+  The error calls the value `what`.
   """
   own = np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8)
   size = int(cluster.from_first(np.int32(len(own))))
@@ -98,13 +94,13 @@ def check_same(what: str, value: dict[str, Any]) -> None:
   if len(others):
     difference = "; ".join(differing) or "see its message"
     raise UserError(
-      f"process {others[0]} has another {what} than process 0: {difference}. Start all with the "
+      f"the {what} of process {others[0]} differs from process 0: {difference}. Start all with the "
       "same flags, on the same data"
     )
 
 
 def check_run_data(workdir: pathlib.Path, split: str, fingerprint: dict[str, Any]) -> None:
-  """Raise a UserError where a run would be measured on another "train" or "eval" split."""
+  """Raise a UserError if the run was trained on another "train" or "eval" split."""
   check_same("data", fingerprint)
   if not cluster.is_first():
     return
@@ -121,11 +117,7 @@ def restore_params(
 ) -> tuple[int, dict[str, Any]]:
   """Return (step, host parameters by name) of the newest intact checkpoint, on every process.
 
-  All `weights`, some of `checkpoints.WEIGHTS`, come from one checkpoint; `template` has the
-  parameters' shapes.
-
-  Raises:
-    UserError: there is no checkpoint, or none is intact.
+  Arguments and errors are those of `Checkpoints.restore_params`.
   """
   if cluster.is_first():
     checkpoints = Checkpoints(workdir)

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step; checkpoints hold all of it.
+"""The state that training carries from step to step, all of it in the checkpoints.
 
 Axes: G timestep groups.
 """
@@ -9,42 +9,28 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from lrdit.train.curriculum import Curriculum
 
-# In the order in which a step computes them.
+# In the order of their computation in a step.
 NON_FINITE_QUANTITIES = ("batch", "loss", "gradient", "update")
-
-
-def first_non_finite(*is_finite: Bool[Array, ""]) -> Int[Array, ""]:
-  """Return 1 + the index of the first flag that is False, or 0 if all are True; int32."""
-  flags = jnp.stack(is_finite)
-  return jnp.where(flags.all(), 0, 1 + flags.argmin()).astype(jnp.int32)
 
 
 @flax.struct.dataclass
 class WindowMetrics:
-  """Sums over the steps of one line of metrics.
+  """Sums over the steps of one line of metrics; float32 and int32.
 
-  They are part of the state, so that a resumed run writes the lines of an uninterrupted one.
-
-  Attributes:
-    loss, grad_norm: float32 sums over steps.
-    count: int32 number of steps.
-    learning_rate: float32, the one applied in the last step.
-    group_loss: (G,) float32 sum over the examples of each timestep group.
-    group_count: (G,) int32 number of examples of each group.
-    non_finite: int32, of the last step: 0, or 1 + the index of the first of
-      `NON_FINITE_QUANTITIES` that was not finite.
+  The state holds them, so that a resumed run writes the same lines as an uninterrupted one.
   """
 
   loss: Float[Array, ""]
   grad_norm: Float[Array, ""]
-  count: Int[Array, ""]
-  learning_rate: Float[Array, ""]
-  group_loss: Float[Array, " G"]
-  group_count: Int[Array, " G"]
+  count: Int[Array, ""]  # steps
+  learning_rate: Float[Array, ""]  # of the last step
+  group_loss: Float[Array, " G"]  # over the examples of each timestep group
+  group_count: Int[Array, " G"]  # examples of each group
+  # Of the last step: 0, or 1 + the index of the first of `NON_FINITE_QUANTITIES` to be non-finite.
   non_finite: Int[Array, ""]
 
   @classmethod
@@ -63,14 +49,9 @@ class WindowMetrics:
   def add(
     self, new: "WindowMetrics", step: Int[Array, ""], log_every_steps: int
   ) -> "WindowMetrics":
-    """Return the window with step number `step` (from 1) added.
+    """Return the window with the metrics `new` of step number `step` (from 1) added.
 
     The first step after a multiple of `log_every_steps` starts new sums.
-
-    Args:
-      new: the window of that step alone.
-      step: int32.
-      log_every_steps: steps in a window.
     """
     goes_on = (step - 1) % log_every_steps != 0
     summed = ("loss", "grad_norm", "count", "group_loss", "group_count")
@@ -81,23 +62,14 @@ class WindowMetrics:
 
 @flax.struct.dataclass
 class StageProgress:
-  """Where a run stands in its curriculum.
+  """A run's position in its curriculum; float32 and int32."""
 
-  Attributes:
-    number: int32 stage, from 0.
-    first_step: int32 updates applied before the stage began.
-    best_loss: float32, the lowest mean loss that a check of the stage has seen.
-    bad_checks: int32 checks since then.
-    loss_sum: float32 sum over the current group's examples since the last check.
-    example_count: int32 number of those examples.
-  """
-
-  number: Int[Array, ""]
-  first_step: Int[Array, ""]
-  best_loss: Float[Array, ""]
-  bad_checks: Int[Array, ""]
-  loss_sum: Float[Array, ""]
-  example_count: Int[Array, ""]
+  number: Int[Array, ""]  # of the stage, from 0
+  first_step: Int[Array, ""]  # updates applied before the stage began
+  best_loss: Float[Array, ""]  # lowest mean loss of the stage's checks
+  bad_checks: Int[Array, ""]  # checks since that one
+  loss_sum: Float[Array, ""]  # over the current group's examples since the last check
+  example_count: Int[Array, ""]  # of those examples
 
   @classmethod
   def begin(cls, number: Int[Array, ""] | int, first_step: Int[Array, ""] | int) -> "StageProgress":
@@ -120,8 +92,8 @@ class StageProgress:
   ) -> "StageProgress":
     """Return the progress with the current group's examples of step `step` (from 1) added.
 
-    Every `check_every_steps` the mean since the last check is compared with the
-    best one; after `patience` checks without a better one the next stage begins.
+    Every `check_every_steps` the mean loss since the last check is compared with the best one.
+    After `patience` checks without a better one the next stage begins.
     """
     sums = self.replace(
       loss_sum=self.loss_sum + loss_sum, example_count=self.example_count + example_count
@@ -139,20 +111,11 @@ class StageProgress:
 
 @flax.struct.dataclass
 class TrainState:
-  """The state of a run after `step` updates.
-
-  Attributes:
-    step: int32 updates applied.
-    params: float32 parameters ("raw").
-    ema_params: their exponential moving average.
-    opt_state: optax state.
-    window: sums for the next line of metrics.
-    stage: where the run stands in its curriculum.
-  """
+  """The state of a run after `step` updates."""
 
   step: Int[Array, ""]
-  params: Any
-  ema_params: Any
+  params: Any  # float32, raw
+  ema_params: Any  # their exponential moving average
   opt_state: Any
   window: WindowMetrics
   stage: StageProgress
@@ -161,12 +124,9 @@ class TrainState:
 def create_train_state(
   params: Any, optimizer: optax.GradientTransformation, num_groups: int
 ) -> TrainState:
-  """Return the state before the first update, whose average starts at `params`.
+  """Return the state before the first update, for `num_groups` timestep groups.
 
-  Args:
-    params: float32 parameters.
-    optimizer: the optax chain.
-    num_groups: number of timestep groups G in the metrics.
+  The moving average starts at `params`.
   """
   return TrainState(
     step=jnp.zeros((), jnp.int32),

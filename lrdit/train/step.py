@@ -1,6 +1,6 @@
 """The pure training and evaluation steps, which run under pmap with the axis `parallel.AXIS`.
 
-Axes: b local batch, H W image, C channels, G timestep groups.
+Axes: b local batch, G timestep groups.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from lrdit.runtime.parallel import AXIS
 from lrdit.train.curriculum import Curriculum
 from lrdit.train.loss import Objective, batch_losses, group_sums
 from lrdit.train.optimizer import Schedule, update_ema
-from lrdit.train.state import TrainState, WindowMetrics, first_non_finite
+from lrdit.train.state import TrainState, WindowMetrics
 
 
 def mean_gradient(
@@ -24,14 +24,9 @@ def mean_gradient(
   batch: dict[str, Array],
   boundaries: tuple[int, ...],
 ) -> tuple[Float[Array, ""], tuple[Float[Array, " G"], Int[Array, " G"]], Any, Bool[Array, ""]]:
-  """Return the mean loss over the global batch and its gradient.
+  """Return the loss, `group_sums`, gradient and finiteness of the global batch.
 
-  Args:
-    params, objective, key, batch: as in `batch_losses`.
-    boundaries: as in `group_sums`.
-
-  Returns:
-    loss, `group_sums` over the global batch, gradient, and whether that batch is finite.
+  The arguments are those of `batch_losses` and `group_sums`.
   """
 
   def mean_loss(params):
@@ -64,17 +59,13 @@ def train_step(
     state: replicated state.
     batch: this device's share, as in `batch_losses`.
     key: the run's key, the same on every device.
-    objective: what is trained, on any strata.
-    optimizer: the optax chain, for a learning rate of 1.
-    learning_rate: function of (step, start of the warm-up).
-    curriculum: the stages of the run.
-    stage: the state's own `stage.number`; static, as are the stage's strata.
-    ema_decay: decay of the average, in [0, 1).
-    log_every_steps: steps whose metrics are averaged.
+    objective: the loss; the stage replaces its strata.
+    optimizer: optax chain for a learning rate of 1.
+    stage: the state's own `stage.number`, static because its strata are.
 
   Returns:
-    The state after the update, and its window once more, which can be read after the
-    state has been donated to the next step. Both are equal on every device.
+    The state after the update, and a copy of its window that outlives the state's donation to
+    the next step. Both are equal on every device.
   """
   step_key = jax.random.fold_in(key, state.step)
   objective = objective.with_strata(curriculum.stages[stage].strata)
@@ -114,11 +105,12 @@ def step_metrics(
 ) -> WindowMetrics:
   """Return the window of a single step.
 
-  A sum of squares is finite only if every element is: the update's norm is checked
-  as well, so that no checkpoint can hold parameters that are not finite.
+  A sum of squares is finite only if every element is. The update's norm is therefore checked as
+  well, so that no checkpoint can hold parameters that are not finite.
   """
   grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
-  finite = (jnp.isfinite(value) for value in (loss, grad_norm, update_norm))
+  finite = [jnp.isfinite(value) for value in (loss, grad_norm, update_norm)]
+  flags = jnp.stack([is_batch_finite, *finite])  # in the order of `NON_FINITE_QUANTITIES`
   return WindowMetrics(
     loss=loss,
     grad_norm=grad_norm,
@@ -126,7 +118,7 @@ def step_metrics(
     learning_rate=learning_rate,
     group_loss=group_loss,
     group_count=group_count,
-    non_finite=first_non_finite(is_batch_finite, *finite),
+    non_finite=jnp.where(flags.all(), 0, 1 + flags.argmin()).astype(jnp.int32),
   )
 
 
@@ -140,15 +132,8 @@ def eval_step(
 ) -> tuple[Float[Array, " G"], Int[Array, " G"]]:
   """Return the summed losses and numbers of held-out examples of each timestep group.
 
-  Args:
-    params: replicated parameters.
-    batch: as in `train_step`, plus "weight" (b,) float32, 0 for padding.
-    key: fixes noise and timesteps; the same key gives the same losses.
-    objective: as trained, without label dropout and flips.
-    boundaries: as in `group_sums`.
-
-  Returns:
-    (G,) float32 and (G,) int32 over all devices, equal on every device.
+  They are float32 and int32, over all devices, and equal on every device. `batch` is as in
+  `train_step`, plus "weight" (b,) float32, 0 for padding. `key` determines noise and timesteps.
   """
   losses, t = batch_losses(params, objective, key, batch)
   return jax.lax.psum(group_sums(losses, t, batch["weight"] > 0, boundaries), AXIS)

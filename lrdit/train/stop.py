@@ -1,4 +1,4 @@
-"""Requests to stop a run, which training asks for before every step."""
+"""Requests to stop a run, which training checks before every step."""
 
 import signal
 from typing import Any
@@ -7,14 +7,21 @@ from lrdit.runtime import cluster
 
 
 class StopRequest:
-  """Turns the first SIGTERM or SIGINT of a lone process into a flag; a second one kills."""
+  """Turns SIGTERM and SIGINT into a flag that training checks before every step.
+
+  In a single process the first signal sets the flag; a second one kills. With several processes,
+  jax shares a SIGTERM to any of them so that all see the flag at the same step; SIGINT ends a
+  process, and with it the others.
+  """
 
   def __init__(self):
     self.signal_name: str | None = None
     self._previous: dict[int, Any] = {}
+    self._steps_asked = 0  # jax counts from the start of the process
 
   def __enter__(self) -> "StopRequest":
-    for number in (signal.SIGTERM, signal.SIGINT):
+    is_alone = cluster.num_processes() == 1
+    for number in (signal.SIGTERM, signal.SIGINT) if is_alone else ():
       self._previous[number] = signal.signal(number, self._on_signal)
     return self
 
@@ -27,31 +34,9 @@ class StopRequest:
       signal.signal(number, handler)
 
   def is_due(self) -> bool:
-    """Return whether to stop."""
+    """Return whether to stop; call it before every step."""
+    if cluster.num_processes() > 1:
+      if cluster.is_preempted(self._steps_asked):
+        self.signal_name = "SIGTERM"
+      self._steps_asked += 1
     return self.signal_name is not None
-
-
-class SharedStopRequest(StopRequest):
-  """Turns SIGTERM in any of several processes into a flag that all see at the same step.
-
-  jax watches for the signal in all of them. SIGINT ends a process, and with it the others.
-  """
-
-  def __init__(self):
-    super().__init__()
-    self._steps_asked = 0  # jax counts a start's own steps, not the run's
-
-  def __enter__(self) -> "SharedStopRequest":
-    return self
-
-  def is_due(self) -> bool:
-    """Return whether to stop; to be asked before every step."""
-    if cluster.is_preempted(self._steps_asked):
-      self.signal_name = "SIGTERM"
-    self._steps_asked += 1
-    return self.signal_name is not None
-
-
-def watch_for_stop() -> StopRequest:
-  """Return the request to enter, for one process or for several."""
-  return StopRequest() if cluster.num_processes() == 1 else SharedStopRequest()

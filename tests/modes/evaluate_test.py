@@ -133,7 +133,7 @@ def test_a_finished_evaluation_is_left_alone(copy, monkeypatch, told):
   for extractors in (("classifier", "pixel"), ("pixel",), ()):
     config = config_of(evaluation__extractors=extractors)
     evaluate.evaluate(config, str(copy), jax.devices()[:1])
-    assert told.messages[-1].endswith("has all of it, of step 8: delete it to measure again")
+    assert told.messages[-1].endswith("is complete for step 8; delete it to measure again")
   assert (copy / "evaluation.json").read_bytes() == before
   for changed in (dict(evaluation__draws=2), dict(evaluation__max_features=20)):
     with pytest.raises(TypeError, match="NoneType"):

@@ -307,15 +307,14 @@ def test_a_damaged_manifest_is_damage_and_no_other_model(tmp_path, told):
 def save_with_progress(workdir, monkeypatch, change):
   """A checkpoint of step 5, written by a version with other fields beside the model."""
   with monkeypatch.context() as patched:
-    progress = checkpoints_module._progress
-    as_dict = checkpoints_module.flax.serialization.to_state_dict
+    items_of = checkpoints_module._items
 
     def changed(state):
-      fields = as_dict(progress(state))
-      change(fields)
-      return fields
+      items = items_of(state)
+      change(items["progress"])
+      return items
 
-    patched.setattr(checkpoints_module, "_progress", changed)
+    patched.setattr(checkpoints_module, "_items", changed)
     save(workdir, 5)
 
 
@@ -391,7 +390,7 @@ def test_a_damaged_checkpoint_on_another_disk_stays_on_it(tmp_path, monkeypatch,
   checkpoints = Checkpoints(tmp_path / "run", 2)
   assert_equal(checkpoints.restore_state(TEMPLATE), make_state(1))
   assert (disk / "damaged_2").is_dir()
-  assert "it is kept as" in told.text
+  assert "the damaged checkpoint is kept as" in told.text
   checkpoints.save(make_state(2), CONFIG)
   checkpoints.close()
   assert_equal(Checkpoints(tmp_path / "run", 2).restore_state(TEMPLATE), make_state(2))
