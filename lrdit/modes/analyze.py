@@ -16,6 +16,7 @@ from lrdit.analysis import (
   gradient_batches,
   gradient_figures,
   gradient_spectra,
+  plot_style,
   truncation,
   weight_figures,
   weight_spectra,
@@ -154,7 +155,7 @@ class Analysis:
 
   def plot(self, name: str, figure: Any) -> None:
     """Write a figure, if there is anything to show."""
-    figures.write_png(self._directory / f"{name}.png", figure)
+    plot_style.write_png(self._directory / f"{name}.png", figure)
 
 
 def analyze_weights(run: Analysis) -> None:
