@@ -1,8 +1,8 @@
-"""Figures of the rank truncation and of the loss by timestep group.
+"""Figures of the rank truncation and of the loss by timestep group, or None if there is no data.
 
-A figure is None if there is nothing to draw.
+Titles name the model and its step.
 
-Axes: G timestep groups, K ranks that layers are cut to, T timesteps.
+Axes: K ranks that layers are cut to, T timesteps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,11 +23,8 @@ def truncation(
 ) -> Any:
   """Draw the rise in held-out loss of each timestep group when layers are cut to rank k.
 
-  Args:
-    found: "boundaries" (G + 1,), "baseline" (G,), "ranks" (K,), and "rise" (K, G), whose missing
-      values are None.
-    title: names the model and its step.
-    schedule: label and (T,) values of an r(t) to overlay.
+  `found` has the fields of truncation.json. `schedule` is the label and the (T,) values of an r(t)
+  to overlay.
   """
   import matplotlib
   from matplotlib.colors import LogNorm
@@ -104,13 +101,7 @@ def _outline(width: float, colour: str) -> list[Any]:
 def losses(
   boundaries: Sequence[int], by_name: Mapping[str, Sequence[float | None]], title: str
 ) -> Any:
-  """Draw the held-out loss of each timestep group.
-
-  Args:
-    boundaries: (G + 1,).
-    by_name: (G,) losses by their label; missing ones are None.
-    title: names the model and its step.
-  """
+  """Draw the held-out loss of each timestep group, a line per label; None marks a missing loss."""
   found = {name: np.array(loss, np.float64) for name, loss in by_name.items()}
   found = {name: loss for name, loss in found.items() if np.isfinite(loss).any()}
   if not found:

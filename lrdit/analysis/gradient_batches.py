@@ -69,10 +69,7 @@ def sample_examples(source: Source, num_examples: int, num_classes: int, seed: i
 
 
 def spread_order(num_examples: int) -> Int[np.ndarray, " N"]:
-  """Return a permutation of [0, N) whose every prefix is spread over [0, N).
-
-  It ranks van der Corput's sequence in base 2: bit reversal if N is a power of 2.
-  """
+  """Return a permutation of [0, N), every prefix of which is spread (van der Corput, base 2)."""
   numbers, reversed_bits = np.arange(num_examples), np.zeros(num_examples)
   for place in range(num_examples.bit_length()):
     reversed_bits += (numbers >> place & 1) / 2 ** (place + 1)
@@ -104,16 +101,9 @@ def condition_batch(
 ) -> dict[str, np.ndarray]:
   """Return a group's inputs and targets, as in training's `example_losses`.
 
-  Args:
-    condition: one of `CONDITIONS`.
-    objective: of the run.
-    examples: shared by all groups.
-    t: the group's row of `group_timesteps`, or of `shuffle_timesteps` for "shuffled".
-
-  Returns:
-    "x_t" and "target" (N, H, W, C) float32, "t" (N,) int32, and "weight" (N,) float32 of the
-    squared errors; also "y" (N,) int32 for a conditional model, and "residual_noise" (N, H, W, C)
-    for "residual".
+  `t` is the group's row of `group_timesteps`, or of `shuffle_timesteps` for "shuffled". The result
+  has "x_t" and "target" (N, H, W, C) float32, "t" (N,) int32, and "weight" (N,) float32 for the
+  squared errors; also "y" (N,) int32 for a conditional model, and "residual_noise" for "residual".
   """
   alphas_cumprod, prediction = objective.alphas_cumprod, objective.prediction
 

@@ -37,14 +37,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lrdit.analysis import spectra
-from lrdit.analysis.gradient_batches import (
-  CONDITIONS,
-  condition_batch,
-  group_timesteps,
-  sample_examples,
-  shuffle_timesteps,
-)
+from lrdit.analysis import gradient_batches, spectra
+from lrdit.analysis.gradient_batches import CONDITIONS
 from lrdit.analysis.unit_cache import UnitCache
 from lrdit.analysis.weight_spectra import layer_kind, normalised
 from lrdit.data.source import Source
@@ -57,10 +51,7 @@ SIDES = ("left", "right")  # the subspaces of R^D_in and of R^D_out
 
 
 def dense_params(params: Mapping[str, Any], plan: RankPlan, bucket: int) -> dict[str, Any]:
-  """Return the parameters of the dense model that is equivalent to one bucket of `plan`.
-
-  Its kernels are down[:, :r] @ up[:r]; other arrays are shared with `params`.
-  """
+  """Return the parameters of the dense model that is equivalent to one bucket of `plan`."""
   flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
   for name, ranks in plan.layers:
     rank = ranks.active[bucket]
@@ -225,15 +216,13 @@ def _mean_tables(tables: Sequence[Any]) -> Any:
 
 
 def _mean_by_kind(layers: Mapping[str, Any]) -> dict[str, Any]:
-  kinds = dict.fromkeys(layer_kind(name) for name in layers)
-  return {
-    kind: _mean_tables([table for name, table in layers.items() if layer_kind(name) == kind])
-    for kind in kinds
-  }
+  kinds: dict[str, list[Any]] = {}
+  for name, tables in layers.items():
+    kinds.setdefault(layer_kind(name), []).append(tables)
+  return {kind: _mean_tables(tables) for kind, tables in kinds.items()}
 
 
 def _layer_overlap(bases: Sequence[Mapping[str, np.ndarray]], name: str) -> dict[str, Any]:
-  """Return the overlap tables of one layer."""
   groups, tables, halves = range(len(bases)), {}, {}
 
   def compare(part_i: str, part_j: str, side: str) -> list[list[tuple]]:
@@ -250,11 +239,14 @@ def _layer_overlap(bases: Sequence[Mapping[str, np.ndarray]], name: str) -> dict
   return tables | {"split_half": split_half, "cross_half": halves}
 
 
-def _summarise_ranks(
-  shapes: Mapping[str, tuple[int, int]], records: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-  """Return a condition's measures by layer and kind, from its groups' records."""
-  layers, shares = {}, {}
+def _summarise(
+  shapes: Mapping[str, tuple[int, int]],
+  records: Sequence[Mapping[str, Any]],
+  bases: Sequence[Mapping[str, np.ndarray]],
+  subspace_rank: int,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Return a condition's ranks and overlaps, both by layer and kind, from its groups' units."""
+  ranks, shares, overlaps = {}, {}, {}
   for name, dims in shapes.items():
     shares[name] = [[normalised(m, *dims) for m in record[name]] for record in records]
     measured = [
@@ -262,22 +254,12 @@ def _summarise_ranks(
       for record, row in zip(records, shares[name], strict=True)
     ]
     kind = layer_kind(name)
-    layers[name] = {"dim_in": dims[0], "dim_out": dims[1], "kind": kind, "measures": measured}
-  return {"layers": layers, "kinds": _mean_by_kind(shares)}
-
-
-def _summarise_overlap(
-  shapes: Mapping[str, tuple[int, int]],
-  bases: Sequence[Mapping[str, np.ndarray]],
-  subspace_rank: int,
-) -> dict[str, Any]:
-  """Return a condition's overlaps by layer and kind, from its groups' bases."""
-  layers = {}
-  for name, dims in shapes.items():
+    ranks[name] = {"dim_in": dims[0], "dim_out": dims[1], "kind": kind, "measures": measured}
     rank = min(subspace_rank, *dims)
     random = {f"random_{side}": rank / dim for side, dim in zip(SIDES, dims, strict=True)}
-    layers[name] = _layer_overlap(bases, name) | random
-  return {"kinds": _mean_by_kind(layers), "layers": layers}
+    overlaps[name] = _layer_overlap(bases, name) | random
+  by_rank = {"layers": ranks, "kinds": _mean_by_kind(shares)}
+  return by_rank, {"kinds": _mean_by_kind(overlaps), "layers": overlaps}
 
 
 def analyze_gradients(
@@ -298,41 +280,43 @@ def analyze_gradients(
   gradients of two halves. Measures are computed on the host in float64, layer by layer.
 
   Args:
-    objective: the model, its diffusion and the loss weighting; nothing else of it is used.
-    params: of the model.
-    source: the training split.
+    objective: only its model, diffusion and loss weighting are used.
+    params, source: the model's parameters and the training split.
     boundaries: (G + 1,) ascending timesteps; group i is [boundaries[i], boundaries[i + 1]).
     batch_sizes: ascending; the last is N >= 2, and each b uses the first b examples.
     subspace_rank: number of leading singular vectors to compare.
     microbatch: examples in one pass.
     seed: of the examples, noise and timesteps.
-    cache: one unit for each condition and group.
+    cache: holds a unit for each condition and group.
 
   Raises:
     UserError: the source has fewer than N examples.
   """
-  examples = sample_examples(source, batch_sizes[-1], objective.model.shape.num_classes, seed)
+  num_examples, num_classes = batch_sizes[-1], objective.model.shape.num_classes
+  examples = gradient_batches.sample_examples(source, num_examples, num_classes, seed)
   gradients = KernelGradients(objective.model, params, microbatch)
-  sampled = group_timesteps(boundaries, batch_sizes[-1], seed)
-  t = dict.fromkeys(CONDITIONS, sampled) | {"shuffled": shuffle_timesteps(sampled, seed)}
+  sampled = gradient_batches.group_timesteps(boundaries, num_examples, seed)
+  t = dict.fromkeys(CONDITIONS, sampled)
+  t["shuffled"] = gradient_batches.shuffle_timesteps(sampled, seed)
   units = {c: [f"{c}/{group}" for group in range(len(sampled))] for c in CONDITIONS}
 
   def make(unit: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     condition, group = unit.split("/")
-    batch = condition_batch(condition, objective, examples, t[condition][int(group)])
+    of_group = t[condition][int(group)]
+    batch = gradient_batches.condition_batch(condition, objective, examples, of_group)
     return measure_unit(gradients, batch, batch_sizes, subspace_rank)
 
   cache.fill(list(itertools.chain(*units.values())), "gradient", make)
   conditions, overlaps = {}, {}
-  for condition, of_groups in units.items():
-    records, bases = zip(*map(cache.load, of_groups), strict=True)
-    conditions[condition] = _summarise_ranks(gradients.shapes, records)
-    overlaps[condition] = _summarise_overlap(gradients.shapes, bases, subspace_rank)
+  for condition, names in units.items():
+    records, bases = zip(*map(cache.load, names), strict=True)
+    found = _summarise(gradients.shapes, records, bases, subspace_rank)
+    conditions[condition], overlaps[condition] = found
   return {
     "groups": [{"t_first": a, "t_last": b - 1} for a, b in itertools.pairwise(boundaries)],
     "batch_sizes": list(batch_sizes),
     "subspace_rank": subspace_rank,
-    "examples": batch_sizes[-1],
+    "examples": num_examples,
     "seed": seed,
     "conditions": conditions,
     "overlap": overlaps,

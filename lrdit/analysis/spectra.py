@@ -21,10 +21,7 @@ def singular_values(matrix: Float[np.ndarray, "m n"]) -> Float[np.ndarray, " K"]
 def product_singular_values(
   left: Float[np.ndarray, "m r"], right: Float[np.ndarray, "r n"]
 ) -> Float[np.ndarray, " K"]:
-  """Return the min(m, r, n) largest singular values of left @ right, descending.
-
-  They come from both triangular factors, without forming the product.
-  """
+  """Return the min(m, r, n) largest singular values of left @ right without forming it."""
   r_left = np.linalg.qr(np.asarray(left, np.float64), mode="r")
   r_right = np.linalg.qr(np.asarray(right, np.float64).T, mode="r")
   return singular_values(r_left @ r_right.T)
@@ -59,10 +56,7 @@ def entropy_rank(sigma: Float[np.ndarray, " K"]) -> float:
 
 
 def energy_rank(sigma: Float[np.ndarray, " K"], energy: float) -> int:
-  """Return the least k such that the first k values hold a share `energy` of sum(sigma^2).
-
-  `sigma` is descending and `energy` is in (0, 1].
-  """
+  """Return the least k for which the k largest values hold a share `energy` of sum(sigma^2)."""
   held = np.cumsum(np.square(sigma))
   if len(held) == 0 or held[-1] == 0:
     return 0

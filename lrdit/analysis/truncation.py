@@ -36,10 +36,7 @@ def leading_directions(kernel: Float[np.ndarray, "D_in D_out"]) -> Float[np.ndar
 def cut_kernel(
   kernel: Float[np.ndarray, "D_in D_out"], directions: Float[np.ndarray, "R R"], rank: int
 ) -> Float[np.ndarray, "D_in D_out"]:
-  """Return the kernel's best float32 approximation of a given rank (Eckart and Young 1936).
-
-  This projects the kernel onto its `leading_directions`.
-  """
+  """Return the best approximation of a kernel at a given rank (Eckart and Young 1936), float32."""
   kept = directions[:, :rank]
   if kernel.shape[0] <= kernel.shape[1]:
     return kept @ (kept.T @ kernel)
@@ -91,16 +88,10 @@ def analyze_truncation(
 ) -> dict[str, Any]:
   """Return the held-out losses of the whole model and of the model cut to every rank.
 
-  Args:
-    truncator: of the model's parameters.
-    ranks: (K,) to cut to.
-    place: see `Truncator.cut`.
-    losses_of: evaluates placed parameters, always with the same noise and timesteps.
-    cache: one unit for each rank.
-
-  Returns:
-    As JSON "ranks", "largest_rank" (where the rise is 0), "baseline" (G,), "loss" (K, G), and
-    "rise" (K, G), loss minus baseline. Groups without a sampled timestep have None.
+  `losses_of` evaluates placed parameters with the same noise and timesteps each time. The cache has
+  one unit for each rank. The JSON result has "ranks", "largest_rank" (where the rise is 0),
+  "baseline" (G,), "loss" (K, G), and "rise" (K, G), loss minus baseline. Groups without a sampled
+  timestep have None.
   """
   units = {"whole": truncator.largest_rank} | {f"rank_{rank}": rank for rank in ranks}
 

@@ -18,10 +18,7 @@ class UnitCache:
   """The finished units of one section, one file each."""
 
   def __init__(self, directory: pathlib.Path, key: dict[str, Any]):
-    """Open or make the section's directory, and empty it unless its key is the same.
-
-    `key` holds, as JSON, everything that the units depend on.
-    """
+    """Open or make the directory, and empty it unless its key, as JSON, is the same."""
     self.directory, path = directory, directory / "key.json"
     try:
       stored = store.read_json(path, FIX)
@@ -47,21 +44,12 @@ class UnitCache:
   def save(
     self, unit: str, record: dict[str, Any], arrays: Mapping[str, np.ndarray] | None = None
   ) -> None:
-    """Save a unit atomically.
-
-    Args:
-      unit: a file name once '/' is replaced.
-      record: as JSON.
-      arrays: by name.
-    """
+    """Save a unit atomically: a JSON record, and arrays by name."""
     text = np.frombuffer(json.dumps(record).encode(), np.uint8)
     store.save_arrays(self._path(unit), {RECORD: text} | dict(arrays or {}))
 
   def fill(self, units: Sequence[str], noun: str, make: Callable[[str], tuple]) -> None:
-    """Save `make(unit)`, a record and optional arrays, for each missing unit.
-
-    The progress bar counts units by their `noun`.
-    """
+    """Save `make(unit)`, a record and optional arrays, for each missing unit; show progress."""
     missing = [unit for unit in units if self.load(unit) is None]
     with make_bar(len(units), len(units) - len(missing), noun) as bar:
       for unit in missing:

@@ -44,17 +44,12 @@ def mean_measures(entries: Sequence[Mapping[str, float]], weights: Any = None) -
 def analyze_layer(
   layer_params: Mapping[str, np.ndarray], ranks: LayerRanks | None
 ) -> dict[str, Any]:
-  """Return the singular spectrum and the measures of one layer's kernel.
+  """Return the singular spectrum and the measures of one layer's kernel as JSON.
 
-  Args:
-    layer_params: "kernel" (D_in, D_out) of a dense layer, or "down" (D_in, R) and "up" (R, D_out)
-      of a low-rank one.
-    ranks: None for a dense layer.
-
-  Returns:
-    As JSON "dim_in", "dim_out" and "buckets". A low-rank layer has an entry for each rank bucket,
-    a dense layer one entry: "active_rank" (None if dense), "singular_values" (descending),
-    `spectra.MEASURES`, and "normalised", the measures as shares of min(D_in, D_out).
+  `layer_params` has a dense "kernel" (D_in, D_out), or "down" (D_in, R) and "up" (R, D_out). The
+  result has "dim_in", "dim_out" and "buckets", an entry for each rank bucket or one for a dense
+  layer: "active_rank" (None if dense), "singular_values" (descending), `spectra.MEASURES`, and
+  "normalised", the measures as shares of min(D_in, D_out).
   """
   if ranks is None:
     kernel = layer_params["kernel"]
@@ -84,21 +79,16 @@ def analyze_weights(
   boundaries: Sequence[int],
   cache: UnitCache,
 ) -> dict[str, Any]:
-  """Return the spectra of all layers.
+  """Return the spectra of all layers as JSON, with a cached unit for each layer.
 
-  Args:
-    params: host arrays of the model with this `plan` and `shape`.
-    plan, shape: of the model.
-    boundaries: (G + 1,) from 0 to T; timestep group i is [boundaries[i], boundaries[i + 1]).
-    cache: one unit for each layer.
+  Group i is [boundaries[i], boundaries[i + 1]), and the (G + 1,) boundaries reach from 0 to T.
 
   Returns:
-    As JSON:
-      groups: [{t_first, t_last, bucket_shares (K,)}].
-      segments: [{t_first, t_last, bucket}].
-      layers: {name: `analyze_layer` with "kind", and "groups": normalised measures averaged over
-        each group's timesteps}.
-      kinds: {kind: {buckets, groups}}, normalised measures averaged over the layers.
+    groups: [{t_first, t_last, bucket_shares (K,)}].
+    segments: [{t_first, t_last, bucket}].
+    layers: {name: `analyze_layer` with "kind", and "groups": normalised measures averaged over each
+      group's timesteps}.
+    kinds: {kind: {buckets, groups}}, normalised measures averaged over the layers.
   """
 
   def make(name: str) -> tuple[dict[str, Any]]:
@@ -136,7 +126,6 @@ def _every_bucket(layer: Mapping[str, Any], plan: RankPlan) -> list[dict[str, An
 
 
 def _mean_layer(layers: Sequence[dict[str, Any]], plan: RankPlan) -> dict[str, Any]:
-  """Average the layers' measures, by bucket and by group."""
   buckets = [[e["normalised"] for e in _every_bucket(layer, plan)] for layer in layers]
   return {
     "buckets": [mean_measures(entries) for entries in zip(*buckets, strict=True)],
