@@ -102,7 +102,6 @@ def ratio_over_t(arms: Sequence[Arm]) -> str | None:
 def _over_t(
   name: str, arms: Sequence[Arm], by_bucket: Sequence[Sequence[float] | None], label: str
 ) -> str | None:
-
   def paint(axes: Any) -> bool:
     for number, (arm, of_arm) in enumerate(zip(arms, by_bucket, strict=True)):
       if arm.model and of_arm:
