@@ -1,1 +1,1 @@
-"""What trained factors and gradients look like by timestep."""
+"""Spectra of trained weights and gradients by timestep, and rank truncation."""

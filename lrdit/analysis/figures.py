@@ -1,117 +1,30 @@
-"""Figures of an analysis: what they share, and those of the rank truncation.
+"""Figures of the rank truncation and of the loss by timestep group, or None if there is no data.
 
-Each function makes a matplotlib figure from a section's JSON, or returns None where there is
-nothing to draw; `write_png` writes it.
+Titles name the model and its step.
 
-Axes: G timestep groups, K ranks that layers are cut to.
+Axes: K ranks that layers are cut to, T timesteps.
 """
 
-import functools
-import io
-import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from lrdit.analysis.plot_style import (
-  COLOURS,
-  LINE_STYLES,
-  SETTINGS,
-  T_LABEL,
-  add_grid,
-  plain_ticks,
-)
-from lrdit.analysis.spectra import ENERGIES, MEASURES
-from lrdit.runtime.store import atomic_path
+from lrdit.analysis import plot_style
 
-DOTS_PER_INCH = 150
-KIND_TITLES = {"attention": "attention", "mlp": "MLP", "adaln": "adaLN", "other": "other layers"}
-MEASURE_TITLES = dict(
-  zip(
-    MEASURES,
-    ["stable rank", "entropy rank", *(f"{100 * e:.0f} % energy rank" for e in ENERGIES)],
-    strict=True,
-  )
-)
 NO_RISE = "#D9D9D9"
-ROUNDING = 1e-6  # of a loss: less is the rounding of float32
-LEAST_RISE = 1e-4  # share of the largest rise that the colours still show
+ROUNDING = 1e-6  # share of a loss that float32 may round away
+LEAST_RISE = 1e-4  # smallest coloured rise, as a share of the largest
 
 
-def styled(make: Callable[..., Any]) -> Callable[..., Any]:
-  """Wrap a function so that it draws with the settings of all these figures."""
-
-  @functools.wraps(make)
-  def wrapped(*args: Any, **kwargs: Any) -> Any:
-    import matplotlib  # slow, and only needed here
-
-    with matplotlib.rc_context(SETTINGS):
-      return make(*args, **kwargs)
-
-  return wrapped
-
-
-def panels(
-  rows: int, columns: int, width: float, height: float, title: str, **settings: Any
-) -> tuple[Any, np.ndarray]:
-  """Return a figure and its (rows, columns) axes, each of `width` x `height` inches."""
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
-  figure.suptitle(title)
-  return figure, figure.subplots(rows, columns, squeeze=False, **settings)
-
-
-def legend_below(figure: Any, handles: Sequence[Any], columns: int | None = None) -> None:
-  """Draw a figure's legend under its panels, in one row unless `columns` is given."""
-  columns = columns or len(handles)
-  figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=3)
-
-
-def group_edges(groups: Sequence[Mapping[str, int]]) -> list[int]:
-  """Return the (G + 1,) timesteps at which groups begin and end."""
-  return [group["t_first"] for group in groups] + [groups[-1]["t_last"] + 1]
-
-
-def label_row(row: Sequence[Any], measure: str) -> None:
-  """Label a row of panels and start its axis at 0; call it after everything is drawn."""
-  row[0].set_ylim(0, 1.06 * row[0].get_ylim()[1])  # values far above 0 leave a small margin
-  if not row[0].get_shared_y_axes().joined(row[0], row[-1]):
-    row[-1].set_ylim(0, 1.06 * row[-1].get_ylim()[1])
-  row[0].set_ylabel(f"{MEASURE_TITLES[measure]}\n/ min(D_in, D_out)")
-  for panel in row:
-    add_grid(panel)
-
-
-def png(figure: Any) -> bytes:
-  """Return a figure as a PNG file, which is the same for the same figure."""
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-  file = io.BytesIO()
-  FigureCanvasAgg(figure)
-  figure.savefig(file, format="png", dpi=DOTS_PER_INCH, facecolor="white")
-  return file.getvalue()
-
-
-def write_png(path: pathlib.Path, figure: Any) -> None:
-  """Write a figure, whole or not at all; write nothing if it is None."""
-  if figure is not None:
-    with atomic_path(path) as temporary:
-      temporary.write_bytes(png(figure))
-
-
-@styled
+@plot_style.styled()
 def truncation(
   found: Mapping[str, Any], title: str, schedule: tuple[str, Sequence[float]] | None = None
 ) -> Any:
   """Draw the rise in held-out loss of each timestep group when layers are cut to rank k.
 
-  Args:
-    found: "boundaries" (G + 1,), "baseline" (G,), "ranks" (K,), "rise" (K, G) with None for
-      what is missing.
-    title: names the model and its step.
-    schedule: a name and (T,) r(t) to draw upon the map.
+  `found` has the fields of truncation.json. `schedule` is the label and the (T,) values of an r(t)
+  to overlay.
   """
   import matplotlib
   from matplotlib.colors import LogNorm
@@ -122,7 +35,7 @@ def truncation(
   largest = np.nanmax(rise, initial=0)
   if largest <= ROUNDING * np.nanmax(np.array(found["baseline"], float), initial=0):
     return None
-  figure, ((panel,),) = panels(1, 1, 7.2, 4.4, f"Rank truncation: {title}")
+  figure, ((panel,),) = plot_style.panels(1, 1, 7.2, 4.4, f"Rank truncation: {title}")
   least = LEAST_RISE * largest
   norm = LogNorm(rise[rise >= least].min(), largest)
   edges = _rank_edges(ranks)
@@ -136,8 +49,8 @@ def truncation(
     effects = _outline(4.5, "white")
     panel.step(np.arange(len(r)), r, color="black", linewidth=2, label=name, path_effects=effects)
     figure.legend(loc="outside lower center")
-  panel.set(xlabel=T_LABEL, ylabel="rank k that the factorised layers are cut to", yscale="log")
-  panel.set(ylim=(edges[0], edges[-1]))
+  panel.set(xlabel=plot_style.T_LABEL, ylabel="rank k that the factorised layers are cut to")
+  panel.set(yscale="log", ylim=(edges[0], edges[-1]))
   panel.set_yticks(ranks, [f"{rank:g}" for rank in ranks])
   panel.set_yticks([], minor=True)
   label = "rise in held-out loss (grey: none, or below the scale)"
@@ -146,7 +59,7 @@ def truncation(
 
 
 def _rank_edges(ranks: np.ndarray) -> np.ndarray:
-  """Return the (K + 1,) borders of rows, halfway between ranks on a logarithmic axis."""
+  """Return the (K + 1,) row borders, halfway between ranks on a logarithmic axis."""
   if len(ranks) == 1:
     return ranks[0] * np.array([0.8, 1.25])
   inner = np.sqrt(ranks[1:] * ranks[:-1])
@@ -156,10 +69,10 @@ def _rank_edges(ranks: np.ndarray) -> np.ndarray:
 def _add_contours(
   panel: Any, boundaries: Sequence[int], ranks: np.ndarray, rise: np.ndarray, norm: Any
 ) -> None:
-  """Add contours at powers of ten, and at three times these where there are few."""
+  """Add contours at powers of ten, and at three times these if there are few."""
   if min(rise.shape) < 2:
     return
-  # Contours stay away from the ends of the scale, where there is nothing on one side of them.
+  # A contour at either end of the scale would have nothing on one side.
   low, high = norm.vmin * (1 + ROUNDING), norm.vmax * (1 - ROUNDING)
   decades = 10.0 ** np.arange(np.floor(np.log10(norm.vmin)), np.ceil(np.log10(norm.vmax)) + 1)
   levels = decades[(decades > low) & (decades < high)]
@@ -167,7 +80,7 @@ def _add_contours(
     levels = np.sort(np.concatenate([decades, 3 * decades]))
     levels = levels[(levels > low) & (levels < high)]
   t = (np.array(boundaries[1:]) + np.array(boundaries[:-1])) / 2
-  # Logarithms change evenly between the middles of cells, and the rises do not.
+  # Contours interpolate linearly, which suits the logarithms better than the rises.
   heights = np.log10(np.where(rise >= norm.vmin, rise, np.nan))
   style = dict(colors="white", linestyles="solid", linewidths=1.2)
   lines = panel.contour(t, ranks, np.ma.masked_invalid(heights), levels=np.log10(levels), **style)
@@ -178,34 +91,29 @@ def _add_contours(
 
 
 def _outline(width: float, colour: str) -> list[Any]:
-  """Return the effects that give a line a border, so that it shows on any background."""
+  """Return path effects that outline a line, so that it is visible on any background."""
   from matplotlib import patheffects
 
   return [patheffects.Stroke(linewidth=width, foreground=colour), patheffects.Normal()]
 
 
-@styled
+@plot_style.styled()
 def losses(
   boundaries: Sequence[int], by_name: Mapping[str, Sequence[float | None]], title: str
 ) -> Any:
-  """Draw the held-out loss of each timestep group.
-
-  Args:
-    boundaries: (G + 1,).
-    by_name: (G,) losses for each name in the legend; None for what is missing.
-    title: names the model and its step.
-  """
+  """Draw the held-out loss of each timestep group, a line per label; None marks a missing loss."""
   found = {name: np.array(loss, np.float64) for name, loss in by_name.items()}
   found = {name: loss for name, loss in found.items() if np.isfinite(loss).any()}
   if not found:
     return None
-  figure, ((panel,),) = panels(1, 1, 7.6, 4.0, f"Held-out loss by timestep group: {title}")
+  title = f"Held-out loss by timestep group: {title}"
+  figure, ((panel,),) = plot_style.panels(1, 1, 7.6, 4.0, title)
   for i, (name, loss) in enumerate(found.items()):
-    style = dict(color=COLOURS[i % len(COLOURS)], linestyle=LINE_STYLES[i % len(LINE_STYLES)])
-    panel.stairs(loss, boundaries, baseline=None, label=name, linewidth=1.8, **style)
-  panel.set(xlabel=T_LABEL, ylabel="mean loss (per value)", yscale="log")
-  plain_ticks(panel)
-  add_grid(panel)
+    style = plot_style.line_of(i) | {"label": name, "linewidth": 1.8}
+    panel.stairs(loss, boundaries, baseline=None, **style)
+  panel.set(xlabel=plot_style.T_LABEL, ylabel=plot_style.LOSS_LABEL, yscale="log")
+  plot_style.plain_ticks(panel)
+  plot_style.add_grid(panel)
   if len(found) > 1:
     figure.legend(loc="outside lower center", ncols=3)
   return figure

@@ -1,17 +1,17 @@
-"""The batches whose gradients are analyzed: one set of examples under the data and three nulls.
+"""Batches for the gradient analysis: one set of examples under the data and three nulls.
 
-All groups and conditions share N examples, their order and their noise eps. They differ in the
-timesteps and, in the last two conditions, in the target:
+All groups and conditions share N examples, their order and their noise eps. They differ in their
+timesteps and, in the last two conditions, in their targets:
 
-data: example j's timestep is sampled from one of N equal parts of the group.
-shuffled: the G timesteps of each example are dealt out to the groups anew, so a group's timesteps
-  are spread over [0, T). What still differs between groups is sampling noise.
-noise: as data, but the target is noise that is independent of the input. In a trained model the
-  noise averages out over the batch, and mostly the gradient towards an output of zero is left: it
-  still knows what the model has learned.
-residual: as data, but each example's error, output minus target, is replaced by normal noise whose
-  standard deviation is the error's root mean square. The rank that is left comes from the batch
-  size, the activations and the architecture alone.
+data: each example's timestep is sampled from its own one of N equal parts of the group.
+shuffled: each example's G timesteps are permuted over the groups, so every group covers [0, T)
+  and groups differ only by sampling noise.
+noise: as data, but the target is noise independent of the input. In a trained model this noise
+  averages out over the batch and leaves mostly the gradient towards an output of zero, which
+  still depends on what the model has learned.
+residual: as data, but normal noise of the same root mean square replaces each example's residual,
+  output minus target. The remaining rank comes only from the batch size, the activations and the
+  architecture.
 
 Axes: N examples, H W image, C channels, G timestep groups, T timesteps.
 """
@@ -30,40 +30,27 @@ from lrdit.train.loss import Objective
 
 CONDITIONS = ("data", "shuffled", "noise", "residual")
 
-# Keep the random numbers of different uses apart from each other.
+# Independent random streams.
 _IMAGE_STREAM, _TIMESTEP_STREAM, _SHUFFLE_STREAM = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """What all groups and conditions share.
+  """The examples that all groups and conditions share; arrays are float32, labels int32."""
 
-  Attributes:
-    x_0: (N, H, W, C) float32; latents are sampled from their distribution once.
-    y: (N,) int32 labels, or None for an unconditional model.
-    eps: (N, H, W, C) float32 standard normal.
-    target_noise: (N, H, W, C) float32 standard normal, for "noise" and "residual".
-  """
-
-  x_0: Float[np.ndarray, "N H W C"]
-  y: Int[np.ndarray, " N"] | None
-  eps: Float[np.ndarray, "N H W C"]
-  target_noise: Float[np.ndarray, "N H W C"]
+  x_0: Float[np.ndarray, "N H W C"]  # latents are sampled from their distribution once
+  y: Int[np.ndarray, " N"] | None  # None for an unconditional model
+  eps: Float[np.ndarray, "N H W C"]  # standard normal
+  target_noise: Float[np.ndarray, "N H W C"]  # standard normal, for "noise" and "residual"
 
 
 def sample_examples(source: Source, num_examples: int, num_classes: int, seed: int) -> Examples:
-  """Return the first examples of a shuffled order, with their noise.
+  """Return the first N examples of a shuffled order, with their noise.
 
-  The first b examples are the same whatever `num_examples`.
-
-  Args:
-    source: the training split.
-    num_examples: N.
-    num_classes: of the model; 0 if it is unconditional.
-    seed: of order and noise.
+  The first b examples do not depend on N. `num_classes` is 0 for an unconditional model.
 
   Raises:
-    UserError: the source has fewer examples.
+    UserError: the source has fewer than N examples.
   """
   if num_examples > len(source):
     raise UserError(
@@ -82,10 +69,7 @@ def sample_examples(source: Source, num_examples: int, num_classes: int, seed: i
 
 
 def spread_order(num_examples: int) -> Int[np.ndarray, " N"]:
-  """Return a permutation of [0, N) of which every beginning is spread over [0, N).
-
-  It ranks van der Corput's sequence in base 2, which is bit reversal where N is a power of 2.
-  """
+  """Return a permutation of [0, N), every prefix of which is spread (van der Corput, base 2)."""
   numbers, reversed_bits = np.arange(num_examples), np.zeros(num_examples)
   for place in range(num_examples.bit_length()):
     reversed_bits += (numbers >> place & 1) / 2 ** (place + 1)
@@ -95,15 +79,10 @@ def spread_order(num_examples: int) -> Int[np.ndarray, " N"]:
 def group_timesteps(
   boundaries: Sequence[int], num_examples: int, seed: int
 ) -> Int[np.ndarray, "G N"]:
-  """Return each example's timestep in each group, stratified as training's timesteps are.
+  """Return each example's int64 timestep in each group, stratified as in training.
 
-  Args:
-    boundaries: (G + 1,) ascending; group i is [boundaries[i], boundaries[i + 1]).
-    num_examples: N.
-    seed: of the timesteps within their strata.
-
-  Returns:
-    (G, N) int64; the timesteps of the first b examples are spread over the group for every b.
+  Group i is [boundaries[i], boundaries[i + 1]). For every b, the timesteps of the first b examples
+  are spread over the group.
   """
   edges = np.asarray(boundaries, np.int64)[:, None]
   uniform = np.random.default_rng([seed, _TIMESTEP_STREAM]).random((len(edges) - 1, num_examples))
@@ -113,27 +92,18 @@ def group_timesteps(
 
 
 def shuffle_timesteps(t: Int[np.ndarray, "G N"], seed: int) -> Int[np.ndarray, "G N"]:
-  """Deal out each example's timesteps to the groups at random.
-
-  Each group gets every example once, so groups differ in their timesteps alone.
-  """
+  """Permute each example's timesteps over the groups, so that each group keeps every example."""
   return np.random.default_rng([seed, _SHUFFLE_STREAM]).permuted(t, axis=0)
 
 
 def condition_batch(
   condition: str, objective: Objective, examples: Examples, t: Int[np.ndarray, " N"]
 ) -> dict[str, np.ndarray]:
-  """Return a group's inputs and targets, as `example_losses` of training has them.
+  """Return a group's inputs and targets, as in training's `example_losses`.
 
-  Args:
-    condition: one of `CONDITIONS`.
-    objective: of the run.
-    examples: shared by all groups.
-    t: (N,) of the group, a row of `group_timesteps`, or of `shuffle_timesteps` for "shuffled".
-
-  Returns:
-    "x_t" and "target" (N, H, W, C) float32, "t" (N,) int32, "weight" (N,) float32 of the squared
-    errors; of a conditional model "y" (N,) int32, and for "residual" "residual_noise" (N, H, W, C).
+  `t` is the group's row of `group_timesteps`, or of `shuffle_timesteps` for "shuffled". The result
+  has "x_t" and "target" (N, H, W, C) float32, "t" (N,) int32, and "weight" (N,) float32 for the
+  squared errors; also "y" (N,) int32 for a conditional model, and "residual_noise" for "residual".
   """
   alphas_cumprod, prediction = objective.alphas_cumprod, objective.prediction
 
@@ -153,26 +123,11 @@ def condition_batch(
   if examples.y is not None:
     batch["y"] = examples.y
   if condition == "noise":
-    batch["target"] = _noise_target(prediction, examples, signal, noise)
+    # The target is linear in x_0 and eps. They are independent, so their variances add up.
+    spread, zero, one = np.float32(examples.x_0.std()), np.float32(0), np.float32(1)
+    from_x_0 = process.training_target(prediction, spread, zero, signal, noise)
+    from_eps = process.training_target(prediction, zero, one, signal, noise)
+    batch["target"] = examples.target_noise * np.hypot(from_x_0, from_eps)
   if condition == "residual":
     batch["residual_noise"] = examples.target_noise
   return batch
-
-
-def _noise_target(
-  prediction: str,
-  examples: Examples,
-  signal: Float[np.ndarray, "N 1 1 1"],
-  noise: Float[np.ndarray, "N 1 1 1"],
-) -> Float[np.ndarray, "N H W C"]:
-  """Return noise of the variance that the true target has at each timestep.
-
-  An example's noise is the same in all groups, as its eps is.
-  """
-  spread, zero, one = np.float32(examples.x_0.std()), np.float32(0), np.float32(1)
-  # The target is linear in x_0 and eps, which are independent: their variances add up.
-  from_x_0, from_eps = (
-    process.training_target(prediction, x_0, eps, signal, noise)
-    for x_0, eps in ((spread, zero), (zero, one))
-  )
-  return examples.target_noise * np.hypot(from_x_0, from_eps)

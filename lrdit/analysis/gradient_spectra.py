@@ -1,9 +1,9 @@
-"""Ranks of the gradient of each timestep group, beside three nulls, and how groups overlap.
+"""Ranks of each timestep group's gradient, beside three nulls, and the overlap between groups.
 
 The gradient is that of training's weighted squared error with respect to a layer's effective
-kernel. For a low-rank layer that is the product down[:, :r] @ up[:r] at each example's own bucket,
-so dense and low-rank models are measured by the same thing. Label dropout, flips and, with
-learn_sigma, the variance's bound are left out. `gradient_batches` defines the conditions.
+kernel. For a low-rank layer this is down[:, :r] @ up[:r] at each example's own bucket, so dense and
+low-rank models are comparable. Label dropout, flips and the variance term of learn_sigma are left
+out. `gradient_batches` defines the conditions.
 
 `analyze_gradients` returns the fields of `analysis/gradients.json`:
   groups: [{t_first, t_last}], both inclusive.
@@ -11,16 +11,17 @@ learn_sigma, the variance's bound are left out. `gradient_batches` defines the c
     {measure, normalised: {measure / min(dim_in, dim_out)}}}}, kinds: {kind: [group][batch size]
     {measure: mean of the normalised}}}}.
   overlap: {condition: {layers: {layer: tables}, kinds: {kind: mean of the tables}}}, with None
-    where a gradient is zero. The tables are:
+    for a zero gradient. The tables are:
     left, right: (G, G) mean squared cosines of the principal angles of two groups' subspaces of
       R^dim_in or R^dim_out. Groups share examples and noise.
     left_degrees, right_degrees: (G, G) largest principal angle.
-    random_left, random_right: the expectation of left and right for random subspaces.
+    random_left, random_right: expectation of left and right for random subspaces.
     cross_half: {left, right: (G, G)} between the first half of the examples in group i and the
-      second half in group j: the overlap that is left where groups share no example.
-    split_half: (G,) mean of both diagonals of cross_half, the most that it can reach for subspaces
-      that are known from N / 2 examples.
-  batch_sizes, subspace_rank, seed: as given; examples: N.
+      second half in group j, so groups share no example.
+    split_half: (G,) mean of both diagonals of cross_half, an upper bound for subspaces that are
+      estimated from N / 2 examples.
+  batch_sizes, subspace_rank, seed: as given.
+  examples: N.
 
 Axes: N examples, b batch, H W image, C channels, G timestep groups, m = D_in rows and n = D_out
 columns of a kernel, q dimensions of a subspace.
@@ -36,32 +37,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lrdit.analysis import spectra
-from lrdit.analysis.gradient_batches import (
-  CONDITIONS,
-  Examples,
-  condition_batch,
-  group_timesteps,
-  sample_examples,
-  shuffle_timesteps,
-)
+from lrdit.analysis import gradient_batches, spectra
+from lrdit.analysis.gradient_batches import CONDITIONS
 from lrdit.analysis.unit_cache import UnitCache
 from lrdit.analysis.weight_spectra import layer_kind, normalised
 from lrdit.data.source import Source
 from lrdit.model.dit import DiT, layer_shapes
 from lrdit.model.low_rank import uniform_selection
 from lrdit.rank.plan import RankPlan, dense_plan
-from lrdit.runtime import progress
 from lrdit.train.loss import Objective
 
 SIDES = ("left", "right")  # the subspaces of R^D_in and of R^D_out
 
 
 def dense_params(params: Mapping[str, Any], plan: RankPlan, bucket: int) -> dict[str, Any]:
-  """Return the parameters of the dense model that computes what a bucket of `plan` does.
-
-  Its kernels are down[:, :r] @ up[:r]; other arrays are shared with `params`.
-  """
+  """Return the parameters of the dense model that is equivalent to one bucket of `plan`."""
   flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
   for name, ranks in plan.layers:
     rank = ranks.active[bucket]
@@ -70,35 +60,25 @@ def dense_params(params: Mapping[str, Any], plan: RankPlan, bucket: int) -> dict
   return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _with_noise_for_residual(
-  prediction: Float[Array, "b H W C"],
-  target: Float[Array, "b H W C"],
-  noise: Float[Array, "b H W C"],
-) -> Float[Array, "b H W C"]:
-  """Return the target that leaves noise of the expected size in place of each residual."""
-  prediction = jax.lax.stop_gradient(prediction)
-  mean_square = jnp.square(prediction - target).mean(axis=(1, 2, 3), keepdims=True)
-  return prediction - jnp.sqrt(mean_square) * noise
-
-
 def _make_step(model: DiT) -> Callable:
-  """Return the compiled (sums, kernels, other parameters, batch) -> sums plus the batch's gradient.
-
-  Kernels, sums and gradients are flat dicts by the layers' names.
-  """
+  """Return a compiled step that adds a batch's gradient to sums, both flat dicts by layer."""
 
   def loss(kernels: dict[str, Array], others: dict[str, Array], batch: dict[str, Array]) -> Array:
     flat = others | {f"{name}/kernel": kernel for name, kernel in kernels.items()}
     params = flax.traverse_util.unflatten_dict(flat, sep="/")
     selection = uniform_selection(len(batch["t"]))
-    output = model.apply({"params": params}, batch["x_t"], batch["t"], batch.get("y"), selection)
-    prediction, target = output[..., : model.shape.channels], batch["target"]
+    inputs = (batch["x_t"], batch["t"], batch.get("y"), selection)
+    prediction = model.apply({"params": params}, *inputs)[..., : model.shape.channels]
+    target = batch["target"]
     if "residual_noise" in batch:
-      target = _with_noise_for_residual(prediction, target, batch["residual_noise"])
+      # This target leaves noise of the residual's root mean square in place of each residual.
+      output = jax.lax.stop_gradient(prediction)
+      mean_square = jnp.square(output - target).mean(axis=(1, 2, 3), keepdims=True)
+      target = output - jnp.sqrt(mean_square) * batch["residual_noise"]
     return jnp.dot(batch["weight"], jnp.square(prediction - target).mean(axis=(1, 2, 3)))
 
   def step(sums, kernels, others, batch):
-    # Products of lower precision, an accelerator's default, would fill up the spectra's tails.
+    # An accelerator's default precision would fill the spectra's tails with rounding errors.
     with jax.default_matmul_precision("highest"):
       return jax.tree.map(jnp.add, sums, jax.grad(loss)(kernels, others, batch))
 
@@ -108,23 +88,22 @@ def _make_step(model: DiT) -> Callable:
 class KernelGradients:
   """Sums of examples' gradients with respect to the effective kernels.
 
-  Everything is float32, sums included: N additions round about as much as one example's backward
-  pass in float32 has rounded already.
+  Sums are float32 too: N additions round about as much as one example's backward pass.
   """
 
   def __init__(self, model: DiT, params: Any, microbatch: int):
-    """Put the parameters on the device; `microbatch` examples will be in flight."""
+    """Put the parameters on the device, for passes over `microbatch` examples at once."""
     self.shapes = layer_shapes(model.shape)
     self._plan, self._microbatch = model.plan, microbatch
     self._params = jax.device_put(params)
-    # Not scanned, because stacks of blocks would be copies of the parameters and gradients.
+    # A scan would copy parameters and gradients into stacks of blocks.
     dense = model.clone(
       plan=dense_plan(model.plan.num_train_timesteps), dtype=jnp.float32, scan_blocks=False
     )
     self._step = _make_step(dense)
 
   def zeros(self) -> dict[str, Float[Array, "_ _"]]:
-    """Return the sums of no example."""
+    """Return sums of zero for each layer."""
     return {name: jnp.zeros(dims, jnp.float32) for name, dims in self.shapes.items()}
 
   def add(
@@ -133,20 +112,20 @@ class KernelGradients:
     batch: dict[str, np.ndarray],
     rows: Int[np.ndarray, " b"],
   ) -> dict[str, Float[Array, "_ _"]]:
-    """Add the gradient of the summed losses of some rows of a `condition_batch`; donates `sums`."""
+    """Add the summed losses' gradient for some rows of a `condition_batch`; `sums` is donated."""
     buckets = self._plan.bucket_of_timestep[batch["t"][rows]]
     for bucket in np.unique(buckets):
       sums = self._add_bucket(sums, batch, rows[buckets == bucket], int(bucket))
     return sums
 
   def _add_bucket(self, sums, batch, rows, bucket):
-    """Add rows of one bucket, whose kernels are gone when the next one's are made."""
+    """Add rows of one bucket, whose kernels are freed on return."""
     params = dense_params(self._params, self._plan, bucket)
     others = flax.traverse_util.flatten_dict(params, sep="/")
     kernels = {name: others.pop(f"{name}/kernel") for name in self.shapes}
     for start in range(0, len(rows), self._microbatch):
       own = rows[start : start + self._microbatch]
-      # Padded with rows of weight 0, so that one program serves them all.
+      # Pad with rows of weight 0, so that one program serves every size.
       padded = np.concatenate([own, np.repeat(own[:1], self._microbatch - len(own))])
       part = {name: values[padded] for name, values in batch.items()}
       part["weight"][len(own) :] = 0
@@ -159,7 +138,7 @@ def leading_subspaces(
 ) -> tuple[Float[np.ndarray, "m q"], Float[np.ndarray, "n q"]]:
   """Return the leading left and right singular vectors as float64 columns, largest first.
 
-  q is `rank`, or less where the matrix has a lower rank in float32.
+  q is `rank`, or the matrix's rank in float32 if that is lower.
   """
   matrix = np.asarray(matrix, np.float64)
   if matrix.shape[0] > matrix.shape[1]:
@@ -168,7 +147,7 @@ def leading_subspaces(
   sigma, vectors = spectra.left_singular_vectors(matrix)
   is_resolved = sigma > sigma[0] * max(matrix.shape) * np.finfo(np.float32).eps
   left = vectors[:, : min(rank, int(is_resolved.sum()))]
-  # QR takes the columns in order: a small direction loses what it has of larger ones.
+  # QR takes the columns in order, so it cleans small directions of larger ones.
   right, _ = np.linalg.qr(matrix.T @ left)
   return left, right
 
@@ -181,13 +160,13 @@ def measure_unit(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """Measure the gradients of a group's first b examples, and the subspaces of all N.
 
-  One pass over the batch measures its gradient as it grows. A gradient of sums stands for one of
-  means, because no measure depends on the scale. The last of the `batch_sizes` is N >= 2.
+  One pass over the batch measures the growing sums, which serve as means because no measure depends
+  on the scale. The last of the `batch_sizes` is N >= 2.
 
   Returns:
-    record: {layer: [`spectra.measures` of each batch size]}.
-    arrays: float32 bases (m, q) and (n, q) by "PART/SIDE/LAYER", where PART is "all", "first" or
-      "second" half of the examples and SIDE one of `SIDES`.
+    record: {layer: [`spectra.measures` at each batch size]}.
+    arrays: float32 bases (m, q) and (n, q) by "PART/SIDE/LAYER". PART is "all" examples, or their
+      "first" or "second" half; SIDE is one of `SIDES`.
   """
   half = batch_sizes[-1] // 2
   record: dict[str, Any] = {name: [] for name in gradients.shapes}
@@ -214,10 +193,10 @@ def measure_unit(
 def overlap(
   a: Float[np.ndarray, "m qa"], b: Float[np.ndarray, "m qb"]
 ) -> tuple[float | None, float | None]:
-  """Return (mean squared cosine of the principal angles, largest angle in degrees).
+  """Return the mean squared cosine of the principal angles and the largest angle in degrees.
 
-  The columns are orthonormal, leading ones first; the longer basis is cut to the shorter. Where one
-  has no column, both numbers are None.
+  Columns are orthonormal, leading ones first. The longer basis is cut to the shorter one's length,
+  and both results are None if that is 0.
   """
   size = min(a.shape[1], b.shape[1])
   if size == 0:
@@ -227,7 +206,7 @@ def overlap(
 
 
 def _mean_tables(tables: Sequence[Any]) -> Any:
-  """Average equally nested lists and dicts of numbers; None where there is no number."""
+  """Average equally nested lists and dicts of numbers, ignoring None unless all are."""
   if isinstance(tables[0], dict):
     return {key: _mean_tables([table[key] for table in tables]) for key in tables[0]}
   if isinstance(tables[0], list):
@@ -237,24 +216,20 @@ def _mean_tables(tables: Sequence[Any]) -> Any:
 
 
 def _mean_by_kind(layers: Mapping[str, Any]) -> dict[str, Any]:
-  """Average the tables of the layers of each kind."""
-  kinds = dict.fromkeys(layer_kind(name) for name in layers)
-  return {
-    kind: _mean_tables([table for name, table in layers.items() if layer_kind(name) == kind])
-    for kind in kinds
-  }
+  kinds: dict[str, list[Any]] = {}
+  for name, tables in layers.items():
+    kinds.setdefault(layer_kind(name), []).append(tables)
+  return {kind: _mean_tables(tables) for kind, tables in kinds.items()}
 
 
 def _layer_overlap(bases: Sequence[Mapping[str, np.ndarray]], name: str) -> dict[str, Any]:
-  """Return the overlaps of a layer's subspaces, by side; see `analyze_gradients`."""
-  groups, tables = range(len(bases)), {}
+  groups, tables, halves = range(len(bases)), {}, {}
 
   def compare(part_i: str, part_j: str, side: str) -> list[list[tuple]]:
-    """Return the overlaps of one part of group i's gradient and another of group j's."""
+    """Return overlaps between a part of group i's gradient and a part of group j's."""
     keys = [f"{part}/{side}/{name}" for part in (part_i, part_j)]
     return [[overlap(bases[i][keys[0]], bases[j][keys[1]]) for j in groups] for i in groups]
 
-  halves = {}
   for side in SIDES:
     pairs = compare("all", "all", side)
     tables[side] = [[share for share, _ in row] for row in pairs]
@@ -264,11 +239,14 @@ def _layer_overlap(bases: Sequence[Mapping[str, np.ndarray]], name: str) -> dict
   return tables | {"split_half": split_half, "cross_half": halves}
 
 
-def _summarise_ranks(
-  shapes: Mapping[str, tuple[int, int]], records: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-  """Return a condition's measures by layer and kind, from the records of its groups."""
-  layers, shares = {}, {}
+def _summarise(
+  shapes: Mapping[str, tuple[int, int]],
+  records: Sequence[Mapping[str, Any]],
+  bases: Sequence[Mapping[str, np.ndarray]],
+  subspace_rank: int,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Return a condition's ranks and overlaps, both by layer and kind, from its groups' units."""
+  ranks, shares, overlaps = {}, {}, {}
   for name, dims in shapes.items():
     shares[name] = [[normalised(m, *dims) for m in record[name]] for record in records]
     measured = [
@@ -276,42 +254,12 @@ def _summarise_ranks(
       for record, row in zip(records, shares[name], strict=True)
     ]
     kind = layer_kind(name)
-    layers[name] = {"dim_in": dims[0], "dim_out": dims[1], "kind": kind, "measures": measured}
-  return {"layers": layers, "kinds": _mean_by_kind(shares)}
-
-
-def _summarise_overlap(
-  shapes: Mapping[str, tuple[int, int]],
-  bases: Sequence[Mapping[str, np.ndarray]],
-  subspace_rank: int,
-) -> dict[str, Any]:
-  """Return a condition's overlaps by layer and kind, from the arrays of its groups."""
-  layers = {}
-  for name, dims in shapes.items():
+    ranks[name] = {"dim_in": dims[0], "dim_out": dims[1], "kind": kind, "measures": measured}
     rank = min(subspace_rank, *dims)
     random = {f"random_{side}": rank / dim for side, dim in zip(SIDES, dims, strict=True)}
-    layers[name] = _layer_overlap(bases, name) | random
-  return {"kinds": _mean_by_kind(layers), "layers": layers}
-
-
-def _measure_missing(
-  gradients: KernelGradients,
-  objective: Objective,
-  examples: Examples,
-  t: Mapping[str, Int[np.ndarray, "G N"]],
-  batch_sizes: Sequence[int],
-  subspace_rank: int,
-  cache: UnitCache,
-) -> None:
-  """Measure the units "CONDITION/GROUP" that the cache does not hold yet."""
-  units = [(condition, group) for condition in CONDITIONS for group in range(len(t[condition]))]
-  missing = [(c, group) for c, group in units if cache.load(f"{c}/{group}") is None]
-  with progress.make_bar(len(units), len(units) - len(missing), "gradient") as bar:
-    for condition, group in missing:
-      batch = condition_batch(condition, objective, examples, t[condition][group])
-      measured = measure_unit(gradients, batch, batch_sizes, subspace_rank)
-      cache.save(f"{condition}/{group}", *measured)
-      bar.update()
+    overlaps[name] = _layer_overlap(bases, name) | random
+  by_rank = {"layers": ranks, "kinds": _mean_by_kind(shares)}
+  return by_rank, {"kinds": _mean_by_kind(overlaps), "layers": overlaps}
 
 
 def analyze_gradients(
@@ -328,39 +276,47 @@ def analyze_gradients(
 ) -> dict[str, Any]:
   """Return the ranks of every group's gradient and the overlaps of their subspaces.
 
-  It runs on one device. At one time there are the parameters, a bucket's dense ones, and the summed
-  gradients of two halves. Measures are taken on the host in float64, layer by layer.
+  This runs on one device, which holds the parameters, one bucket's dense parameters, and the summed
+  gradients of two halves. Measures are computed on the host in float64, layer by layer.
 
   Args:
-    objective: the model, its diffusion and the loss weighting; nothing else of it is used.
-    params: of the model.
-    source: the training split.
+    objective: only its model, diffusion and loss weighting are used.
+    params, source: the model's parameters and the training split.
     boundaries: (G + 1,) ascending timesteps; group i is [boundaries[i], boundaries[i + 1]).
-    batch_sizes: ascending, the last N at least 2; b's gradient is of the first b examples.
-    subspace_rank: r, number of leading singular vectors that are compared.
-    microbatch: examples in flight.
+    batch_sizes: ascending; the last is N >= 2, and each b uses the first b examples.
+    subspace_rank: number of leading singular vectors to compare.
+    microbatch: examples in one pass.
     seed: of the examples, noise and timesteps.
-    cache: one unit for each condition and group.
+    cache: holds a unit for each condition and group.
 
   Raises:
     UserError: the source has fewer than N examples.
   """
-  examples = sample_examples(source, batch_sizes[-1], objective.model.shape.num_classes, seed)
+  num_examples, num_classes = batch_sizes[-1], objective.model.shape.num_classes
+  examples = gradient_batches.sample_examples(source, num_examples, num_classes, seed)
   gradients = KernelGradients(objective.model, params, microbatch)
-  sampled = group_timesteps(boundaries, batch_sizes[-1], seed)
-  t = dict.fromkeys(CONDITIONS, sampled) | {"shuffled": shuffle_timesteps(sampled, seed)}
-  _measure_missing(gradients, objective, examples, t, batch_sizes, subspace_rank, cache)
+  sampled = gradient_batches.group_timesteps(boundaries, num_examples, seed)
+  t = dict.fromkeys(CONDITIONS, sampled)
+  t["shuffled"] = gradient_batches.shuffle_timesteps(sampled, seed)
+  units = {c: [f"{c}/{group}" for group in range(len(sampled))] for c in CONDITIONS}
+
+  def make(unit: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    condition, group = unit.split("/")
+    of_group = t[condition][int(group)]
+    batch = gradient_batches.condition_batch(condition, objective, examples, of_group)
+    return measure_unit(gradients, batch, batch_sizes, subspace_rank)
+
+  cache.fill(list(itertools.chain(*units.values())), "gradient", make)
   conditions, overlaps = {}, {}
-  for condition in CONDITIONS:
-    units = [cache.load(f"{condition}/{group}") for group in range(len(sampled))]
-    records, bases = zip(*units, strict=True)
-    conditions[condition] = _summarise_ranks(gradients.shapes, records)
-    overlaps[condition] = _summarise_overlap(gradients.shapes, bases, subspace_rank)
+  for condition, names in units.items():
+    records, bases = zip(*map(cache.load, names), strict=True)
+    found = _summarise(gradients.shapes, records, bases, subspace_rank)
+    conditions[condition], overlaps[condition] = found
   return {
     "groups": [{"t_first": a, "t_last": b - 1} for a, b in itertools.pairwise(boundaries)],
     "batch_sizes": list(batch_sizes),
     "subspace_rank": subspace_rank,
-    "examples": batch_sizes[-1],
+    "examples": num_examples,
     "seed": seed,
     "conditions": conditions,
     "overlap": overlaps,

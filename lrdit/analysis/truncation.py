@@ -1,10 +1,9 @@
-"""Rank truncation: how the held-out loss of each timestep group rises when every layer is cut.
+"""Rank truncation: the rise in each timestep group's held-out loss when layers are cut to rank k.
 
-All of the chosen layers are cut to rank k at once: dense kernels to their best approximation of
-that rank, low-rank layers to their first k components, of which a timestep uses no more than its
-active rank anyway.
+All chosen layers are cut at once: dense kernels to their best rank-k approximation, low-rank
+layers to their first k components. A timestep never uses more than its active rank.
 
-Axes: D_in, D_out width, K ranks, G timestep groups, R = min(D_in, D_out).
+Axes: D_in, D_out widths, K ranks, G timestep groups, R = min(D_in, D_out).
 """
 
 import functools
@@ -18,19 +17,18 @@ from jaxtyping import Float
 from lrdit.analysis import spectra
 from lrdit.analysis.unit_cache import UnitCache
 from lrdit.evaluation.held_out import HeldOutLosses
-from lrdit.runtime.progress import make_bar
 
-# Shares of the largest rank, for `default_ranks`.
+# Shares of the largest rank.
 SHARES = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 
 
 def default_ranks(largest: int) -> tuple[int, ...]:
-  """Return ascending ranks below `largest`, closer together where they are small."""
+  """Return ascending ranks below `largest`, denser among small ones."""
   return tuple(sorted({max(1, round(share * largest)) for share in SHARES} - {largest}))
 
 
 def leading_directions(kernel: Float[np.ndarray, "D_in D_out"]) -> Float[np.ndarray, "R R"]:
-  """Return singular vectors of the kernel's shorter side as float32 columns, leading ones first."""
+  """Return the singular vectors of the kernel's shorter side as float32 columns, leading first."""
   wide = kernel if kernel.shape[0] <= kernel.shape[1] else kernel.T
   return spectra.left_singular_vectors(wide)[1].astype(np.float32)
 
@@ -38,10 +36,7 @@ def leading_directions(kernel: Float[np.ndarray, "D_in D_out"]) -> Float[np.ndar
 def cut_kernel(
   kernel: Float[np.ndarray, "D_in D_out"], directions: Float[np.ndarray, "R R"], rank: int
 ) -> Float[np.ndarray, "D_in D_out"]:
-  """Return the kernel's best approximation of a rank (Eckart and Young 1936), float32.
-
-  It is the kernel projected on its `leading_directions`.
-  """
+  """Return the best approximation of a kernel at a given rank (Eckart and Young 1936), float32."""
   kept = directions[:, :rank]
   if kernel.shape[0] <= kernel.shape[1]:
     return kept @ (kept.T @ kernel)
@@ -49,17 +44,16 @@ def cut_kernel(
 
 
 class Truncator:
-  """Cuts some layers of a model to any rank."""
+  """Cuts the named layers, dense or factorised, to any rank."""
 
   def __init__(self, params: Mapping[str, Any], names: Sequence[str]):
-    """Take parameters on the host and the names of layers, dense or factorised, to cut."""
+    """Keep the parameters, which are on the host."""
     self._flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
     self._dense = [name for name in names if f"{name}/kernel" in self._flat]
     self._factorised = [name for name in names if f"{name}/kernel" not in self._flat]
 
   @functools.cached_property
   def _directions(self) -> dict[str, np.ndarray]:
-    """The directions of the dense kernels, which serve all ranks."""
     return {name: leading_directions(self._flat[f"{name}/kernel"]) for name in self._dense}
 
   @property
@@ -69,11 +63,9 @@ class Truncator:
     return max(dense + [self._flat[f"{name}/up"].shape[0] for name in self._factorised])
 
   def cut(self, rank: int, place: Callable[[np.ndarray], Any] = np.asarray) -> dict[str, Any]:
-    """Return the parameters with every layer cut to `rank`, in their original shapes.
+    """Return the parameters in their original shapes, with every named layer cut to `rank`.
 
-    Args:
-      rank: number of components that are kept; from `largest_rank` on, all of them.
-      place: puts an array where it is wanted; only one cut layer at a time is on the host.
+    `place` moves each array to its device, so that the host holds one cut layer at a time.
     """
     flat = {}
     for path, values in self._flat.items():
@@ -81,7 +73,7 @@ class Truncator:
       if name in self._dense and part == "kernel" and rank < min(values.shape):
         values = cut_kernel(values, self._directions[name], rank)
       elif name in self._factorised and part == "up":
-        # Components without an output row contribute exactly nothing.
+        # A component with a zero output row contributes exactly nothing.
         values = np.concatenate([values[:rank], np.zeros_like(values[rank:])])
       flat[path] = place(values)
     return flax.traverse_util.unflatten_dict(flat, sep="/")
@@ -96,34 +88,25 @@ def analyze_truncation(
 ) -> dict[str, Any]:
   """Return the held-out losses of the whole model and of the model cut to every rank.
 
-  Args:
-    truncator: of the parameters.
-    ranks: (K,) to cut to.
-    place: as in `Truncator.cut`.
-    losses_of: measures placed parameters, under the same noise and timesteps every time.
-    cache: one unit for each rank.
-
-  Returns:
-    As JSON "ranks", "largest_rank" (at which the rise is 0), "baseline" (G,), "loss" and "rise"
-    (K, G), loss minus baseline; None for groups of which no timestep was sampled.
+  `losses_of` evaluates placed parameters with the same noise and timesteps each time. The cache has
+  one unit for each rank. The JSON result has "ranks", "largest_rank" (where the rise is 0),
+  "baseline" (G,), "loss" (K, G), and "rise" (K, G), loss minus baseline. Groups without a sampled
+  timestep have None.
   """
   units = {"whole": truncator.largest_rank} | {f"rank_{rank}": rank for rank in ranks}
-  missing = [unit for unit in units if cache.load(unit) is None]
-  with make_bar(len(units), len(units) - len(missing), "rank") as bar:
-    for unit in missing:
-      # Never bound to a name, so that one model is gone when the next is made.
-      losses = losses_of(truncator.cut(units[unit], place))
-      cache.save(unit, {"loss": losses.group_means})
-      bar.update()
-  found = {unit: cache.load(unit)[0]["loss"] for unit in units}
-  baseline = found.pop("whole")
+
+  def make(unit: str) -> tuple[dict[str, Any]]:
+    # Never bound to a name, so that one model is freed before the next is made.
+    return ({"loss": losses_of(truncator.cut(units[unit], place)).group_means},)
+
+  cache.fill(list(units), "rank", make)
+  baseline, *losses = (cache.load(unit)[0]["loss"] for unit in units)
   return {
     "ranks": list(ranks),
     "largest_rank": truncator.largest_rank,
     "baseline": baseline,
-    "loss": list(found.values()),
+    "loss": losses,
     "rise": [
-      [None if x is None else x - b for x, b in zip(loss, baseline, strict=True)]
-      for loss in found.values()
+      [None if x is None else x - b for x, b in zip(loss, baseline, strict=True)] for loss in losses
     ],
   }

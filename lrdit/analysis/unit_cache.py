@@ -1,31 +1,28 @@
-"""Files of an analysis: the rank truncation, and the finished units of a section under way."""
+"""A cache for the finished units of an analysis section, so that an interrupted run resumes."""
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lrdit.runtime import store
+from lrdit.runtime.progress import make_bar
 
-RECORD = "record.json"  # of a unit, beside its arrays
+RECORD = "record.json"  # a unit's JSON, stored beside its arrays
 FIX = "it is made again"
 
 
 class UnitCache:
-  """The finished units of one section, a file each, which a later start does not make again."""
+  """The finished units of one section, one file each."""
 
   def __init__(self, directory: pathlib.Path, key: dict[str, Any]):
-    """Open the directory, and empty it if it is of something else.
-
-    Args:
-      directory: of the section; made where there is none.
-      key: as JSON, all that the units depend on.
-    """
+    """Open or make the directory, and empty it unless its key, as JSON, is the same."""
     self.directory, path = directory, directory / "key.json"
     try:
-      store.check_same(f"{directory} is of something else", key, store.read_json(path, FIX), FIX)
+      stored = store.read_json(path, FIX)
+      store.check_same(f"{directory} holds another analysis", key, stored, FIX)
     except store.StoreError:
       store.remove_directory(directory)
       directory.mkdir(parents=True)
@@ -35,7 +32,7 @@ class UnitCache:
     return self.directory / f"{unit.replace('/', '.')}.npz"
 
   def load(self, unit: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """Return (record, arrays) of a finished unit; None where it is missing or damaged."""
+    """Return a unit's (record, arrays), or None if it is missing or damaged."""
     path = self._path(unit)
     try:
       arrays = store.load_arrays(path, FIX)
@@ -47,18 +44,20 @@ class UnitCache:
   def save(
     self, unit: str, record: dict[str, Any], arrays: Mapping[str, np.ndarray] | None = None
   ) -> None:
-    """Keep a unit, whole or not at all.
-
-    Args:
-      unit: its name, which must be a file's name once '/' is replaced.
-      record: as JSON.
-      arrays: what does not belong into JSON, by name.
-    """
+    """Save a unit atomically: a JSON record, and arrays by name."""
     text = np.frombuffer(json.dumps(record).encode(), np.uint8)
     store.save_arrays(self._path(unit), {RECORD: text} | dict(arrays or {}))
 
+  def fill(self, units: Sequence[str], noun: str, make: Callable[[str], tuple]) -> None:
+    """Save `make(unit)`, a record and optional arrays, for each missing unit; show progress."""
+    missing = [unit for unit in units if self.load(unit) is None]
+    with make_bar(len(units), len(units) - len(missing), noun) as bar:
+      for unit in missing:
+        self.save(unit, *make(unit))
+        bar.update()
+
   def remove(self) -> None:
-    """Delete all units, once the section's own file is written."""
+    """Delete all units, after the section's own file has been written."""
     store.remove_directory(self.directory)
     if self.directory.parent.exists() and not any(self.directory.parent.iterdir()):
       self.directory.parent.rmdir()

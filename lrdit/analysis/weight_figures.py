@@ -1,6 +1,6 @@
 """Figures of the weights' spectra and ranks, by depth, rank bucket and timestep group.
 
-Axes: G timestep groups.
+`weights` come from `weight_spectra.analyze_weights`; titles name the model and its step.
 """
 
 import re
@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from lrdit.analysis import figures
-from lrdit.analysis.plot_style import COLOURS, LINE_STYLES, add_grid, plain_ticks
-from lrdit.analysis.weight_spectra import KINDS
+from lrdit.analysis import plot_style
+from lrdit.analysis.plot_style import COLOURS, KIND_TITLES, MEASURE_TITLES
 
-FEW_BLOCKS = 6  # that a legend names one by one
-FLOOR = 1e-6  # share of the largest singular value: the least that is drawn
+FEW_BLOCKS = 6  # a legend names each block of up to this many
+FLOOR = 1e-6  # smallest singular value on the axis, as a share of the largest
 GREY = "#808080"
-ROLES = {  # of a block's layers by kind: colour, line style and marker of each
+ROLES = {  # colour, line style and marker of a block's layers, by kind
   "attention": {"attn/qkv": (COLOURS[0], "-", "o"), "attn/proj": (COLOURS[1], "--", "s")},
   "mlp": {"mlp/fc1": (COLOURS[0], "-", "^"), "mlp/fc2": (COLOURS[1], "--", "v")},
   "adaln": {"adaln": (COLOURS[2], "-.", "D")},
@@ -24,46 +23,39 @@ ROLES = {  # of a block's layers by kind: colour, line style and marker of each
 
 
 def _block_of(name: str) -> int:
-  """Return the number of a layer's block, or -1 if it is in none."""
+  """Return the index of a layer's block, or -1 outside the blocks."""
   match = re.match(r"blocks_(\d+)/", name)
   return int(match[1]) if match else -1
 
 
 def _has_buckets(weights: Mapping[str, Any]) -> bool:
-  """Return whether the model has more than one rank bucket."""
   return len(next(iter(weights["kinds"].values()))["buckets"]) > 1
 
 
-@figures.styled
+@plot_style.styled()
 def spectra(weights: Mapping[str, Any], title: str) -> Any:
-  """Draw the singular values of every layer by kind, coloured by rank bucket or, if dense, depth.
-
-  Args:
-    weights: from `weight_spectra.analyze_weights`.
-    title: names the model and its step.
-  """
-  kinds = [kind for kind in KINDS if kind in weights["kinds"]]
-  text = f"Singular spectra of the weights: {title}"
-  figure, axes = figures.panels(1, len(kinds), 3.1, 3.6, text, sharex=True, sharey=True)
+  """Draw every layer's singular values by kind, coloured by rank bucket or, if dense, depth."""
+  kinds, text = list(weights["kinds"]), f"Singular spectra of the weights: {title}"
+  figure, axes = plot_style.panels(1, len(kinds), 3.1, 3.6, text, sharex=True, sharey=True)
   colours_of, handles = (_bucket_colours if _has_buckets(weights) else _depth_colours)(weights)
   for kind, panel in zip(kinds, axes[0], strict=True):
     for name, layer in weights["layers"].items():
       if layer["kind"] == kind:
         _add_spectra(panel, layer, colours_of(name))
-    panel.set(title=figures.KIND_TITLES[kind], xlabel="index / min(D_in, D_out)", yscale="log")
-    add_grid(panel)
-  # The last few values of a square layer would need many decades.
+    panel.set(title=KIND_TITLES[kind], xlabel="index / min(D_in, D_out)", yscale="log")
+    plot_style.add_grid(panel)
+  # The smallest values of a square layer would take many decades.
   values = [line.get_ydata() for panel in axes[0] for line in panel.lines]
   least = max(FLOOR, 0.5 * float(np.percentile(np.concatenate(values), 1))) if values else FLOOR
   axes[0, 0].set(ylabel="singular value / largest", xlim=(0, 1), ylim=(least, 1.3))
   if least > 0.01:
-    plain_ticks(axes[0, 0])
-  figures.legend_below(figure, handles, columns=4)
+    plot_style.plain_ticks(axes[0, 0])
+  plot_style.legend_below(figure, handles, columns=4)
   return figure
 
 
 def _add_spectra(panel: Any, layer: Mapping[str, Any], colours: Sequence[Any]) -> None:
-  """Add a layer's spectra, larger buckets first, so that the ends of smaller ones show."""
+  """Add a layer's spectra, larger buckets first, so that the ends of smaller ones stay visible."""
   smallest_dim = min(layer["dim_in"], layer["dim_out"])
   for entry, colour in reversed(list(zip(layer["buckets"], colours, strict=False))):
     sigma = np.array(entry["singular_values"])
@@ -75,14 +67,14 @@ def _add_spectra(panel: Any, layer: Mapping[str, Any], colours: Sequence[Any]) -
 
 
 def _sequential(count: int) -> np.ndarray:
-  """Return (count, 4) colours that keep their order in greyscale and show in print."""
+  """Return (count, 4) RGBA colours whose order survives in greyscale."""
   import matplotlib
 
   return matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, count))
 
 
 def _bucket_colours(weights: Mapping[str, Any]) -> tuple[Callable[[str], Any], list[Any]]:
-  """Return (function from a layer's name to the colours of its buckets, legend handles)."""
+  """Return a function from a layer's name to its buckets' colours, and legend handles."""
   from matplotlib.lines import Line2D
 
   spans: dict[int, list[str]] = {}
@@ -100,7 +92,7 @@ def _bucket_colours(weights: Mapping[str, Any]) -> tuple[Callable[[str], Any], l
 
 
 def _depth_colours(weights: Mapping[str, Any]) -> tuple[Callable[[str], Any], list[Any]]:
-  """Return (function from a layer's name to the colour of its depth, legend handles)."""
+  """Return a function from a layer's name to its depth's colour, and legend handles."""
   from matplotlib.lines import Line2D
 
   depth = 1 + max(_block_of(name) for name in weights["layers"])
@@ -111,48 +103,45 @@ def _depth_colours(weights: Mapping[str, Any]) -> tuple[Callable[[str], Any], li
   return lambda name: [colours[_block_of(name)]], handles
 
 
-@figures.styled
+@plot_style.styled()
 def ranks(weights: Mapping[str, Any], title: str) -> Any:
-  """Draw normalised ranks of every layer by depth: means over timesteps, bands over rank buckets.
-
-  Args:
-    weights: from `weight_spectra.analyze_weights`.
-    title: names the model and its step.
-  """
+  """Draw every layer's normalised ranks by depth: means over timesteps, bands over rank buckets."""
   text = f"Ranks of the weights by depth: {title}"
   if _has_buckets(weights):
     text += "\n(mean over timesteps; bands and bars: least to largest rank bucket)"
-  figure, axes = figures.panels(
-    len(figures.MEASURE_TITLES), len(ROLES) + 1, 2.9, 1.9, text, sharex="col", sharey="row"
-  )
+  rows, columns = len(MEASURE_TITLES), len(ROLES) + 1
+  figure, axes = plot_style.panels(rows, columns, 2.9, 1.9, text, sharex="col", sharey="row")
   outside = [name for name in weights["layers"] if _block_of(name) < 0]
-  for measure, row in zip(figures.MEASURE_TITLES, axes, strict=True):
+  for measure, row in zip(MEASURE_TITLES, axes, strict=True):
     for roles, panel in zip(ROLES.values(), row[:-1], strict=True):
       for role, style in roles.items():
         _add_role(panel, weights, role, measure, style)
-    _add_points(row[-1], [_mean_and_range(weights, name, measure) for name in outside])
-    figures.label_row(row, measure)
+    mean, low, high = np.array([_mean_and_range(weights, name, measure) for name in outside]).T
+    errors, style = [mean - low, high - mean], dict(fmt="o", color="#404040", markersize=4)
+    row[-1].errorbar(np.arange(len(mean)), mean, errors, **style)
+    row[-1].set_xlim(-0.6, len(mean) - 0.4)
+    plot_style.label_row(row, measure)
   for kind, column in zip(ROLES, axes.T, strict=False):
-    column[0].set_title(figures.KIND_TITLES[kind])
+    column[0].set_title(KIND_TITLES[kind])
     column[-1].set_xlabel("block")
     column[-1].xaxis.get_major_locator().set_params(integer=True)
   axes[0, -1].set_title("outside the blocks")
   axes[-1, -1].set_xticks(range(len(outside)), outside, rotation=40, ha="right")
   lines = [line for panel in axes[0, :-1] for line in panel.get_legend_handles_labels()[0]]
-  figures.legend_below(figure, lines)
+  plot_style.legend_below(figure, lines)
   return figure
 
 
 def _mean_and_range(
   weights: Mapping[str, Any], name: str, measure: str
 ) -> tuple[float, float, float]:
-  """Return a normalised measure's (mean over timesteps, least, greatest over the buckets)."""
+  """Return a normalised measure's mean over timesteps, and its minimum and maximum over buckets."""
   layer = weights["layers"][name]
-  lengths = np.diff(figures.group_edges(weights["groups"]))
+  lengths = np.diff(plot_style.group_edges(weights["groups"]))
   mean = float(np.average([group[measure] for group in layer["groups"]], weights=lengths))
   values = [entry["normalised"][measure] for entry in layer["buckets"]]
   low, high = min(values), max(values)
-  return min(max(mean, low), high), low, high  # the mean of equal numbers differs by rounding
+  return min(max(mean, low), high), low, high  # rounding can move a mean of equal numbers
 
 
 def _add_role(
@@ -168,37 +157,23 @@ def _add_role(
     panel.fill_between(blocks, low, high, color=colour, alpha=0.13, linewidth=0)
 
 
-def _add_points(panel: Any, values: Sequence[tuple[float, float, float]]) -> None:
-  mean, low, high = np.array(values).T
-  at = np.arange(len(mean))
-  panel.errorbar(at, mean, [mean - low, high - mean], fmt="o", color="#404040", markersize=4)
-  panel.set_xlim(-0.6, len(mean) - 0.4)
-
-
-@figures.styled
+@plot_style.styled()
 def groups(weights: Mapping[str, Any], title: str) -> Any:
   """Draw normalised ranks of the active weights over timestep groups, a line for each kind.
 
-  Args:
-    weights: from `weight_spectra.analyze_weights`.
-    title: names the model and its step.
-
-  Returns:
-    A figure, or None for a model that has the same rank at every timestep.
+  Return None for a model whose rank is the same at every timestep.
   """
   if not _has_buckets(weights):
     return None
-  kinds = [kind for kind in KINDS if kind in weights["kinds"]]
   text = f"Ranks of the active weights by timestep group: {title}"
-  figure, axes = figures.panels(1, len(figures.MEASURE_TITLES), 2.9, 3.0, text, sharex=True)
-  edges = figures.group_edges(weights["groups"])
-  for (measure, measure_title), panel in zip(figures.MEASURE_TITLES.items(), axes[0], strict=True):
-    for i, kind in enumerate(kinds):
-      style = dict(color=COLOURS[i], linestyle=LINE_STYLES[i], label=figures.KIND_TITLES[kind])
-      values = [group[measure] for group in weights["kinds"][kind]["groups"]]
-      panel.stairs(values, edges, baseline=None, linewidth=1.6, **style)
+  figure, axes = plot_style.panels(1, len(MEASURE_TITLES), 2.9, 3.0, text, sharex=True)
+  edges = plot_style.group_edges(weights["groups"])
+  for (measure, measure_title), panel in zip(MEASURE_TITLES.items(), axes[0], strict=True):
+    for i, (kind, found) in enumerate(weights["kinds"].items()):
+      style = plot_style.line_of(i) | {"label": KIND_TITLES[kind], "linewidth": 1.6}
+      panel.stairs([group[measure] for group in found["groups"]], edges, baseline=None, **style)
     panel.set(title=measure_title, xlabel="timestep t", ylim=(0, None))
-    add_grid(panel)
+    plot_style.add_grid(panel)
   axes[0, 0].set_ylabel("rank / min(D_in, D_out)")
-  figures.legend_below(figure, axes[0, 0].get_legend_handles_labels()[0])
+  plot_style.legend_below(figure, axes[0, 0].get_legend_handles_labels()[0])
   return figure

@@ -1,9 +1,9 @@
-"""Singular spectra of a model's weights: by layer, rank bucket, kind of layer and timestep group.
+"""Singular spectra of a model's weights by layer, rank bucket, kind of layer and timestep group.
 
-One layer is in float64 at a time, and a low-rank kernel is never multiplied out, so this takes
-little memory beside the parameters.
+Little memory is needed beside the parameters: only one layer at a time is in float64, and low-rank
+kernels are never multiplied out.
 
-Axes: D_in / D_out width of a layer, R allocated rank, G timestep groups, K rank buckets.
+Axes: D_in, D_out widths of a layer, R allocated rank, G timestep groups, K rank buckets.
 """
 
 import functools
@@ -17,13 +17,12 @@ from lrdit.analysis import spectra
 from lrdit.analysis.unit_cache import UnitCache
 from lrdit.model import dit
 from lrdit.rank.plan import LayerRanks, RankPlan
-from lrdit.runtime.progress import make_bar
 
 KINDS = ("attention", "mlp", "adaln", "other")
 
 
 def layer_kind(name: str) -> str:
-  """Return which of `KINDS` a layer of `dit.layer_shapes` is."""
+  """Return the kind, one of `KINDS`, of a layer of `dit.layer_shapes`."""
   parts = name.split("/")
   if parts[-1] == "adaln":
     return "adaln"
@@ -31,12 +30,12 @@ def layer_kind(name: str) -> str:
 
 
 def normalised(values: Mapping[str, float], dim_in: int, dim_out: int) -> dict[str, float]:
-  """Return ranks as shares of the largest possible one, min(D_in, D_out)."""
+  """Return ranks as shares of the largest possible rank, min(D_in, D_out)."""
   return {name: value / min(dim_in, dim_out) for name, value in values.items()}
 
 
 def mean_measures(entries: Sequence[Mapping[str, float]], weights: Any = None) -> dict[str, float]:
-  """Average each measure over entries; `weights` are those of `np.average`."""
+  """Average each measure over entries, optionally weighted."""
   return {
     name: float(np.average([e[name] for e in entries], weights=weights)) for name in entries[0]
   }
@@ -45,30 +44,24 @@ def mean_measures(entries: Sequence[Mapping[str, float]], weights: Any = None) -
 def analyze_layer(
   layer_params: Mapping[str, np.ndarray], ranks: LayerRanks | None
 ) -> dict[str, Any]:
-  """Return the singular spectrum of one layer's kernel and its measures.
+  """Return the singular spectrum and the measures of one layer's kernel as JSON.
 
-  Args:
-    layer_params: "kernel" (D_in, D_out) of a dense layer; "down" (D_in, R) and "up" (R, D_out) of a
-      low-rank one.
-    ranks: of a low-rank layer; None for a dense one.
-
-  Returns:
-    As JSON "dim_in", "dim_out" and "buckets": for each rank bucket, or once for a dense layer,
-    "active_rank" (None if dense), "singular_values" (descending), `spectra.MEASURES`, and under
-    "normalised" those as shares of min(D_in, D_out).
+  `layer_params` has a dense "kernel" (D_in, D_out), or "down" (D_in, R) and "up" (R, D_out). The
+  result has "dim_in", "dim_out" and "buckets", an entry for each rank bucket or one for a dense
+  layer: "active_rank" (None if dense), "singular_values" (descending), `spectra.MEASURES`, and
+  "normalised", the measures as shares of min(D_in, D_out).
   """
   if ranks is None:
     kernel = layer_params["kernel"]
-    dims, active = kernel.shape, (None,)
-    spectrums = {None: spectra.singular_values(kernel)}
+    dims, spectrums = kernel.shape, [(None, spectra.singular_values(kernel))]
   else:
     down, up = layer_params["down"], layer_params["up"]
-    dims, active = (down.shape[0], up.shape[1]), ranks.active
-    spectrums = {r: spectra.product_singular_values(down[:, :r], up[:r]) for r in active}
+    dims = (down.shape[0], up.shape[1])
+    spectrums = [(r, spectra.product_singular_values(down[:, :r], up[:r])) for r in ranks.active]
   buckets = []
-  for rank in active:
-    found = spectra.measures(spectrums[rank])
-    entry = {"active_rank": rank, "singular_values": spectrums[rank].tolist(), **found}
+  for rank, sigma in spectrums:
+    found = spectra.measures(sigma)
+    entry = {"active_rank": rank, "singular_values": sigma.tolist(), **found}
     buckets.append(entry | {"normalised": normalised(found, *dims)})
   return {"dim_in": dims[0], "dim_out": dims[1], "buckets": buckets}
 
@@ -86,23 +79,26 @@ def analyze_weights(
   boundaries: Sequence[int],
   cache: UnitCache,
 ) -> dict[str, Any]:
-  """Return the spectra of all layers.
+  """Return the spectra of all layers as JSON, with a cached unit for each layer.
 
-  Args:
-    params: host arrays of the model with this `plan` and `shape`.
-    plan, shape: of the model.
-    boundaries: (G + 1,) of the timestep groups, from 0 to T; group i is
-      [boundaries[i], boundaries[i + 1]).
-    cache: one unit for each layer.
+  Group i is [boundaries[i], boundaries[i + 1]), and the (G + 1,) boundaries reach from 0 to T.
 
   Returns:
-    As JSON: "groups" ("t_first", "t_last" and "bucket_shares", (K,) of its timesteps),
-    "segments" ("t_first", "t_last", "bucket"), "layers" (by name as `analyze_layer`, with "kind"
-    and "groups", the normalised measures averaged over each group's timesteps), and "kinds" (by
-    name "buckets" and "groups", the normalised measures averaged over the layers).
+    groups: [{t_first, t_last, bucket_shares (K,)}].
+    segments: [{t_first, t_last, bucket}].
+    layers: {name: `analyze_layer` with "kind", and "groups": normalised measures averaged over each
+      group's timesteps}.
+    kinds: {kind: {buckets, groups}}, normalised measures averaged over the layers.
   """
+
+  def make(name: str) -> tuple[dict[str, Any]]:
+    layer_params = functools.reduce(lambda tree, key: tree[key], name.split("/"), params)
+    return (analyze_layer(layer_params, plan.by_name.get(name)),)
+
+  names = list(dit.layer_shapes(shape))
+  cache.fill(names, "layer", make)
+  layers = {name: cache.load(name)[0] for name in names}
   shares = bucket_shares(plan, boundaries)
-  layers = _analyze_layers(params, plan, list(dit.layer_shapes(shape)), cache)
   for name, layer in layers.items():
     by_bucket = [entry["normalised"] for entry in _every_bucket(layer, plan)]
     layer["kind"] = layer_kind(name)
@@ -123,31 +119,13 @@ def analyze_weights(
   }
 
 
-def _analyze_layers(
-  params: Mapping[str, Any], plan: RankPlan, names: Sequence[str], cache: UnitCache
-) -> dict[str, Any]:
-  """Return `analyze_layer` of each layer, from the cache where that holds it."""
-  kept = {name: unit[0] for name in names if (unit := cache.load(name)) is not None}
-  layers = {}
-  with make_bar(len(names), len(kept), "layer") as bar:
-    for name in names:
-      layers[name] = kept.get(name)
-      if layers[name] is None:
-        layer_params = functools.reduce(lambda tree, key: tree[key], name.split("/"), params)
-        layers[name] = analyze_layer(layer_params, plan.by_name.get(name))
-        cache.save(name, layers[name])
-        bar.update()
-  return layers
-
-
 def _every_bucket(layer: Mapping[str, Any], plan: RankPlan) -> list[dict[str, Any]]:
-  """Return a layer's entry at each bucket of the plan; a dense layer has the same at all."""
+  """Return a layer's entry at each bucket of the plan; a dense layer repeats its one entry."""
   entries = layer["buckets"]
   return entries if len(entries) == plan.num_buckets else entries * plan.num_buckets
 
 
 def _mean_layer(layers: Sequence[dict[str, Any]], plan: RankPlan) -> dict[str, Any]:
-  """Average the measures of some layers, by bucket and by group."""
   buckets = [[e["normalised"] for e in _every_bucket(layer, plan)] for layer in layers]
   return {
     "buckets": [mean_measures(entries) for entries in zip(*buckets, strict=True)],

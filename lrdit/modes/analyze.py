@@ -16,6 +16,7 @@ from lrdit.analysis import (
   gradient_batches,
   gradient_figures,
   gradient_spectra,
+  plot_style,
   truncation,
   weight_figures,
   weight_spectra,
@@ -133,8 +134,8 @@ class Analysis:
     return result
 
   def plot(self, name: str, figure: Any) -> None:
-    """Write a figure if there is one."""
-    figures.write_png(self._directory / f"{name}.png", figure)
+    """Write a figure, if there is anything to show."""
+    plot_style.write_png(self._directory / f"{name}.png", figure)
 
 
 def analyze_weights(run: Analysis) -> None:

@@ -1,4 +1,4 @@
-"""Arms: runs that differ only in their seed, their model, and their loss by timestep."""
+"""Arms, which are runs that differ only in their seed: their model and loss by timestep."""
 
 import dataclasses
 import math
@@ -14,10 +14,9 @@ from lrdit.report.fields import describe_difference, differing_fields, unique
 from lrdit.report.runs import DAMAGED, Run, finite, run_key
 from lrdit.runtime.errors import UserError
 
-MAX_IN_NAME = 24  # characters of a value in an arm's name, if other fields tell the arms apart
-# Layers of a middle block, in the order in which a factorised one is chosen to show its r(t).
-SHOWN_LAYERS = ("mlp/fc1", "attn/qkv", "mlp/fc2", "adaln")
-LAST_SHARE = 10  # the last tenth of a run's lines gives its training loss by timestep
+MAX_IN_NAME = 24  # characters of a value in an arm's name, unless only it identifies the arm
+SHOWN_LAYERS = ("mlp/fc1", "attn/qkv", "mlp/fc2", "adaln")  # preference for the layer of r(t)
+LAST_SHARE = 10  # training loss by timestep is the mean of the last 1/10 of a run's lines
 
 
 @dataclasses.dataclass
@@ -28,10 +27,10 @@ class Model:
   mean_forward_macs: float  # mean over t
   buckets: list[dict[str, int]]  # MACs, parameters and number of timesteps of each rank bucket
   num_train_timesteps: int
-  segments: list[list[int]]  # [first timestep, bucket] of each run of timesteps in one bucket
+  segments: list[list[int]]  # [first timestep, bucket]
   factorised: list[str]  # names of the low-rank layers
-  active_rank: dict[str, list[int]]  # by layer and bucket; of a dense layer the largest possible
-  ratio: list[float]  # by bucket: parameters of the factors over those of dense kernels
+  active_rank: dict[str, list[int]]  # by layer and bucket; a dense layer has its full rank
+  ratio: list[float]  # active parameters over those of dense kernels, by bucket
   mean_ratio: float  # mean over t
 
 
@@ -53,19 +52,19 @@ class Arm:
   method: str
   key: dict[str, Any]  # of `run_key`
   runs: list[Run] = dataclasses.field(default_factory=list)  # by seed
-  name: str = ""  # the method, and what sets the arm apart from others of that method
+  name: str = ""  # the method, and fields that distinguish arms of that method
   model: Model | None = None  # None if the config does not fit this version
   held_out: list[TimestepLoss] = dataclasses.field(default_factory=list)  # of the EMA weights
   training: list[TimestepLoss] = dataclasses.field(default_factory=list)
-  # Number of runs not in `held_out`, by how they were measured unlike the report's first run.
+  # Number of runs missing from `held_out`, by how their protocol differs from the first run's.
   left_out: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def group_arms(runs: Sequence[Run]) -> list[Arm]:
-  """Return the arms in order of appearance, named and with their models and losses.
+  """Return the arms in order of appearance, with their names, models and losses.
 
   Raises:
-    UserError: a run is named twice.
+    UserError: a run appears twice.
   """
   arms: list[Arm] = []
   for run in runs:
@@ -81,7 +80,7 @@ def group_arms(runs: Sequence[Run]) -> list[Arm]:
       )
     arm.runs.append(run)
   for arm in arms:
-    # A config without a seed comes last.
+    # Runs without a valid seed come last.
     arm.runs.sort(key=lambda run: math.inf if finite(run.seed) is None else run.seed)
     alike = [other.key for other in arms if other.method == arm.method]
     own = ", ".join(f"{f.rpartition('.')[2]} {arm.key.get(f)}" for f in _naming_fields(alike))
@@ -92,7 +91,7 @@ def group_arms(runs: Sequence[Run]) -> list[Arm]:
 
 
 def _naming_fields(keys: Sequence[dict[str, Any]]) -> list[str]:
-  """Return the fields that tell arms apart, long ones (paths, ranks) only if no other does."""
+  """Return the fields that distinguish arms, with long values only if no others do."""
   fields = differing_fields(*keys)
 
   def longest(field: str) -> int:
@@ -107,7 +106,7 @@ def _naming_fields(keys: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _describe_model(run: Run) -> Model | None:
-  """Return the model of a run's config; None, with a note, if it does not fit this version."""
+  """Return the model of a run's config, or None, with a note, if this version cannot build it."""
   try:
     experiment = Experiment(resolve(as_config(run.config)))
     shape, plan = experiment.shape, experiment.plan
@@ -136,7 +135,7 @@ def _describe_model(run: Run) -> Model | None:
 
 
 def choose_layer(arms: Sequence[Arm]) -> str:
-  """Return the layer whose r(t) is shown: one that the first low-rank arm factorises, or any."""
+  """Return the layer whose r(t) is shown: a factorised one of the first low-rank arm, if any."""
   models = [arm.model for arm in arms if arm.model]
   if not models:
     return ""
@@ -148,7 +147,7 @@ def choose_layer(arms: Sequence[Arm]) -> str:
 
 
 def held_out_protocol(run: Run) -> dict[str, Any]:
-  """Return what two held-out losses must share to be one quantity."""
+  """Return the settings that comparable held-out losses share."""
   fields = ("data", "draws", "examples", "seed", "batch_size", "dtype")
   return {f"held_out.{field}": run.evaluation["held_out"].get(field) for field in fields} | {
     "checkpoint_step": run.evaluation.get("checkpoint_step"),
@@ -173,7 +172,7 @@ def _add_losses(arms: Sequence[Arm]) -> None:
 
 
 def _training_losses(run: Run) -> Iterable[tuple[int, int, float]]:
-  """Yield (t_first, t_last, mean of the last lines) of the groups that were sampled."""
+  """Yield (t_first, t_last, mean over the last lines) of each sampled group."""
   last = run.lines[-max(1, len(run.lines) // LAST_SHARE) :]
   for name in sorted({key for line in last for key in line if key.startswith("train/loss_t")}):
     values = [line[name] for line in last if line.get(name) is not None]
@@ -183,7 +182,7 @@ def _training_losses(run: Run) -> Iterable[tuple[int, int, float]]:
 
 
 def _means(groups: Iterable[tuple[int, int, Any]]) -> list[TimestepLoss]:
-  """Average over the runs, without groups that have no examples and so no loss."""
+  """Average over the runs; groups without examples have no loss and are skipped."""
   losses: dict[tuple[int, int], list[float]] = {}
   for first, last, loss in groups:
     if finite(loss) is not None:
@@ -195,5 +194,5 @@ def _means(groups: Iterable[tuple[int, int, Any]]) -> list[TimestepLoss]:
 
 
 def deviation(values: Sequence[float]) -> float | None:
-  """Return the sample standard deviation; None for one value."""
+  """Return the sample standard deviation, or None for one value."""
   return statistics.stdev(values) if len(values) > 1 else None

@@ -7,8 +7,8 @@ from typing import Any
 from lrdit.report.arms import Arm
 from lrdit.report.compare import ROUNDING, Comparison, Difference
 
-# (baseline, key of the row or its end behind an extractor's name, label, how much worse than the
-# baseline the arm may be in % of a ratio or in points, the target in words).
+# (baseline, row key without an extractor's name, label, how much worse than the baseline the arm
+# may be, in % of a ratio or in points, and that target in words).
 CHECKS = (
   ("full", "held_out_loss_ema", "held-out loss, EMA weights", 3.0, "at most 3 % more"),
   ("full", "recognition_accuracy", "recognition accuracy", 2.0, "at most 2 points less"),
@@ -26,27 +26,27 @@ class Check:
   label: str
   target: str
   macs_ratio: float | None  # forward MACs of the arm over the baseline's
-  settings: dict[str, Any] | None = None  # of samples
+  settings: dict[str, Any] | None = None  # of the sample set
   outcome: str = "not measured"  # or "kept", or "missed by ..."
   reason: str = ""  # why it is not measured
-  value: float | None = None  # how far the arm is above the baseline, in `unit`
-  standard_error: float | None = None  # of the value; None for one seed
+  value: float | None = None  # the arm's excess over the baseline, in `unit`
+  standard_error: float | None = None  # None for one seed
   unit: str = ""  # "%" or "points"
-  better: str = ""  # the method that is better, or "neither"
-  verdict: str = ""  # against the seeds' spread
+  better: str = ""  # the better method, or "neither"
+  verdict: str = ""  # compares the difference with the seeds' spread
 
 
 @dataclasses.dataclass
 class Claim:
-  """The checks of an adaptive arm, by its number."""
+  """The checks of an adaptive arm."""
 
-  arm: int | None  # None if there is no adaptive arm
-  also: dict[str, list[str]]  # by baseline: further fields in which the configs differ
+  arm: int | None  # its index; None without an adaptive arm
+  also: dict[str, list[str]]  # other config fields that differ, by baseline
   checks: list[Check]
 
 
 def judge(arms: Sequence[Arm], comparisons: Sequence[Comparison]) -> list[Claim]:
-  """Check each adaptive arm; without any, return one claim that is not measured."""
+  """Check each adaptive arm, or return one unmeasured claim if there is none."""
   adaptive: list[int | None] = [i for i, arm in enumerate(arms) if arm.method == "adaptive"]
   claims = []
   for number in adaptive or [None]:
@@ -60,7 +60,7 @@ def judge(arms: Sequence[Arm], comparisons: Sequence[Comparison]) -> list[Claim]
 def _checks(
   comparison: Comparison | None, against: str, key: str, label: str, worst: float, target: str
 ) -> Iterator[Check]:
-  """Yield a check for each extractor and way of sampling, or one that is not measured."""
+  """Yield a check for each extractor and way of sampling, or one unmeasured check."""
   rows = comparison.rows if comparison else []
   macs = next((row.value for row in rows if row.key == "mean_forward_macs"), None)
   found = [row for row in rows if key in (row.key, row.key.partition("_")[2])]

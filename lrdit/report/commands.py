@@ -1,4 +1,4 @@
-"""The command lines that make a workdir again."""
+"""The command lines that reproduce a workdir."""
 
 import importlib
 import pathlib
@@ -11,15 +11,12 @@ from lrdit.runtime.errors import UserError
 from lrdit.runtime.store import flatten
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
-# Fields that follow from the variant if a config has 0.
+# Fields that the variant sets if a config has 0.
 SIZES = ("model.hidden_size", "model.depth", "model.num_heads", "model.patch_size")
 
 
 def _overrides(name: str, stored: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
-  """Return the --config flag and the overrides that turn a config file into a stored config.
-
-  None if the file does not have the same fields.
-  """
+  """Return the --config flag and overrides for a stored config, or None if its fields differ."""
   arguments = f"method={stored.get('method')},variant={stored.get('model.variant')}"
   try:
     config = importlib.import_module(f"configs.{name}").get_config(arguments)
@@ -42,8 +39,8 @@ def _flag(field: str, value: Any) -> str:
 def reproduce(run: Run) -> list[str]:
   """Return the command lines that train, sample and evaluate a run again, in order.
 
-  They name the config file that needs the fewest overrides. There are none if no config file of
-  this version has the fields of the stored config.
+  They use the config file that needs the fewest overrides. The list is empty if no config file of
+  this version has the stored config's fields.
   """
   stored = flatten(run.config)
   names = sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "common"))
@@ -53,7 +50,7 @@ def reproduce(run: Run) -> list[str]:
   config, changed = min(known, key=lambda found: len(found[1]))
 
   def flags(fields: dict[str, Any]) -> list[str]:
-    """Return the flags that a mode needs beside the stored config."""
+    """Return the flags for values that differ from the stored config."""
     return [_flag(f, value) for f, value in fields.items() if f in stored and stored[f] != value]
 
   evaluated = flags(flatten({"evaluation": as_dict(run.evaluation.get("settings"))}))

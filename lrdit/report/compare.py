@@ -1,7 +1,7 @@
-"""Quantities of several runs: mean and spread, what may be compared, and the comparison.
+"""Means, spreads and comparisons of quantities over several runs.
 
-A quantity is measured under a protocol, a dict of settings. Only values of equal protocols are
-averaged or compared; every other one is marked with what differs.
+A quantity is measured under a protocol, a dict of settings. Only values with equal protocols are
+averaged or compared; the others are marked with the difference.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ from lrdit.report.arms import Arm, deviation
 from lrdit.report.fields import describe_difference, differing_fields, unique
 
 BASELINES = ("full", "static")
-ROUNDING = 1e-9  # relative: means that are no further apart differ by rounding alone
+ROUNDING = 1e-9  # relative difference of means that rounding alone may cause
 
 
 @dataclasses.dataclass
 class Measurement:
-  """One value of one run, and the sample set that it was measured on."""
+  """One value of one run, perhaps measured on a sample set."""
 
   value: int | float
   workdir: str
@@ -31,22 +31,22 @@ class Measurement:
 
 @dataclasses.dataclass
 class Group:
-  """Mean and spread of an arm's values of one protocol."""
+  """Mean and spread of an arm's n values with one protocol."""
 
   protocol: dict[str, Any]
   n: int
-  num_runs: int  # that the n values come from
+  num_runs: int
   mean: float
   std: float | None  # with n - 1 in the denominator; None for one value
-  run_mean: float  # of the means of the runs
+  run_mean: float  # mean of the runs' means
   run_std: float | None  # None for one run
   values: list[Measurement]
-  differs: str = ""  # how the protocol differs from that of the row's first group
+  differs: str = ""  # how the protocol differs from the row's first group
 
 
 @dataclasses.dataclass
 class Cell:
-  """One quantity of one arm: an exact value, or a group for each protocol, or neither."""
+  """One quantity of one arm: an exact value, a group for each protocol, or neither."""
 
   exact: Any = None
   groups: list[Group] = dataclasses.field(default_factory=list)
@@ -62,7 +62,7 @@ class Row:
   format: str  # of `page.format_value`
   compare: str | None  # "ratio" (arm / baseline), "points" (100 times arm - baseline) or None
   cells: list[Cell]  # of each arm
-  settings: dict[str, Any] | None = None  # how the samples were drawn that it was measured on
+  settings: dict[str, Any] | None = None  # of the sample sets that it was measured on
 
 
 @dataclasses.dataclass
@@ -75,24 +75,24 @@ class Difference:
   compare: str
   settings: dict[str, Any] | None = None
   value: float | None = None  # the ratio or the points
-  standard_error: float | None = None  # of a ratio to first order; None if either arm has one run
-  spread: float | None = None  # the larger of both arms' deviations over their runs
+  standard_error: float | None = None  # to first order; None if either arm has one run
+  spread: float | None = None  # the larger of both arms' standard deviations over runs
   verdict: str = ""  # whether the difference is larger than the spread
   missing: str = ""  # why there is no value
 
 
 @dataclasses.dataclass
 class Comparison:
-  """An arm against a baseline, both by number."""
+  """An arm against a baseline, both by index."""
 
   arm: int
   baseline: int
-  also: list[str]  # fields that differ beside the method and its ranks
+  also: list[str]  # differing config fields beside the method and its ranks
   rows: list[Difference]
 
 
 def summarise(measured: Iterable[Measurement]) -> Cell:
-  """Return the mean and spread of an arm's values, a group for each protocol."""
+  """Summarise an arm's values in a group for each protocol."""
   values, groups = list(measured), []
   for protocol in unique(value.protocol for value in values):
     kept = [value for value in values if value.protocol == protocol]
@@ -106,16 +106,16 @@ def summarise(measured: Iterable[Measurement]) -> Cell:
 
 
 def mark_protocols(row: Row) -> None:
-  """Set `differs` of every group by the row's first one."""
+  """Set every group's `differs` by comparison with the row's first group."""
   groups = [group for cell in row.cells for group in cell.groups]
   for group in groups:
     group.differs = describe_difference(groups[0].protocol, group.protocol)
 
 
 def compare(arms: Sequence[Arm], rows: Sequence[Row]) -> list[Comparison]:
-  """Compare every arm with the full one, then with the static one, then with the first other one.
+  """Compare every arm with a full arm, a static arm, and the first arm of any other method.
 
-  Of several full or static arms, an arm is compared with the one that shares most of its config.
+  Among several full or static arms, the baseline is the one whose config differs least.
   """
   pairs = []
   for i, method in enumerate(BASELINES):
@@ -141,7 +141,7 @@ def _compare_arms(arms: Sequence[Arm], rows: Sequence[Row], arm: int, baseline: 
 
 
 def compare_cells(cell: Cell, baseline: Cell, how: str) -> dict[str, Any]:
-  """Return the measured fields of a `Difference`, by the largest groups of equal protocol."""
+  """Return the measured fields of a `Difference`, from the largest groups with equal protocols."""
   if cell.exact is not None and baseline.exact is not None:
     return {"value": cell.exact / baseline.exact, "verdict": "exact"}
   pairs = [(a, b) for a in cell.groups for b in baseline.groups]

@@ -1,4 +1,4 @@
-"""All that a report shows, from the workdirs that it compares."""
+"""The contents of a report on several workdirs."""
 
 import dataclasses
 import datetime
@@ -19,7 +19,7 @@ from lrdit.report.rows import measure_rows
 from lrdit.report.runs import read_run
 
 PACKAGES = ("lrdit", "jax", "flax", "numpy", "matplotlib")
-PAGE_ONLY = ("lines", "pixels", "image")  # fields that report.json leaves out
+PAGE_ONLY = ("lines", "pixels", "image")  # fields that report.json omits
 
 
 @dataclasses.dataclass
@@ -27,7 +27,7 @@ class Report:
   """The contents of report.html and report.json."""
 
   made: dict[str, Any]  # command, time and versions of this report
-  claim: list[Claim]  # of each adaptive arm
+  claim: list[Claim]  # one for each adaptive arm
   arms: list[Arm]
   layer: str  # whose r(t) is shown
   rows: list[Row]
@@ -35,21 +35,19 @@ class Report:
   grids: list[Grid]
 
   def to_json(self) -> dict[str, Any]:
-    """Return the report as JSON, without images and the lines of logs."""
-    return dataclasses.asdict(
-      self, dict_factory=lambda items: {k: v for k, v in items if k not in PAGE_ONLY}
-    )
+    """Return the report as JSON, without images and log lines."""
+
+    def kept(items: list[tuple[str, Any]]) -> dict[str, Any]:
+      return {key: value for key, value in items if key not in PAGE_ONLY}
+
+    return dataclasses.asdict(self, dict_factory=kept)
 
 
 def make_report(workdirs: Sequence[str], output: str) -> Report:
-  """Read and compare workdirs.
-
-  Args:
-    workdirs: as the user wrote them.
-    output: where the report goes; for the command that makes it again.
+  """Read and compare workdirs; `output` appears only in the recorded command.
 
   Raises:
-    UserError: a workdir is none, or is named twice.
+    UserError: a directory is not a workdir, or a run appears twice.
   """
   runs = [read_run(name) for name in workdirs]
   arms = group_arms(runs)

@@ -1,4 +1,4 @@
-"""What sets configs and settings apart."""
+"""Differences between configs and settings."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,7 +9,7 @@ MAX_SHOWN = 16  # characters of a value
 
 
 def unique(values: Iterable[Any]) -> list[Any]:
-  """Return the values in order without repetitions; they need no hash."""
+  """Return the distinct values in order; they need not be hashable."""
   kept: list[Any] = []
   for value in values:
     if value not in kept:
@@ -25,7 +25,7 @@ def differing_fields(*settings: dict[str, Any]) -> list[str]:
 
 
 def describe_difference(first: dict[str, Any], other: dict[str, Any]) -> str:
-  """Return "field: other's value, not the first's" of the fields that differ; "" if none does."""
+  """Return "FIELD OTHER'S VALUE, not FIRST'S" for each field that differs, or ""."""
   ours, theirs = flatten(other), flatten(first)
 
   def short(value: Any) -> str:

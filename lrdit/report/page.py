@@ -1,4 +1,4 @@
-"""A report as one HTML page that loads nothing, from the template page.html.j2."""
+"""A report as one self-contained HTML page, rendered from page.html.j2."""
 
 import itertools
 from collections.abc import Sequence
@@ -18,11 +18,9 @@ PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def format_value(value: float, form: str) -> str:
-  """Return a number for reading; report.json has it in full.
+  """Format a number for readers; report.json has full precision.
 
-  Args:
-    value: the number.
-    form: "count", "macs", "rate", "seconds", "loss", "ratio" or "share".
+  `form` is "count", "macs", "rate", "seconds", "loss", "ratio" or "share".
   """
   if form == "count":
     return f"{value:,.0f}"
@@ -44,7 +42,7 @@ def _duration(seconds: float) -> str:
 
 
 def format_pair(mean: float, std: float | None, form: str) -> str:
-  """Return a mean and its spread, with the decimals that two digits of the spread need."""
+  """Format a mean and its spread, with the decimals of the spread's two leading digits."""
   if std is None:
     return format_value(mean, form)
   if form == "seconds":
@@ -55,7 +53,7 @@ def format_pair(mean: float, std: float | None, form: str) -> str:
   mean, std = factor * mean, factor * std
   if min(abs(mean) or 1, std) < 1e-4:
     return f"{mean:.4g} ± {std:.2g}{unit}"
-  exponent = int(f"{std:.1e}".partition("e")[2])  # of the std as it is shown
+  exponent = int(f"{std:.1e}".partition("e")[2])  # of the rounded std
   decimals = max(0, 1 - exponent)
   return f"{mean:,.{decimals}f} ± {std:,.{decimals}f}{unit}"
 
@@ -65,11 +63,9 @@ def _with_error(value: float, error: float | None, form: str) -> str:
 
 
 def format_difference(difference: Difference) -> str:
-  """Return a ratio, or a difference in points, with its standard error."""
-  value, error = difference.value, difference.standard_error
-  if difference.compare == "points":
-    return _with_error(value, error, "+.2f") + " points"
-  return _with_error(value, error, ".4f")
+  """Format a ratio or a difference in points with its standard error."""
+  form, unit = ("+.2f", " points") if difference.compare == "points" else (".4f", "")
+  return _with_error(difference.value, difference.standard_error, form) + unit
 
 
 def plural(count: int, noun: str) -> str:
@@ -78,13 +74,13 @@ def plural(count: int, noun: str) -> str:
 
 
 def count_values(group: Group) -> str:
-  """Return the number of values behind a mean."""
+  """Format the number of values behind a mean."""
   seeds = plural(group.num_runs, "seed")
   return seeds if group.n == group.num_runs else f"{seeds}, n = {group.n} sets of samples"
 
 
 def describe_settings(settings: dict[str, Any]) -> str:
-  """Return how samples were drawn, in words if the field is known."""
+  """Format sampling settings, known fields first."""
   known = dict(settings)
   words = [str(known.pop("solver", "")), f"{known.pop('num_steps', '?')} steps"]
   words += [f"guidance {known.pop('guidance_scale', '?')}", f"{known.pop('weights', '?')} weights"]
@@ -94,7 +90,7 @@ def describe_settings(settings: dict[str, Any]) -> str:
 
 
 def sections(lines: Sequence[tuple[Row | Difference, Sequence]]) -> list[tuple[str, list]]:
-  """Group a table's (row, cells) under headings, wherever the section or the settings change."""
+  """Group a table's (row, cells) under headings, by section and settings."""
 
   def heading(line: tuple[Row | Difference, Sequence]) -> str:
     settings = line[0].settings
@@ -104,7 +100,7 @@ def sections(lines: Sequence[tuple[Row | Difference, Sequence]]) -> list[tuple[s
 
 
 def _tables(report: Report) -> dict[str, Any]:
-  """Return the sections of the arms' tables and of the comparisons with each baseline."""
+  """Return the sections of both tables of arms, and of the comparisons with each baseline."""
   lines = {False: [], True: []}
   for row in report.rows:
     lines[is_shared(row)].append((row, row.cells))
@@ -118,60 +114,39 @@ def _tables(report: Report) -> dict[str, Any]:
 
 
 def _pictures(report: Report) -> dict[str, list[tuple[str | None, str]]]:
-  """Return the plots of each part of the page as (svg, caption)."""
   arms, by_key = report.arms, {row.key: row for row in report.rows}
   distances = [row for row in report.rows if row.key.endswith("_frechet_distance")]
-  # Of several distances, show the one that most arms have.
-  distances.sort(key=lambda row: -sum(bool(cell.groups) for cell in row.cells))
-  macs, loss = by_key["mean_forward_macs"], by_key["held_out_loss_ema"]
-  quality = [(plots.quality_over(arms, macs, loss), "Held-out split, EMA weights")]
-  for row in distances[:1]:
+  macs, held_out = by_key["mean_forward_macs"], by_key["held_out_loss_ema"]
+  quality = [(plots.quality_over(arms, macs, held_out), "Held-out split, EMA weights")]
+  if distances:  # show the distance that most arms have
+    row = max(distances, key=lambda row: sum(bool(cell.groups) for cell in row.cells))
     caption = f"Samples: {describe_settings(row.settings)}"
     quality.append((plots.quality_over(arms, macs, row), caption))
-  rank = f"Layer {report.layer}; a dense arm has its largest rank"
-  return {
-    "quality": quality,
-    "rank": [
-      (plots.rank_over_t(arms, report.layer), rank),
-      (plots.ratio_over_t(arms), "All factorised layers together; a dense arm has 1"),
-    ],
-    "loss": [
-      (plots.loss_over_t(arms, "held_out"), "Held-out split, EMA weights"),
-      (plots.loss_over_t(arms, "training"), "Training, last tenth of each run's logged windows"),
-    ],
-    "curves": [
-      (plots.training_curves(arms, "train/loss"), "Training loss"),
-      (plots.training_curves(arms, "eval/loss"), "Held-out loss, EMA weights"),
-    ],
-  }
+  by_layer = f"Layer {report.layer}; a dense arm has its largest rank"
+  rank = [
+    (plots.rank_over_t(arms, report.layer), by_layer),
+    (plots.ratio_over_t(arms), "All factorised layers together; a dense arm has 1"),
+  ]
+  loss = [
+    (plots.loss_over_t(arms, "held_out"), "Held-out split, EMA weights"),
+    (plots.loss_over_t(arms, "training"), "Training, last tenth of each run's logged windows"),
+  ]
+  curves = [
+    (plots.training_curves(arms, "train/loss"), "Training loss"),
+    (plots.training_curves(arms, "eval/loss"), "Held-out loss, EMA weights"),
+  ]
+  return {"quality": quality, "rank": rank, "loss": loss, "curves": curves}
 
 
 def render(report: Report) -> str:
-  """Return the page, which is well-formed as XML too."""
+  """Return the page, which is also well-formed XML."""
+  loader, undefined = jinja2.PackageLoader("lrdit.report", ""), jinja2.StrictUndefined
   environment = jinja2.Environment(
-    loader=jinja2.PackageLoader("lrdit.report", ""),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
+    loader=loader, undefined=undefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
   )
-  environment.filters |= {
-    "value": format_value,
-    "pair": format_pair,
-    "error": _with_error,
-    "difference": format_difference,
-    "count": count_values,
-    "plural": plural,
-    "settings": describe_settings,
-    "svg": Markup,
-  }
-  template = environment.get_template("page.html.j2")
-  return template.render(
-    report=report,
-    arms=report.arms,
-    tables=_tables(report),
-    plots=_pictures(report),
-    colour_of=plots.colour_of,
-    DASH=DASH,
-    COLUMNS=GRID_COLUMNS,
-  )
+  environment.filters |= {"value": format_value, "pair": format_pair, "count": count_values}
+  environment.filters |= {"difference": format_difference, "error": _with_error, "plural": plural}
+  environment.filters |= {"settings": describe_settings, "svg": Markup}
+  names = {"DASH": DASH, "COLUMNS": GRID_COLUMNS, "colour_of": plots.colour_of}
+  shown = {"arms": report.arms, "tables": _tables(report), "plots": _pictures(report)}
+  return environment.get_template("page.html.j2").render(names | shown, report=report)

@@ -1,4 +1,4 @@
-"""Samples of the arms side by side, and the path that one sample took.
+"""Grids of the arms' samples, and the path of one sample.
 
 Axes: n samples, H W image.
 """
@@ -24,47 +24,46 @@ from lrdit.runtime.errors import UserError
 from lrdit.sampling import sample_set
 
 GRID_COLUMNS = 10
-MAX_SAMPLES = 40  # of each arm's grid,
-MAX_PIXELS = 1 << 19  # in at most so many pixels, but at least one row
+MAX_SAMPLES = 40  # in each arm's grid
+MAX_PIXELS = 1 << 19  # in each arm's grid, unless one row has more
 
 
 @dataclasses.dataclass
 class Path:
-  """The clean images predicted on the way to sample 0, from path.json and path.png."""
+  """The predicted clean images on the path to sample 0, from path.json and path.png."""
 
   label: int | None
   steps: list[int]  # solver steps, from 0
   timesteps: list[int]
-  ranks: dict[str, list[int]]  # active ranks of each factorised layer at these steps
-  image: str  # data URL of the row of pictures
+  ranks: dict[str, list[int]]  # active ranks at these steps, by factorised layer
+  image: str  # data URL
 
 
 @dataclasses.dataclass
 class Grid:
-  """The first samples of one set of an arm."""
+  """The first samples of one of an arm's sample sets."""
 
   arm: int
   workdir: str
   sample_set: str
-  settings: dict[str, Any]  # how they were drawn, with seed and step
+  settings: dict[str, Any]  # of sampling, with seed and checkpoint step
   labels: list[int] | None
   pixels: UInt8[np.ndarray, "n H W 3"]
   image: str = ""  # data URL
   size: tuple[int, int] = (0, 0)  # width and height of the image
   path: Path | None = None
-  differs: str = ""  # how settings or labels differ from the first grid's
+  differs: str = ""  # how settings or labels differ from the first grid
 
 
 def choose_grids(arms: Sequence[Arm]) -> list[Grid]:
-  """Return a grid of each arm that has samples, drawn as much alike as there are.
+  """Return a grid for each arm with samples, from the set most like the first grid's.
 
-  All show the same number of samples. A set that cannot be read becomes a note.
+  All grids show the same number of samples. An unreadable set becomes a note.
   """
   grids: list[Grid] = []
   for number, arm in enumerate(arms):
-    found = [
-      (r, name, _grid_settings(own)) for r in arm.runs for name, own in r.sample_sets.items()
-    ]
+    sets = ((run, *own) for run in arm.runs for own in run.sample_sets.items())
+    found = [(run, name, _grid_settings(own)) for run, name, own in sets]
     if grids:
       found.sort(key=lambda item: len(differing_fields(grids[0].settings, item[2])))
     else:
@@ -80,14 +79,13 @@ def choose_grids(arms: Sequence[Arm]) -> list[Grid]:
     grid.labels = grid.labels and grid.labels[:count]
     tiles = images.make_grid(grid.pixels[:count], GRID_COLUMNS)
     grid.image, grid.size = _data_url(tiles), (tiles.shape[1], tiles.shape[0])
-    other_labels = "other labels" if grid.labels != grids[0].labels else ""
-    differs = describe_difference(grids[0].settings, grid.settings)
-    grid.differs = "; ".join(filter(None, [differs, other_labels]))
+    differs = [describe_difference(grids[0].settings, grid.settings)]
+    differs.append("other labels" if grid.labels != grids[0].labels else "")
+    grid.differs = "; ".join(filter(None, differs))
   return grids
 
 
 def _grid_settings(own: SampleSet) -> dict[str, Any]:
-  """Return what two grids must share to show the same indices drawn alike."""
   settings = {field: value for field, value in own.settings.items() if field != "num_samples"}
   more = ("seed", "checkpoint_step")
   return settings | {f: own.metadata[f] for f in more if f in own.metadata}
@@ -111,7 +109,6 @@ def _read_grid(arm: int, run: Run, name: str, settings: dict[str, Any]) -> Grid 
 
 
 def _read_path(directory: pathlib.Path) -> Path | None:
-  """Return the path of a set of samples; None if there is none."""
   if not (directory / "path.json").exists():
     return None
   stored = json.loads((directory / "path.json").read_text())

@@ -1,7 +1,7 @@
-"""Plots of a report as SVG inside a page: text stays text, and nothing is loaded.
+"""Plots of a report as inline SVG.
 
-Ink takes the colour of the page's text, so it shows on a dark page too. An arm keeps its colour and
-line style in every plot.
+Text stays text and takes the page's colour, so it is visible on dark pages too. An arm keeps its
+colour and line style in every plot.
 """
 
 import io
@@ -11,70 +11,47 @@ from typing import Any
 
 import numpy as np
 
-from lrdit.analysis.plot_style import (
-  COLOURS,
-  LINE_STYLES,
-  SETTINGS,
-  T_LABEL,
-  add_grid,
-  plain_ticks,
-)
+from lrdit.analysis import plot_style
+from lrdit.analysis.plot_style import LOSS_LABEL, T_LABEL, colour_of, line_of
 from lrdit.report.arms import Arm, TimestepLoss
 from lrdit.report.compare import Cell, Row
 
-INK = "#010203"  # stands for the colour of the page's text
-WIDTH, HEIGHT = 4.3, 3.1  # inches: about the width of a phone, where text keeps its size
+INK = "#010203"  # placeholder for the page's text colour
+WIDTH, HEIGHT = 4.3, 3.1  # inches, about a phone's width, where text keeps its size
 MARKERS = "osD^vP"
-FEW_POINTS = 30  # a curve of fewer points shows each, as a single one makes no line
-MAX_POINTS = 600  # of a curve; a longer one shows means of neighbours
+FEW_POINTS = 30  # a curve with fewer points marks each one
+MAX_POINTS = 600  # a longer curve shows means of neighbours
 SVG_SETTINGS = (
-  SETTINGS
-  | {"svg.fonttype": "none", "svg.hashsalt": "lrdit"}
+  {"svg.fonttype": "none", "svg.hashsalt": "lrdit"}
   | dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none")
   | dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK)
   | dict.fromkeys(("xtick.color", "ytick.color"), INK)
 )
-LOSS_LABEL = "mean loss (per value)"
 
 
-def colour_of(arm: int) -> str:
-  """Return the colour of the arm with this number, as CSS."""
-  return COLOURS[arm % len(COLOURS)]
-
-
-def _line(arm: int) -> dict[str, Any]:
-  return {"color": colour_of(arm), "linestyle": LINE_STYLES[arm % len(LINE_STYLES)]}
-
-
+@plot_style.styled(SVG_SETTINGS)
 def draw(name: str, paint: Callable[[Any], bool], **axes_settings: Any) -> str | None:
-  """Return one plot as an <svg> element, always the same for the same plot.
+  """Return one plot as an <svg> element, or None if there is nothing to draw.
 
   Args:
-    name: begins every id, so that several plots can share a page.
-    paint: draws on matplotlib's axes; returns whether there was anything to draw.
+    name: prefix of every id, so that several plots can share a page.
+    paint: draws on matplotlib's axes and returns whether there was anything to draw.
     **axes_settings: labels and scales for `Axes.set`.
-
-  Returns:
-    None if there was nothing to draw.
   """
-  import matplotlib  # slow to import, and only needed here
   from matplotlib.backends.backend_svg import FigureCanvasSVG
-  from matplotlib.figure import Figure
 
-  with matplotlib.rc_context(SVG_SETTINGS):
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-    axes = figure.add_subplot()
-    if not paint(axes):
-      return None
-    axes.set(**axes_settings)
-    if axes.get_yscale() == "log":
-      plain_ticks(axes)
-    add_grid(axes)
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-      figure.legend(handles, labels, loc="outside upper left", ncols=2, handlelength=2.4)
-    file = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+  figure, ((axes,),) = plot_style.panels(1, 1, WIDTH, HEIGHT)
+  if not paint(axes):
+    return None
+  axes.set(**axes_settings)
+  if axes.get_yscale() == "log":
+    plot_style.plain_ticks(axes)
+  plot_style.add_grid(axes)
+  handles, labels = axes.get_legend_handles_labels()
+  if handles:
+    figure.legend(handles, labels, loc="outside upper left", ncols=2, handlelength=2.4)
+  file = io.StringIO()
+  FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
   svg = file.getvalue()
   svg = svg[svg.index("<svg") :].strip()
   svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -84,12 +61,7 @@ def draw(name: str, paint: Callable[[Any], bool], **axes_settings: Any) -> str |
 
 
 def quality_over(arms: Sequence[Arm], cost: Row, quality: Row) -> str | None:
-  """Plot a point for each arm; bars are a standard deviation over its values.
-
-  Args:
-    arms: those of both rows.
-    cost, quality: what the axes show. Values of another protocol than a row's first are left out.
-  """
+  """Plot a point and one standard deviation for each arm, except incomparable values."""
 
   def paint(axes: Any) -> bool:
     from matplotlib.ticker import EngFormatter
@@ -110,19 +82,19 @@ def quality_over(arms: Sequence[Arm], cost: Row, quality: Row) -> str | None:
 
 
 def _point(cell: Cell) -> tuple[float | None, float | None]:
-  """Return the (mean, standard deviation) of what may be compared with the row's first value."""
+  """Return the mean and standard deviation of the values comparable with the row's first."""
   groups = [group for group in cell.groups if not group.differs]
   return (groups[0].mean, groups[0].std) if groups else (cell.exact, None)
 
 
 def rank_over_t(arms: Sequence[Arm], layer: str) -> str | None:
-  """Plot the active rank of one layer over t; a dense layer has the largest rank it can have."""
+  """Plot one layer's active rank over t; a dense layer has its full rank."""
   ranks = [arm.model.active_rank.get(layer) if arm.model else None for arm in arms]
   return _over_t("rank", arms, ranks, "active rank r(t)")
 
 
 def ratio_over_t(arms: Sequence[Arm]) -> str | None:
-  """Plot the active parameters of the factorised layers over those of dense kernels, over t."""
+  """Plot the factorised layers' active parameters over those of dense kernels, as t varies."""
   ratios = [arm.model.ratio if arm.model else None for arm in arms]
   return _over_t("ratio", arms, ratios, "active / dense parameters")
 
@@ -130,14 +102,12 @@ def ratio_over_t(arms: Sequence[Arm]) -> str | None:
 def _over_t(
   name: str, arms: Sequence[Arm], by_bucket: Sequence[Sequence[float] | None], label: str
 ) -> str | None:
-  """Plot a quantity that each arm has for each of its rank buckets."""
-
   def paint(axes: Any) -> bool:
     for number, (arm, of_arm) in enumerate(zip(arms, by_bucket, strict=True)):
       if arm.model and of_arm:
         edges = [start for start, _ in arm.model.segments] + [arm.model.num_train_timesteps]
         values = [of_arm[bucket] for _, bucket in arm.model.segments]
-        style = _line(number) | {"linewidth": 1.8}
+        style = line_of(number) | {"linewidth": 1.8}
         axes.stairs(values, edges, baseline=None, label=arm.name, **style)
     return any(by_bucket)
 
@@ -145,17 +115,12 @@ def _over_t(
 
 
 def loss_over_t(arms: Sequence[Arm], kind: str) -> str | None:
-  """Plot the loss of timestep groups; bars are a standard deviation over the runs.
-
-  Args:
-    arms: all of the report.
-    kind: "held_out" or "training".
-  """
+  """Plot the "held_out" or "training" loss of timestep groups, with one standard deviation."""
 
   def paint(axes: Any) -> bool:
     shown = [(i, arm) for i, arm in enumerate(arms) if getattr(arm, kind)]
     for place, (number, arm) in enumerate(shown):
-      # The bars of several arms stand side by side within a group.
+      # Error bars of different arms stand side by side within a group.
       _loss_groups(axes, number, arm.name, getattr(arm, kind), (place + 1) / (len(shown) + 1))
     return bool(shown)
 
@@ -165,7 +130,7 @@ def loss_over_t(arms: Sequence[Arm], kind: str) -> str | None:
 def _loss_groups(
   axes: Any, number: int, name: str, groups: Sequence[TimestepLoss], place: float
 ) -> None:
-  style = _line(number)
+  style = line_of(number)
   for i, group in enumerate(groups):
     span = [group.t_first, group.t_last + 1]
     label = None if i else name
@@ -176,12 +141,7 @@ def _loss_groups(
 
 
 def training_curves(arms: Sequence[Arm], curve: str) -> str | None:
-  """Plot a loss over the steps, a line for each run.
-
-  Args:
-    arms: all of the report.
-    curve: "train/loss" or "eval/loss".
-  """
+  """Plot a loss, "train/loss" or "eval/loss", over the steps, with a line for each run."""
 
   def paint(axes: Any) -> bool:
     for number, run, name in ((i, run, arm.name) for i, arm in enumerate(arms) for run in arm.runs):
@@ -190,7 +150,7 @@ def training_curves(arms: Sequence[Arm], curve: str) -> str | None:
         label = None if name in axes.get_legend_handles_labels()[1] else name
         points = shorten(steps, losses)
         marker = "o" if np.isfinite(points[1]).sum() < FEW_POINTS else None
-        style = _line(number) | {"marker": marker, "markersize": 3, "linewidth": 1.2}
+        style = line_of(number) | {"marker": marker, "markersize": 3, "linewidth": 1.2}
         axes.plot(*points, label=label, alpha=0.8, **style)
     return axes.has_data()
 
@@ -201,7 +161,7 @@ def training_curves(arms: Sequence[Arm], curve: str) -> str | None:
 def shorten(
   steps: Sequence[float], losses: Sequence[float | None]
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Return at most `MAX_POINTS` points, means of as many neighbours each; gaps stay gaps."""
+  """Average neighbours into at most `MAX_POINTS` points; gaps (None) become NaN."""
   width = -(-len(steps) // MAX_POINTS)
   x, y = np.asarray(steps, np.float64), np.asarray(losses, np.float64)  # None becomes NaN
   starts = np.arange(0, len(x), width)

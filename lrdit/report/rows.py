@@ -1,4 +1,4 @@
-"""The quantities of the report's tables, a row for each."""
+"""The rows of the report's tables, one for each quantity."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from lrdit.report.fields import unique
 from lrdit.report.runs import DAMAGED, Run, SampleSet, as_dict, finite
 from lrdit.runtime.errors import UserError
 
-# The metrics of samples, by the part of the name behind the extractor: (label, format, comparison).
+# (label, format, comparison) of sample metrics, by name without the extractor.
 METRICS = {
   "frechet_distance": ("Frechet distance", "loss", "ratio"),
   "kernel_distance": ("kernel distance", "loss", None),
@@ -26,7 +26,7 @@ METRICS = {
   "num_samples": ("images compared", "count", None),
   "num_subset_samples": ("images for kernel distance, precision and recall", "count", None),
 }
-# Metrics that describe the measurement and are the same for every arm.
+# Metrics that describe the evaluation itself and are the same for every arm.
 SHARED_METRICS = ("recognition_accuracy_of_held_out_images", "num_samples", "num_subset_samples")
 
 MODEL_ROWS = (
@@ -38,7 +38,7 @@ MODEL_ROWS = (
 
 
 def measure_rows(arms: Sequence[Arm]) -> list[Row]:
-  """Return the rows of models, training, losses and samples, with what may not be compared."""
+  """Return the rows of models, training, losses and samples, with incomparable values marked."""
   rows = [
     Row("Model", *row, [Cell(getattr(arm.model, row[0], None)) for arm in arms])
     for row in MODEL_ROWS
@@ -54,15 +54,12 @@ def measure_rows(arms: Sequence[Arm]) -> list[Row]:
 
 
 def is_shared(row: Row) -> bool:
-  """Return whether a row describes how samples were measured, not how good they are."""
+  """Return whether a row describes the evaluation of samples rather than their quality."""
   return row.section == "Samples" and row.key.partition("_")[2] in SHARED_METRICS
 
 
 def describe_metric(name: str) -> tuple[str, str, str | None]:
-  """Return (label, format, comparison) of a metric named EXTRACTOR_METRIC.
-
-  Only a Frechet distance between Inception's features is an FID.
-  """
+  """Return (label, format, comparison) of EXTRACTOR_METRIC; only Inception gives an FID."""
   extractor, _, metric = name.partition("_")
   label, form, comparison = METRICS.get(metric, (metric.replace("_", " "), "loss", None))
   if name == "inception_frechet_distance":
@@ -71,19 +68,18 @@ def describe_metric(name: str) -> tuple[str, str, str | None]:
 
 
 def _measure(value: Any, run: Run, protocol: dict[str, Any], *sample_set: Any) -> list[Measurement]:
-  """Return one measurement, or none if the value is missing."""
   if finite(value) is None:
     return []
   return [Measurement(value, run.workdir, run.seed, protocol, *sample_set)]
 
 
 def _run_rows(run: Run) -> Iterator[tuple[tuple, list[Measurement]]]:
-  """Yield each row's description and what a run measured."""
+  """Yield each row's description and the run's measurements."""
   batch_size = as_dict(run.config.get("training")).get("batch_size")
   rate = run.images_per_second
   speed = _measure(rate, run, {"batch_size": batch_size})
   yield ("Training", "training_images_per_second", "images/s", "rate", "ratio"), speed
-  # Windows that were not timed count at the mean rate of the others.
+  # Untimed windows count at the mean rate of the timed ones.
   seconds = _measure(run.images / rate if rate else None, run, {"images": run.images})
   yield ("Training", "training_seconds", "training time, steps only", "seconds", None), seconds
   for weights, name, compared in (("ema", "EMA", "ratio"), ("raw", "raw", None)):
@@ -101,13 +97,12 @@ def _final_loss(run: Run) -> list[Measurement]:
     return []
   window = lines[-1]["step"] - (lines[-2]["step"] if len(lines) > 1 else 0)
   protocol = {"step": lines[-1]["step"], "steps averaged": window}
-  return _measure(
-    lines[-1]["train/loss"], run, protocol | {"diffusion": run.config.get("diffusion")}
-  )
+  protocol["diffusion"] = run.config.get("diffusion")
+  return _measure(lines[-1]["train/loss"], run, protocol)
 
 
 def _sample_rows(arms: Sequence[Arm]) -> Iterator[Row]:
-  """Yield the rows of samples, a section for each way of sampling whatever the seed."""
+  """Yield the rows of samples, in a section for each way of sampling (all seeds together)."""
   everything = [
     [(run, name, own) for run in arm.runs for name, own in run.sample_sets.items()] for arm in arms
   ]
@@ -124,26 +119,21 @@ def _sample_rows(arms: Sequence[Arm]) -> Iterator[Row]:
 
 
 def sampling_macs(run: Run, settings: dict[str, Any]) -> int | None:
-  """Return the MACs of sampling one image of a run's model; None if they cannot be known."""
+  """Return the MACs of sampling one image with a run's model, or None if they are unknown."""
   try:
     config = as_config(run.config)
     for field in ("solver", "num_steps", "eta", "guidance_scale"):
       config.sampling[field] = settings[field]
-    resolved = resolve(config)
-    return flops.sampling_macs(
-      Experiment(resolved).shape,
-      Experiment(resolved).plan,
-      Experiment(resolved).solver_table.t,
-      batch_size=1,
-      guidance_scale=resolved.sampling.guidance_scale,
-    )
+    made = Experiment(resolved := resolve(config))
+    counted, scale = (made.shape, made.plan, made.solver_table.t), resolved.sampling.guidance_scale
+    return flops.sampling_macs(*counted, batch_size=1, guidance_scale=scale)
   except (UserError, *DAMAGED):
-    return None  # the arm's notes describe a config that does not fit
+    return None  # the arm's notes report a config that does not fit
 
 
 def _sampling_speed(run: Run, name: str, own: SampleSet) -> list[Measurement]:
   metadata = own.metadata
-  # Not num_samples: a set that was cut or resumed took more than it holds.
+  # An interrupted or cut set took time for more samples than num_samples.
   count, seconds = finite(metadata.get("num_drawn")), finite(metadata.get("wall_clock_seconds"))
   protocol = {field: metadata.get(field) for field in ("backend", "num_devices", "jax")}
   protocol["compilation"] = "not counted" if "compile_seconds" in metadata else "counted"

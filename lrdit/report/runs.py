@@ -1,4 +1,4 @@
-"""What a report reads from a workdir; a missing or damaged piece becomes a note."""
+"""A workdir's files as a report reads them; a missing or damaged piece becomes a note."""
 
 import dataclasses
 import json
@@ -11,22 +11,22 @@ from lrdit.config.schema import Role, fields_of
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.store import flatten
 
-# Whatever reading a damaged or older file of a workdir can raise.
+# Exceptions from reading damaged or older files.
 DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OSError)
-# Fields of a sample set's metadata that its metrics depend on, beside the training and the seed.
+# Metadata of a sample set, beside training and seed, that affects its metrics.
 SETTINGS = ("weights", "num_samples", "solver", "num_steps", "eta", "guidance_scale", "clip_x_0")
 SETTINGS += ("labels", "dtype")
 NO_SETTINGS = ("seed", "name", "batch_size", "png_files")
-# Fields that a run may change, and that put it into another arm if it does.
+# Fields that a run may change but that still define its arm.
 DEFINING = ("training.num_steps", "model.dtype")
 
 
 @dataclasses.dataclass
 class SampleSet:
-  """A finished set of samples and what an evaluation measured on it."""
+  """A finished sample set and its evaluation."""
 
   metadata: dict[str, Any]
-  settings: dict[str, Any]  # metadata that two sets share if their metrics may be compared
+  settings: dict[str, Any]  # metadata that comparable sets share
   metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
   extractors: dict[str, Any] = dataclasses.field(default_factory=dict)
   reference: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -34,26 +34,26 @@ class SampleSet:
 
 @dataclasses.dataclass
 class Run:
-  """One workdir; config, data and evaluation hold the JSON files of these names, or nothing."""
+  """One workdir; `config`, `data` and `evaluation` are its JSON files, empty if missing."""
 
-  workdir: str  # as the user wrote it
+  workdir: str  # as given
   config: dict[str, Any]
   seed: Any
   data: dict[str, Any]
-  changes: list[dict[str, Any]]  # of the config after some steps
+  changes: list[dict[str, Any]]  # of the config during training
   step: int  # the newest one known
   num_steps: int | float | None
-  images: int  # that training took so far
+  images: int  # used in training so far
   images_per_second: float | None  # None if no step was timed
   evaluation: dict[str, Any]
   sample_sets: dict[str, SampleSet]
   notes: list[str]  # what is missing, damaged or unfinished
   lines: list[dict[str, Any]]  # of metrics.jsonl
   curves: dict[str, tuple[list[int], list[float | None]]]  # (steps, losses) by the loss's name
-  commands: list[str] = dataclasses.field(default_factory=list)  # that make the workdir again
+  commands: list[str] = dataclasses.field(default_factory=list)  # that reproduce the workdir
 
   def held_out(self, weights: str) -> dict[str, Any]:
-    """Return the held-out "loss" and "groups" of "ema" or "raw" weights; {} if not measured."""
+    """Return the held-out "loss" and "groups" of "ema" or "raw" weights, {} if not measured."""
     return as_dict(as_dict(self.evaluation.get("held_out")).get(weights))
 
 
@@ -69,7 +69,7 @@ def as_dict(value: Any) -> dict[str, Any]:
 
 
 def _read_object(path: pathlib.Path, notes: list[str]) -> dict[str, Any] | None:
-  """Return a JSON object; None, with a note, if the file is missing or damaged."""
+  """Return a JSON object, or None, with a note, if the file is missing or damaged."""
   try:
     value = json.loads(path.read_text(), parse_constant=lambda _name: None)  # NaN is missing
     if isinstance(value, dict):
@@ -83,10 +83,10 @@ def _read_object(path: pathlib.Path, notes: list[str]) -> dict[str, Any] | None:
 
 
 def read_run(name: str) -> Run:
-  """Read everything that a report shows of the workdir with this name, as the user wrote it.
+  """Read everything that a report shows of the workdir with this name.
 
   Raises:
-    UserError: it has no readable config.json, so it is not a workdir.
+    UserError: it has no readable config.json.
   """
   path, notes = pathlib.Path(name).expanduser(), []
   config = _read_object(path / "config.json", notes)
@@ -122,7 +122,7 @@ def read_run(name: str) -> Run:
 
 
 def _read_lines(path: pathlib.Path, notes: list[str]) -> list[dict[str, Any]]:
-  """Return the whole lines of metrics.jsonl, with None for numbers that are not finite."""
+  """Return the lines of metrics.jsonl before any damage, with None for non-finite numbers."""
   lines: list[dict[str, Any]] = []
   try:
     for line in (path / "metrics.jsonl").read_text().splitlines():
@@ -140,14 +140,10 @@ def _read_lines(path: pathlib.Path, notes: list[str]) -> list[dict[str, Any]]:
 def training_speed(
   lines: list[dict[str, Any]], batch_size: int | float
 ) -> tuple[int, float | None]:
-  """Return the training images, and their rate while training steps were timed.
+  """Return the number of training images, and their rate over the timed windows, or None.
 
-  A window's seconds are its images over its images/s, so they do not count compilation,
-  evaluation, grids, checkpoints and interruptions. The rate is None if no window was timed.
-
-  Args:
-    lines: of metrics.jsonl.
-    batch_size: images a step.
+  A window's seconds are its images over its images/s, which leaves out compilation, evaluation,
+  grids, checkpoints and interruptions.
   """
   images = timed_images = seconds = before = 0
   for line in lines:
@@ -179,7 +175,7 @@ def _read_sample_sets(
   for name, evaluated in as_dict(evaluation.get("samples")).items():
     metadata = as_dict(evaluated).get("metadata")
     if not isinstance(metadata, dict):
-      notes.append(f"evaluation.json describes the samples {name!r} in another way: evaluate again")
+      notes.append(f"evaluation.json describes samples {name!r} in another format: evaluate again")
       continue
     own = found.setdefault(name, make(metadata))
     if own.metadata != metadata:
@@ -191,17 +187,18 @@ def _read_sample_sets(
 
 
 def _drop_damaged_groups(evaluation: dict[str, Any], notes: list[str]) -> None:
-  """Keep the timestep groups that have a place on the axis; note the others."""
+  """Drop timestep groups without valid bounds, with a note."""
+
+  def is_valid(group: Any) -> bool:
+    return None not in [finite(as_dict(group).get(end)) for end in ("t_first", "t_last")]
+
   if evaluation and not isinstance(evaluation.get("held_out"), dict):
-    notes.append("evaluation.json describes held-out losses in another way: evaluate again")
+    notes.append("evaluation.json describes held-out losses in another format: evaluate again")
   for weights, own in as_dict(evaluation.get("held_out")).items():
     if not (isinstance(own, dict) and "groups" in own):
       continue
     groups = own["groups"] if isinstance(own["groups"], list) else [None]
-    places = [
-      {finite(as_dict(group).get(end)) for end in ("t_first", "t_last")} for group in groups
-    ]
-    own["groups"] = [group for group, ends in zip(groups, places, strict=True) if None not in ends]
+    own["groups"] = [group for group in groups if is_valid(group)]
     if damaged := len(groups) - len(own["groups"]):
       notes.append(
         f"evaluation.json: {damaged} of {len(groups)} timestep groups ({weights} weights) are "
@@ -210,10 +207,10 @@ def _drop_damaged_groups(evaluation: dict[str, Any], notes: list[str]) -> None:
 
 
 def run_key(run: Run) -> dict[str, Any]:
-  """Return what two runs must share to be one arm: the flat config fields that define them.
+  """Return what the runs of one arm share: the flat config fields that define the run.
 
-  The seed and fields that a mode may change in a workdir (paths, sampling, how often is logged)
-  are not among them; the number of training steps, the dtype and changes after some steps are.
+  They exclude the seed and fields that a workdir may change, such as paths, sampling and logging.
+  They include the number of training steps, the dtype, and changes during training.
   """
   free = fields_of(Role.PROCESS, Role.WATCH, Role.FREE) - set(DEFINING) | {"seed"}
   kept = {field: value for field, value in flatten(run.config).items() if field not in free}

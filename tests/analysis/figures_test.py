@@ -8,7 +8,14 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from lrdit.analysis import figures, gradient_figures, spectra, weight_figures, weight_spectra
+from lrdit.analysis import (
+  figures,
+  gradient_figures,
+  plot_style,
+  spectra,
+  weight_figures,
+  weight_spectra,
+)
 from lrdit.analysis.unit_cache import UnitCache
 from lrdit.model import dit
 from lrdit.rank.plan import LayerRanks, RankPlan, dense_plan
@@ -140,12 +147,12 @@ def test_a_model_of_zeros_has_a_plot(weights):
   zeros = copy.deepcopy(weights["dense"])
   for layer in zeros["layers"].values():
     layer["buckets"][0]["singular_values"] = [0.0] * 8
-  assert size_of(figures.png(weight_figures.spectra(zeros, TITLE)))
+  assert size_of(plot_style.png(weight_figures.spectra(zeros, TITLE)))
 
 
 def test_ranks_of_weights_by_depth(weights):
   figure = weight_figures.ranks(weights["low_rank"], TITLE)
-  assert {f"{name}\n/ min(D_in, D_out)" for name in figures.MEASURE_TITLES.values()} <= set(
+  assert {f"{name}\n/ min(D_in, D_out)" for name in plot_style.MEASURE_TITLES.values()} <= set(
     texts(figure)
   )
   assert legend(figure) == ["attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2", "adaln"]
@@ -299,27 +306,27 @@ def test_what_is_missing_is_left_out(gradients):
     figures.truncation(missing, TITLE),
     figures.truncation(TRUNCATION | {"ranks": [2], "rise": [[0.5, 0.1, None]]}, TITLE),
   ]
-  assert all(size_of(figures.png(figure)) for figure in made)
+  assert all(size_of(plot_style.png(figure)) for figure in made)
 
 
 def test_nothing_to_draw_is_no_figure(tmp_path):
   assert figures.truncation(TRUNCATION | {"rise": [[None] * 3] * 3}, TITLE) is None
   assert figures.losses(BOUNDARIES, {"held-out": [None] * 3}, TITLE) is None
-  figures.write_png(tmp_path / "none.png", None)
+  plot_style.write_png(tmp_path / "none.png", None)
   assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_is_written_whole_and_always_the_same(tmp_path, monkeypatch):
   path = tmp_path / "losses.png"
   made = [figures.losses(BOUNDARIES, {"held-out": [0.1, 0.2, 0.3]}, TITLE) for _ in range(2)]
-  figures.write_png(path, made[0])
+  plot_style.write_png(path, made[0])
   first = path.read_bytes()
-  assert size_of(first) == (1140, 600) and first == figures.png(made[1])
+  assert size_of(first) == (1140, 600) and first == plot_style.png(made[1])
 
   def fail(figure):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(figures, "png", fail)
+  monkeypatch.setattr(plot_style, "png", fail)
   with pytest.raises(OSError, match="No space left"):
-    figures.write_png(path, made[1])
+    plot_style.write_png(path, made[1])
   assert [p.name for p in tmp_path.iterdir()] == ["losses.png"] and path.read_bytes() == first
