@@ -37,11 +37,7 @@ def fingerprint_npz(split: str, options: DataOptions) -> dict[str, Any]:
 
 
 def load_npz(split: str, options: DataOptions) -> Source:
-  """Load a split of an .npz file into memory, as centre-cropped and resized uint8 images.
-
-  Raises:
-    UserError: the file is missing, or its arrays are of another kind.
-  """
+  """Load a split of an .npz file into memory, as centre-cropped and resized uint8 images."""
   path = _path(options)
   arrays = _read_arrays(path)
   scans = _check_images(path, arrays["image"])

@@ -54,11 +54,7 @@ _ORDER_STREAM, _FLIP_STREAM, _SLOT_STREAM = 0, 1, 2
 
 
 def make_source(name: str, split: str, options: DataOptions) -> Source:
-  """Open a split, "train" or "eval", of a dataset of `LOADERS`.
-
-  Raises:
-    UserError: the name is unknown, or the data is missing or damaged.
-  """
+  """Open a split, "train" or "eval", of a dataset; raise UserError if there is none."""
   if name not in LOADERS:
     raise UserError(f"data.name={name!r} is unknown: use one of {', '.join(LOADERS)}")
   return LOADERS[name].load(split, options)

@@ -219,11 +219,7 @@ def describe_path(path: str) -> str:
 
 
 def own_path(options: DataOptions, name: str, exists: Callable[[str], bool], what: str) -> str:
-  """Return `data_dir`, the path of the user's own images, as `what` in error messages.
-
-  Raises:
-    UserError: it is empty, or not `exists(path)`.
-  """
+  """Return `data_dir`; raise UserError if it is not the path of `what`."""
   if not options.data_dir:
     raise UserError(f"data.name={name} needs config.data.data_dir: set it to {what}")
   path = os.path.expanduser(options.data_dir)

@@ -1,4 +1,4 @@
-"""From a config to what defines its samples."""
+"""The label rule and the fingerprint of a config's samples."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from lrdit.sampling.sampler import LabelRule, Sampler, balanced_labels, random_l
 
 
 def make_label_rule(config: ConfigDict) -> LabelRule | None:
-  """Return the rule of `sampling.labels`; None for an unconditional model."""
+  """Return the rule of `sampling.labels`, or None for an unconditional model."""
   s, classes = config.sampling, config.data.num_classes
   if not classes:
     return None
@@ -26,9 +26,8 @@ def make_settings(
   """Return all that defines a sample beside its index, as JSON.
 
   Args:
-    config, sampler: resolved, and its sampler.
     step, checkpoint_digest: of the checkpoint, and `checkpoints.digest` of its weights.
-    vae_digest: of the VAE that decodes; "" for pixels.
+    vae_digest: of the VAE that decodes, or "" for pixels.
   """
   s, plan = config.sampling, sampler.model.plan
   visited = [(bucket, end - first) for bucket, first, end in sampler.segments]
