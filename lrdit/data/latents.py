@@ -88,8 +88,7 @@ def _read_record(path: pathlib.Path) -> dict[str, Any] | None:
 class LatentWriter:
   """Writer of one directory, split after split, that resumes where it was stopped.
 
-  Attributes:
-    is_complete: whether nothing is left to do.
+  `is_complete` is set if nothing is left to do.
   """
 
   def __init__(
@@ -97,9 +96,8 @@ class LatentWriter:
   ):
     """Make the directory or resume it; raise UserError if it holds something else.
 
-    Args:
-      description: the later manifest, as JSON; its "latent_shape" is [copies, 2, h, w, c].
-      num_examples: rows of each split.
+    `description` is the later manifest, as JSON; its "latent_shape" is [copies, 2, h, w, c].
+    `num_examples` has the rows of each split.
     """
     self.directory, self._num_examples = directory, num_examples
     directory.mkdir(parents=True, exist_ok=True)
@@ -167,11 +165,7 @@ def read_manifest(directory: str) -> dict[str, Any]:
 
 
 def open_latents(directory: str, split: str) -> LatentSource:
-  """Return a split of a finished directory, memory-mapped.
-
-  Raises:
-    UserError: the directory is missing, unfinished, or contradicts its manifest.
-  """
+  """Return a memory-mapped split; raise UserError unless the directory is finished and whole."""
   manifest, path = read_manifest(directory), pathlib.Path(directory)
   with store.damage_of(path, f"delete {path}, and encode again"):
     description, entry = manifest["description"], manifest["splits"][split]

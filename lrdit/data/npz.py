@@ -96,9 +96,7 @@ def _check_images(path: str, image: np.ndarray) -> UInt8[np.ndarray, "N H W C"]:
 
 def _check_labels(path: str, label: np.ndarray, total: int) -> Int32[np.ndarray, " N"]:
   if label.shape != (total,):
-    raise UserError(
-      f"label in {path} has the shape {label.shape}: it must be ({total},), one for each image"
-    )
+    raise UserError(f"label in {path} has the shape {label.shape}: it must be ({total},)")
   if label.dtype.kind not in "iu":
     raise UserError(f"label in {path} is {label.dtype}: it must be integers")
   if label.min() < 0 or label.max() >= np.iinfo(np.int32).max:

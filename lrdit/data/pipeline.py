@@ -107,10 +107,8 @@ def train_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yield the training batches of `steps`: `Source.gather` with leading axes (n, b).
 
-  Args:
-    slots: global batch index of every local example.
-    batch_size: global batch size.
-    flip: mirror each image left to right with probability one half.
+  `slots` are the global batch indices of the local examples; `batch_size` is global. With `flip`,
+  each image is mirrored left to right with probability one half.
   """
 
   def make(step: int) -> dict[str, np.ndarray]:
@@ -130,13 +128,8 @@ def eval_batches(
   among its batch's slots: the order of a split sorted by class would tie class to timestep. The
   padding is spread evenly over the slots, as at the end it would leave out the noisy ones.
 
-  Args:
-    slots: global batch index of every local example.
-    batch_size: global batch size.
-    shift: share of a batch, in [0, 1), by which examples move cyclically over the slots.
-
-  Yields:
-    batches as from `train_batches`, plus "weight" (n, b) float32, 0 for padding.
+  Examples move cyclically over the slots by `shift`, a share of a batch in [0, 1). Batches are as
+  from `train_batches`, plus "weight" (n, b) float32, 0 for padding.
   """
   # The seed is not the run's: runs must be comparable.
   place = _generator(0, _SLOT_STREAM, 0).random(len(source))

@@ -51,7 +51,7 @@ class TfdsDataset:
   eval_split: str
   crop_size: int
   num_classes: int
-  manual_files: tuple[str, ...] = ()
+  manual_files: str = ""
   origin: str = ""
 
   def how_to_prepare(self, data_dir: str) -> str:
@@ -65,37 +65,30 @@ class TfdsDataset:
     if not self.manual_files:
       return run
     manual_dir = os.path.join(data_dir, "downloads", "manual")
-    return f"put {', '.join(self.manual_files)} ({self.origin}) into {manual_dir}, then {run}"
+    return f"put {self.manual_files} ({self.origin}) into {manual_dir}, then {run}"
 
 
-DATASETS = {
-  dataset.name: dataset
-  for dataset in (
-    TfdsDataset("cifar10", eval_split="test", crop_size=0, num_classes=10),
-    TfdsDataset(
-      "celeb_a",
-      eval_split="validation",
-      crop_size=178,
-      num_classes=0,
-      manual_files=(
-        "img_align_celeba.zip",
-        "list_eval_partition.txt",
-        "list_attr_celeba.txt",
-        "list_landmarks_align_celeba.txt",
-        "identity_CelebA.txt",
-      ),
-      origin="from the CelebA page's drive, under these names",
-    ),
-    TfdsDataset(
-      "imagenet2012",
-      eval_split="validation",
-      crop_size=0,
-      num_classes=1000,
-      manual_files=("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"),
-      origin="both from image-net.org/download-images, which asks you to register",
-    ),
-  )
-}
+_DATASETS = (
+  TfdsDataset("cifar10", eval_split="test", crop_size=0, num_classes=10),
+  TfdsDataset(
+    "celeb_a",
+    eval_split="validation",
+    crop_size=178,
+    num_classes=0,
+    manual_files="img_align_celeba.zip, list_eval_partition.txt, list_attr_celeba.txt, "
+    "list_landmarks_align_celeba.txt, identity_CelebA.txt",
+    origin="from the CelebA page's drive, under these names",
+  ),
+  TfdsDataset(
+    "imagenet2012",
+    eval_split="validation",
+    crop_size=0,
+    num_classes=1000,
+    manual_files="ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar",
+    origin="both from image-net.org/download-images, which asks you to register",
+  ),
+)
+DATASETS = {dataset.name: dataset for dataset in _DATASETS}
 
 
 def fingerprint_tfds(dataset: TfdsDataset, split: str, options: DataOptions) -> dict[str, Any]:

@@ -222,13 +222,10 @@ class ClassifierExtractor:
 def train_classifier(
   source: Source, held_out: Source, settings: ClassifierSettings
 ) -> ClassifierExtractor:
-  """Train a classifier on a dataset's own training split, on the default device.
+  """Train a classifier on a dataset's own labelled training split, on the default device.
 
   The same arguments give the same weights on one kind of CPU. A GPU sums the gradients of
   convolutions in any order.
-
-  Raises:
-    UserError: the data has no labels.
   """
   size, _, channels = source.image_shape
   if not source.num_classes:
@@ -260,11 +257,7 @@ def open_classifier(
   """Return the classifier kept in a directory, or train and keep one.
 
   `directory` holds classifier.npz, the weights, and classifier.json, their digest, data and
-  held-out accuracy.
-
-  Raises:
-    UserError: the data has no labels, or the kept classifier is damaged or was trained on other
-      data, images, classes or settings.
+  held-out accuracy. UserError is raised if these are damaged, or of other data or settings.
   """
   record_path = directory / RECORD
   description = {

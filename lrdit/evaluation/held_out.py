@@ -50,17 +50,11 @@ def held_out_losses(
   batch_size: int,
   draws: int,
 ) -> HeldOutLosses:
-  """Sum losses over passes through the held-out split, each with other noise and timesteps.
+  """Sum losses over `draws` passes through the held-out split, with `step.eval_step` pmapped.
 
-  A slot of the batch is a stratum of timesteps. Each pass shifts the examples over the slots, so
-  that an example meets another stratum each time (see `pipeline.eval_batches`).
-
-  Args:
-    eval_step: pmapped `step.eval_step`.
-    params: replicated parameters.
-    slots: (n, b) from `parallel.batch_slots`.
-    batch_size: global batch size.
-    draws: number of passes, at least 1.
+  Each pass has other noise and timesteps. A slot of the batch is a stratum of timesteps: each pass
+  shifts the examples over the slots, so that an example meets another stratum each time (see
+  `pipeline.eval_batches`).
   """
   loss_sum, count = 0.0, 0
   for draw in range(draws):

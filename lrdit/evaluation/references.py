@@ -133,19 +133,14 @@ def measure(
   equally many samples and real images: the first M samples, or all if there are fewer, and as many
   features of the reference.
 
-  Args:
-    batches: uint8 images and their labels, or None for no labels. B is the extractor's batch size,
-      except in the last batch.
-    extractor: the reference's.
+  Batches are of uint8 images and labels or None. They have the extractor's batch size, except the
+  last one.
 
   Returns:
     with the extractor's name in front of each: "frechet_distance", "kernel_distance",
     "kernel_distance_std", "precision", "recall"; "num_samples" and "num_subset_samples", the
     numbers of samples behind the first and the others; and, if the extractor predicts labels,
     "recognition_accuracy" and "recognition_accuracy_of_held_out_images".
-
-  Raises:
-    UserError: the reference is of another extractor, or there are too few images.
   """
   if reference.fingerprint["extractor"]["digest"] != extractor.digest:
     raise UserError(f"the reference is of another extractor than this {extractor.name!r}")

@@ -41,6 +41,8 @@ MAX_SATURATED_SHARE = 0.5  # share of pixel values at 0 or 255 above which a war
 AGAIN = "run the same command with --mode=sample again"
 
 LabelRule = Callable[[np.ndarray], np.ndarray]  # from sample indices to labels
+# A batch is images and labels, or None without classes.
+Batches = Iterator[tuple[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, " B"] | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +81,7 @@ def _read_metadata(directory: pathlib.Path) -> dict[str, Any]:
   return metadata
 
 
-def _read_batches(
-  path: pathlib.Path, metadata: dict[str, Any], batch_size: int
-) -> Iterator[tuple[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, " B"] | None]]:
+def _read_batches(path: pathlib.Path, metadata: dict[str, Any], batch_size: int) -> Batches:
   """Yield the images and labels of a samples.npz."""
   kinds = {"arr_0": (np.uint8, 4)} | ({"arr_1": (np.int64, 1)} if metadata["has_labels"] else {})
   for samples, *labels in read_npz(path, kinds, metadata["num_samples"], batch_size, AGAIN):
@@ -117,8 +117,7 @@ class _PngFiles:
 class SampleSetWriter:
   """Writer of one sample set, in one process, that resumes where it was stopped.
 
-  Attributes:
-    is_finished: whether nothing is left to do.
+  `is_finished` is set if nothing is left to do.
   """
 
   def __init__(
@@ -134,16 +133,15 @@ class SampleSetWriter:
     """Make the directory, or resume it if it holds the same samples.
 
     If N exceeds the samples that are there, it goes on from those; if N is less, they are cut. A
-    finished set of N is read through, and given the PNG files that it lacks.
+    finished set of N is read through, and given the PNG files that it lacks. It goes on at a
+    multiple of the sampler's `batch_size`, so that images meet the same others in the same places,
+    and come out equal to the bit.
 
     Args:
       settings: all that defines a sample beside its index, as JSON. If one differs, the set is
         started over.
       software: versions that change a sample's last digits, as JSON. They must agree only if
         samples are added.
-      num_samples: N.
-      batch_size: the sampler's. The set goes on at a multiple of it, so that images meet the same
-        others in the same places, and come out equal to the bit.
 
     Raises:
       UserError: another process writes the directory, or it is not writable.
@@ -238,7 +236,7 @@ class SampleSetWriter:
       self._pngs.write(kept_rows, first, only_missing=True)
       first += len(rows)
     self._keep(progress, num_done=kept, crc32=kept_crc, num_starts=progress.num_starts + 1)
-    # The file opens last: after a kill, the old record must still count rows that are there.
+    # Opening cuts the file: before the record, a kill would leave it with fewer rows than counted.
     self._rows.open(kept, kept_crc)
 
   def _reopen(self, metadata: dict[str, Any]) -> None:
@@ -306,8 +304,8 @@ class SampleSetWriter:
     """
     metadata = self._settings | self._software | facts
     metadata |= {"num_samples": self.num_samples, "has_labels": label_rule is not None}
-    for name in ("num_drawn", "wall_clock_seconds", "num_starts"):
-      metadata[name] = getattr(self._progress, name)
+    kept = ("num_drawn", "wall_clock_seconds", "num_starts")
+    metadata |= {name: getattr(self._progress, name) for name in kept}
     try:
       with self._explaining_os_errors():
         metadata |= self._write_npz(metadata, label_rule)
@@ -364,20 +362,11 @@ def _labels(label_rule: LabelRule, count: int) -> Iterator[Int[np.ndarray, " B"]
     yield label_rule(np.arange(first, min(first + LABEL_CHUNK, count))).astype(np.int64)
 
 
-def read_sample_set(
-  directory: pathlib.Path, batch_size: int
-) -> tuple[
-  dict[str, Any], Iterator[tuple[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, " B"] | None]]
-]:
-  """Read a finished sample set without holding all of it.
+def read_sample_set(directory: pathlib.Path, batch_size: int) -> tuple[dict[str, Any], Batches]:
+  """Return the metadata and, without holding all of it, the contents of a finished sample set.
 
-  Returns:
-    metadata: the contents of metadata.json.
-    batches: uint8 images and int64 labels, or None without classes. Damage raises a UserError, at
-      the latest in place of the last batch.
-
-  Raises:
-    UserError: the sample set is missing or unfinished, or its metadata is damaged.
+  UserError is raised if the set is missing or unfinished. For damage it comes from the batches, at
+  the latest in place of the last one.
   """
   if (directory / "metadata.json").exists():
     metadata = _read_metadata(directory)

@@ -131,12 +131,7 @@ def guided_output(
 
   That is null + scale (conditional - null) on the prediction's channels, from one forward pass over
   2 B images; at scale 1, it is the conditional pass alone. A learned variance, which doubles the
-  channels, is always the conditional one.
-
-  Args:
-    model: a DiT of one bucket, with its parameters `params`.
-    t: int32 scalar timestep.
-    scale: static.
+  channels, is always the conditional one. The model has one bucket; `scale` is static.
   """
   batch, channels = x_t.shape[0], model.shape.channels
   if scale == 1.0 or y is None:
@@ -201,13 +196,7 @@ class Sampler:
     settings: SamplerSettings,
     devices: parallel.Devices,
   ):
-    """Prepare without compiling yet.
-
-    Args:
-      model: the DiT with all its rank components, as trained.
-      table: the solver's coefficients.
-      settings: its batch must divide over `devices`.
-    """
+    """Prepare, without compiling, to sample batches that must divide over the devices."""
     self.model, self.table, self.settings = model, table, settings
     self.segments = bucket_segments(model.plan.bucket_of_timestep, table.t)
     self._batch_sharding, self._replicated = parallel.shardings(devices)
@@ -251,10 +240,7 @@ class Sampler:
   ) -> Float[Array, "B H W C"]:
     """Return the float32 samples of some indices, without waiting for them.
 
-    Args:
-      sliced_params: from `slice_params`.
-      labels: int32, or None for an unconditional model.
-      path: is filled with the predictions for the first of them.
+    Labels are None for an unconditional model. `path` is filled for the first index.
     """
     segments = path.split(self.segments) if path else self.segments
     return self._run(sliced_params, index, labels, segments, path)
@@ -300,12 +286,7 @@ class Sampler:
   ) -> Iterator[tuple[int, Float[np.ndarray, "b H W C"]]]:
     """Yield the start and some rows of each batch, for a process that shares batches with others.
 
-    The next batch is computed meanwhile.
-
-    Args:
-      starts: index of the first sample of each batch.
-      rows: which of the B samples of a batch.
-      path: is filled if the first batch starts at sample 0.
+    The next batch is computed meanwhile. `path` is filled if the first batch starts at sample 0.
     """
     sliced, pending = self.slice_params(params), None
     for start in starts:

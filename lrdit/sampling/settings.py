@@ -25,9 +25,7 @@ def make_settings(
 ) -> dict[str, Any]:
   """Return all that defines a sample beside its index, as JSON.
 
-  Args:
-    step, checkpoint_digest: of the checkpoint, and `checkpoints.digest` of its weights.
-    vae_digest: of the VAE that decodes, or "" for pixels.
+  The digests are `checkpoints.digest` of the weights, and that of the decoding VAE or "".
   """
   s, plan = config.sampling, sampler.model.plan
   visited = [(bucket, end - first) for bucket, first, end in sampler.segments]
