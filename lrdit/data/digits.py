@@ -7,11 +7,11 @@ import numpy as np
 from lrdit.data.source import DataOptions, Source
 from lrdit.runtime.errors import UserError
 
-EVAL_EVERY = 6  # Every sixth scan is held out.
+EVAL_EVERY = 6
 
 
 def fingerprint_digits(split: str, options: DataOptions) -> dict[str, Any]:
-  """Return the fingerprint of `load_digits`' source without the number of its examples."""
+  """Return the fingerprint of `load_digits`' source without its number of examples."""
   del options
   return {"name": "digits", "split": split}
 
@@ -19,17 +19,10 @@ def fingerprint_digits(split: str, options: DataOptions) -> dict[str, Any]:
 def load_digits(split: str, options: DataOptions) -> Source:
   """Load scikit-learn's 1,797 handwritten digits, 8x8 grey, in 10 classes.
 
-  Args:
-    split: "train" (1,498) or "eval" (299, every sixth scan).
-    options: must be those of the digits, as nothing is resized.
-
-  Returns:
-    float32 images in [-1, 1] (17 grey levels).
-
-  Raises:
-    UserError: the options ask for other data.
+  "eval" has every sixth scan (299), "train" the others (1,498). Images are float32 in [-1, 1] with
+  17 grey levels. As nothing is resized, other options than the digits' own raise a UserError.
   """
-  from sklearn import datasets  # It is slow to import, and only these data need it.
+  from sklearn import datasets  # This import is slow.
 
   for field, expected in (("data_dir", ""), ("image_size", 8), ("num_channels", 1)):
     if getattr(options, field) != expected:

@@ -1,12 +1,10 @@
 """Your own images in a folder of files.
 
 Either all images lie directly in the folder (no classes), or all lie in sub-folders, at any
-depth: each sub-folder is a class. Classes are numbered in the order of their names, whole numbers
-in the order of their values. If the sub-folders are `train` and one of `EVAL_FOLDERS`, and no
-others, these are the splits, each laid out in the same way; otherwise about one image in twenty
-is held out, by a hash of its path.
-
-Axes: N examples, b requested examples, H W image, C channels.
+depth, and each sub-folder is a class. Classes are numbered in the order of their names, whole
+numbers by value. If the only sub-folders are `train` and one of `EVAL_FOLDERS`, they are the
+splits, each laid out in the same way; otherwise about one image in twenty is held out, by a hash
+of its path.
 """
 
 import hashlib
@@ -28,7 +26,7 @@ from lrdit.runtime.progress import make_bar
 from lrdit.runtime.text import name_some, printable
 
 EVAL_FOLDERS = ("eval", "val", "valid", "validation", "test")
-# Of `images.FORMATS`.
+# The extensions of `images.FORMATS`.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 FIX_UNREADABLE = "repair or remove what is named, or set config.data.skip_unreadable=True"
 
@@ -36,9 +34,9 @@ log = logging.getLogger("lrdit")
 
 
 def fingerprint_folder(split: str, options: DataOptions) -> dict[str, Any]:
-  """Return as much of the fingerprint of `load_folder`'s source as is known without decoding.
+  """Return what is known of the fingerprint of `load_folder`'s source without decoding.
 
-  The files are not part of it where unreadable ones may be left out.
+  It leaves out the files if unreadable ones may be skipped.
   """
   folder = _folder(options)
   _, names, classes = _find_split(folder, split)
@@ -50,15 +48,10 @@ def fingerprint_folder(split: str, options: DataOptions) -> dict[str, Any]:
 def load_folder(split: str, options: DataOptions) -> Source:
   """Open a folder of image files, and decode each of the split's images once.
 
-  Args:
-    split: "train" or "eval".
-    options: `data_dir` is the folder.
-
-  Returns:
-    uint8 images, centre-cropped and resized; of an animation, the first frame.
+  Images are centre-cropped and resized to uint8; an animation gives its first frame.
 
   Raises:
-    UserError: there is no such folder, its layout is another one, or images cannot be read and
+    UserError: the folder is missing or laid out otherwise, or images cannot be read and
       `skip_unreadable` is not set.
   """
   folder = _folder(options)
@@ -69,11 +62,9 @@ def load_folder(split: str, options: DataOptions) -> Source:
   keep = _find_readable(rows, names, options)
   kinds = [files.kinds[i] for i in keep]
   images.report_conversions(kinds, files.sides[keep], size, options.num_channels)
-  labels = np.zeros(total, np.int32)
-  if classes:
-    number = {name: i for i, name in enumerate(classes)}
-    tops = [name.removeprefix(prefix).partition("/")[0] for name in names]
-    labels = np.array([number[top] for top in tops], np.int32)
+  number = {name: i for i, name in enumerate(classes)}
+  tops = [name.removeprefix(prefix).partition("/")[0] for name in names]
+  labels = np.array([number[top] if classes else 0 for top in tops], np.int32)
   fingerprint = _fingerprint(split, options, folder, [names[i] for i in keep], classes)
   return Source(rows, labels, len(classes), fingerprint).subset(keep)
 
@@ -99,16 +90,7 @@ def _fingerprint(
 
 
 def _find_split(folder: str, split: str) -> tuple[str, list[str], list[str]]:
-  """Find a split's images.
-
-  Returns:
-    prefix: the sub-folder that is the split, ending in "/"; "" if the folder has none.
-    names: the paths of the split's images, relative to `folder`.
-    classes: the names of the classes.
-
-  Raises:
-    UserError: the folder is not laid out as the module's docstring describes.
-  """
+  """Return a split's sub-folder with "/" ("" without splits), relative image paths and classes."""
   paths = _list_images(folder)
   folders = _split_folders(folder, paths)
   if not folders:
@@ -131,7 +113,7 @@ def _find_split(folder: str, split: str) -> tuple[str, list[str], list[str]]:
 
 
 def _list_images(folder: str) -> list[str]:
-  """Return the relative paths of a folder's images, sorted; warn of other files."""
+  """Return the sorted relative paths of a folder's images, and warn of other files."""
   found = sorted(_walk(folder, "", frozenset()))
   hidden = [path for path in found if path.rpartition("/")[2].startswith(".")]
   files = sorted(set(found) - set(hidden))
@@ -152,7 +134,7 @@ def _list_images(folder: str) -> list[str]:
 def _walk(folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:
   """Yield the relative paths of files at any depth, and of hidden folders without their files.
 
-  `above` holds the real paths of the folders that lead to `prefix`, as links are followed.
+  Links are followed; `above` holds the real paths of the folders that lead to `prefix`.
   """
   here = os.path.realpath(os.path.join(folder, prefix))
   if here in above:  # A link leads back up.
@@ -166,7 +148,7 @@ def _walk(folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:
 
 
 def _split_folders(folder: str, paths: Sequence[str]) -> dict[str, str]:
-  """Return the sub-folder of each split; {} if the folder is not divided into splits."""
+  """Return the sub-folder of each split, or {} if the folder is not divided into splits."""
   tops = sorted({path.partition("/")[0] for path in paths})
   train = [top for top in tops if top.lower() == "train"]
   held_out = [top for top in tops if top.lower() in EVAL_FOLDERS]
@@ -181,7 +163,7 @@ def _split_folders(folder: str, paths: Sequence[str]) -> dict[str, str]:
 
 
 def _class_names(folder: str, paths: Sequence[str]) -> list[str]:
-  """Return the sub-folders that images lie in, in order; none if the images lie flat."""
+  """Return the sub-folders that hold images, in order, or [] if the images lie flat."""
   flat = [path for path in paths if "/" not in path]
   nested = [path for path in paths if "/" in path]
   if flat and nested:
@@ -204,7 +186,7 @@ def _class_order(name: str) -> tuple[int, int, str]:
 
 
 class _Files:
-  """A split's files: their images, and what `images.fit` made these from."""
+  """A split's files: their images, and each one's `images.conversion` and size."""
 
   def __init__(self, folder: str, names: Sequence[str], options: DataOptions):
     self.kinds = [""] * len(names)
@@ -228,10 +210,9 @@ class _Files:
 
 
 def _decode_file(path: pathlib.Path) -> Image.Image:
-  """Return a file's image, upright; raise UnreadableImage, which does not name the file."""
+  """Return a file's upright image; raise UnreadableImage, which does not name the file."""
   try:
-    # PIL would keep the file of an undecodable image open.
-    content = path.read_bytes()
+    content = path.read_bytes()  # PIL would keep the file of an undecodable image open.
   except OSError as error:
     if system_limit(error) is not None:
       raise
@@ -254,11 +235,7 @@ def _decode_file(path: pathlib.Path) -> Image.Image:
 def _find_readable(
   rows: DecodedImages, names: Sequence[str], options: DataOptions
 ) -> Int[np.ndarray, " n"]:
-  """Decode every image, so that a damaged one is found before a run and not during it.
-
-  Returns:
-    (n,) the indices of the readable images; the others are refused unless they may be left out.
-  """
+  """Decode every image before the run starts, and return the indices of the readable ones."""
   reasons, total = {}, len(names)
 
   def check(i: int) -> None:
@@ -271,7 +248,7 @@ def _find_readable(
     for _ in sources.read_ahead(check, range(total)):
       bar.update()
   problems = [f"{names[i]} ({reasons[i]})" for i in sorted(reasons)]
-  for problem in problems:  # all of them, where the error names three
+  for problem in problems:  # The error names only three.
     log.warning("cannot be read: %s", printable(problem))
   if problems and not options.skip_unreadable:
     raise UserError(

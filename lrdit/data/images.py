@@ -1,4 +1,4 @@
-"""Images as files: decoding, cropping and resizing, grids and single PNGs."""
+"""Image decoding, cropping and resizing, and PNG files of images and grids."""
 
 import collections
 import io
@@ -14,7 +14,7 @@ from PIL import Image
 from lrdit.runtime.errors import system_limit
 from lrdit.runtime.store import atomic_path
 
-MIN_TILE = 48  # Smaller images, in pixels, are enlarged in a grid by a whole factor.
+MIN_TILE = 48  # pixels; a grid enlarges smaller images by a whole factor
 GAP = 2  # white pixels between the tiles of a grid
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 KIND_OF_MODE = {"1": "black and white", "L": "grey", "P": "palette", "RGB": "colour"}
@@ -23,7 +23,7 @@ log = logging.getLogger("lrdit")
 
 
 class UnreadableImage(Exception):
-  """Bytes that are not an image, or only part of one."""
+  """The bytes are not an image, or only part of one."""
 
 
 def crop_name(crop_size: int, size: int) -> str:
@@ -60,18 +60,11 @@ def decode(content: bytes) -> Image.Image:
 def fit(
   image: Image.Image, crop_size: int, size: int, num_channels: int
 ) -> UInt8[np.ndarray, "size size C"]:
-  """Bring an image of any kind to one size and to RGB or grey.
+  """Bring an image of any kind to one size and to RGB (3 channels) or grey (1), as uint8.
 
-  Palettes and CMYK are converted; transparent pixels are laid over white.
-
-  Args:
-    image: decoded.
-    crop_size: the side of the centre crop; 0 for the short side.
-    size: the side of the result; antialiased (bicubic) where it differs.
-    num_channels: 3, or 1 for grey.
-
-  Returns:
-    (size, size, num_channels) uint8.
+  Palettes and CMYK are converted, and transparent pixels are laid over white. The centre square of
+  `crop_size` pixels, or of the short side for 0, is resized to `size` by antialiased bicubic
+  interpolation.
   """
   if image.mode.startswith("I"):  # "I;16" comes from an array.
     image = _to_8_bits(image)
@@ -83,7 +76,7 @@ def fit(
   side = min(crop_size or width, width, height)
   if (width, height, side) != (size, size, size):
     left, top = (width - side) // 2, (height - side) // 2
-    # `resize` has a `box` of its own, but it mixes in pixels from outside at the border.
+    # The `box` of `resize` would mix in pixels from outside at the border.
     image = image.crop((left, top, left + side, top + side))
     image = image.resize((size, size), Image.Resampling.BICUBIC)
   return np.asarray(image).reshape(size, size, num_channels)
@@ -100,7 +93,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def conversion(image: Image.Image, num_channels: int) -> str:
-  """Return in words what kind of image `fit` converts; "" if its pixels stay."""
+  """Name the kind of image that `fit` converts, or return "" if it keeps the pixels."""
   if image.has_transparency_data:
     return "with transparency"
   if image.mode == ("L" if num_channels == 1 else "RGB"):
@@ -111,13 +104,7 @@ def conversion(image: Image.Image, num_channels: int) -> str:
 def report_conversions(
   kinds: Sequence[str], sides: Int[np.ndarray, "N 2"], size: int, num_channels: int
 ) -> None:
-  """Log how many images of a dataset `fit` changes, and in what way.
-
-  Args:
-    kinds: (N) results of `conversion`.
-    sides: (N, 2) widths and heights in pixels.
-    size, num_channels: as for `fit`.
-  """
+  """Log how `fit` changes a dataset, from each image's `conversion` and (width, height)."""
   total = len(kinds)
   converted = collections.Counter(kind for kind in kinds if kind)
   if converted:
@@ -135,7 +122,7 @@ def report_conversions(
 def to_uint8(images: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
   """Return [-1, 1] as uint8: 127.5 x + 127.5, rounded half up.
 
-  NaN becomes 0, which means nothing; check the values with `are_finite`.
+  NaN becomes a meaningless 0: check the values with `are_finite`.
   """
   levels = np.clip(np.floor(127.5 * images.astype(np.float64) + 128.0), 0, 255)
   return np.nan_to_num(levels, nan=0).astype(np.uint8)
@@ -147,14 +134,14 @@ def are_finite(rows: Float[np.ndarray, "N ..."]) -> Bool[np.ndarray, " N"]:
 
 
 def to_rgb(images: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "N H W 3"]:
-  """Return (N, H, W, 1 or 3) as (N, H, W, 3) by repeating grey."""
+  """Repeat grey to RGB, and return RGB as it is."""
   return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
 def make_grid(
   images: UInt8[np.ndarray, "N H W 3"], columns: int
 ) -> UInt8[np.ndarray, "grid_H grid_W 3"]:
-  """Tile images row by row into one, `GAP` pixels apart, with white for missing last tiles."""
+  """Tile images row by row, `GAP` pixels apart, with white for missing last tiles."""
   images = np.pad(images, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
   n, h, w, c = images.shape
   rows = math.ceil(n / columns)
@@ -165,13 +152,13 @@ def make_grid(
 
 
 def write_png(path: pathlib.Path, image: UInt8[np.ndarray, "H W 3"]) -> None:
-  """Write an (H, W, 3) uint8 image, completely or not at all."""
+  """Write an image atomically."""
   with atomic_path(path) as temporary:
     Image.fromarray(image).save(temporary, format="PNG")
 
 
 def write_grid(path: pathlib.Path, images: UInt8[np.ndarray, "N H W C"], columns: int) -> None:
-  """Write (N, H, W, 1 or 3) uint8 images as one grid, with small ones enlarged."""
+  """Write uint8 images, grey or RGB, as one grid in which small ones are enlarged."""
   factor = max(1, MIN_TILE // images.shape[1])
   enlarged = to_rgb(images).repeat(factor, axis=1).repeat(factor, axis=2)
   write_png(path, make_grid(enlarged, columns))

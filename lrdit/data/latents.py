@@ -1,12 +1,12 @@
-"""A directory of VAE latents: written once, in order; read at random, memory-mapped.
+"""A directory of VAE latents, written once in order and read at random, memory-mapped.
 
-DIR/train.npy, DIR/eval.npy: (N, copies, 2, h, w, c) float32. Copy 1, where there is one, is of the
-mirrored image; the 2 are mean and log-variance, unscaled.
+DIR/train.npy, DIR/eval.npy: (N, copies, 2, h, w, c) float32. Copy 1, if there is one, is of the
+mirrored image; the axis of 2 holds mean and log-variance, unscaled.
 DIR/train_labels.npy, DIR/eval_labels.npy: (N,) int32.
-DIR/progress.json: how many rows of a directory under way are safely written.
-DIR/manifest.json: what was encoded with what. It is written last.
+DIR/progress.json: how many rows of an unfinished directory are safely written.
+DIR/manifest.json: what was encoded with which VAE. It is written last.
 
-Axes: N examples, b examples asked for, h w latent, c channels.
+Axes: N examples, b requested examples, h w latent, c channels.
 """
 
 import contextlib
@@ -30,30 +30,21 @@ SPLITS = ("train", "eval")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LatentSource(Source):
-  """A split of latents.
-
-  Attributes:
-    images: (N, copies, 2, h, w, c) float32, memory-mapped.
-    vae_config: of the VAE, for its scaling.
-  """
+  """A split of latents; `images` is (N, copies, 2, h, w, c) float32, memory-mapped."""
 
   vae_config: VaeConfig
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
-    """(h, w, c)."""
+    """Return (h, w, c)."""
     return tuple(self.images.shape[3:])
 
   def gather(self, index: Int[np.ndarray, " b"], flip: Bool[np.ndarray, " b"]) -> dict[str, Any]:
-    """Return latents as the model works on them, scaled.
-
-    Args:
-      index: (b,) in [0, N).
-      flip: (b,) which to take of the mirrored image; all False without copies.
+    """Read latents, scaled for the model.
 
     Returns:
-      "image" the mean and "std" the standard deviation of the VAE's posterior,
-      (b, h, w, c) float32, and "label" (b,) int32.
+      "image" and "std", the mean and standard deviation of the VAE's posterior, (b, h, w, c)
+      float32, and "label" (b,) int32. Rows with `flip` are of the stored mirrored image.
     """
     moments = self.images[index, flip.astype(np.intp)]
     return {
@@ -80,7 +71,7 @@ def _row_files(
 
 
 def _read_record(path: pathlib.Path) -> dict[str, Any] | None:
-  """Return a manifest or progress that has all that is read of it, or None without the file."""
+  """Return a valid manifest or progress record, or None without the file."""
   if not path.exists():
     return None
   fix = f"delete {path.parent}, and encode again"
@@ -95,26 +86,18 @@ def _read_record(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 class LatentWriter:
-  """Writes one directory, split after split, and goes on where it was stopped.
+  """Writer of one directory, split after split, that resumes where it was stopped.
 
-  Attributes:
-    directory: of the latents.
-    is_complete: nothing is left to do.
+  `is_complete` is set if nothing is left to do.
   """
 
   def __init__(
     self, directory: pathlib.Path, description: dict[str, Any], num_examples: dict[str, int]
   ):
-    """Make the directory, or take it up again.
+    """Make the directory or resume it; raise UserError if it holds something else.
 
-    Args:
-      directory: where to write.
-      description: what is encoded with what, as JSON: the later manifest.
-        "latent_shape" is [copies, 2, h, w, c].
-      num_examples: rows of each split.
-
-    Raises:
-      UserError: the directory holds something else.
+    `description` is the later manifest, as JSON; its "latent_shape" is [copies, 2, h, w, c].
+    `num_examples` has the rows of each split.
     """
     self.directory, self._num_examples = directory, num_examples
     directory.mkdir(parents=True, exist_ok=True)
@@ -163,11 +146,7 @@ class LatentWriter:
 
 
 def read_manifest(directory: str) -> dict[str, Any]:
-  """Return the manifest of a finished directory.
-
-  Raises:
-    UserError: there is no such directory, or it is unfinished or damaged.
-  """
+  """Return the manifest of a directory; raise UserError if it is missing, unfinished or damaged."""
   path = pathlib.Path(directory)
   progress = _read_record(path / "progress.json")
   if progress is not None:
@@ -186,11 +165,7 @@ def read_manifest(directory: str) -> dict[str, Any]:
 
 
 def open_latents(directory: str, split: str) -> LatentSource:
-  """Return a split of a finished directory, memory-mapped.
-
-  Raises:
-    UserError: it is missing, unfinished, or not as its manifest says.
-  """
+  """Return a memory-mapped split; raise UserError unless the directory is finished and whole."""
   manifest, path = read_manifest(directory), pathlib.Path(directory)
   with store.damage_of(path, f"delete {path}, and encode again"):
     description, entry = manifest["description"], manifest["splits"][split]
@@ -199,34 +174,20 @@ def open_latents(directory: str, split: str) -> LatentSource:
     shapes = ((entry["done"], *description["latent_shape"]), (entry["done"],))
     if (rows.shape, labels.shape) != shapes:
       raise ValueError("its files have other shapes than the manifest says")
-    fingerprint = {
-      **description["sources"][split],
-      "vae": description["vae_digest"],
-      "crc32": entry["crc32"],
-    }
-    # Rows are read at random: reading ahead in the file would be wasted.
-    rows._mmap.madvise(mmap.MADV_RANDOM)
+    encoding = {"vae": description["vae_digest"], "crc32": entry["crc32"]}
+    fingerprint = description["sources"][split] | encoding
+    rows._mmap.madvise(mmap.MADV_RANDOM)  # Reading ahead in the file would be wasted.
     fields = description["vae_config"].items()
-    return LatentSource(
-      images=rows,
-      labels=labels,
-      num_classes=description["num_classes"],
-      fingerprint=fingerprint,
-      vae_config=VaeConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields}),
-    )
+    vae_config = VaeConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields})
+    return LatentSource(rows, labels, description["num_classes"], fingerprint, vae_config)
 
 
 def verify(directory: pathlib.Path) -> None:
-  """Read a finished directory to its last byte.
-
-  Raises:
-    UserError: its contents are not what was written.
-  """
+  """Read a finished directory to its last byte, and raise UserError if it is damaged."""
   manifest = read_manifest(str(directory))
   for split in SPLITS:
     open_latents(str(directory), split)
     entry, shape = manifest["splits"][split], manifest["description"]["latent_shape"]
-    for file, crc32 in zip(
-      _row_files(directory, split, entry["done"], shape), entry["crc32"], strict=True
-    ):
+    files = _row_files(directory, split, entry["done"], shape)
+    for file, crc32 in zip(files, entry["crc32"], strict=True):
       file.verify(entry["done"], crc32)

@@ -1,7 +1,7 @@
 """Your own images as the arrays of an .npz file.
 
-`image` is (N, H, W) or (N, H, W, C) uint8 in [0, 255]: grey, RGB or RGBA. `label`, if there is
-one, is (N,) integers in [0, K). About one image in twenty is held out, by a hash of its index.
+`image` is (N, H, W) or (N, H, W, C) uint8: grey, RGB or RGBA. `label`, which may be missing, is
+(N,) integers in [0, K). About one image in twenty is held out, by a hash of its index.
 
 Axes: N examples, b requested examples, H W image, C channels.
 """
@@ -29,7 +29,7 @@ log = logging.getLogger("lrdit")
 
 
 def fingerprint_npz(split: str, options: DataOptions) -> dict[str, Any]:
-  """Return the fingerprint of `load_npz`'s source without the number of its examples."""
+  """Return the fingerprint of `load_npz`'s source without its number of examples."""
   with open(_path(options), "rb") as file:
     digest = hashlib.file_digest(file, "sha256").hexdigest()
   crop = images.crop_name(0, options.image_size)
@@ -37,18 +37,7 @@ def fingerprint_npz(split: str, options: DataOptions) -> dict[str, Any]:
 
 
 def load_npz(split: str, options: DataOptions) -> Source:
-  """Load a split of an .npz file into memory.
-
-  Args:
-    split: "train" or "eval".
-    options: `data_dir` is the file.
-
-  Returns:
-    uint8 images, centre-cropped and resized.
-
-  Raises:
-    UserError: there is no such file, or its arrays are of another kind.
-  """
+  """Load a split of an .npz file into memory, as centre-cropped and resized uint8 images."""
   path = _path(options)
   arrays = _read_arrays(path)
   scans = _check_images(path, arrays["image"])
@@ -73,13 +62,12 @@ def _path(options: DataOptions) -> str:
 
 
 def _read_arrays(path: str) -> dict[str, np.ndarray]:
-  """Read the arrays `image` and, if there is one, `label`; warn of others."""
+  """Return the arrays `image` and, if there is one, `label`; warn of others."""
   try:
-    # Never unpickled, as a pickle may run any code.
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(path, allow_pickle=False) as file:  # A pickle may run any code.
       names = file.files
       arrays = {name: np.asarray(file[name]) for name in ("image", "label") if name in names}
-  # zipfile raises RuntimeError for compressions and encryptions that it does not know.
+  # zipfile raises RuntimeError for an unknown compression or encryption.
   except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
     raise UserError(
       f"{path} is damaged, or its arrays are not plain numbers ({error}): {HOW_TO_MAKE}"
@@ -94,7 +82,7 @@ def _read_arrays(path: str) -> dict[str, np.ndarray]:
 
 
 def _check_images(path: str, image: np.ndarray) -> UInt8[np.ndarray, "N H W C"]:
-  """Return the array `image` with an axis of channels."""
+  """Return the array `image` with a channel axis."""
   if image.dtype != np.uint8:
     raise UserError(f"image in {path} is {image.dtype}: it must be uint8 in [0, 255]")
   shape = image.shape if image.ndim == 4 else (*image.shape, 1)
@@ -107,11 +95,8 @@ def _check_images(path: str, image: np.ndarray) -> UInt8[np.ndarray, "N H W C"]:
 
 
 def _check_labels(path: str, label: np.ndarray, total: int) -> Int32[np.ndarray, " N"]:
-  """Return the array `label` as int32."""
   if label.shape != (total,):
-    raise UserError(
-      f"label in {path} has the shape {label.shape}: it must be ({total},), one for each image"
-    )
+    raise UserError(f"label in {path} has the shape {label.shape}: it must be ({total},)")
   if label.dtype.kind not in "iu":
     raise UserError(f"label in {path} is {label.dtype}: it must be integers")
   if label.min() < 0 or label.max() >= np.iinfo(np.int32).max:
@@ -122,7 +107,7 @@ def _check_labels(path: str, label: np.ndarray, total: int) -> Int32[np.ndarray,
 
 
 def _fit(scans: UInt8[np.ndarray, "N H W C"], options: DataOptions) -> DecodedImages:
-  """Bring images of another size or kind to the model's when they are indexed."""
+  """Return images of another size or kind, converted when they are indexed."""
   size, num_channels = options.image_size, options.num_channels
   scans = scans[..., 0] if scans.shape[-1] == 1 else scans
   sides = np.broadcast_to([scans.shape[2], scans.shape[1]], (len(scans), 2))

@@ -1,6 +1,6 @@
-"""The order in which a run reads its data, and the threads that read ahead.
+"""The order in which a run reads its data, and the batches read ahead by threads.
 
-The order and the flips are functions of (seed, step, global index) alone, so any process can make
+Order and flips are functions of (seed, step, global index) alone, so that any process can make
 the batch of any step without those before it.
 
 Axes: N examples, H W image, C channels, n devices, b local batch.
@@ -24,9 +24,9 @@ class Loader:
   """How to read a dataset.
 
   Attributes:
-    load: opens a split, by its name and options.
+    load: opens a split, "train" or "eval".
     fingerprint: returns the part of the source's fingerprint that is known without reading it.
-    crop_size: the side in pixels of the centre crop before resizing; 0 for the short side.
+    crop_size: side in pixels of the centre crop before resizing, or 0 for the short side.
   """
 
   load: Callable[[str, DataOptions], Source]
@@ -34,7 +34,7 @@ class Loader:
   crop_size: int = 0
 
 
-# By `data.name`. A new dataset is a module with these two functions, and a line here.
+# The loaders by `data.name`. A new dataset is a module with these two functions and a line here.
 LOADERS = {
   "digits": Loader(digits.load_digits, digits.fingerprint_digits),
   **{
@@ -49,21 +49,12 @@ LOADERS = {
   "npz": Loader(npz.load_npz, npz.fingerprint_npz),
 }
 
-# These keep the random numbers of orders, flips and held-out slots apart.
+# Streams keep the random numbers of orders, flips and held-out slots apart.
 _ORDER_STREAM, _FLIP_STREAM, _SLOT_STREAM = 0, 1, 2
 
 
 def make_source(name: str, split: str, options: DataOptions) -> Source:
-  """Open a split of a dataset.
-
-  Args:
-    name: one of `LOADERS`.
-    split: "train" or "eval".
-    options: how to read it.
-
-  Raises:
-    UserError: the name is unknown, or the data is missing or damaged.
-  """
+  """Open a split, "train" or "eval", of a dataset; raise UserError if there is none."""
   if name not in LOADERS:
     raise UserError(f"data.name={name!r} is unknown: use one of {', '.join(LOADERS)}")
   return LOADERS[name].load(split, options)
@@ -75,18 +66,12 @@ def _generator(seed: int, stream: int, number: int) -> np.random.Generator:
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, num_examples: int) -> Int[np.ndarray, " N"]:
-  """Return the permutation of the examples in an epoch, (num_examples,)."""
+  """Return the permutation of the examples in an epoch."""
   return _generator(seed, _ORDER_STREAM, epoch).permutation(num_examples)
 
 
 def flips(seed: int, step: int, slots: Int[np.ndarray, "*shape"]) -> Bool[np.ndarray, "*shape"]:
-  """Return which examples of a step are mirrored, each with probability one half.
-
-  Args:
-    seed: the run's seed.
-    step: the step.
-    slots: global indices in the batch, any shape.
-  """
+  """Return whether each global batch index of a step is mirrored, with probability one half."""
   uniform = _generator(seed, _FLIP_STREAM, step).random(int(slots.max()) + 1)
   return uniform[slots] < 0.5
 
@@ -94,15 +79,9 @@ def flips(seed: int, step: int, slots: Int[np.ndarray, "*shape"]) -> Bool[np.nda
 def example_index(
   seed: int, position: Int[np.ndarray, "*shape"], num_examples: int
 ) -> Int[np.ndarray, "*shape"]:
-  """Return the example at each position of the endless shuffled stream.
+  """Return the example at each position of the endless shuffled stream, as int64 in [0, N).
 
-  Args:
-    seed: the run's seed.
-    position: int64 positions, any shape; step s of batch B reads [s B, (s+1) B).
-    num_examples: N.
-
-  Returns:
-    int64 of position's shape, in [0, N).
+  Step s of batch size B reads the positions [s B, (s+1) B).
   """
   epoch, offset = np.divmod(np.asarray(position, np.int64), num_examples)
   index = np.empty_like(offset)
@@ -114,7 +93,6 @@ def example_index(
 def _gather(
   source: Source, index: Int[np.ndarray, "n b"], flip: Bool[np.ndarray, "n b"]
 ) -> dict[str, Any]:
-  """Call `Source.gather` with a leading device axis."""
   flat = source.gather(index.reshape(-1), flip.reshape(-1))
   return {name: rows.reshape(*index.shape, *rows.shape[1:]) for name, rows in flat.items()}
 
@@ -127,18 +105,10 @@ def train_batches(
   steps: range,
   flip: bool,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Yield the training batches of `steps`.
+  """Yield the training batches of `steps`: `Source.gather` with leading axes (n, b).
 
-  Args:
-    source: the training split.
-    seed: the run's seed.
-    slots: (n, b) global index in the batch of every local example.
-    batch_size: global batch B.
-    steps: the steps.
-    flip: mirror each image left to right with probability one half.
-
-  Yields:
-    the result of `Source.gather`, with the axes (n, b) in front.
+  `slots` are the global batch indices of the local examples; `batch_size` is global. With `flip`,
+  each image is mirrored left to right with probability one half.
   """
 
   def make(step: int) -> dict[str, np.ndarray]:
@@ -152,24 +122,16 @@ def train_batches(
 def eval_batches(
   source: Source, slots: Int[np.ndarray, "n b"], batch_size: int, shift: float = 0.0
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Yield each held-out example once, a batch of neighbours at a time, the last one padded.
+  """Yield each held-out example once, in batches of neighbours, the last one padded.
 
-  A slot stands for a stratum of timesteps. An example's place among its batch's slots is
-  therefore that of a random number for its index alone: in the order of the split, a split sorted
-  by class would tie class to timestep. The padding is spread evenly over the slots: at the end of
-  the batch it would leave out the noisy ones.
+  A slot stands for a stratum of timesteps. A random number for an example's index alone ranks it
+  among its batch's slots: the order of a split sorted by class would tie class to timestep. The
+  padding is spread evenly over the slots, as at the end it would leave out the noisy ones.
 
-  Args:
-    source: the held-out split.
-    slots: (n, b) global indices in the batch of this process's devices.
-    batch_size: global batch B.
-    shift: in [0, 1), the share of a batch by which examples move over the slots, cyclically, so
-      that each meets another stratum.
-
-  Yields:
-    as `train_batches`, plus "weight" (n, b) float32, 0 for padding.
+  Examples move cyclically over the slots by `shift`, a share of a batch in [0, 1). Batches are as
+  from `train_batches`, plus "weight" (n, b) float32, 0 for padding.
   """
-  # The seed is not the run's, so that runs can be compared.
+  # The seed is not the run's: runs must be comparable.
   place = _generator(0, _SLOT_STREAM, 0).random(len(source))
 
   def make(start: int) -> dict[str, np.ndarray]:

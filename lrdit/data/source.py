@@ -1,4 +1,4 @@
-"""Datasets as random access: the example at an index, decoded when it is read.
+"""Datasets with random access, whose examples are decoded when they are read.
 
 Axes: N examples, b requested examples, H W image, C channels.
 """
@@ -19,10 +19,8 @@ from jaxtyping import Bool, Int, UInt8
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.text import name_some
 
-# The decoders release the interpreter's lock, the rest of the work does not: more threads than
-# this gain nothing.
-MAX_THREADS = 16
-NAMED_CLASSES = 100  # The log lists at most this many classes.
+MAX_THREADS = 16  # More gain nothing, as only the decoders release the interpreter's lock.
+NAMED_CLASSES = 100  # most classes that the log lists
 HELD_OUT_ONE_IN = 20
 # The first bytes of files that people pass by mistake.
 SIGNATURES = {
@@ -45,11 +43,11 @@ class DataOptions:
   """How to read a dataset.
 
   Attributes:
-    data_dir: where the data is; "" for the dataset's default place.
-    image_size: height and width in pixels that images are resized to.
+    data_dir: where the data is, or "" for the dataset's default place.
+    image_size: height and width that images are resized to.
     num_channels: 3, or 1 for grey.
-    cache_bytes: keep the decoded images of a split in memory if they take at most this much.
-    skip_unreadable: leave out the user's own files that cannot be read instead of refusing them.
+    cache_bytes: keep a split's decoded images in memory if they take at most this much.
+    skip_unreadable: skip the user's own unreadable files instead of raising an error.
   """
 
   data_dir: str
@@ -64,12 +62,12 @@ class Source:
   """A split of a dataset.
 
   Attributes:
-    images: (N, H, W, C) uint8 in [0, 255] or float32 in [-1, 1]: an array, or an object that
-      has its shape and accepts an index array, such as `DecodedImages`.
+    images: (N, H, W, C) uint8 in [0, 255] or float32 in [-1, 1]: an array, or an object with its
+      shape that accepts an index array, such as `DecodedImages`.
     labels: (N,) int32, likewise.
-    num_classes: the number of classes that the labels count; 0 for none.
-    fingerprint: what the split was made from, as JSON. Two sources with the same fingerprint
-      hold the same examples in the same order.
+    num_classes: number of classes, or 0 without labels.
+    fingerprint: the origin of the split, as JSON. Equal fingerprints mean the same examples in the
+      same order.
   """
 
   images: Any
@@ -82,15 +80,11 @@ class Source:
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
-    """(H, W, C)."""
+    """Return (H, W, C)."""
     return tuple(self.images.shape[1:])
 
   def gather(self, index: Int[np.ndarray, " b"], flip: Bool[np.ndarray, " b"]) -> dict[str, Any]:
-    """Read examples.
-
-    Args:
-      index: (b,) in [0, N).
-      flip: (b,) which images to mirror left to right.
+    """Read examples, mirrored left to right where `flip` is set.
 
     Returns:
       "image" (b, H, W, C) float32 in [-1, 1] and "label" (b,) int32.
@@ -102,7 +96,7 @@ class Source:
     return {"image": batch, "label": self.labels[index]}
 
   def subset(self, index: Int[np.ndarray, " n"], **fingerprint: Any) -> "Source":
-    """Return the examples at `index`; `fingerprint` adds the entries that identify them."""
+    """Return the examples at `index`, identified by further entries of the fingerprint."""
     return dataclasses.replace(
       self,
       images=_Subset(self.images, index),
@@ -118,7 +112,7 @@ class Source:
 
 
 class _Subset:
-  """A selection of the rows of images or labels, which are read only when indexed."""
+  """Selected rows of images or labels, which are read only when indexed."""
 
   def __init__(self, rows: Any, index: Int[np.ndarray, " n"]):
     self._rows, self._index = rows, index
@@ -135,7 +129,7 @@ class _Subset:
 
 
 class DecodedImages:
-  """Images that are decoded when first indexed, and kept in memory if they fit.
+  """Images that are decoded when first indexed, and kept if all take at most `cache_bytes`.
 
   Several threads may read at once: a row is marked as known only after it is written, and two
   threads that write the same row write the same values.
@@ -147,15 +141,14 @@ class DecodedImages:
     shape: tuple[int, int, int, int],
     cache_bytes: int,
   ):
-    """Keep decoded images if all (N, H, W, C) of them take at most `cache_bytes`."""
     self.shape = shape
     self._decode = decode
     self._known = np.zeros(shape[0], bool)
-    # The system allocates pages as rows are written, so an unread split takes no memory.
+    # Pages are allocated as rows are written: an unread split takes no memory.
     self._kept = np.empty(shape, np.uint8) if np.prod(shape) <= cache_bytes else None
 
   def __getitem__(self, index: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b H W C"]:
-    """Return (b, H, W, C) uint8 that the caller may change."""
+    """Return uint8 images that the caller may change."""
     if self._kept is None:
       return np.stack(self._decode(index))
     missing = index[~self._known[index]]
@@ -168,8 +161,7 @@ class DecodedImages:
 def read_ahead(make: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
   """Yield `make(i)` for each number in order, computed by threads in advance.
 
-  An exception in `make` is raised here, in its turn. Closing or dropping the iterator ends the
-  threads.
+  An exception of `make` is raised in its turn. Closing the iterator ends the threads.
   """
   num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
   with concurrent.futures.ThreadPoolExecutor(num_threads, "read_ahead") as pool:
@@ -186,13 +178,9 @@ def read_ahead(make: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[A
 
 
 def report_classes(source: Source, num_classes: int) -> None:
-  """Log the table of named classes, and warn of classes without a training image.
+  """Log the names of classes [0, num_classes), and warn of classes without a training image.
 
-  Log nothing if the labels are known only after reading every record.
-
-  Args:
-    source: the training split.
-    num_classes: the model is trained on the classes [0, num_classes); 0 for none.
+  Log nothing if only reading every record would give the labels.
   """
   if not num_classes or not getattr(source.labels, "are_known", True):
     return
@@ -214,7 +202,7 @@ def report_classes(source: Source, num_classes: int) -> None:
 
 
 def describe_path(path: str) -> str:
-  """Return in words what is at a path where something else was expected."""
+  """Describe what is at a path where something else was expected."""
   if os.path.isdir(path):
     entries = sorted(entry for entry in os.listdir(path) if not entry.startswith("."))
     return f"a directory that holds {name_some(entries)}" if entries else "an empty directory"
@@ -231,11 +219,7 @@ def describe_path(path: str) -> str:
 
 
 def own_path(options: DataOptions, name: str, exists: Callable[[str], bool], what: str) -> str:
-  """Return `data_dir`, the path of the user's own images.
-
-  Raises:
-    UserError: it is empty, or not `exists(path)`; the message asks for `what`.
-  """
+  """Return `data_dir`; raise UserError if it is not the path of `what`."""
   if not options.data_dir:
     raise UserError(f"data.name={name} needs config.data.data_dir: set it to {what}")
   path = os.path.expanduser(options.data_dir)
@@ -248,10 +232,10 @@ def own_path(options: DataOptions, name: str, exists: Callable[[str], bool], wha
 def choose_split(keys: Iterable[bytes], split: str, fix: str) -> Int[np.ndarray, " n"]:
   """Hold out about one example in twenty, by a hash of its key alone.
 
-  An example that is added or removed therefore never moves another one to the other split.
+  Adding or removing an example therefore never moves another one to the other split.
 
   Returns:
-    (n,) the indices of the examples of `split`, "train" or "eval", in rising order.
+    the rising indices of the examples of `split`, "train" or "eval".
 
   Raises:
     UserError: a split would be empty; the message ends in `fix`.

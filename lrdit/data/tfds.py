@@ -1,7 +1,7 @@
 """Photographs from directories that tensorflow-datasets has prepared.
 
-Nothing here imports tensorflow: array_record has its own library, and TFRecord files are read
-through an index of their records, so that both give any record at once.
+Nothing here imports tensorflow: array_record has its own library, and an index of the records
+gives random access to TFRecord files.
 
 Axes: N examples, b requested examples, H W image, C channels.
 """
@@ -25,10 +25,10 @@ from lrdit.runtime.errors import UserError, system_limit
 from lrdit.runtime.paths import local_path
 from lrdit.runtime.progress import make_bar
 
-# A TFRecord is its length (uint64), a checksum of the length (4 bytes), the bytes themselves and
-# a checksum of these (4 bytes).
+# A TFRecord is its length (uint64), the length's checksum (4 bytes), the bytes, and their checksum
+# (4 bytes).
 LENGTH_BYTES, HEADER_BYTES, FOOTER_BYTES = 8, 12, 4
-LABELS_AT_ONCE = 1024  # Memory holds the records of this many photographs.
+LABELS_AT_ONCE = 1024  # photographs whose records are in memory together
 DEFAULT_DIR = "~/tensorflow_datasets"
 MAX_OPEN_FILES = 4096
 
@@ -40,19 +40,18 @@ class TfdsDataset:
   """A dataset of tensorflow-datasets.
 
   Attributes:
-    name: its registered name.
-    eval_split: its own held-out split.
-    crop_size: side in pixels of the centre crop before resizing; 0 for the short side.
-    num_classes: 0 if it has no label.
+    eval_split: name of its own held-out split.
+    crop_size: side in pixels of the centre crop before resizing, or 0 for the short side.
+    num_classes: number of classes, or 0 without labels.
     manual_files: files that its preparation looks for in `downloads/manual`.
-    origin: where they come from.
+    origin: where to get these files.
   """
 
   name: str
   eval_split: str
   crop_size: int
   num_classes: int
-  manual_files: tuple[str, ...] = ()
+  manual_files: str = ""
   origin: str = ""
 
   def how_to_prepare(self, data_dir: str) -> str:
@@ -66,37 +65,30 @@ class TfdsDataset:
     if not self.manual_files:
       return run
     manual_dir = os.path.join(data_dir, "downloads", "manual")
-    return f"put {', '.join(self.manual_files)} ({self.origin}) into {manual_dir}, then {run}"
+    return f"put {self.manual_files} ({self.origin}) into {manual_dir}, then {run}"
 
 
-DATASETS = {
-  dataset.name: dataset
-  for dataset in (
-    TfdsDataset("cifar10", eval_split="test", crop_size=0, num_classes=10),
-    TfdsDataset(
-      "celeb_a",
-      eval_split="validation",
-      crop_size=178,
-      num_classes=0,
-      manual_files=(
-        "img_align_celeba.zip",
-        "list_eval_partition.txt",
-        "list_attr_celeba.txt",
-        "list_landmarks_align_celeba.txt",
-        "identity_CelebA.txt",
-      ),
-      origin="from the CelebA page's drive, under these names",
-    ),
-    TfdsDataset(
-      "imagenet2012",
-      eval_split="validation",
-      crop_size=0,
-      num_classes=1000,
-      manual_files=("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"),
-      origin="both from image-net.org/download-images, which asks you to register",
-    ),
-  )
-}
+_DATASETS = (
+  TfdsDataset("cifar10", eval_split="test", crop_size=0, num_classes=10),
+  TfdsDataset(
+    "celeb_a",
+    eval_split="validation",
+    crop_size=178,
+    num_classes=0,
+    manual_files="img_align_celeba.zip, list_eval_partition.txt, list_attr_celeba.txt, "
+    "list_landmarks_align_celeba.txt, identity_CelebA.txt",
+    origin="from the CelebA page's drive, under these names",
+  ),
+  TfdsDataset(
+    "imagenet2012",
+    eval_split="validation",
+    crop_size=0,
+    num_classes=1000,
+    manual_files="ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar",
+    origin="both from image-net.org/download-images, which asks you to register",
+  ),
+)
+DATASETS = {dataset.name: dataset for dataset in _DATASETS}
 
 
 def fingerprint_tfds(dataset: TfdsDataset, split: str, options: DataOptions) -> dict[str, Any]:
@@ -105,13 +97,10 @@ def fingerprint_tfds(dataset: TfdsDataset, split: str, options: DataOptions) -> 
 
 
 def load_tfds(dataset: TfdsDataset, split: str, options: DataOptions) -> Source:
-  """Open a split of a prepared dataset.
+  """Open a split, "train" or "eval", of a prepared dataset.
 
-  Args:
-    dataset: one of `DATASETS`.
-    split: "train" or "eval", the dataset's own held-out split.
-    options: `data_dir` is the directory that holds the dataset's, by default TFDS_DATA_DIR or
-      ~/tensorflow_datasets.
+  `options.data_dir` is the directory that holds the dataset's, by default TFDS_DATA_DIR or
+  ~/tensorflow_datasets.
 
   Raises:
     UserError: the dataset is missing or incomplete.
@@ -148,13 +137,13 @@ def _open(dataset: TfdsDataset, split: str, options: DataOptions) -> tuple[Any, 
 
 def _find_builder(dataset: TfdsDataset, data_dir: str) -> Any:
   """Return the builder of the prepared directory, whichever version and format it has."""
-  # These are slow to import, and only these datasets need them.
+  # These imports are slow.
   from tensorflow_datasets.core import read_only_builder, registered
 
   try:
     return read_only_builder.builder_from_files(dataset.name, data_dir=data_dir)
   except registered.DatasetNotFoundError as error:
-    # People name a directory that is one or two levels too deep, or one too high.
+    # Users often name a directory that is one or two levels too deep, or one too high.
     given = pathlib.Path(data_dir).absolute()
     for right in (given.parent, given.parent.parent, *sorted(given.glob("*"))):
       if any(right.glob(f"{dataset.name}/*/dataset_info.json")):
@@ -179,7 +168,7 @@ def _first_line(error: Exception) -> str:
 
 
 class _Split:
-  """The records of a split: images to decode, and the labels beside them."""
+  """A split's records: images to decode, and their labels."""
 
   def __init__(self, info: Any, dataset: TfdsDataset, options: DataOptions):
     from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -194,12 +183,11 @@ class _Split:
     # The features' own decoders take longer than reading the record.
     self._parse = tf_example_pb2.Example.FromString
     self._crop_size, self._options = dataset.crop_size, options
-    self.labels: Any = np.zeros(info.num_examples, np.int32)
-    if dataset.num_classes:
-      self.labels = _Labels(self, info.num_examples)
+    count = info.num_examples
+    self.labels: Any = _Labels(self, count) if dataset.num_classes else np.zeros(count, np.int32)
 
   def read(self, index: Int[np.ndarray, " b"]) -> list[bytes]:
-    """Return the (b,) encoded images, and keep their labels."""
+    """Return the encoded images, and keep their labels."""
     from google.protobuf.message import DecodeError
 
     try:
@@ -214,7 +202,6 @@ class _Split:
       ) from error
 
   def decode(self, index: Int[np.ndarray, " b"]) -> list[UInt8[np.ndarray, "H W C"]]:
-    """Return the (b,) images, cropped and resized."""
     size, channels = self._options.image_size, self._options.num_channels
     decoded = []
     for i, encoded in zip(index, self.read(index), strict=True):
@@ -228,7 +215,7 @@ class _Split:
 
 
 class _Labels:
-  """Labels that are read from the records, and kept from then on."""
+  """Labels that are read from the records when first indexed, and kept."""
 
   def __init__(self, split: _Split, count: int):
     self.shape = (count,)
@@ -273,7 +260,6 @@ class _Records:
     self._lock = threading.Lock()
 
   def read(self, index: Sequence[int]) -> list[bytes]:
-    """Return the records' bytes."""
     if len(self._ends) <= self._limit:
       return list(self._reader.__getitems__(index))
     records: list[bytes] = []
@@ -290,7 +276,7 @@ class _Records:
 
 
 class _TfRecords:
-  """Random access to the records of TFRecord files, as of `ArrayRecordDataSource`."""
+  """Random access to the records of TFRecord files, with `ArrayRecordDataSource`'s methods."""
 
   def __init__(self, paths: Sequence[os.PathLike], counts: Sequence[int]):
     self._paths = paths
@@ -319,7 +305,7 @@ class _TfRecords:
 
 
 def _record_offsets(path: os.PathLike, count: int) -> Int[np.ndarray, " count"]:
-  """Return where each record of a file starts, after reading every record's length."""
+  """Return the offset of each record, after reading every record's length."""
   offsets, end, size = [], 0, os.path.getsize(path)
   with open(path, "rb") as file:
     while end + HEADER_BYTES <= size:

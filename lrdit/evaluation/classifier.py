@@ -1,7 +1,7 @@
 """The extractor "classifier": a small network, trained on the dataset itself and kept.
 
-Axes: B images, b images of one pass, H W image, h w image after a stage, C channels, K classes,
-D values of a feature (D_in: of a stage's input).
+Axes: B images, H W image, h w image after a stage, C channels, K classes,
+D_in and D channels of a stage's input and output, D features.
 """
 
 import dataclasses
@@ -9,7 +9,6 @@ import functools
 import logging
 import pathlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -31,7 +30,7 @@ from lrdit.runtime.progress import make_bar
 
 FIRST_WIDTH = 32  # channels of the first stage
 MIN_FEATURES, MAX_FEATURES = 128, 256  # channels of the last stage
-FIRST_SIZE, LAST_SIZE = 32, 4  # pixels that the first and the last stage are at most wide
+FIRST_SIZE, LAST_SIZE = 32, 4  # largest widths, in pixels, of the first and the last stage
 NORM_GROUPS = 8
 WEIGHTS, RECORD = "classifier.npz", "classifier.json"
 
@@ -46,7 +45,6 @@ class _Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float32[Array, "B H W D_in"]) -> Float32[Array, "B h w D"]:
-    """Return (B, H / stride, W / stride, width) of (B, H, W, D_in)."""
     conv = functools.partial(nn.Conv, self.width, use_bias=False, precision="highest")
     norm = functools.partial(nn.GroupNorm, NORM_GROUPS)
     y = nn.relu(norm()(conv((3, 3), strides=self.stride)(x)))
@@ -57,7 +55,7 @@ class _Block(nn.Module):
 
 
 def _widths(size: int) -> list[int]:
-  """Return the width of each stage; `size` pixels are halved from one to the next."""
+  """Return the width of each stage; each halves the `size` pixels of the one before."""
   widths = [FIRST_WIDTH]
   while size > LAST_SIZE or widths[-1] < MIN_FEATURES:
     size = -(-size // 2)
@@ -68,10 +66,8 @@ def _widths(size: int) -> list[int]:
 class ClassifierNetwork(nn.Module):
   """A small residual convolutional network (He et al. 2016) with group normalisation.
 
-  Attributes:
-    image_size: height and width of its images, which determine the stages. The stem of larger
-      images is strided, so that the first stage has about 32 pixels.
-    num_classes: K.
+  `image_size`, the height and width, determines the stages. The stem strides over larger images, so
+  that the first stage has about 32 pixels.
   """
 
   image_size: int
@@ -79,7 +75,7 @@ class ClassifierNetwork(nn.Module):
 
   @property
   def num_features(self) -> int:
-    """D."""
+    """Return D."""
     return _widths(-(-self.image_size // self._stem_stride))[-1]
 
   @property
@@ -103,13 +99,11 @@ class ClassifierNetwork(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierSettings:
-  """Settings of the classifier's training, which runs must share to be compared.
+  """Training settings of the classifier, which runs must share to be compared.
 
   Attributes:
     seed: of weights, order and augmentation.
-    num_steps: steps of AdamW under a cosine schedule.
-    batch_size: images a step.
-    learning_rate: its peak, after a tenth of the steps.
+    learning_rate: peak of the cosine schedule, after a tenth of the steps.
     weight_decay: AdamW's.
     flip: mirror images left to right with probability one half.
   """
@@ -144,25 +138,8 @@ def _shifted(images: UInt8[Array, "B H W C"], key: Key[Array, ""]) -> UInt8[Arra
   return jax.vmap(crop)(padded, starts)
 
 
-def _make_train_step(
-  network: ClassifierNetwork, optimizer: optax.GradientTransformation
-) -> Callable[..., tuple[Any, Any]]:
-  """Return the jitted step: (params, opt_state, images, labels, key) to (params, opt_state)."""
-
-  def loss(params, images, labels, key):
-    _, logits = network.apply({"params": params}, _to_network(_shifted(images, key)))
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-  def step(params, opt_state, images, labels, key):
-    gradients = jax.grad(loss)(params, images, labels, key)
-    updates, opt_state = optimizer.update(gradients, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
-
-  return jax.jit(step, donate_argnums=(0, 1))
-
-
 def _train(source: Source, settings: ClassifierSettings, network: ClassifierNetwork) -> Any:
-  """Return trained parameters, on a CPU the same to the last bit for the same arguments."""
+  """Return trained parameters, which on a CPU depend to the bit on the arguments alone."""
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, settings.learning_rate, settings.num_steps // 10, settings.num_steps
   )
@@ -171,14 +148,20 @@ def _train(source: Source, settings: ClassifierSettings, network: ClassifierNetw
   example = jnp.zeros((1, *source.image_shape), jnp.float32)
   params = jax.jit(network.init)(init_key, example)["params"]
   opt_state = optimizer.init(params)
-  step = _make_train_step(network, optimizer)
+
+  def loss(params, images, labels, key):
+    _, logits = network.apply({"params": params}, _to_network(_shifted(images, key)))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def step(params, opt_state, images, labels, key):
+    gradients = jax.grad(loss)(params, images, labels, key)
+    updates, opt_state = optimizer.update(gradients, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  slots, steps = np.arange(settings.batch_size)[None], range(settings.num_steps)
   batches = pipeline.train_batches(
-    source,
-    settings.seed,
-    np.arange(settings.batch_size)[None],
-    settings.batch_size,
-    range(settings.num_steps),
-    settings.flip,
+    source, settings.seed, slots, settings.batch_size, steps, settings.flip
   )
   with make_bar(settings.num_steps, 0, "step") as bar:
     for number, batch in enumerate(batches):
@@ -189,31 +172,19 @@ def _train(source: Source, settings: ClassifierSettings, network: ClassifierNetw
 
 
 def flatten(params: Any) -> dict[str, np.ndarray]:
-  """Return the arrays of a tree of parameters by their paths."""
-  return {
-    path: np.asarray(array)
-    for path, array in flax.traverse_util.flatten_dict(params, sep="/").items()
-  }
+  """Return the arrays of a parameter tree by path."""
+  arrays = flax.traverse_util.flatten_dict(params, sep="/")
+  return {path: np.asarray(array) for path, array in arrays.items()}
 
 
 class ClassifierExtractor:
-  """Gives a classifier's penultimate layer as features, and its predictions."""
+  """A classifier's penultimate layer as features, and its predictions."""
 
   name = "classifier"
   batch_size = 256
 
   def __init__(self, params: Any, image_size: int, num_channels: int, num_classes: int):
-    """Prepare the network, which compiles at the first batch.
-
-    Args:
-      params: of `ClassifierNetwork`.
-      image_size: height and width.
-      num_channels: 3, or 1 for grey.
-      num_classes: K.
-
-    Raises:
-      UserError: weights are not finite.
-    """
+    """Prepare the network; raise UserError if weights are not finite."""
     network = ClassifierNetwork(image_size, num_classes)
     self.params, self.num_features = params, network.num_features
     self.held_out_accuracy: float | None = None
@@ -230,66 +201,31 @@ class ClassifierExtractor:
 
     self._apply = jax.jit(apply)
 
-  def measure_held_out(self, held_out: Source) -> None:
-    """Set `held_out_accuracy`, over all images of the held-out split."""
-    pairs = [
-      (self.extract(images).predictions, labels)
-      for images, labels in read_images(held_out, self.batch_size)
-    ]
-    predicted, labels = (np.concatenate(part) for part in zip(*pairs, strict=True))
-    self.held_out_accuracy = recognition_accuracy(predicted, labels)
-
   def extract(self, images: UInt8[np.ndarray, "B H W 3"]) -> Extracted:
-    """Return the (B, D) features and (B,) predictions of (B, H, W, 3) uint8 images.
+    """Return features and predictions.
 
-    Batches are padded to one shape, so that the network compiles once, and an image's features do
-    not depend on how many others there are.
+    Batches are padded to one shape: the network compiles once, and an image's features do not
+    depend on the number of others.
     """
     check_size(images, self.name, self._image_size)
     images = images[..., : self._num_channels]
-    parts = [
-      self._extract_batch(images[start : start + self.batch_size])
-      for start in range(0, len(images), self.batch_size)
-    ]
+    parts = []
+    for start in range(0, len(images), self.batch_size):
+      batch = images[start : start + self.batch_size]
+      padding = ((0, self.batch_size - len(batch)), (0, 0), (0, 0), (0, 0))
+      results = jax.device_get(self._apply(self.params, np.pad(batch, padding)))
+      parts.append([result[: len(batch)] for result in results])
     features, predictions = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return Extracted(features, predictions)
-
-  def _extract_batch(self, images: UInt8[np.ndarray, "b H W C"]) -> tuple[np.ndarray, np.ndarray]:
-    count = len(images)
-    padding = ((0, self.batch_size - count), (0, 0), (0, 0), (0, 0))
-    features, predictions = jax.device_get(self._apply(self.params, np.pad(images, padding)))
-    return features[:count], predictions[:count].astype(np.int32)
-
-
-def _describe(source: Source, held_out: Source, settings: ClassifierSettings) -> dict[str, Any]:
-  """Return what a kept classifier must agree with, as JSON."""
-  return store.as_json(
-    {
-      "format": 1,
-      "data": {"train": source.fingerprint, "eval": held_out.fingerprint},
-      "image_size": source.image_shape[0],
-      "num_channels": source.image_shape[2],
-      "num_classes": source.num_classes,
-      "settings": dataclasses.asdict(settings),
-    }
-  )
+    return Extracted(features, predictions.astype(np.int32))
 
 
 def train_classifier(
   source: Source, held_out: Source, settings: ClassifierSettings
 ) -> ClassifierExtractor:
-  """Train a classifier on a dataset's own training split, on the default device.
+  """Train a classifier on a dataset's own labelled training split, on the default device.
 
-  The same arguments give the same weights on one kind of CPU; on a GPU the gradients of
-  convolutions are summed in any order.
-
-  Args:
-    source: the training split, of pixels.
-    held_out: the held-out split.
-    settings: how to train.
-
-  Raises:
-    UserError: the data has no labels.
+  The same arguments give the same weights on one kind of CPU. A GPU sums the gradients of
+  convolutions in any order.
   """
   size, _, channels = source.image_shape
   if not source.num_classes:
@@ -300,7 +236,10 @@ def train_classifier(
   start = time.perf_counter()
   params = _train(source, settings, ClassifierNetwork(size, source.num_classes))
   extractor = ClassifierExtractor(params, size, channels, source.num_classes)
-  extractor.measure_held_out(held_out)
+  batches = read_images(held_out, extractor.batch_size)
+  pairs = [(extractor.extract(images).predictions, labels) for images, labels in batches]
+  predicted, labels = (np.concatenate(part) for part in zip(*pairs, strict=True))
+  extractor.held_out_accuracy = recognition_accuracy(predicted, labels)
   log.info(
     "classifier: %d steps on %d images in %.1f s; %.2f %% of %d held-out images recognised",
     settings.num_steps,
@@ -315,23 +254,25 @@ def train_classifier(
 def open_classifier(
   directory: pathlib.Path, source: Source, held_out: Source, settings: ClassifierSettings
 ) -> ClassifierExtractor:
-  """Return the classifier kept in a directory; train it and keep it where there is none.
+  """Return the classifier kept in a directory, or train and keep one.
 
-  Args:
-    directory: holds classifier.npz (the weights) and classifier.json (what they were trained on,
-      their digest, the held-out accuracy).
-    source, held_out, settings: as for `train_classifier`.
-
-  Raises:
-    UserError: the data has no labels, or the kept classifier is damaged or was trained on other
-      data, images, classes or settings.
+  `directory` holds classifier.npz, the weights, and classifier.json, their digest, data and
+  held-out accuracy. UserError is raised if these are damaged, or of other data or settings.
   """
-  record_path, description = directory / RECORD, _describe(source, held_out, settings)
+  record_path = directory / RECORD
+  description = {
+    "format": 1,
+    "data": {"train": source.fingerprint, "eval": held_out.fingerprint},
+    "image_size": source.image_shape[0],
+    "num_channels": source.image_shape[2],
+    "num_classes": source.num_classes,
+    "settings": dataclasses.asdict(settings),
+  }
 
   def make() -> ClassifierExtractor:
     extractor = train_classifier(source, held_out, settings)
     store.save_arrays(directory / WEIGHTS, flatten(extractor.params))
-    # Last: weights without a record do not count.
+    # The record is written last: weights without it do not count.
     kept = {"digest": extractor.digest, "held_out_accuracy": extractor.held_out_accuracy}
     store.write_json(record_path, description | kept)
     return extractor

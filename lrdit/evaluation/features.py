@@ -1,7 +1,7 @@
-"""Feature extractors: images are compared by features, and by predicted classes.
+"""Feature extractors, by whose features and predicted classes images are compared.
 
-Here are the protocol and the simplest extractor, raw pixels; `classifier.py` and `inception.py`
-have the others. The name of a metric begins with its extractor's.
+This module has the protocol and the simplest extractor, raw pixels. The name of a metric begins
+with its extractor's.
 
 Axes: B images, H W image, C channels, D values of a feature.
 """
@@ -20,7 +20,6 @@ from lrdit.runtime.errors import UserError
 from lrdit.runtime.store import digest
 
 EXTRACTORS = ("classifier", "inception", "pixel")
-
 MAX_PIXEL_VALUES = 4096
 
 
@@ -29,7 +28,7 @@ class Extracted(NamedTuple):
 
   Attributes:
     features: (B, D) float32.
-    predictions: (B,) int32 classes in [0, K); None from an extractor that predicts none.
+    predictions: (B,) int32 classes in [0, K), or None from an extractor that predicts none.
   """
 
   features: Float32[np.ndarray, "B D"]
@@ -38,12 +37,12 @@ class Extracted(NamedTuple):
 
 @runtime_checkable
 class Extractor(Protocol):
-  """Maps images to features.
+  """A map from images to features.
 
   Attributes:
-    name: the prefix of its metrics.
-    digest: SHA-256, hexadecimal, of weights and preprocessing.
-    batch_size: images taken at once; a stream is cut into such batches.
+    name: prefix of its metrics.
+    digest: SHA-256, in hex, of weights and preprocessing.
+    batch_size: images at once.
     num_features: D.
     held_out_accuracy: share of real held-out images whose label it predicts, or None.
   """
@@ -55,7 +54,7 @@ class Extractor(Protocol):
   held_out_accuracy: float | None
 
   def extract(self, images: UInt8[np.ndarray, "B H W 3"]) -> Extracted:
-    """Return features and predictions of (B, H, W, 3) uint8, grey repeated to RGB."""
+    """Return features and predictions of uint8 images, with grey repeated to RGB."""
     ...
 
 
@@ -67,11 +66,7 @@ def digest_of(description: dict[str, Any], arrays: dict[str, np.ndarray]) -> str
 
 
 def check_size(images: UInt8[np.ndarray, "B H W 3"], name: str, image_size: int) -> None:
-  """Refuse images of another size than the named extractor is for.
-
-  Raises:
-    UserError: they are not `image_size` high and wide.
-  """
+  """Raise UserError unless images are `image_size` high and wide, as the named extractor needs."""
   height, width = images.shape[1:3]
   if (height, width) != (image_size, image_size):
     raise UserError(
@@ -81,22 +76,14 @@ def check_size(images: UInt8[np.ndarray, "B H W 3"], name: str, image_size: int)
 
 
 class PixelExtractor:
-  """Takes raw pixels in [-1, 1] as features, row by row; grey images have one value a pixel."""
+  """Raw pixels in [-1, 1] as features, row by row; grey images have one value a pixel."""
 
   name = "pixel"
   batch_size = 256
   held_out_accuracy = None
 
   def __init__(self, image_size: int, num_channels: int):
-    """Describe the images.
-
-    Args:
-      image_size: height and width.
-      num_channels: 3, or 1 for grey.
-
-    Raises:
-      UserError: more than `MAX_PIXEL_VALUES` values an image.
-    """
+    """Raise UserError if an image has more than `MAX_PIXEL_VALUES` values."""
     self.num_features = image_size * image_size * num_channels
     if self.num_features > MAX_PIXEL_VALUES:
       raise UserError(
@@ -109,7 +96,7 @@ class PixelExtractor:
     self.digest = digest_of({"extractor": self.name, "shape": shape, "range": [-1, 1]}, {})
 
   def extract(self, images: UInt8[np.ndarray, "B H W 3"]) -> Extracted:
-    """Return the (B, H W C) features of (B, H, W, 3) uint8 images."""
+    """Return features (B, H W C), and no predictions."""
     check_size(images, self.name, self._image_size)
     pixels = images[..., : self._num_channels].reshape(len(images), -1)
     return Extracted(pixels.astype(np.float32) / 127.5 - 1.0, None)
@@ -118,11 +105,9 @@ class PixelExtractor:
 def read_images(
   source: Source, batch_size: int
 ) -> Iterator[tuple[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, " B"]]]:
-  """Yield all images of a split in order, quantised as generated ones are, and their labels.
+  """Yield a split's images in order, quantised as sampled ones are, and their labels.
 
-  Args:
-    source: the split, of pixels.
-    batch_size: images at once; the last batch is smaller.
+  The last batch may be smaller.
   """
 
   def read(start: int) -> tuple[np.ndarray, np.ndarray]:

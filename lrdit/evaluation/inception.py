@@ -1,7 +1,4 @@
-"""The extractor "inception": FID's network, by torch-fidelity.
-
-Axes: B images, H W image.
-"""
+"""The extractor "inception": FID's network, by torch-fidelity."""
 
 import os
 import pickle
@@ -14,17 +11,17 @@ from lrdit.evaluation.features import Extracted, digest_of
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.store import DAMAGE, check_finite
 
-# What torch raises for a file that is damaged, no pickle of tensors, or of another network.
+# torch raises these for a damaged file, other pickles than of tensors, and another network.
 UNREADABLE_WEIGHTS = (pickle.UnpicklingError, *DAMAGE)
 
 
 class InceptionExtractor:
-  """Gives the 2,048 pooled features of FID's Inception-v3 (Heusel et al. 2017).
+  """The 2,048 pooled features of FID's Inception-v3 (Heusel et al. 2017).
 
   The network, its resizing to 299x299 and its weights (converted from the TensorFlow file of
   2015-12-05) are torch-fidelity's; covariance and distance are `metrics.py`'s. The tests compare
-  features with torch-fidelity's for random weights. They test neither the published weights nor
-  any published FID.
+  features with torch-fidelity's for random weights, but neither the published weights nor any
+  published FID.
   """
 
   name = "inception"
@@ -33,14 +30,7 @@ class InceptionExtractor:
   held_out_accuracy = None
 
   def __init__(self, network: Any):
-    """Move the network, which `open_inception` reads, to the device.
-
-    Args:
-      network: a FeatureExtractorInceptionV3 with "2048" as its only feature.
-
-    Raises:
-      UserError: weights are not finite.
-    """
+    """Move the network from `open_inception` to the device; refuse weights that are not finite."""
     import torch
 
     self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,63 +41,48 @@ class InceptionExtractor:
     self._network = network.to(self._device)
 
   def extract(self, images: UInt8[np.ndarray, "B H W 3"]) -> Extracted:
-    """Return the (B, 2048) features of (B, H, W, 3) uint8 images of any size."""
+    """Return the (B, 2048) features of images of any size, and no predictions."""
     import torch
 
     batch = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    # Neither a choice of algorithm by speed nor TF32, so that metrics can be reproduced.
-    exact = torch.backends.cudnn.flags(
-      enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-    )
-    with torch.inference_mode(), exact:
+    # Benchmarks or TF32 would make metrics irreproducible.
+    options = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": False}
+    with torch.inference_mode(), torch.backends.cudnn.flags(**options):
       (features,) = self._network(batch.to(self._device))
     return Extracted(features.cpu().numpy(), None)
 
 
-def _import_torch_fidelity() -> tuple[Any, Any]:
-  """Return torch and torch-fidelity's module of the Inception network."""
+def open_inception(weights_path: str) -> InceptionExtractor:
+  """Return Inception with the weights at a path, or with those that torch-fidelity downloads.
+
+  `weights_path` is the file weights-inception-2015-12-05-6726825d.pth, published under
+  https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/. For "", torch-fidelity
+  downloads it once to torch's cache directory.
+  """
   try:
     import torch
-    from torch_fidelity import feature_extractor_inceptionv3
-  except (ImportError, RuntimeError) as error:  # torchvision of another build: RuntimeError
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+  except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision is of another build.
     raise UserError(
       f"the extractor 'inception' needs torch-fidelity, and importing it fails ({error}): "
       "from a checkout, pip install '.[fid]'"
     ) from error
-  return torch, feature_extractor_inceptionv3
-
-
-def open_inception(weights_path: str) -> InceptionExtractor:
-  """Return Inception with the weights at a path, or with those torch-fidelity downloads.
-
-  Args:
-    weights_path: the file weights-inception-2015-12-05-6726825d.pth that torch-fidelity publishes
-      under https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/; "" lets it download
-      the file, once, to torch's cache directory.
-
-  Raises:
-    UserError: torch-fidelity is missing, or the weights are.
-  """
-  torch, module = _import_torch_fidelity()
-  path = os.path.expanduser(weights_path)
+  path, url = os.path.expanduser(weights_path), module.URL_INCEPTION_V3
   if path and not os.path.isfile(path):
-    raise UserError(
-      f"no file {path} with Inception's weights: download {module.URL_INCEPTION_V3} to it"
-    )
+    raise UserError(f"no file {path} with Inception's weights: download {url} to it")
   try:
     if path:
-      # torch-fidelity's own reading would run code that a pickle holds.
+      # torch-fidelity would run code that a pickle holds: this raises an error for such a file.
       torch.load(path, map_location="cpu", weights_only=True)
-    return InceptionExtractor(
-      module.FeatureExtractorInceptionV3("inception", ["2048"], path or None)
-    )
+    network = module.FeatureExtractorInceptionV3("inception", ["2048"], path or None)
+    return InceptionExtractor(network)
   except OSError as error:
     raise UserError(
-      f"Inception's weights cannot be read ({error}): download {module.URL_INCEPTION_V3} where "
-      "there is a network, and give its path"
+      f"Inception's weights cannot be read ({error}): download {url} where there is a network, and "
+      "give its path"
     ) from error
   except UNREADABLE_WEIGHTS as error:
+    reason = str(error).splitlines()[0]
     raise UserError(
-      f"{path or module.URL_INCEPTION_V3} does not hold Inception's weights "
-      f"({str(error).splitlines()[0]}): download {module.URL_INCEPTION_V3} again"
+      f"{path or url} does not hold Inception's weights ({reason}): download {url} again"
     ) from error

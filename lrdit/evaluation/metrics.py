@@ -1,6 +1,6 @@
 """Sample quality: distances between sets of features, and recognition of labels.
 
-All computations are in float64. The caller knows what the features are, and names the metrics.
+All computations are in float64. The caller knows the extractor, and names the metrics.
 
 Axes: N features of one set, M of the other, b a batch of them, D values of a feature.
 """
@@ -19,17 +19,16 @@ NEIGHBOURS = 3
 
 # Rows and columns of distances in memory at once: 64 MiB.
 BLOCK_ROWS, BLOCK_COLUMNS = 1024, 8192
-# Squared distances below this share of the squared norms are rounding errors of
-# |x|^2 + |y|^2 - 2 x.y, and stand for equal features.
+# Below this share of the squared norms, |x|^2 + |y|^2 - 2 x.y is a rounding error and set to 0.
 DISTANCE_EPSILON = 1e-12
-RADIUS_EPSILON = 1e-9  # a distance that is the radius but for rounding counts as within
+RADIUS_EPSILON = 1e-9  # Radii grow by this share, so that rounding excludes no neighbour.
 
 
 class Moments(NamedTuple):
   """Running moments of a stream of features.
 
   Attributes:
-    count: features seen.
+    count: number of features.
     mean: (D,) float64.
     scatter: (D, D) float64, the sum of (x - mean)(x - mean)^T.
   """
@@ -57,11 +56,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
 
 def statistics_of(seen: Moments) -> Statistics:
-  """Return the mean (D,) and the unbiased covariance (D, D).
-
-  Raises:
-    ValueError: fewer than two features.
-  """
+  """Return mean and unbiased covariance; raise ValueError for fewer than two features."""
   if seen.count < 2:
     raise ValueError("a covariance needs at least two features")
   return seen.mean, seen.scatter / (seen.count - 1)
@@ -77,12 +72,9 @@ def _factor(covariance: Float64[np.ndarray, "D D"]) -> Float64[np.ndarray, "D r"
 def frechet_distance(statistics_1: Statistics, statistics_2: Statistics) -> float:
   """Return the squared Frechet distance of two Gaussians (Dowson and Landau 1982).
 
-  |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). With S1 = A A^T and S2 = B B^T
-  the trace of the root is the sum of the singular values of A^T B: exact for
-  singular covariances too, where a general matrix root is not.
-
-  Args:
-    statistics_1, statistics_2: (mean, covariance) of each.
+  |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). With S1 = A A^T and S2 = B B^T, the trace of the root
+  is the sum of the singular values of A^T B. Unlike a general matrix root, this is exact for
+  singular covariances too.
   """
   (mean_1, cov_1), (mean_2, cov_2) = statistics_1, statistics_2
   product = _factor(cov_1).T @ _factor(cov_2)
@@ -91,22 +83,15 @@ def frechet_distance(statistics_1: Statistics, statistics_2: Statistics) -> floa
   return float(offset + np.trace(cov_1) + np.trace(cov_2) - 2 * trace_root)
 
 
-def _cubic_kernel(
-  x: Float64[np.ndarray, "N D"], y: Float64[np.ndarray, "M D"]
-) -> Float64[np.ndarray, "N M"]:
-  """Return (x.y / D + 1)^3 of every pair."""
-  base = x @ y.T / x.shape[1] + 1.0
-  return base * base * base
-
-
 def squared_mmd(x: Float64[np.ndarray, "n D"], y: Float64[np.ndarray, "n D"]) -> float:
   """Return an unbiased estimate of the squared maximum mean discrepancy of equally large sets.
 
-  The kernel is cubic (Gretton et al. 2012, eq. 3). The estimate may be negative where the sets are
-  alike.
+  The kernel is (x.y / D + 1)^3 (Gretton et al. 2012, eq. 3). The estimate may be negative for
+  similar sets.
   """
-  n = len(x)
-  k_xx, k_yy, k_xy = _cubic_kernel(x, x), _cubic_kernel(y, y), _cubic_kernel(x, y)
+  n, num_values = x.shape
+  bases = (a @ b.T / num_values + 1.0 for a, b in ((x, x), (y, y), (x, y)))
+  k_xx, k_yy, k_xy = (base * base * base for base in bases)
   within = k_xx.sum() - np.trace(k_xx) + k_yy.sum() - np.trace(k_yy)
   return float(within / (n * (n - 1)) - 2 * k_xy.mean())
 
@@ -116,21 +101,16 @@ def kernel_distance(
 ) -> tuple[float, float]:
   """Return the kernel distance (Binkowski et al. 2018, "KID" over Inception features).
 
-  It is the mean `squared_mmd` of 100 pairs of random subsets of 1,000 features each, or of half
-  the smaller set (rounded down, at least 2) where that is less: subsets that are whole sets would
-  all give one estimate, whose deviation is rounding only. The mean is unbiased for any size of
-  the subsets.
-
-  Args:
-    features_1, features_2: the two sets, of at least two each.
-    seed: of the subsets.
+  It is the mean `squared_mmd` of 100 pairs of random subsets, unbiased for any subset size. The
+  subsets have 1,000 features each, or half of the smaller set (rounded down, at least 2) if that is
+  less: subsets that are whole sets would all give one estimate.
 
   Returns:
-    (mean, standard deviation) over the pairs of subsets. The deviation is one
-    subset's, not the mean's.
+    (mean, standard deviation) over the pairs of subsets. The deviation is one subset's, not the
+    mean's.
 
   Raises:
-    ValueError: fewer than two features in a set.
+    ValueError: a set has fewer than two features.
   """
   smaller = min(len(features_1), len(features_2))
   if smaller < 2:
@@ -138,11 +118,10 @@ def kernel_distance(
   size = min(KERNEL_SUBSET_SIZE, max(2, smaller // 2))
   rng = np.random.default_rng(seed)
 
-  def draw(features: np.ndarray) -> np.ndarray:
-    index = rng.choice(len(features), size, replace=False)
-    return features[index].astype(np.float64)
+  def subset(features: np.ndarray) -> np.ndarray:
+    return features[rng.choice(len(features), size, replace=False)].astype(np.float64)
 
-  estimates = [squared_mmd(draw(features_1), draw(features_2)) for _ in range(KERNEL_SUBSETS)]
+  estimates = [squared_mmd(subset(features_1), subset(features_2)) for _ in range(KERNEL_SUBSETS)]
   return float(np.mean(estimates)), float(np.std(estimates))
 
 
@@ -172,7 +151,7 @@ def _squared_radii(features: Real[np.ndarray, "N D"], k: int) -> Float64[np.ndar
     nearest = np.empty((len(x), 0))
     for _, squared in _distance_blocks(x, features):
       nearest = np.concatenate([nearest, squared], axis=1)
-      # One more than k: the nearest of all is the feature itself.
+      # The nearest of the k + 1 is the feature itself.
       nearest = np.partition(nearest, min(k, nearest.shape[1] - 1), axis=1)[:, : k + 1]
     radii.append(nearest.max(axis=1))
   return np.concatenate(radii) * (1 + RADIUS_EPSILON)
@@ -196,20 +175,12 @@ def _share_covered(
 def precision_recall(
   generated: Real[np.ndarray, "N D"], real: Real[np.ndarray, "M D"], k: int = NEIGHBOURS
 ) -> tuple[float, float]:
-  """Return improved precision and recall (Kynkaanniemi et al. 2019, eq. 1 and 2).
+  """Return improved precision and recall (Kynkaanniemi et al. 2019, eq. 1 and 2), in [0, 1].
 
   Balls around the features of a set, each reaching to its k-th nearest other one, stand for the
-  set's manifold. Memory beside the features is bounded. Both metrics depend on N and M: compare
-  those of equal numbers only.
-
-  Args:
-    generated: features of generated images.
-    real: features of real images.
-    k: neighbours.
-
-  Returns:
-    (share of the generated in the real ones' manifold, share of the real in that of the generated
-    ones), each in [0, 1].
+  set's manifold. Precision is the share of generated features in the real manifold; recall is the
+  share of real features in the generated manifold. Memory beside the features is bounded. Both
+  depend on N and M: compare equal numbers only.
 
   Raises:
     ValueError: a set has no more than k features.

@@ -1,10 +1,10 @@
-"""References: the features of real images, which generated images are measured against.
+"""References: the features of real images, which samples are measured against.
 
-Both are quantised alike (`images.to_uint8`) and come in batches of the extractor's size, so that
-the same images give the same metrics to the last bit.
+Real images and samples are quantised alike (`images.to_uint8`) and come in batches of the
+extractor's size, so that the same images give the same metrics to the bit.
 
-Axes: B images of a batch, N images in all, M of them whose features are kept, H W image, D values
-of a feature.
+Axes: B images of a batch, N images, M images whose features are kept, H W image, D values of a
+feature.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ from lrdit.runtime.progress import make_bar
 # Images (B, H, W, 3) and labels (B,); the batches of a stream differ in B.
 Batch = tuple[UInt8[np.ndarray, "_ _ _ 3"], Int[np.ndarray, " _"] | None]
 
-SUBSET_SEED = 0  # of the choice of images whose features are kept
-ARRAYS = ("mean", "covariance", "features")  # of a reference
+SUBSET_SEED = 0  # for the choice of images whose features are kept
+ARRAYS = ("mean", "covariance", "features")
 
 log = logging.getLogger("lrdit")
 
@@ -40,8 +40,8 @@ class Reference:
   Attributes:
     mean: (D,) of all N images.
     covariance: (D, D) of all N images, unbiased.
-    features: (M, D) of a random choice of them, in random order.
-    fingerprint: which images under which extractor, as JSON; see `describe`.
+    features: (M, D) of a random choice of images, in random order.
+    fingerprint: of images and extractor, from `describe`.
   """
 
   mean: Float64[np.ndarray, " D"]
@@ -52,28 +52,20 @@ class Reference:
 
 def describe(source: Source, extractor: Extractor, max_features: int) -> dict[str, Any]:
   """Return the fingerprint of a reference, as JSON, without reading an image."""
-  fingerprint = {
-    "format": 1,
-    "data": source.fingerprint,
-    "image_shape": source.image_shape,
-    "num_images": len(source),
-    "num_features": min(max_features, len(source)),
-    "extractor": {"name": extractor.name, "digest": extractor.digest},
-  }
-  return store.as_json(fingerprint)
+  return store.as_json(
+    {
+      "format": 1,
+      "data": source.fingerprint,
+      "image_shape": source.image_shape,
+      "num_images": len(source),
+      "num_features": min(max_features, len(source)),
+      "extractor": {"name": extractor.name, "digest": extractor.digest},
+    }
+  )
 
 
 def compute_reference(source: Source, extractor: Extractor, max_features: int) -> Reference:
-  """Compute the reference of a split, whose images are read once.
-
-  Args:
-    source: the split, of pixels.
-    extractor: gives the features.
-    max_features: keep the features of at most so many images.
-
-  Raises:
-    UserError: fewer images than the metrics need.
-  """
+  """Compute the reference of a split, and keep the features of at most `max_features` images."""
   _check_count("real", min(len(source), max_features))
   order = np.random.default_rng(SUBSET_SEED).permutation(len(source))
   slot = np.argsort(order)  # where an image stands in the random order
@@ -105,11 +97,7 @@ def _check_count(kind: str, count: int) -> None:
 
 
 def load_reference(path: pathlib.Path, fingerprint: dict[str, Any]) -> Reference:
-  """Read the reference at a path, whose fingerprint must be the one from `describe`.
-
-  Raises:
-    UserError: it is missing, damaged, or of other images or another extractor.
-  """
+  """Read the reference at a path; raise StoreError if it is damaged or has another fingerprint."""
   fix = "delete it to compute it again"
   stored = store.load_arrays(path, fix)
   with store.damage_of(path, fix):
@@ -122,11 +110,7 @@ def load_reference(path: pathlib.Path, fingerprint: dict[str, Any]) -> Reference
 def open_reference(
   path: pathlib.Path, source: Source, extractor: Extractor, max_features: int
 ) -> Reference:
-  """Return the reference kept in an .npz; compute it and keep it where there is none.
-
-  Raises:
-    UserError: it is damaged, or of other images or another extractor.
-  """
+  """Return the reference kept in an .npz, or compute and keep it."""
 
   def make() -> Reference:
     log.info("%s features of %d real images: %s", extractor.name, len(source), path)
@@ -136,36 +120,27 @@ def open_reference(
     store.save_arrays(path, arrays)
     return reference
 
-  def load() -> Reference:
-    return load_reference(path, describe(source, extractor, max_features))
-
-  return store.load_or_make(path, path.stem, load, make)
+  fingerprint = describe(source, extractor, max_features)
+  return store.load_or_make(path, path.stem, lambda: load_reference(path, fingerprint), make)
 
 
 def measure(
   batches: Iterable[Batch], extractor: Extractor, reference: Reference
 ) -> dict[str, float | int]:
-  """Return the metrics of generated images.
+  """Return the metrics of samples.
 
-  The Frechet distance and the recognition accuracy are over all images. The kernel distance,
-  precision and recall are over equally many generated and real ones: the first M generated, with
-  M features in the reference, or all if there are fewer, against as many of the reference.
+  The Frechet distance and the recognition accuracy are over all samples. The other metrics are over
+  equally many samples and real images: the first M samples, or all if there are fewer, and as many
+  features of the reference.
 
-  Args:
-    batches: (B, H, W, 3) uint8 images and their (B,) labels, or None for no labels. B is the
-      extractor's batch size, but for the last batch.
-    extractor: the reference's.
-    reference: of the real images.
+  Batches are of uint8 images and labels or None. They have the extractor's batch size, except the
+  last one.
 
   Returns:
     with the extractor's name in front of each: "frechet_distance", "kernel_distance",
-    "kernel_distance_std", "precision", "recall"; "num_samples" the first is over,
-    "num_subset_samples" the others are over; and where the extractor predicts labels,
-    "recognition_accuracy" of labelled images and "recognition_accuracy_of_held_out_images" of
-    real ones.
-
-  Raises:
-    UserError: the reference is of another extractor, or there are too few images.
+    "kernel_distance_std", "precision", "recall"; "num_samples" and "num_subset_samples", the
+    numbers of samples behind the first and the others; and, if the extractor predicts labels,
+    "recognition_accuracy" and "recognition_accuracy_of_held_out_images".
   """
   if reference.fingerprint["extractor"]["digest"] != extractor.digest:
     raise UserError(f"the reference is of another extractor than this {extractor.name!r}")
@@ -180,28 +155,14 @@ def measure(
     if labels is not None and predictions is not None:
       labelled.append((predictions, labels))
   _check_count("generated", num_samples)
-  found = _distances(seen, kept[:num_samples], reference)
+  kept = kept[:num_samples]
+  real, statistics = reference.features[: len(kept)], (reference.mean, reference.covariance)
+  found = {"frechet_distance": metrics.frechet_distance(metrics.statistics_of(seen), statistics)}
+  found["kernel_distance"], found["kernel_distance_std"] = metrics.kernel_distance(kept, real)
+  found["precision"], found["recall"] = metrics.precision_recall(kept, real)
+  found |= {"num_samples": seen.count, "num_subset_samples": len(kept)}
   if labelled:
     predicted, wanted = (np.concatenate(part) for part in zip(*labelled, strict=True))
     found["recognition_accuracy"] = metrics.recognition_accuracy(predicted, wanted)
     found["recognition_accuracy_of_held_out_images"] = extractor.held_out_accuracy
   return {f"{extractor.name}_{name}": value for name, value in found.items()}
-
-
-def _distances(
-  seen: metrics.Moments, features: Float32[np.ndarray, "m D"], reference: Reference
-) -> dict[str, float | int]:
-  real = reference.features[: len(features)]
-  kernel_mean, kernel_std = metrics.kernel_distance(features, real)
-  precision, recall = metrics.precision_recall(features, real)
-  return {
-    "frechet_distance": metrics.frechet_distance(
-      metrics.statistics_of(seen), (reference.mean, reference.covariance)
-    ),
-    "kernel_distance": kernel_mean,
-    "kernel_distance_std": kernel_std,
-    "precision": precision,
-    "recall": recall,
-    "num_samples": seen.count,
-    "num_subset_samples": len(features),
-  }

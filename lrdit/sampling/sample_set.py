@@ -1,11 +1,11 @@
-"""A sample set on disk: samples are kept as they come, and are read back by batches.
+"""A sample set on disk, which is kept as it grows and read back by batches.
 
-samples.npz: arr_0 (N, H, W, 3) uint8 in index order; arr_1 (N,) int64 where there are classes.
+samples.npz: arr_0 (N, H, W, 3) uint8 in index order; arr_1 (N,) int64, for a model with classes.
 It is stored without compression, as numpy and the ADM evaluator read it.
-png/000000.png and so on, where asked for. grid.png: the first images.
-metadata.json: what the samples are. It is written last: a set without it is unfinished.
+png/000000.png and so on, if requested. grid.png: the first images.
+metadata.json: settings and statistics. It is written last: a set without it is unfinished.
 
-A set under way has samples.part, its rows without a header, and progress.json: how many of them
+An unfinished set has samples.part, its rows without a header, and progress.json: how many rows
 are safely on disk, their checksum, and the settings that they were sampled with.
 
 Axes: N images, B images of a batch, H W image, C channels.
@@ -36,23 +36,24 @@ log = logging.getLogger("lrdit")
 
 GRID_SIZE = 100
 GRID_COLUMNS = 10
-LABEL_CHUNK = 1 << 16  # labels computed at once
-MAX_SATURATED_SHARE = 0.5  # of pixel values at 0 or 255, before a warning
+LABEL_CHUNK = 1 << 16  # number of labels computed at once
+MAX_SATURATED_SHARE = 0.5  # share of pixel values at 0 or 255 above which a warning is logged
 AGAIN = "run the same command with --mode=sample again"
 
-# Labels of sample indices.
-LabelRule = Callable[[np.ndarray], np.ndarray]
+LabelRule = Callable[[np.ndarray], np.ndarray]  # from sample indices to labels
+# A batch is images and labels, or None without classes.
+Batches = Iterator[tuple[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, " B"] | None]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """How far a sample set is.
+  """The state of a sample set.
 
   Attributes:
     num_done: images safely on disk.
     crc32: of their bytes.
-    num_drawn: images that all starts together sampled, some of them perhaps twice.
-    wall_clock_seconds: that sampling and writing those took.
+    num_drawn: images sampled by all starts together, some of them perhaps twice.
+    wall_clock_seconds: time that sampling and writing those took.
     num_starts: number of processes that worked on it.
   """
 
@@ -64,7 +65,7 @@ class Progress:
 
   @classmethod
   def from_record(cls, record: dict[str, Any], path: pathlib.Path) -> "Progress":
-    """Take the fields from a record; raise a StoreError where one is missing or no number."""
+    """Take the fields from a record, or raise a StoreError if one is missing or not a number."""
     fields = dataclasses.fields(cls)
     if not all(isinstance(record.get(f.name), f.type) for f in fields):
       raise store.StoreError(f"{path} is damaged", AGAIN)
@@ -72,7 +73,7 @@ class Progress:
 
 
 def _read_metadata(directory: pathlib.Path) -> dict[str, Any]:
-  """Return metadata.json, which at least says what samples.npz holds."""
+  """Return metadata.json, with the fields that describe samples.npz checked."""
   path = directory / "metadata.json"
   metadata = store.read_json(path, AGAIN)
   if [type(metadata.get(name)) for name in ("num_samples", "has_labels")] != [int, bool]:
@@ -80,59 +81,43 @@ def _read_metadata(directory: pathlib.Path) -> dict[str, Any]:
   return metadata
 
 
-def _read_batches(
-  path: pathlib.Path, metadata: dict[str, Any], batch_size: int
-) -> Iterator[tuple[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, " B"] | None]]:
-  """Yield the images and labels of a samples.npz that the metadata describes."""
+def _read_batches(path: pathlib.Path, metadata: dict[str, Any], batch_size: int) -> Batches:
+  """Yield the images and labels of a samples.npz."""
   kinds = {"arr_0": (np.uint8, 4)} | ({"arr_1": (np.int64, 1)} if metadata["has_labels"] else {})
   for samples, *labels in read_npz(path, kinds, metadata["num_samples"], batch_size, AGAIN):
     yield samples, labels[0] if labels else None
 
 
 class _PngFiles:
-  """The PNG files of a sample set: one for each image, or none.
+  """A sample set's PNG files, one for each image, or none.
 
-  A file is whole or not there, so that files of an earlier start need not be read.
+  Each is written atomically, so that files of an earlier start need not be read.
   """
 
   def __init__(self, directory: pathlib.Path, are_wanted: bool):
-    self._directory, self._are_wanted = directory, are_wanted
+    self.directory, self.are_wanted = directory, are_wanted
 
-  def write(
-    self, rows: UInt8[np.ndarray, "B H W 3"], first: int, only_missing: bool = False
-  ) -> None:
+  def write(self, rows: UInt8[np.ndarray, "B H W 3"], first: int, only_missing: bool) -> None:
     """Write the images whose indices begin at `first`."""
-    if self._are_wanted:
-      self._directory.mkdir(exist_ok=True)
+    if self.are_wanted:
+      self.directory.mkdir(exist_ok=True)
       for index, row in enumerate(rows, first):
-        path = self._directory / f"{index:06d}.png"
+        path = self.directory / f"{index:06d}.png"
         if not (only_missing and path.exists()):
           images.write_png(path, row)
 
   def remove_beyond(self, count: int) -> None:
     """Remove the files of images beyond a cut, and what a kill left of one."""
-    if self._are_wanted:
-      with os.scandir(self._directory) as entries:
-        for entry in entries:
-          stem = entry.name.removesuffix(".png")
-          if not stem.isdecimal() or int(stem) >= count:
-            os.unlink(entry.path)
-
-  def remove(self, only_unwanted: bool = False) -> None:
-    """Remove all files; `only_unwanted` where none are wanted, as they would not be of all."""
-    if not (only_unwanted and self._are_wanted):
-      store.remove_directory(self._directory)
+    for path in self.directory.iterdir() if self.are_wanted else ():
+      stem = path.name.removesuffix(".png")
+      if not stem.isdecimal() or int(stem) >= count:
+        path.unlink()
 
 
 class SampleSetWriter:
-  """Writes one sample set, and goes on where it was stopped.
+  """Writer of one sample set, in one process, that resumes where it was stopped.
 
-  One process writes; the writer does not know how samples are made.
-
-  Attributes:
-    directory: of the sample set.
-    num_samples: N.
-    is_finished: nothing is left to do.
+  `is_finished` is set if nothing is left to do.
   """
 
   def __init__(
@@ -145,22 +130,18 @@ class SampleSetWriter:
     batch_size: int,
     png_files: bool,
   ):
-    """Make the directory, or take it up again if it holds the same samples.
+    """Make the directory, or resume it if it holds the same samples.
 
-    If more samples are asked for than are there, it goes on from those; if fewer, they are cut.
-    A finished set that has all of them is read through and given the PNG files it lacks.
+    If N exceeds the samples that are there, it goes on from those; if N is less, they are cut. A
+    finished set of N is read through, and given the PNG files that it lacks. It goes on at a
+    multiple of the sampler's `batch_size`, so that images meet the same others in the same places,
+    and come out equal to the bit.
 
     Args:
-      directory: of the sample set.
-      settings: all that defines a sample beside its index, as JSON. Where one differs, the set
-        is started over.
-      software: what else changes a sample's last digits, as JSON; it must agree only where
+      settings: all that defines a sample beside its index, as JSON. If one differs, the set is
+        started over.
+      software: versions that change a sample's last digits, as JSON. They must agree only if
         samples are added.
-      num_samples: N.
-      image_size: H = W.
-      batch_size: of the sampler. The set goes on at a multiple of it, so that images meet the
-        same others in the same places, and come out equal to the bit.
-      png_files: write PNG files too.
 
     Raises:
       UserError: another process writes the directory, or it is not writable.
@@ -175,7 +156,7 @@ class SampleSetWriter:
       directory.mkdir(parents=True, exist_ok=True)
       opened.enter_context(owned(directory, "sample"))
       opened.callback(self._rows.close)
-      for path in directory.glob("*.tmp"):  # of a killed process
+      for path in directory.glob("*.tmp"):  # A killed process left it.
         path.unlink()
       try:
         self._take_up()
@@ -193,7 +174,7 @@ class SampleSetWriter:
 
   @property
   def num_done(self) -> int:
-    """Images safely on disk; the next `append` begins with that index."""
+    """Return the number of images safely on disk, the index at which `append` begins."""
     return self._progress.num_done
 
   @contextlib.contextmanager
@@ -207,7 +188,7 @@ class SampleSetWriter:
       ) from error
 
   def _take_up(self) -> None:
-    """Use what is there; raise a StoreError where it cannot be used."""
+    """Use what is there, or raise a StoreError if it cannot be used."""
     if (self.directory / "metadata.json").exists():
       metadata = _read_metadata(self.directory)
       self._check_settings(metadata, metadata["num_samples"])
@@ -228,16 +209,16 @@ class SampleSetWriter:
     wanted = dict(self._settings)
     if num_done < self.num_samples:
       wanted |= self._software
-    else:  # nothing is added
+    else:  # No samples are added.
       self._software = {name: record.get(name) for name in self._software}
     found = {name: record[name] for name in wanted if name in record}
     store.check_same("it holds other samples", wanted, found, AGAIN)
 
   def _start_over(self) -> None:
-    """Remove the files of the set, first the one that says that it is finished."""
+    """Remove the set's files, first the one that marks it as finished."""
     for name in ("metadata.json", "progress.json", "samples.npz", "samples.part", "grid.png"):
       (self.directory / name).unlink(missing_ok=True)
-    self._pngs.remove()
+    store.remove_directory(self._pngs.directory)
     self._rows.path.touch()
     self._resume(Progress())
 
@@ -246,7 +227,8 @@ class SampleSetWriter:
     kept = min(progress.num_done, self.num_samples)
     if kept < self.num_samples:
       kept -= kept % self._batch_size
-    self._pngs.remove(only_unwanted=True)
+    if not self._pngs.are_wanted:
+      store.remove_directory(self._pngs.directory)
     kept_crc = first = 0
     for rows in self._rows.read(progress.num_done, progress.crc32):
       kept_rows = rows[: max(0, kept - first)]
@@ -254,7 +236,7 @@ class SampleSetWriter:
       self._pngs.write(kept_rows, first, only_missing=True)
       first += len(rows)
     self._keep(progress, num_done=kept, crc32=kept_crc, num_starts=progress.num_starts + 1)
-    # Not before: a kill in between must find the rows that the old record counts.
+    # Opening cuts the file: before the record, a kill would leave it with fewer rows than counted.
     self._rows.open(kept, kept_crc)
 
   def _reopen(self, metadata: dict[str, Any]) -> None:
@@ -272,7 +254,7 @@ class SampleSetWriter:
     (self.directory / "samples.npz").unlink()
 
   def _check_finished(self, metadata: dict[str, Any]) -> None:
-    """Read a finished set to its last byte, and add PNG files that are asked for."""
+    """Read a finished set to its last byte, and add the PNG files that it lacks."""
     first = 0
     for rows in self._read_finished(metadata):
       self._pngs.write(rows, first, only_missing=True)
@@ -289,29 +271,22 @@ class SampleSetWriter:
       yield rows
 
   def _keep(self, progress: Progress, **changed: Any) -> None:
-    """Take on the progress, with some fields changed, and write it."""
+    """Write the progress, with some fields changed."""
     self._progress = dataclasses.replace(progress, **changed)
     record = self._settings | self._software | dataclasses.asdict(self._progress)
     store.write_json(self.directory / "progress.json", record)
 
   def start_clock(self) -> None:
-    """Leave the time until now, such as that of compiling, out of `wall_clock_seconds`."""
+    """Exclude the time until now, such as compilation, from `wall_clock_seconds`."""
     self._clock = time.perf_counter()
 
   def append(self, samples: UInt8[np.ndarray, "B H W C"]) -> None:
-    """Add the next samples, which are safe against a kill when it returns.
-
-    Args:
-      samples: (B, H, W, 1 or 3) of the indices from `num_done`.
-
-    Raises:
-      UserError: the disk is full or not writable.
-    """
+    """Add the next samples, grey or RGB, which are safe against a kill on return."""
     rows = images.to_rgb(samples)
     with self._explaining_os_errors():
       self._rows.append(rows)
       self._rows.sync()
-      self._pngs.write(rows, self.num_done)
+      self._pngs.write(rows, self.num_done, only_missing=False)
       before = self._clock
       self.start_clock()
       self._keep(
@@ -323,21 +298,14 @@ class SampleSetWriter:
       )
 
   def finish(self, label_rule: LabelRule | None, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write samples.npz, grid.png and, last, metadata.json, which it returns.
+    """Write samples.npz, grid.png and, last, metadata.json with `facts`, and return it.
 
     Until samples.part is removed, the images take their space twice.
-
-    Args:
-      label_rule: labels of indices; None without classes.
-      facts: what else the metadata says, as JSON.
-
-    Raises:
-      UserError: the disk is full or not writable, or has changed what was written.
     """
     metadata = self._settings | self._software | facts
     metadata |= {"num_samples": self.num_samples, "has_labels": label_rule is not None}
-    for name in ("num_drawn", "wall_clock_seconds", "num_starts"):
-      metadata[name] = getattr(self._progress, name)
+    kept = ("num_drawn", "wall_clock_seconds", "num_starts")
+    metadata |= {name: getattr(self._progress, name) for name in kept}
     try:
       with self._explaining_os_errors():
         metadata |= self._write_npz(metadata, label_rule)
@@ -354,7 +322,7 @@ class SampleSetWriter:
     return metadata
 
   def _write_npz(self, metadata: dict[str, Any], label_rule: LabelRule | None) -> dict[str, Any]:
-    """Write samples.npz and return what the metadata says of its pixels at 0 or 255."""
+    """Write samples.npz, and return the metadata of its saturated pixels."""
     count, num_saturated = self.num_samples, 0
 
     def rows() -> Iterator[np.ndarray]:
@@ -372,8 +340,17 @@ class SampleSetWriter:
         file.flush()
         os.fsync(file.fileno())
       for _ in _read_batches(temporary, metadata, self._rows.chunk_rows):
-        pass  # compares the checksums of what the disk gives back
-    return _describe_saturation(self.directory, num_saturated / (count * math.prod(self._shape)))
+        pass  # Reading compares the checksums.
+    share = num_saturated / (count * math.prod(self._shape))
+    if share > MAX_SATURATED_SHARE:
+      log.warning(
+        "%s: %.1f %% of all pixel values are 0 or 255, which is right only for images that are "
+        "mostly pure black and white: lower config.sampling.guidance_scale, or use another solver "
+        "or more steps",
+        self.directory,
+        100 * share,
+      )
+    return {"saturated_share": share, "is_mostly_saturated": share > MAX_SATURATED_SHARE}
 
   def _remove_leftovers(self) -> None:
     self._rows.path.unlink(missing_ok=True)
@@ -385,37 +362,11 @@ def _labels(label_rule: LabelRule, count: int) -> Iterator[Int[np.ndarray, " B"]
     yield label_rule(np.arange(first, min(first + LABEL_CHUNK, count))).astype(np.int64)
 
 
-def _describe_saturation(directory: pathlib.Path, share: float) -> dict[str, Any]:
-  """Return what the metadata says of pixels at 0 or 255, and warn where most are."""
-  if share > MAX_SATURATED_SHARE:
-    log.warning(
-      "%s: %.1f %% of all pixel values are 0 or 255, which is right only for images that are "
-      "mostly pure black and white: lower config.sampling.guidance_scale, or use another solver "
-      "or more steps",
-      directory,
-      100 * share,
-    )
-  return {"saturated_share": share, "is_mostly_saturated": share > MAX_SATURATED_SHARE}
+def read_sample_set(directory: pathlib.Path, batch_size: int) -> tuple[dict[str, Any], Batches]:
+  """Return the metadata and, without holding all of it, the contents of a finished sample set.
 
-
-def read_sample_set(
-  directory: pathlib.Path, batch_size: int
-) -> tuple[
-  dict[str, Any], Iterator[tuple[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, " B"] | None]]
-]:
-  """Read a finished sample set without holding all of it.
-
-  Args:
-    directory: of the sample set.
-    batch_size: images at a time.
-
-  Returns:
-    metadata: what metadata.json says.
-    batches: (at most B, H, W, 3) uint8 and (at most B,) int64, or None without classes.
-      Damage raises a UserError, at the latest in place of the last batch.
-
-  Raises:
-    UserError: there is no sample set, it is unfinished, or its metadata is damaged.
+  UserError is raised if the set is missing or unfinished. For damage it comes from the batches, at
+  the latest in place of the last one.
   """
   if (directory / "metadata.json").exists():
     metadata = _read_metadata(directory)

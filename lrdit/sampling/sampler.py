@@ -1,8 +1,8 @@
 """Sampling: one compiled function per rank bucket, with the parameters sliced to it.
 
-Each bucket's function runs all consecutive solver steps of the bucket in one
-loop on the device. Step bounds are arguments, so it is traced once, whatever
-the number of images, of steps or of visits to the bucket.
+Each bucket's function runs all consecutive solver steps of the bucket in one loop on the device.
+The first and last step are arguments, so it is traced once for any number of images, steps or
+visits to the bucket.
 
 Axes: B images in flight, S solver steps, H W image, C channels.
 """
@@ -23,12 +23,11 @@ from lrdit.model import low_rank
 from lrdit.model.dit import DiT
 from lrdit.runtime import parallel
 
-# Keeps sampling's keys apart from training's, which fold a step into the seed.
+# This keeps sampling's keys apart from training's, which fold a step into the seed.
 SAMPLING_STREAM = 2**31 - 2
-# Folded into a sample's key.
-LABEL_STREAM, NOISE_STREAM = 0, 1
+LABEL_STREAM, NOISE_STREAM = 0, 1  # folded into a sample's key
 
-# From sample indices to int32 labels.
+# A label rule maps sample indices to int32 labels.
 LabelRule = Callable[[Integer[np.ndarray, " B"]], Int[np.ndarray, " B"]]
 
 
@@ -38,7 +37,7 @@ class SamplerSettings:
 
   Attributes:
     prediction: what the model predicts, one of `process.PREDICTIONS`.
-    guidance_scale: classifier-free guidance; 1 turns it, and its cost, off.
+    guidance_scale: of classifier-free guidance; 1 turns it, and its cost, off.
     clip_x_0: keep the predicted x_0 in [-1, 1] (pixels, not latents).
     seed: of the noise.
     batch_size: images in flight, B.
@@ -53,11 +52,9 @@ class SamplerSettings:
 
 @dataclasses.dataclass
 class SamplePath:
-  """Clean images that the model predicts on the way to a sample.
+  """Clean images (H, W, C) that the model predicts on the way to a sample.
 
-  Attributes:
-    steps: solver steps, counted from 0, whose predictions are kept.
-    x_0: the (H, W, C) predictions, once the sample has been computed.
+  `x_0` is filled with the predictions of the solver `steps`, counted from 0.
   """
 
   steps: Collection[int]
@@ -74,14 +71,14 @@ class SamplePath:
 
 
 def balanced_labels(index: Integer[np.ndarray, " B"], num_classes: int) -> Int[np.ndarray, " B"]:
-  """Return (B,) int32 labels that take the classes in turn by sample index."""
+  """Return int32 labels that take the classes in turn by sample index."""
   return (index % num_classes).astype(np.int32)
 
 
 def random_labels(
   seed: int, index: Integer[np.ndarray, " B"], num_classes: int
 ) -> Int[np.ndarray, " B"]:
-  """Return (B,) int32 uniform labels, fixed by the seed and the sample index."""
+  """Return int32 uniform labels, fixed by the seed and the sample index."""
 
   def one(i):
     key = jax.random.fold_in(_sample_key(seed, i), LABEL_STREAM)
@@ -97,10 +94,7 @@ def _sample_key(seed: int, index: Integer[Array, ""]) -> Key[Array, ""]:
 def _noise(
   seed: int, index: Integer[Array, " B"], step: Int[Array, ""] | int, shape: tuple[int, ...]
 ) -> Float[Array, "B H W C"]:
-  """Return (B, *shape) Gaussian noise, fixed by seed, sample index and step.
-
-  Step 0 is the initial noise; solver step i adds noise i + 1.
-  """
+  """Return Gaussian noise for step 0, the initial noise, or i + 1, which solver step i adds."""
 
   def one(i):
     key = jax.random.fold_in(_sample_key(seed, i), NOISE_STREAM)
@@ -135,25 +129,15 @@ def guided_output(
 ) -> Float[Array, "B H W C_out"]:
   """Return the model's output under classifier-free guidance (Ho and Salimans 2022, eq. 6).
 
-  That is null + scale (conditional - null) on the prediction's channels, from one
-  forward pass over 2 B images; at scale 1, it is the conditional pass alone. A
-  learned variance is always the conditional one.
-
-  Args:
-    model: a DiT of one bucket, whose parameters `params` are.
-    x_t: (B, H, W, C).
-    t: int32 scalar timestep.
-    y: (B,) labels, or None.
-    scale: static.
-
-  Returns:
-    (B, H, W, C or 2 C).
+  That is null + scale (conditional - null) on the prediction's channels, from one forward pass over
+  2 B images; at scale 1, it is the conditional pass alone. A learned variance, which doubles the
+  channels, is always the conditional one. The model has one bucket; `scale` is static.
   """
   batch, channels = x_t.shape[0], model.shape.channels
   if scale == 1.0 or y is None:
     selection = low_rank.uniform_selection(batch)
     return model.apply({"params": params}, x_t, jnp.full(batch, t), y, selection)
-  # Pairs stay on their image's device: the batch is split over devices.
+  # A pair stays on its image's device, as the batch is split over devices.
   null_y = jnp.full_like(y, model.shape.num_classes)
   output = model.apply(
     {"params": params},
@@ -212,23 +196,13 @@ class Sampler:
     settings: SamplerSettings,
     devices: parallel.Devices,
   ):
-    """Prepare without compiling yet.
-
-    Args:
-      model: the DiT with all its rank components, as trained.
-      table: the solver's coefficients.
-      settings: their batch must divide over `devices`.
-      devices: devices to sample on.
-    """
+    """Prepare, without compiling, to sample batches that must divide over the devices."""
     self.model, self.table, self.settings = model, table, settings
     self.segments = bucket_segments(model.plan.bucket_of_timestep, table.t)
     self._batch_sharding, self._replicated = parallel.shardings(devices)
-    self.run_bucket = {
-      bucket: jax.jit(
-        functools.partial(self._run_bucket, bucket), out_shardings=self._batch_sharding
-      )
-      for bucket in {bucket for bucket, _, _ in self.segments}
-    }
+    jit = functools.partial(jax.jit, out_shardings=self._batch_sharding)
+    buckets = {bucket for bucket, _, _ in self.segments}
+    self.run_bucket = {b: jit(functools.partial(self._run_bucket, b)) for b in buckets}
 
   def _run_bucket(self, bucket, params, carry, y, index, first, end):
     """Run the solver steps [first, end) with the bucket's parameters."""
@@ -246,14 +220,12 @@ class Sampler:
   def slice_params(self, params: Any) -> dict[int, Any]:
     """Return each visited bucket's slice of the parameters, on the devices."""
     return {
-      bucket: jax.device_put(
-        low_rank.slice_params(params, self.model.plan, bucket), self._replicated
-      )
-      for bucket in self.run_bucket
+      b: jax.device_put(low_rank.slice_params(params, self.model.plan, b), self._replicated)
+      for b in self.run_bucket
     }
 
   def compile(self, params: Any, label_rule: LabelRule | None, rows: slice) -> None:
-    """Compile what `sample_rows` runs, by running no solver step of each bucket."""
+    """Compile what `sample_rows` runs, by running each bucket for no solver step."""
     index = np.arange(self.settings.batch_size)[rows]
     y = None if label_rule is None else label_rule(index)
     no_steps = [(bucket, 0, 0) for bucket in self.run_bucket]
@@ -266,13 +238,9 @@ class Sampler:
     labels: Int[np.ndarray, " B"] | None,
     path: SamplePath | None = None,
   ) -> Float[Array, "B H W C"]:
-    """Return the (B, H, W, C) float32 samples of some indices, without waiting for them.
+    """Return the float32 samples of some indices, without waiting for them.
 
-    Args:
-      sliced_params: from `slice_params`.
-      index: (B,) sample indices.
-      labels: (B,) int32, or None for an unconditional model.
-      path: to be filled in with predictions for the first of them.
+    Labels are None for an unconditional model. `path` is filled for the first index.
     """
     segments = path.split(self.segments) if path else self.segments
     return self._run(sliced_params, index, labels, segments, path)
@@ -284,8 +252,8 @@ class Sampler:
     index = jax.device_put(np.asarray(index, np.uint32), self._batch_sharding)
     y = None if labels is None else jax.device_put(labels, self._batch_sharding)
     x = _initial_noise(index, self.settings.seed, image_shape)
-    # Placed as the bucket functions place their outputs, or a bucket that is
-    # visited first and again later would be compiled for both placements.
+    # The placement is that of the bucket functions' outputs, or a bucket that is visited first and
+    # again later would be compiled twice.
     carry = jax.device_put((x, jnp.zeros_like(x)), self._batch_sharding)
     for bucket, first, end in segments:
       carry = self.run_bucket[bucket](
@@ -300,17 +268,8 @@ class Sampler:
   ) -> Iterator[Float[np.ndarray, "B H W C"]]:
     """Yield the samples [first, num_samples) in index order, a batch at a time.
 
-    The last batch is padded with further indices, whose samples are dropped, so the
-    compiled shapes and every kept sample are the same whatever the number.
-
-    Args:
-      params: the model's parameters.
-      label_rule: (B,) indices to (B,) int32 labels; None for an unconditional model.
-      num_samples: N, counted from index 0.
-      first: index of the first sample.
-
-    Yields:
-      (at most B, H, W, C) float32; the next batch is computed meanwhile.
+    The last batch is padded with further indices, whose samples are dropped: the compiled shapes
+    and every kept sample are the same for any number. The next batch is computed meanwhile.
     """
     size = self.settings.batch_size
     batches = self.sample_rows(params, label_rule, range(first, num_samples, size), slice(size))
@@ -325,16 +284,9 @@ class Sampler:
     rows: slice,
     path: SamplePath | None = None,
   ) -> Iterator[tuple[int, Float[np.ndarray, "b H W C"]]]:
-    """Yield some rows of each batch, for a process that shares batches with others.
+    """Yield the start and some rows of each batch, for a process that shares batches with others.
 
-    Args:
-      params, label_rule: as for `sample`.
-      starts: index of the first sample of each batch.
-      rows: which of the B samples of a batch.
-      path: to be filled in where the first batch starts at sample 0.
-
-    Yields:
-      the batch's start, and (b, H, W, C) float32; the next batch is computed meanwhile.
+    The next batch is computed meanwhile. `path` is filled if the first batch starts at sample 0.
     """
     sliced, pending = self.slice_params(params), None
     for start in starts:

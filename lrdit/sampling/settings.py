@@ -1,4 +1,4 @@
-"""From a config to what defines its samples."""
+"""The label rule and the fingerprint of a config's samples."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from lrdit.sampling.sampler import LabelRule, Sampler, balanced_labels, random_l
 
 
 def make_label_rule(config: ConfigDict) -> LabelRule | None:
-  """Return the rule of `sampling.labels`; None for an unconditional model."""
+  """Return the rule of `sampling.labels`, or None for an unconditional model."""
   s, classes = config.sampling, config.data.num_classes
   if not classes:
     return None
@@ -25,10 +25,7 @@ def make_settings(
 ) -> dict[str, Any]:
   """Return all that defines a sample beside its index, as JSON.
 
-  Args:
-    config, sampler: resolved, and its sampler.
-    step, checkpoint_digest: of the checkpoint, and `checkpoints.digest` of its weights.
-    vae_digest: of the VAE that decodes; "" for pixels.
+  The digests are `checkpoints.digest` of the weights, and that of the decoding VAE or "".
   """
   s, plan = config.sampling, sampler.model.plan
   visited = [(bucket, end - first) for bucket, first, end in sampler.segments]
