@@ -65,8 +65,6 @@ def test_the_logistic_ramp_is_set_by_its_parameters():
   )
   assert steep[500] < 1e-3 and steep[700] > 1 - 1e-3
   assert early[500] == pytest.approx(0.5)
-  with pytest.raises(UserError, match="unknown: use one of constant, decreasing"):
-    schedules.schedule_height("logistic", 1000)
 
 
 def test_static_rank_keeps_the_share_of_parameters():
