@@ -113,3 +113,21 @@ def damaged_files():
     "lab.tif": (encoded(Image.new("LAB", (8, 8)), "TIFF"), "its colours are CIELAB"),
     "text.png": (b"these are words", "no image of a known format"),
   }
+
+
+def make_flat(directory, numbers):
+  for i in numbers:
+    save(directory / f"{i:03d}.png", numbered(i))
+
+
+def make_splits(directory, **train):
+  """Write the training images `train`, by name, and one held-out image."""
+  for name, image in train.items():
+    save(directory / "train" / f"{name}.png", image)
+  save(directory / "eval" / "other.png", pixels(0))
+
+
+def make_damaged(directory):
+  directory.mkdir(parents=True, exist_ok=True)
+  for name, (content, _) in damaged_files().items():
+    (directory / name).write_bytes(content)

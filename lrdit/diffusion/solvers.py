@@ -2,8 +2,8 @@
 
   x_prev = on_x_t x_t + on_x_0 x_0 + on_eps eps + on_x_0_last x_0_last + on_noise z,
 
-where x_0 and eps are the model's predictions at x_t, x_0_last is its x_0 at the step before, and z
-is fresh Gaussian noise. To add a solver, add a function of its coefficients to `SOLVERS`.
+where x_0 and eps are predictions at x_t, x_0_last is the prediction at the step before, and z is
+fresh Gaussian noise. To add a solver, add a function of its coefficients to `SOLVERS`.
 
 Axes: S solver steps, T timesteps.
 """
@@ -16,22 +16,20 @@ from jaxtyping import Float, Int
 from lrdit.diffusion.process import posterior
 from lrdit.runtime.errors import UserError
 
-# Limits of the first step of dpm++: its least half-log-SNR, and how far it may enlarge an error.
+# Limits of the first step of dpm++: the half-log-SNR, and the factor by which an error grows.
 MIN_HALF_LOG_SNR = -5.1
 MAX_FIRST_ERROR = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
 class SolverTable:
-  """A solver's steps; (S,) float64 arrays.
+  """A solver's steps, as (S,) float64 arrays.
 
   Attributes:
     t: int32 timesteps, descending.
-    signal, noise: noise level of x_t.
+    signal, noise: coefficients of x_0 and eps in x_t.
     log_variance_low, log_variance_high: range of a learned log-variance.
-    on_x_t, on_x_0, on_eps, on_x_0_last, on_noise: the coefficients.
-    takes_learned_variance: whether a learned variance replaces `on_noise`, as the solver's noise
-      is the posterior's.
+    takes_learned_variance: whether a learned variance replaces `on_noise`.
   """
 
   t: Int[np.ndarray, " S"]
@@ -47,7 +45,7 @@ class SolverTable:
   takes_learned_variance: bool
 
   def float32_columns(self) -> dict[str, Float[np.ndarray, " S"]]:
-    """Return the coefficients by name, rounded once."""
+    """Return the float64 columns by name, rounded once."""
     return {
       field.name: getattr(self, field.name).astype(np.float32)
       for field in dataclasses.fields(self)
@@ -79,8 +77,7 @@ def _ddpm(alpha_bar, alpha_bar_prev, _eta):
 def _dpmpp_2m(alpha_bar, alpha_bar_prev, _eta):
   """Lu et al. 2022 (arXiv:2211.01095), algorithm 2 (2M).
 
-  It is of first order at the first step, which has no history, and at the last, where the log-SNR
-  of the end point is infinite and the step returns x_0.
+  The first step, which has no history, and the last, which returns x_0, are of first order.
   """
   half_log_snr = 0.5 * (np.log(alpha_bar) - np.log1p(-alpha_bar))
   h = np.append(np.diff(half_log_snr), np.inf)
@@ -94,7 +91,7 @@ def _dpmpp_2m(alpha_bar, alpha_bar_prev, _eta):
   )
 
 
-# From (alpha_bar, alpha_bar_prev, eta), (S,) each but eta, to the coefficients that are not zero.
+# Each function takes (alpha_bar, alpha_bar_prev, eta) and returns the nonzero coefficients.
 SOLVERS = {"ddim": _ddim, "ddpm": _ddpm, "dpm++": _dpmpp_2m}
 
 
@@ -103,21 +100,21 @@ def solver_timesteps(
 ) -> Int[np.ndarray, " S"]:
   """Return the timesteps that a solver visits, (S,) int32 descending.
 
-  All solvers start in the last tenth of the timesteps, whatever S, where x_t is mostly noise: the
-  signal at 9/10 T is 0.16 on the cosine schedule.
+  Every solver starts in the last tenth of the timesteps, where x_t is mostly noise: on the cosine
+  schedule the signal at 9/10 T is 0.16.
 
-  `dpm++` spaces its timesteps evenly from `_first_timestep` down ("linspace"), as diffusers does.
-  All others space them from 0 upwards ("leading"), as diffusers does, with two deviations. Below 10
-  steps "leading" starts far from the noise (one step at t = 0), so all timesteps are moved up until
-  the first is 9/10 T. Where S does not divide T, diffusers truncates the stride and starts at 500
-  for S = 501; here the timesteps cover the whole range.
+  As in diffusers, `dpm++` spaces its timesteps evenly from `_first_timestep` down ("linspace"), and
+  the others from 0 up ("leading"). There are two deviations from "leading". Below 10 steps it would
+  start far from the noise, so all timesteps are moved up until the first is 9/10 T. If S does not
+  divide T, diffusers truncates the stride (S = 501 starts at 500), and here the timesteps cover the
+  whole range.
   """
   total = len(alphas_cumprod)
   if solver != "dpm++":
     t = np.arange(num_steps)[::-1] * total // num_steps
     return (t + max(0, 9 * total // 10 - t[0])).astype(np.int32)
   first = _first_timestep(alphas_cumprod, num_steps, prediction)
-  # S + 1 points without 0, or all timesteps up to the first where there are only S of them.
+  # S + 1 points without 0, or all timesteps up to the first if there are only S of them.
   grid = np.linspace(0, first, min(num_steps + 1, first + 1))
   return np.round(grid)[::-1][:num_steps].astype(np.int32)
 
@@ -127,16 +124,16 @@ def _first_timestep(
 ) -> int:
   """Return the noisiest timestep from which `dpm++` can start.
 
-  With an epsilon model the first step computes x_0 = (x_t - noise eps) / signal. An error of eps
-  thus grows by the factor noise_prev (exp(h) - 1), where h is the step in half-log-SNR: several
-  thousand at t = T - 1 of the cosine schedule. So the first timestep, within the last tenth, has
+  With an epsilon model the first step computes x_0 = (x_t - noise eps) / signal, so an error of eps
+  grows by the factor noise_prev (exp(h) - 1), where h is the step in half-log-SNR. At t = T - 1 of
+  the cosine schedule it is several thousand. So the first timestep, within the last tenth, has
 
-  - a half-log-SNR of at least `MIN_HALF_LOG_SNR`, as diffusers' `lambda_min_clipped` and 1 /
-    sigma_max of k-diffusion have it;
+  - a half-log-SNR of at least `MIN_HALF_LOG_SNR`, like diffusers' `lambda_min_clipped` and
+    k-diffusion's 1 / sigma_max;
   - with an epsilon model, a factor of at most `MAX_FIRST_ERROR` if any timestep has that.
-    Deviation: diffusers has no such bound, and needs some 50 steps. An error of v does not grow.
+    Deviation: diffusers has no such bound, and needs some 50 steps.
 
-  Where nearly all T timesteps are asked for, it is the lowest timestep that leaves S of them.
+  If S is nearly T, it is the lowest timestep that leaves S timesteps.
   """
   total = len(alphas_cumprod)
   half_log_snr = 0.5 * (np.log(alphas_cumprod) - np.log1p(-alphas_cumprod))
@@ -163,22 +160,15 @@ def solver_table(
   """Return the coefficients of every step of a solver.
 
   Args:
-    solver: one of `SOLVERS`.
-    alphas_cumprod: (T,) float64.
     num_steps: S in [1, T].
     eta: share of the ancestral noise that `ddim` adds, in [0, 1].
-    prediction: one of `PREDICTIONS`, which decides where `dpm++` starts.
-
-  Raises:
-    UserError: `num_steps` is out of range, or the solver is unknown.
+    prediction: decides where `dpm++` starts.
   """
   total = len(alphas_cumprod)
   if not 1 <= num_steps <= total:
     raise UserError(
       f"sampling.num_steps={num_steps} must lie in [1, {total}] (diffusion.num_train_timesteps)"
     )
-  if solver not in SOLVERS:
-    raise UserError(f"sampling.solver={solver!r} is unknown: use one of {', '.join(SOLVERS)}")
   t = solver_timesteps(solver, alphas_cumprod, num_steps, prediction)
   alpha_bar = alphas_cumprod[t]
   alpha_bar_prev = np.append(alpha_bar[1:], 1.0)

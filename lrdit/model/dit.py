@@ -1,11 +1,10 @@
 """Diffusion transformer with adaLN-Zero (Peebles and Xie 2023, arXiv:2212.09748).
 
-Layer for layer the published model: sin-cos position embedding, learned label embedding with a null
-class, blocks whose six modulations come from the timestep and label, and a zero-initialised output.
-`layer_shapes` names the dense layers; those that the rank plan names are factorised, see
-`low_rank`. A `RankSelection` passes through every layer and says which rank is active.
+The model is the published one, layer for layer. `layer_shapes` names its dense layers, and the rank
+plan names those that are factorised (see `low_rank`). A `RankSelection` passes through every layer
+and sets the active rank.
 
-Axes: B batch, H W image, C channels, N tokens, P values of a patch, D width, d width of a head.
+Axes: B batch, H W image, C channels, N tokens, P patch values, D width, d head width.
 """
 
 import dataclasses
@@ -40,11 +39,7 @@ SIZES = {
 
 
 def decode_variant(variant: str) -> dict[str, int]:
-  """Return the hidden_size, depth, num_heads and patch_size of "S/2" (or "DiT-S/2").
-
-  Raises:
-    UserError: the size is unknown, or the patch is not a whole number above 0.
-  """
+  """Return the hidden_size, depth, num_heads and patch_size of "S/2" (or "DiT-S/2")."""
   size, _, patch = variant.removeprefix("DiT-").partition("/")
   if size not in SIZES or not patch.isdecimal() or int(patch) == 0:
     raise UserError(
@@ -60,11 +55,9 @@ class DiTShape:
   """The sizes that fix the shapes of a DiT's parameters.
 
   Attributes:
-    image_size: height and width of the input in pixels (or latent pixels).
-    channels: input channels C.
-    num_classes: number of classes; 0 makes the model unconditional.
-    hidden_size, depth, num_heads, patch_size: as in the paper.
-    learn_sigma: whether there are twice as many output channels, the second half for the variance.
+    image_size: height and width of the input, in pixels or latent pixels.
+    num_classes: 0 makes the model unconditional.
+    learn_sigma: doubles the output channels; the second half is for the variance.
   """
 
   image_size: int
@@ -78,12 +71,12 @@ class DiTShape:
 
   @property
   def num_tokens(self) -> int:
-    """Number of tokens N."""
+    """The number of tokens N."""
     return (self.image_size // self.patch_size) ** 2
 
   @property
   def out_channels(self) -> int:
-    """Output channels, C or 2 C."""
+    """The number of output channels, C or 2 C."""
     return self.channels * (2 if self.learn_sigma else 1)
 
 
@@ -120,8 +113,7 @@ def timestep_embedding(t: Int[Array, " B"]) -> Float[Array, "B 256"]:
 def position_embedding(hidden_size: int, grid_size: int) -> Float[np.ndarray, "N D"]:
   """Return the fixed 2-D sin-cos embedding, (grid_size**2, hidden_size) float32.
 
-  The first half encodes the column and the second the row, as in the published code, whose
-  meshgrid lists the width first.
+  The first half encodes the column and the second half the row, as in the published code.
   """
   quarter = hidden_size // 4
   omega = 1.0 / 10000.0 ** (np.arange(quarter, dtype=np.float64) / quarter)
@@ -143,7 +135,7 @@ def patchify(x: Float[Array, "B H W C"], patch_size: int) -> Float[Array, "B N P
 def unpatchify(
   tokens: Float[Array, "B N P"], patch_size: int, channels: int
 ) -> Float[Array, "B H W C"]:
-  """Join (B, N, patch_size**2 C) tokens to (B, H, W, C) images; the inverse of `patchify`."""
+  """Invert `patchify`."""
   b, n, _ = tokens.shape
   p, grid = patch_size, math.isqrt(n)
   x = tokens.reshape(b, grid, grid, p, p, channels).transpose(0, 1, 3, 2, 4, 5)
@@ -166,44 +158,39 @@ def modulate(
   return x * (1 + scale[:, None]) + shift[:, None]
 
 
-# Maps (qkv, num_heads), (B, N, 3 D), to (B, N, D).
+# Takes qkv (B, N, 3 D) and num_heads.
 AttentionFunction = Callable[[Float[Array, "B N three_D"], int], Float[Array, "B N D"]]
 
 
 def choose_attention(
   devices: Sequence[jax.Device], dtype: Any, head_width: int
 ) -> AttentionFunction:
-  """Return the fastest attention for the devices that the model runs on.
+  """Return the fastest attention function for the devices.
 
-  It is `fused_attention` where cuDNN's kernel works in both directions: in bfloat16, on NVIDIA GPUs
-  of compute capability 8.0 or more, for a `head_width` d that is a multiple of 8 up to 128.
-  Elsewhere it is `plain_attention`.
+  This is `fused_attention` where cuDNN's kernel supports forward and backward passes: bfloat16,
+  NVIDIA GPUs of compute capability 8.0 or more, and d a multiple of 8 up to 128.
   """
   fits = dtype == jnp.bfloat16 and head_width % 8 == 0 and head_width <= 128
-  if fits and devices and all(map(_has_fused_kernel, devices)):
-    return fused_attention
-  return plain_attention
-
-
-def _has_fused_kernel(device: jax.Device) -> bool:
-  if "cuda" not in device.client.platform_version.lower():
-    return False
-  return int(device.compute_capability.split(".")[0]) >= 8
+  has_kernel = devices and all(
+    "cuda" in d.client.platform_version.lower() and int(d.compute_capability.split(".")[0]) >= 8
+    for d in devices
+  )
+  return fused_attention if fits and has_kernel else plain_attention
 
 
 def fused_attention(qkv: Float[Array, "B N three_D"], num_heads: int) -> Float[Array, "B N D"]:
-  """Compute attention by cuDNN's kernel, which keeps no (N, N) array."""
+  """Compute attention with cuDNN's kernel, which stores no (N, N) array."""
   b, n, _ = qkv.shape
   q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, num_heads, -1), 2, 0)
   return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").reshape(b, n, -1)
 
 
 def plain_attention(qkv: Float[Array, "B N three_D"], num_heads: int) -> Float[Array, "B N D"]:
-  """Compute attention by two batched products.
+  """Compute attention as two batched products, with heads merged into the batch.
 
-  Heads are merged into the batch, and the softmax divides after the values are summed: that takes
-  fewer passes over (N, N) arrays. Scores and sums are float32 whatever the dtype, because rounding
-  a score s to bfloat16 would change its weight by a factor of up to exp(2**-9 |s|).
+  The softmax divides after the values are summed, which takes fewer passes over (N, N) arrays.
+  Scores and sums are always float32: rounding a score s to bfloat16 would change its weight by a
+  factor of up to exp(2**-9 |s|).
   """
   b, n, _ = qkv.shape
 
@@ -220,7 +207,7 @@ def plain_attention(qkv: Float[Array, "B N three_D"], num_heads: int) -> Float[A
 
 
 def block_runs(plan: RankPlan, depth: int) -> list[tuple[int, int]]:
-  """Return (first block, number of blocks) of each run of blocks that have the same ranks."""
+  """Return (first block, number of blocks) for each run of blocks with equal ranks."""
 
   def ranks(i: int) -> dict[str, LayerRanks]:
     prefix = f"blocks_{i}/"
@@ -239,7 +226,7 @@ class TimestepEmbedder(nn.Module):
 
   @nn.compact
   def __call__(self, t: Int[Array, " B"], selection: RankSelection) -> Float[Array, "B D"]:
-    """Embed (B,) timesteps."""
+    """Embed the timesteps."""
     init = nn.initializers.normal(0.02)
     x = make_dense(self, "fc1", self.hidden_size, init)(timestep_embedding(t), selection)
     return make_dense(self, "fc2", self.hidden_size, init)(nn.silu(x), selection)
@@ -262,21 +249,21 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Two layers with tanh-approximated GELU between them."""
+  """Two layers with a tanh-approximated GELU between them."""
 
   plan: RankPlan
   dtype: Any
 
   @nn.compact
   def __call__(self, x: Float[Array, "B N D"], selection: RankSelection) -> Float[Array, "B N D"]:
-    """Map each token."""
+    """Transform each token."""
     d = x.shape[-1]
     y = nn.gelu(make_dense(self, "fc1", MLP_RATIO * d)(x, selection), approximate=True)
     return make_dense(self, "fc2", d)(y, selection)
 
 
 class Block(nn.Module):
-  """adaLN-Zero block: both branches start as the identity."""
+  """adaLN-Zero block, which starts as the identity."""
 
   num_heads: int
   plan: RankPlan
@@ -287,7 +274,7 @@ class Block(nn.Module):
   def __call__(
     self, x: Float[Array, "B N D"], c: Float[Array, "B D"], selection: RankSelection
   ) -> Float[Array, "B N D"]:
-    """Apply both branches to the tokens x, given c = silu(conditioning)."""
+    """Apply both branches to x, given c = silu(conditioning)."""
     modulation = make_dense(self, "adaln", 6 * x.shape[-1], nn.initializers.zeros)(c, selection)
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
     attn = Attention(self.num_heads, self.plan, self.dtype, self.attention, name="attn")
@@ -297,7 +284,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-  """Modulated norm and the zero-initialised projection to patches."""
+  """Modulated norm and zero-initialised projection to patches."""
 
   features: int
   plan: RankPlan
@@ -307,7 +294,7 @@ class FinalLayer(nn.Module):
   def __call__(
     self, x: Float[Array, "B N D"], c: Float[Array, "B D"], selection: RankSelection
   ) -> Float[Array, "B N P"]:
-    """Map the tokens x, given c = silu(conditioning), to the values of their patches."""
+    """Project the tokens x to patch values, given c = silu(conditioning)."""
     zeros = nn.initializers.zeros
     modulation = make_dense(self, "adaln", 2 * x.shape[-1], zeros)(c, selection)
     shift, scale = jnp.split(modulation, 2, axis=-1)
@@ -319,11 +306,10 @@ class DiT(nn.Module):
   """The diffusion transformer.
 
   Attributes:
-    shape: sizes of the model.
-    plan: rank of every factorised layer per bucket; layers that it does not name are dense.
+    plan: the ranks; layers that it does not name are dense.
     dtype: compute dtype, float32 or bfloat16; parameters are float32.
-    remat: recompute each block in the backward pass instead of keeping its intermediate values.
-    scan_blocks: compile equal blocks once and loop over them; the parameters are the same.
+    remat: recompute each block in the backward pass instead of storing its activations.
+    scan_blocks: compile equal blocks once and loop over them; parameters do not change.
     attention: from `choose_attention`.
   """
 
@@ -335,17 +321,13 @@ class DiT(nn.Module):
   attention: AttentionFunction = plain_attention
 
   def setup(self):
-    """Name every part; the parameters' paths are these names."""
+    """Create the submodules, whose names are the parameters' paths."""
     s, common = self.shape, (self.plan, self.dtype)
     self.patch_embed = make_dense(self, "patch_embed", s.hidden_size)
     self.t_embedder = TimestepEmbedder(s.hidden_size, *common)
     if s.num_classes:
-      self.y_embedder = nn.Embed(
-        s.num_classes + 1,
-        s.hidden_size,
-        dtype=self.dtype,
-        embedding_init=nn.initializers.normal(0.02),
-      )
+      init = nn.initializers.normal(0.02)
+      self.y_embedder = nn.Embed(s.num_classes + 1, s.hidden_size, self.dtype, embedding_init=init)
     block = nn.remat(Block) if self.remat else Block
     self.blocks = [block(s.num_heads, *common, self.attention) for _ in range(s.depth)]
     self.final_layer = FinalLayer(s.patch_size**2 * s.out_channels, *common)
@@ -360,11 +342,7 @@ class DiT(nn.Module):
     """Predict eps or v and, with learn_sigma, the variance's coordinate.
 
     Args:
-      x_t: noisy images.
-      t: timesteps in [0, T).
-      y: labels in [0, num_classes], where num_classes is the null class; None for an unconditional
-        model.
-      selection: the active rank of every example.
+      y: labels in [0, num_classes], where num_classes is the null class; None if unconditional.
 
     Returns:
       (B, H, W, C or 2 C) float32, exactly zero at initialisation.
@@ -385,13 +363,12 @@ class DiT(nn.Module):
     return unpatchify(x, s.patch_size, s.out_channels).astype(jnp.float32)
 
   def _apply_run(self, x, c, selection, first, length):
-    """Apply blocks one after another."""
     for block in self.blocks[first : first + length]:
       x = block(x, c, selection)
     return x
 
   def _scan_run(self, x, c, selection, first, length):
-    """Apply equal blocks as iterations of the first one, over their stacked parameters."""
+    """Apply the first block repeatedly, over the stacked parameters of the run."""
     blocks = [self.variables["params"][f"blocks_{first + i}"] for i in range(length)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
     detached = self.clone(parent=None)
@@ -410,5 +387,5 @@ def init_params(model: DiT, rng: Key[Array, ""]) -> dict[str, Any]:
   x_t = jnp.zeros((1, s.image_size, s.image_size, s.channels))
   t = jnp.zeros(1, jnp.int32)
   y = t if s.num_classes else None
-  # One compiled call: op by op, the many small products would take far longer.
+  # Compiled because the many small products are far slower op by op.
   return jax.jit(lambda key: model.init(key, x_t, t, y, uniform_selection(1))["params"])(rng)

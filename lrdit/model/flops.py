@@ -1,9 +1,8 @@
 """Multiply-accumulates (MACs) and parameters of a DiT, counted from its shapes alone.
 
-Only matrix products are counted, attention's included: at the published widths everything else is
-below 2 % of what XLA counts. One MAC is a multiplication and an addition, so 2 FLOPs; the "Gflops"
-that DiTs are published with are MACs. Rematerialisation is not counted, because these are the
-products that the mathematics needs.
+Only matrix products count, attention included: at the published widths everything else is below 2 %
+of XLA's count. One MAC is 2 FLOPs; the "Gflops" published for DiTs are MACs. Rematerialisation does
+not count.
 
 Axes: S solver steps.
 """
@@ -19,15 +18,12 @@ from lrdit.rank.plan import RankPlan
 
 FLOPS_PER_MAC = 2
 
-# Layers whose input does not depend on any parameter: no gradient flows into it.
+# No gradient flows into the input of these layers.
 _FIRST_LAYERS = ("patch_embed", "t_embedder/fc1")
 
 
 def _factor_macs(shape: DiTShape, plan: RankPlan, bucket: int) -> dict[str, list[int]]:
-  """Return the MACs per example of each factor of each layer's kernel, in order of use.
-
-  A dense kernel is one factor, a low-rank one two, cut to the bucket's rank.
-  """
+  """Return each layer's MACs per example, one number for each factor of its kernel."""
   macs = {}
   for name, (dim_in, dim_out) in layer_shapes(shape).items():
     on_conditioning = name.startswith("t_embedder/") or name.endswith("/adaln")
@@ -40,14 +36,10 @@ def _factor_macs(shape: DiTShape, plan: RankPlan, bucket: int) -> dict[str, list
   return macs
 
 
-def _attention_macs(shape: DiTShape) -> int:
-  """Return the MACs per example of all blocks' products of queries, keys and values."""
-  return 2 * shape.depth * shape.num_tokens**2 * shape.hidden_size
-
-
 def forward_macs(shape: DiTShape, plan: RankPlan, bucket: int) -> int:
   """Return the MACs of one example's forward pass at a rank bucket."""
-  return _attention_macs(shape) + sum(map(sum, _factor_macs(shape, plan, bucket).values()))
+  attention = 2 * shape.depth * shape.num_tokens**2 * shape.hidden_size
+  return attention + sum(map(sum, _factor_macs(shape, plan, bucket).values()))
 
 
 def mean_forward_macs(shape: DiTShape, plan: RankPlan) -> float:
@@ -59,13 +51,8 @@ def mean_forward_macs(shape: DiTShape, plan: RankPlan) -> float:
 def training_macs(shape: DiTShape, plan: RankPlan, groups: Sequence[tuple[int, int]]) -> int:
   """Return the MACs of one training step's forward and backward pass on one device.
 
-  Each product costs its own size once more for the gradient of either operand. The gradient of the
-  model's inputs is not computed.
-
-  Args:
-    shape: sizes of the model.
-    plan: its rank plan.
-    groups: (examples, rank bucket) as `strata.rank_groups` returns them.
+  The gradient of either operand costs as much as the product itself. `groups` come from
+  `strata.rank_groups`.
   """
   total = 0
   for size, bucket in groups:
@@ -82,15 +69,7 @@ def sampling_macs(
   batch_size: int,
   guidance_scale: float,
 ) -> int:
-  """Return the MACs of sampling one batch.
-
-  Args:
-    shape: sizes of the model.
-    plan: its rank plan.
-    timesteps: (S,) of the solver.
-    batch_size: number of images.
-    guidance_scale: at any value but 1, a model with classes runs twice per image and step.
-  """
+  """Return the MACs of sampling one batch; guidance doubles the passes of a conditional model."""
   passes = 2 if guidance_scale != 1 and shape.num_classes else 1
   steps = np.bincount(plan.bucket_of_timestep[timesteps], minlength=plan.num_buckets)
   per_example = sum(
@@ -100,10 +79,9 @@ def sampling_macs(
 
 
 def num_parameters(shape: DiTShape, plan: RankPlan) -> int:
-  """Return the number of parameters at the allocated ranks, biases and label table included.
+  """Return the number of parameters at the allocated ranks.
 
-  `plan.at_bucket(bucket)` as the plan counts the parameters that a bucket uses. The position
-  embedding is fixed and is not a parameter.
+  With `plan.at_bucket(bucket)` as the plan, it is the number that the bucket uses.
   """
   count = (shape.num_classes + 1) * shape.hidden_size if shape.num_classes else 0
   for name, (dim_in, dim_out) in layer_shapes(shape).items():
@@ -114,7 +92,7 @@ def num_parameters(shape: DiTShape, plan: RankPlan) -> int:
 
 
 def describe_buckets(shape: DiTShape, plan: RankPlan) -> list[dict[str, int]]:
-  """Return, for each rank bucket, its number of "timesteps", "parameters" and "forward_macs"."""
+  """Return the number of "timesteps", "parameters" and "forward_macs" of each rank bucket."""
   timesteps = np.bincount(plan.bucket_of_timestep, minlength=plan.num_buckets)
   return [
     {
@@ -129,15 +107,7 @@ def describe_buckets(shape: DiTShape, plan: RankPlan) -> list[dict[str, int]]:
 def describe_arm(
   shape: DiTShape, plan: RankPlan, timesteps: Int[np.ndarray, " S"], guidance_scale: float
 ) -> dict[str, Any]:
-  """Return the counts of one model, as JSON.
-
-  Args:
-    shape, plan, timesteps, guidance_scale: as in `sampling_macs`.
-
-  Returns:
-    "parameters" as allocated, "buckets" from `describe_buckets`, and the "mean_forward_macs" over
-    timesteps and "sampling_macs" of one image.
-  """
+  """Return the counts of one model as JSON; "sampling_macs" are those of one image."""
   return {
     "parameters": num_parameters(shape, plan),
     "buckets": describe_buckets(shape, plan),

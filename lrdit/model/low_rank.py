@@ -1,17 +1,17 @@
 """The low-rank dense layer: how r(t) becomes a slice of the factors, and a mask within it.
 
 A layer computes y = (x @ down[:, :r]) @ up[:r] + bias, so a smaller rank r is always a prefix of a
-larger one. The way from a timestep to its rank:
+larger one. A timestep gets its rank in four steps:
 
-1. `RankPlan.bucket_of_timestep` gives the rank bucket of t, the same for every layer.
-2. A `RankSelection` holds static (group size, rank bucket) pairs and, where the examples of a group
+1. `RankPlan.bucket_of_timestep` maps t to a rank bucket, the same for every layer.
+2. A `RankSelection` holds static (group size, rank bucket) pairs and, where examples of one group
    differ, the bucket of each example.
 3. `LowRankDense` looks up the rank r of each bucket in its own table.
-4. `low_rank_matmul` slices the factors to the rank of each group, and masks the components beyond
-   each example's own rank.
+4. `low_rank_matmul` slices the factors to each group's rank and masks the components beyond each
+   example's own rank.
 
-Masked compute is one group at the top bucket with a bucket per example, grouped compute is several
-groups, and sliced compute (sampling) is one group of a model that `slice_params` has cut down.
+Masked compute has one group at the top bucket and a bucket per example. Grouped compute has several
+groups. Sampling uses one group of a model that `slice_params` has cut down.
 
 Axes: B batch, N tokens, D_in / D_out width, R rank.
 """
@@ -38,9 +38,9 @@ class RankSelection:
   """The active rank of a batch of B examples.
 
   Attributes:
-    groups: static ((size, rank bucket), ...); sizes sum to B, and no example may need more than
-      its group's bucket.
-    rank_bucket: (B,) int32 bucket of each example, or None where every example uses its group's.
+    groups: static ((size, rank bucket), ...); sizes sum to B, and no example's bucket exceeds
+      its group's.
+    rank_bucket: (B,) int32, or None if every example uses its group's bucket.
   """
 
   groups: tuple[tuple[int, int], ...] = flax.struct.field(pytree_node=False)
@@ -48,21 +48,20 @@ class RankSelection:
 
 
 def uniform_selection(batch_size: int, bucket: int = 0) -> RankSelection:
-  """Return the selection of a whole batch at one bucket, for sampling and dense models."""
+  """Return the selection of a whole batch at one bucket."""
   return RankSelection(groups=((batch_size, bucket),))
 
 
 def svd_factors(
   rng: Key[Array, ""], dim_in: int, dim_out: int, max_rank: int, kernel_init: Initializer
 ) -> tuple[Float[Array, "D_in R"], Float[Array, "R D_out"]]:
-  """Return the truncated SVD of a freshly initialised dense kernel, down and up, float32.
+  """Return the truncated SVD of a freshly initialised dense kernel as (down, up), float32.
 
-  With W = U S V^T, down = U sqrt(S) and up = sqrt(S) V^T, cut to the `max_rank` largest singular
-  values: every prefix is the best approximation of W of its rank (Eckart and Young 1936).
+  With W = U S V^T, down = U sqrt(S) and up = sqrt(S) V^T: every prefix is the best approximation of
+  W at its rank (Eckart and Young 1936).
 
-  A component whose factors are both zero gets no gradient and never learns. So where a singular
-  value vanishes, only `up` is zero, and the product is still W. A kernel of zeros, whatever its
-  initializer, takes the `down` of a Xavier kernel.
+  A component whose factors are both zero gets no gradient, so only `up` is zero where a singular
+  value vanishes. A kernel of zeros takes the `down` of a Xavier kernel.
   """
   kernel = kernel_init(rng, (dim_in, dim_out), jnp.float32)
   is_zero = ~kernel.any()
@@ -88,16 +87,13 @@ def low_rank_matmul(
   exactly zero gradient from it.
 
   Args:
-    x: inputs.
-    down, up: the factors, of x's dtype.
-    groups: static ((group size, rank), ...), sizes summing to B, ranks <= R.
-    active_rank: (B,) int32, each at most its group's rank; None means every example uses its
-      group's rank.
+    groups: static ((group size, rank), ...); sizes sum to B.
+    active_rank: (B,) int32, at most the group's rank; None is the group's rank for every example.
   """
   outputs, start = [], 0
   for size, rank in groups:
     part = x[start : start + size]
-    # Two-dimensional products: XLA's CPU backward pass is much faster on them.
+    # XLA's CPU backward pass is much faster on two-dimensional products.
     hidden = matmul(part.reshape(-1, x.shape[-1]), down[:, :rank])
     if active_rank is not None:
       mask = jnp.arange(rank) < active_rank[start : start + size, None]
@@ -109,13 +105,7 @@ def low_rank_matmul(
 
 
 class Dense(nn.Module):
-  """y = x @ kernel + bias on the last axis; takes a selection and ignores it.
-
-  Attributes:
-    features: D_out.
-    dtype: compute dtype; parameters are float32.
-    kernel_init: initializer of the (D_in, D_out) kernel.
-  """
+  """y = x @ kernel + bias in compute dtype `dtype`, with float32 parameters."""
 
   features: int
   dtype: Any = jnp.float32
@@ -125,7 +115,7 @@ class Dense(nn.Module):
   def __call__(
     self, x: Float[Array, "B *N D_in"], selection: RankSelection | None = None
   ) -> Float[Array, "B *N D_out"]:
-    """Apply the layer."""
+    """Apply the layer; the selection is ignored."""
     del selection
     kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -137,12 +127,11 @@ class LowRankDense(nn.Module):
   """Dense layer whose kernel is down @ up, at the rank that a selection makes active.
 
   Attributes:
-    features: D_out.
-    rank: the allocated rank, or the active rank of each rank bucket, ascending, of which the last
+    rank: the allocated rank, or the ascending active ranks of the rank buckets, the last of which
       is allocated; at most min(D_in, D_out).
     dtype: compute dtype; parameters are float32.
-    kernel_init: initializer of the dense kernel that `svd_factors` factorises. With zeros the
-      layer starts at zero and still learns.
+    kernel_init: initializer of the dense kernel that is factorised. With zeros the layer starts at
+      zero and still learns.
   """
 
   features: int
@@ -154,11 +143,7 @@ class LowRankDense(nn.Module):
   def __call__(
     self, x: Float[Array, "B *N D_in"], selection: RankSelection | None = None
   ) -> Float[Array, "B *N D_out"]:
-    """Apply the layer, at its allocated rank unless a selection is given.
-
-    Raises:
-      ValueError: the rank is above min(D_in, D_out).
-    """
+    """Apply the layer, at its allocated rank unless a selection is given."""
     active = (self.rank,) if isinstance(self.rank, int) else tuple(self.rank)
     if active[-1] > min(x.shape[-1], self.features):
       raise ValueError(
@@ -195,23 +180,14 @@ class LowRankDense(nn.Module):
 def make_dense(
   parent: nn.Module, name: str, features: int, kernel_init: Initializer = XAVIER
 ) -> Dense | LowRankDense:
-  """Return the layer `name` of a module that has a `plan` and a `dtype`.
-
-  The layer is factorised if the plan names it.
-  """
+  """Return the layer `name` of `parent`, factorised if `parent.plan` names it."""
   ranks = parent.plan.by_name.get("/".join((*parent.path, name)))
   common = dict(features=features, dtype=parent.dtype, kernel_init=kernel_init, name=name)
   return Dense(**common) if ranks is None else LowRankDense(rank=ranks.active, **common)
 
 
 def slice_params(params: Mapping[str, Any], plan: RankPlan, bucket: int) -> dict[str, Any]:
-  """Return the parameters of `plan.at_bucket(bucket)`: each factor's active prefix.
-
-  Args:
-    params: parameters of a model built with `plan`; arrays of dense layers are shared, not copied.
-    plan: the rank plan.
-    bucket: rank bucket.
-  """
+  """Return the parameters of `plan.at_bucket(bucket)`; dense layers are shared, not copied."""
   flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
   for name, ranks in plan.layers:
     rank = ranks.active[bucket]

@@ -1,8 +1,8 @@
 """The Stable Diffusion VAE (Rombach et al. 2022, arXiv:2112.10752).
 
-Each layer is that of `AutoencoderKL` in diffusers, whose files `vae_weights.py` reads. Modules
-have the names of diffusers' own, dots included, so that a parameter's path is its key in a file.
-Parameters and arithmetic are float32, products at JAX's default precision for the device.
+The layers are those of `AutoencoderKL` in diffusers, whose files `vae_weights.py` reads. Modules
+have diffusers' names, dots included, so that a parameter's path is its key in a file. Parameters
+and arithmetic are float32, with JAX's default precision for products.
 
 Axes: N images, B batch, H W image, h w latent, C channels, c latent channels, D features.
 """
@@ -29,15 +29,10 @@ class VaeConfig:
   """The supported fields of diffusers' config, with its defaults.
 
   Attributes:
-    in_channels: channels of the images to encode.
-    out_channels: channels of the decoded images.
-    latent_channels: c; the encoder's output has twice as many.
     block_out_channels: features of each resolution, from the image's down.
     layers_per_block: residual blocks per resolution; the decoder has one more.
-    norm_num_groups: groups of every GroupNorm.
     scaling_factor, shift_factor: see `scale_latents`.
-    use_quant_conv, use_post_quant_conv: 1x1 convolutions around the latents.
-    mid_block_add_attention: self-attention at the lowest resolution.
+    use_quant_conv, use_post_quant_conv: whether 1x1 convolutions surround the latents.
   """
 
   in_channels: int = 3
@@ -54,7 +49,7 @@ class VaeConfig:
 
   @property
   def downsample_factor(self) -> int:
-    """Return the number of image pixels per latent pixel along one side."""
+    """The number of image pixels per latent pixel along one side."""
     return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -68,7 +63,7 @@ def _group_norm(groups: int, name: str) -> nn.GroupNorm:
 
 
 class _ResnetBlock(nn.Module):
-  """Two normalized convolutions and the residual connection."""
+  """Two normalised convolutions and the residual connection."""
 
   features: int
   groups: int
@@ -83,11 +78,7 @@ class _ResnetBlock(nn.Module):
 
 
 class _Attention(nn.Module):
-  """Single-head self-attention over all positions, and the residual connection.
-
-  All (h w, h w) scores are in memory at once: for images up to 1024 x 1024 they are no larger
-  than the decoder's activations at full resolution.
-  """
+  """Single-head self-attention and the residual connection; stores all (h w, h w) scores."""
 
   groups: int
 
@@ -102,8 +93,6 @@ class _Attention(nn.Module):
 
 
 class _MidBlock(nn.Module):
-  """The layers at the lowest resolution."""
-
   config: VaeConfig
 
   @nn.compact
@@ -122,12 +111,12 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, images: Float32[Array, "B H W C"]) -> Float32[Array, "B 2 h w c"]:
-    """Return (B, 2, h, w, c) unscaled means and log-variances for images in [-1, 1]."""
+    """Return unscaled means and log-variances of images in [-1, 1]."""
     c = self.config
     x = _conv3(c.block_out_channels[0], "conv_in")(images)
     for i, features in enumerate(c.block_out_channels):
       if i > 0:
-        # Padded at the bottom and the right only, as in the published code.
+        # The published code pads only at the bottom and the right.
         name, padding = f"down_blocks.{i - 1}.downsamplers.0.conv", ((0, 1), (0, 1))
         x = nn.Conv(x.shape[-1], (3, 3), strides=2, padding=padding, name=name)(x)
       for j in range(c.layers_per_block):
@@ -142,13 +131,13 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """The image of latents."""
+  """The decoder of unscaled latents."""
 
   config: VaeConfig
 
   @nn.compact
   def __call__(self, latents: Float32[Array, "B h w c"]) -> Float32[Array, "B H W C"]:
-    """Return (B, H, W, C) in about [-1, 1], not clipped, for unscaled latents."""
+    """Return images in about [-1, 1], not clipped."""
     c = self.config
     x = latents
     if c.use_post_quant_conv:
@@ -168,7 +157,7 @@ class Decoder(nn.Module):
 def scale_latents(
   config: VaeConfig, latents: Float[Array | np.ndarray, "*shape"]
 ) -> Float[Array | np.ndarray, "*shape"]:
-  """Return the VAE's latents as a diffusion model sees them, with about unit variance."""
+  """Scale the VAE's latents to about unit variance, for the diffusion model."""
   return (latents - config.shift_factor) * config.scaling_factor
 
 
@@ -180,7 +169,7 @@ def unscale_latents(
 
 
 def params_template(config: VaeConfig) -> dict[str, Any]:
-  """Return the parameters' shapes, {"encoder": ..., "decoder": ...}, without computing them."""
+  """Return the parameters' shapes, {"encoder": ..., "decoder": ...}."""
   side, key = config.downsample_factor, jax.random.key(0)
   images = jnp.zeros((1, side, side, config.in_channels))
   latents = jnp.zeros((1, 1, 1, config.latent_channels))
@@ -208,21 +197,10 @@ class Vae:
 class VaeRunner:
   """Encodes and decodes any number of images on all devices.
 
-  Batches have one size, and the last one is padded, so each function is compiled once for each
-  image size.
+  The last batch is padded, so each function is compiled once per image size.
   """
 
   def __init__(self, vae: Vae, devices: parallel.Devices, batch_size: int):
-    """Put the parameters on the devices; compile nothing yet.
-
-    Args:
-      vae: from `vae_weights.read_vae`.
-      devices: where to run.
-      batch_size: B, over all devices.
-
-    Raises:
-      UserError: the batch does not divide over the devices.
-    """
     parallel.check_divisible("config.vae.batch_size", batch_size, devices)
     self.config, self.digest, self.batch_size = vae.config, vae.digest, batch_size
     self._batch_sharding, replicated = parallel.shardings(devices)
@@ -236,13 +214,7 @@ class VaeRunner:
     )
 
   def encode(self, images: Float32[np.ndarray, "N H W C"]) -> Float32[np.ndarray, "N 2 h w c"]:
-    """Return the means and log-variances of the latents, unscaled.
-
-    Args:
-      images: (N, H, W, C) in [-1, 1].
-
-    Returns:
-      (N, 2, h, w, c): mean, and log-variance in [-30, 20].
+    """Return the unscaled means and log-variances (in [-30, 20]) of images in [-1, 1].
 
     Raises:
       UserError: the VAE cannot encode this size or number of channels.
@@ -263,7 +235,7 @@ class VaeRunner:
     return self._run(self._encode, self._params["encoder"], images, shape)
 
   def decode(self, latents: Float32[np.ndarray, "N h w c"]) -> Float32[np.ndarray, "N H W C"]:
-    """Return the (N, H, W, C) images, not clipped, of (N, h, w, c) unscaled latents."""
+    """Return the images, not clipped, of unscaled latents."""
     _, height, width, _ = latents.shape
     factor = self.config.downsample_factor
     shape = (height * factor, width * factor, self.config.out_channels)
@@ -272,22 +244,21 @@ class VaeRunner:
   def _run(
     self, function: Callable, params: Any, inputs: np.ndarray, shape: tuple[int, ...]
   ) -> np.ndarray:
-    """Return (N, *shape) outputs; a batch is fetched while the next one is computed."""
+    """Return (N, *shape) outputs; each batch is fetched while the next one is computed."""
     outputs = np.empty((len(inputs), *shape), np.float32)
-    pending: tuple[int, Array] | None = None
+    pending: list[tuple[int, Array]] = []
 
     def fetch() -> None:
-      start, batch = pending
+      start, batch = pending.pop(0)
       outputs[start : start + self.batch_size] = np.asarray(batch)[: len(inputs) - start]
 
     for start in range(0, len(inputs), self.batch_size):
       batch = inputs[start : start + self.batch_size]
       padded = np.zeros((self.batch_size, *inputs.shape[1:]), np.float32)
       padded[: len(batch)] = batch
-      result = function(params, jax.device_put(padded, self._batch_sharding))
-      if pending:
+      pending.append((start, function(params, jax.device_put(padded, self._batch_sharding))))
+      if start:
         fetch()
-      pending = start, result
     if pending:
       fetch()
     return outputs

@@ -23,8 +23,7 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
-# The only supported values of fields of config.json that are not in `vae.VaeConfig`; each of
-# several blocks must be of the one type.
+# The only supported values of the fields of config.json that are not in `vae.VaeConfig`.
 SUPPORTED = {
   "act_fn": "silu",
   "latents_mean": None,
@@ -39,19 +38,18 @@ log = logging.getLogger("lrdit")
 def read_vae(path: str | os.PathLike) -> vae.Vae:
   """Read an `AutoencoderKL` that diffusers saved.
 
-  The architecture is that of the config.json beside the weights; without one, it is inferred
-  from the weights.
+  Without a config.json beside the weights, the architecture is inferred from them.
 
   Args:
-    path: a directory with config.json and weights, the directory of a whole pipeline with a
-      `vae` directory in it, or a .safetensors file.
+    path: a .safetensors file, a directory with config.json and weights, or a whole pipeline's
+      directory with a `vae` directory in it.
 
   Raises:
-    UserError: there is nothing at `path`, or it is another model or damaged.
+    UserError: the files are missing, damaged or of another model.
   """
   weights = _find_weights(pathlib.Path(path))
   config_path = weights.with_name("config.json")
-  # The config comes first, as large weights take a while to read.
+  # The config comes first because large weights take a while to read.
   config = read_config(config_path) if config_path.is_file() else None
   tensors = _read_tensors(weights)
   if config is None:
@@ -72,11 +70,7 @@ def _digest(config: vae.VaeConfig, params: dict[str, Any]) -> str:
   return store.digest(json.dumps(dataclasses.asdict(config), sort_keys=True), texts)
 
 
-# Finding the file.
-
-
 def _find_weights(path: pathlib.Path) -> pathlib.Path:
-  """Return the file of the weights."""
   if not path.exists():
     raise UserError(
       f"the VAE {path} does not exist: give a directory that diffusers saved, or a .safetensors "
@@ -85,11 +79,9 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
   pickles = [path] if path.suffix in PICKLE_SUFFIXES else []
   if path.is_dir():
     config = path / "config.json"
-    is_vae = (
-      config.is_file()
-      and store.read_json(config, "restore it").get("_class_name") == "AutoencoderKL"
-    )
-    if not is_vae and (path / "vae" / "config.json").is_file():  # of a whole pipeline
+    stored = store.read_json(config, "restore it") if config.is_file() else {}
+    is_vae = stored.get("_class_name") == "AutoencoderKL"
+    if not is_vae and (path / "vae" / "config.json").is_file():  # a whole pipeline
       path = path / "vae"
     found = sorted(path.glob("*.safetensors"))
     if path / WEIGHTS_NAME in found:
@@ -112,15 +104,8 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
   return path
 
 
-# The architecture.
-
-
 def read_config(path: pathlib.Path) -> vae.VaeConfig:
-  """Read diffusers' config.json.
-
-  Raises:
-    UserError: it is damaged, or of another model, or of a VAE that is not supported.
-  """
+  """Read diffusers' config.json, or raise UserError if it is damaged or not supported."""
   stored = store.read_json(path, "restore it")
   class_name = stored.get("_class_name")
   if class_name != "AutoencoderKL":
@@ -150,7 +135,7 @@ def read_config(path: pathlib.Path) -> vae.VaeConfig:
 
 
 def _fault(value: Any, default: Any) -> str:
-  """Return what a field's value must be instead, by the type of its default; "" if it is fine."""
+  """Return what a field must be instead, judged by the type of its default; "" if it is fine."""
 
   def is_size(x: Any) -> bool:
     return type(x) is int and x > 0
@@ -168,27 +153,18 @@ def _fault(value: Any, default: Any) -> str:
 
 
 def infer_config(shapes: dict[str, tuple[int, ...]], source: str) -> vae.VaeConfig:
-  """Return the architecture of weights with these names and shapes.
+  """Return the architecture of weights from their shapes by current key.
 
-  The number of groups and the scaling leave no trace in the weights: they are taken to be
-  Stable Diffusion's, which are diffusers' defaults.
-
-  Args:
-    shapes: the stored shape of every tensor by its current key.
-    source: a name of the weights for the error.
-
-  Raises:
-    UserError: the keys are not those of an `AutoencoderKL`.
+  The number of groups and the scaling leave no trace in the weights, so they keep their defaults,
+  which are Stable Diffusion's. `source` names the weights in the error.
   """
 
   def count(pattern: str) -> int:
     pattern = rf"encoder\.down_blocks\.{pattern}\.conv1\.weight"
     return sum(bool(re.fullmatch(pattern, key)) for key in shapes)
 
-  first_convs = [
-    f"encoder.down_blocks.{i}.resnets.0.conv1.weight"
-    for i in range(max(1, count(r"\d+\.resnets\.0")))
-  ]
+  num_blocks = max(1, count(r"\d+\.resnets\.0"))
+  first_convs = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(num_blocks)]
   try:
     return vae.VaeConfig(
       in_channels=shapes["encoder.conv_in.weight"][1],
@@ -208,21 +184,19 @@ def infer_config(shapes: dict[str, tuple[int, ...]], source: str) -> vae.VaeConf
     ) from error
 
 
-# The layout of the weights in diffusers' files.
-
-# Our axes in diffusers' order (channels out, channels in, height, width), by their number.
+# By number of axes: our axes in diffusers' order, channels out, channels in, height, width.
 STORED_AXES = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
-# The attention's layers in older files, and their names now.
+# Current names of the attention's layers, by their names in older files.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_KEY = re.compile(rf"(?<=\.mid_block\.attentions\.0\.)({'|'.join(OLD_NAMES)})(?=\.)")
 
 
 def stored_layout(config: vae.VaeConfig) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-  """Return (our path, diffusers' shape) of every parameter by diffusers' key."""
+  """Return (our path, diffusers' shape) of every parameter, by diffusers' key."""
   layout = {}
   for path, leaf in flax.traverse_util.flatten_dict(vae.params_template(config)).items():
     *modules, name = path
-    if modules[-1] in ("quant_conv", "post_quant_conv"):  # diffusers has them beside the halves.
+    if modules[-1] in ("quant_conv", "post_quant_conv"):  # outside the encoder and decoder
       modules = modules[1:]
     key = ".".join([*modules, "bias" if name == "bias" else "weight"])
     layout[key] = path, tuple(leaf.shape[axis] for axis in STORED_AXES[leaf.ndim])
@@ -230,12 +204,9 @@ def stored_layout(config: vae.VaeConfig) -> dict[str, tuple[tuple[str, ...], tup
 
 
 def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Return every tensor of a file by its current key, in the stored dtype.
-
-  Older files name the attention's layers otherwise and store them as 1x1 convolutions.
-  """
+  """Return every tensor of a file by its current key, in the stored dtype."""
   try:
-    # safetensors' own loaders fail without naming a tensor of another dtype.
+    # safetensors' own loaders do not name a tensor of an unsupported dtype.
     stored = dict(safetensors.deserialize(path.read_bytes()))
   except safetensors.SafetensorError as error:
     raise UserError(
@@ -250,15 +221,16 @@ def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     if current != key and current in stored:
       raise UserError(f"{path} has both {key} and {current}: save the VAE again with diffusers")
     tensor = np.frombuffer(entry["data"], DTYPES[dtype]).reshape(entry["shape"])
-    is_window = ".attentions.0.to_" in current and tensor.shape[2:] == (1, 1)
-    tensors[current] = tensor[:, :, 0, 0] if is_window else tensor
+    # Older files store the attention's layers as 1x1 convolutions.
+    is_convolution = ".attentions.0.to_" in current and tensor.shape[2:] == (1, 1)
+    tensors[current] = tensor[:, :, 0, 0] if is_convolution else tensor
   return tensors
 
 
 def _to_params(
   tensors: dict[str, np.ndarray], config: vae.VaeConfig, source: str
 ) -> dict[str, Any]:
-  """Return the parameters in float32, each from exactly one tensor, with every tensor used."""
+  """Return the parameters in float32, or raise UserError unless the tensors match one to one."""
   if any(features % config.norm_num_groups for features in config.block_out_channels):
     raise UserError(
       f"{source}: norm_num_groups={config.norm_num_groups} does not divide block_out_channels="

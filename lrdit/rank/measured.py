@@ -1,8 +1,8 @@
-"""The measured schedule: r(t) from a rank truncation, of equal loss at every timestep.
+"""The measured schedule: r(t) from a rank truncation, with an equal rise in loss at every timestep.
 
 A rank truncation (`analysis/truncation.py`) measures how much the held-out loss of each timestep
-group rises when every layer is cut to rank k. The contour of one rise gives each group the rank
-that costs it equally much; the contour whose mean rank is the static one is the schedule.
+group rises when every layer is cut to rank k. A contour gives every group the rank at which its
+loss rises by the same amount. The schedule is the contour whose mean rank is the static rank.
 
 Axes: K ranks, G timestep groups, T timesteps.
 """
@@ -15,23 +15,22 @@ from jaxtyping import Float
 from lrdit.runtime.errors import UserError
 
 BISECTIONS = 100
-ROUNDING = 1e-9  # relative: numbers that are no further apart are taken as equal
+ROUNDING = 1e-9  # relative tolerance
 
 
 def contour(
   ranks: Float[np.ndarray, " K"], rise: Float[np.ndarray, "K G"], level: float
 ) -> Float[np.ndarray, " G"]:
-  """Return the least rank of each group whose rise in loss is at most `level`.
+  """Return each group's least rank at which its loss rises by at most `level`.
 
-  The contour is linear between the measured ranks. A rise also counts at every smaller rank, so
-  that noise at a single rank cannot make a dip.
+  The contour is linear between the measured ranks and stays in their range. A rise also counts at
+  every smaller rank, so that noise at a single rank cannot make a dip.
 
   Args:
-    ranks: (K,) ascending; the contour does not leave their range.
+    ranks: (K,) ascending.
     rise: (K, G), a group's loss at a rank minus its loss in the whole model.
-    level: of the contour.
   """
-  falling = np.maximum.accumulate(rise[::-1])  # from the largest rank down: ascending
+  falling = np.maximum.accumulate(rise[::-1])  # ascending, from the largest rank down
   return np.array([np.interp(level, column, ranks[::-1]) for column in falling.T])
 
 
@@ -44,14 +43,13 @@ def match_mean_rank(
 ) -> Float[np.ndarray, " G"]:
   """Return the contour whose mean over timesteps is `mean_rank`, (G,) float64.
 
-  Where noise makes the contour jump at the level sought, the result lies between its two sides.
+  If noise makes the contour jump across that mean, the result lies between its two sides.
 
   Args:
     ranks: (K,) ascending.
     rise: (K, G) as in `contour`.
-    largest_rank: at which the rise is 0 by definition.
+    largest_rank: the rank at which the rise is 0 by definition.
     boundaries: (G + 1,) of the groups, from 0 to T.
-    mean_rank: the mean to meet.
 
   Raises:
     UserError: no contour has that mean.
@@ -76,13 +74,13 @@ def match_mean_rank(
       high = level
   below, above = (contour(all_ranks, rises, level) for level in (low, high))
   jump = (below - above) @ weights
-  share = (mean_rank - above @ weights) / jump if jump > ROUNDING * largest_rank else 0.0
+  share = (mean_rank - above @ weights) / jump if jump > slack else 0.0
   return above + (below - above) * share
 
 
 def monotone(ranks: Float[np.ndarray, " G"], boundaries: Sequence[int]) -> Float[np.ndarray, " G"]:
-  """Return the nearest ranks of the same mean that never rise with t (isotonic regression)."""
-  from sklearn.isotonic import IsotonicRegression  # slow to import, and only needed here
+  """Return the nearest ranks with the same mean that never rise with t (isotonic regression)."""
+  from sklearn.isotonic import IsotonicRegression  # slow to import
 
   regression = IsotonicRegression(increasing=False)
   return regression.fit_transform(np.arange(len(ranks)), ranks, sample_weight=np.diff(boundaries))
@@ -91,10 +89,9 @@ def monotone(ranks: Float[np.ndarray, " G"], boundaries: Sequence[int]) -> Float
 def interpolate(
   values: Sequence[float] | Float[np.ndarray, " G"], boundaries: Sequence[int]
 ) -> Float[np.ndarray, " T"]:
-  """Return a value for every timestep from one for each group.
+  """Interpolate one value per group to every timestep.
 
-  Values are linear between the middles of the groups, and constant beyond the outermost. The
-  (G + 1,) boundaries run from 0 to T.
+  Values are linear between the groups' centres and constant beyond the outermost ones.
   """
   edges = np.asarray(boundaries)
   return np.interp(np.arange(edges[-1]), (edges[:-1] + edges[1:] - 1) / 2, values)
@@ -103,15 +100,11 @@ def interpolate(
 def height(
   shares: Sequence[float], boundaries: Sequence[int]
 ) -> tuple[Float[np.ndarray, " T"], float]:
-  """Return the measured schedule as `plan.make_plan` takes it.
+  """Return the `height` and `min_ratio` of the measured schedule, as `plan.make_plan` takes them.
 
   Args:
     shares: (G,) ranks as shares of the largest one, in (0, 1].
     boundaries: (G + 1,) of the groups, from 0 to T.
-
-  Returns:
-    ((T,) float64, 0 where the rank is least and 1 where it is largest; `min_ratio`, the least
-    rank as a share of the largest).
   """
   share = interpolate(shares, boundaries)
   share = share / share.max()

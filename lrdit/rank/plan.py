@@ -1,11 +1,8 @@
 """The rank plan: the active rank r(t) of every layer, matched to a static rank and quantised.
 
-Everything here is integer arithmetic on the host, done once before anything is compiled. The
-result, a `RankPlan`, is static and hashable.
-
-Terms: a layer allocates its `max_rank` R. Timestep t uses the first r(t) <= R components, its
-active rank. A `rank_bucket` is one level of the quantised schedule; buckets are numbered by
-ascending rank and shared by all layers.
+A `RankPlan` is made once on the host, before anything is compiled. A layer allocates its `max_rank`
+R, and timestep t uses the first r(t) <= R components, its active rank. A rank bucket is a level of
+the quantised schedule; buckets are shared by all layers and numbered by ascending rank.
 
 Axes: T timesteps, K rank buckets.
 """
@@ -30,8 +27,8 @@ class LayerRanks:
   """Ranks of one factorised layer.
 
   Attributes:
-    static_rank: the rank of the static arm, which is the target of matching.
-    active: active rank of each rank bucket, ascending; the last is the max rank.
+    static_rank: the rank of the static arm, to which the plan is matched.
+    active: ascending active ranks of the buckets; the last is the max rank.
   """
 
   static_rank: int
@@ -48,10 +45,9 @@ class RankPlan:
   """The rank of every layer at every timestep; static and hashable.
 
   Attributes:
-    num_train_timesteps: T.
-    segments: (start timestep, rank bucket) of each run of timesteps that share a bucket,
-      ascending, the first start being 0.
-    layers: (layer name, ranks) of every factorised layer; all other layers are dense.
+    segments: (start timestep, rank bucket) of each run of timesteps in one bucket; the starts
+      ascend from 0.
+    layers: (name, ranks) of every factorised layer.
   """
 
   num_train_timesteps: int
@@ -60,27 +56,27 @@ class RankPlan:
 
   @property
   def num_buckets(self) -> int:
-    """Number of rank buckets K."""
+    """The number of rank buckets K."""
     return 1 + max(bucket for _, bucket in self.segments)
 
   @functools.cached_property
   def bucket_of_timestep(self) -> Int[np.ndarray, " T"]:
-    """(T,) int32, the rank bucket of every timestep."""
-    starts = [start for start, _ in self.segments]
+    """The rank bucket of every timestep, (T,) int32."""
+    starts, buckets = zip(*self.segments, strict=True)
     lengths = np.diff([*starts, self.num_train_timesteps])
-    return np.repeat([b for _, b in self.segments], lengths).astype(np.int32)
+    return np.repeat(buckets, lengths).astype(np.int32)
 
   @functools.cached_property
   def by_name(self) -> dict[str, LayerRanks]:
-    """`layers` as a dict."""
+    """The ranks of `layers` by name."""
     return dict(self.layers)
 
   def mean_active_rank(self, name: str) -> float:
-    """Return the mean active rank of layer `name` over all timesteps."""
+    """Return a layer's mean active rank over all timesteps."""
     return float(np.mean(np.asarray(self.by_name[name].active)[self.bucket_of_timestep]))
 
   def at_bucket(self, bucket: int) -> "RankPlan":
-    """Return the plan of a model that holds only `bucket`'s components."""
+    """Return the plan of a model that holds only the bucket's components."""
     layers = tuple(
       (name, LayerRanks(ranks.static_rank, (ranks.active[bucket],))) for name, ranks in self.layers
     )
@@ -88,21 +84,21 @@ class RankPlan:
 
 
 def dense_plan(num_train_timesteps: int) -> RankPlan:
-  """Return the plan of the full arm: one bucket, no factorised layer."""
+  """Return the plan without factorised layers."""
   return RankPlan(num_train_timesteps, ((0, 0),), ())
 
 
 def static_rank(ratio: float, dim_in: int, dim_out: int) -> int:
-  """Return the rank whose factors hold `ratio` times the dense layer's parameters.
+  """Return floor(ratio D_in D_out / (D_in + D_out)), clipped to [1, min(D_in, D_out)].
 
-  It is floor(p D_in D_out / (D_in + D_out)), at least 1 and at most min(D_in, D_out).
+  The factors of this rank hold `ratio` times the dense layer's parameters.
   """
   rank = math.floor(ratio * dim_in * dim_out / (dim_in + dim_out) + 1e-9)
   return max(1, min(rank, dim_in, dim_out))
 
 
 def floor_exact(x: np.ndarray) -> np.ndarray:
-  """Return the floor, which rounding error does not move below an integer."""
+  """Return floor(x), tolerating rounding errors just below an integer."""
   return np.floor(x + 1e-9 * np.maximum(np.abs(x), 1.0)).astype(np.int64)
 
 
@@ -111,19 +107,13 @@ def quantise(
 ) -> tuple[tuple[tuple[int, int], ...], Float[np.ndarray, " K"]]:
   """Quantise a schedule to the nearest of `num_buckets` equidistant levels.
 
-  Args:
-    height: (T,) in [0, 1], from `schedules.schedule_height` or `measured.height`.
-    num_buckets: number of levels, at least 1; levels that no timestep falls on are dropped.
+  Levels without a timestep are dropped.
 
   Returns:
-    (segments as in `RankPlan`, (K,) float64 ascending level of each bucket in [0, 1]).
+    (segments as in `RankPlan`, (K,) float64 ascending levels of the buckets in [0, 1]).
   """
-  if num_buckets == 1:
-    levels = np.zeros(height.shape, np.int64)
-    values = np.ones(1)
-  else:
-    levels = floor_exact(height * (num_buckets - 1) + 0.5)
-    values = np.arange(num_buckets) / (num_buckets - 1)
+  levels = floor_exact(height * (num_buckets - 1) + 0.5)
+  values = np.arange(num_buckets) / (num_buckets - 1) if num_buckets > 1 else np.ones(1)
   used, bucket = np.unique(levels, return_inverse=True)
   starts = np.flatnonzero(np.diff(bucket, prepend=-1))
   return tuple((int(s), int(bucket[s])) for s in starts), values[used]
@@ -134,12 +124,8 @@ def bucket_ranks(
 ) -> tuple[int, ...]:
   """Return the active rank of one layer in each of K buckets.
 
-  Args:
-    levels: (K,) from `quantise`; the level 1 is exactly R.
-    max_rank: allocated rank R.
-    min_ratio: rank at level 0 as a share of R.
-    multiple_of: every rank but R is rounded to the nearest multiple of this, within
-      [min(multiple_of, R), R].
+  Level 0 has the share `min_ratio` of R, and level 1 has R. Every rank but R is rounded to the
+  nearest multiple of `multiple_of` within [min(multiple_of, R), R].
   """
   min_rank = max(1, round(min_ratio * max_rank))
   rank = min_rank + (max_rank - min_rank) * levels
@@ -157,25 +143,20 @@ def match_activated(
   min_ratio: float,
   multiple_of: int,
 ) -> tuple[int, ...]:
-  """Return the K ascending ranks whose mean over timesteps comes nearest to `target`.
+  """Return the K ascending ranks whose mean over timesteps is nearest to `target`.
 
-  The smallest ones of several that are equally near are taken.
-
-  Args:
-    target: the static arm's rank.
-    largest_rank: min(D_in, D_out); the allocated rank is this or a multiple of `multiple_of`.
-    levels, min_ratio, multiple_of: as in `bucket_ranks`.
-    counts: (K,) number of timesteps in each bucket.
+  The smallest ranks win a tie. The allocated rank is `largest_rank` or a multiple of `multiple_of`.
+  `counts` are the numbers of timesteps in the buckets.
   """
   candidates = [*range(multiple_of, largest_rank, multiple_of), largest_rank]
   tables = [bucket_ranks(levels, r, min_ratio, multiple_of) for r in candidates]
-  # Integers, because means that are equally near would differ by rounding.
+  # Totals are integers, so that rounding cannot break a tie.
   totals = np.asarray(tables) @ counts
   return tables[int(np.argmin(np.abs(totals - target * counts.sum())))]
 
 
 def _covers(pattern: str, name: str) -> bool:
-  """Return whether a shell pattern fits a layer's name, or the name up to one of its '/'."""
+  """Return whether a shell pattern matches a layer's name, or the name up to one of its '/'."""
   parts = name.split("/")
   return any(fnmatch.fnmatchcase("/".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
 
@@ -191,15 +172,12 @@ def select_layers(
 
   Args:
     layer_shapes: (D_in, D_out) by layer name, from `dit.layer_shapes`.
-    dense_layers: shell patterns of layers that stay dense; a pattern that fits a name up to a '/'
-      covers everything below it ("blocks_0/mlp").
-    first_n_blocks: if this or `last_n_blocks` is above 0, only those blocks are factorised, and
-      nothing outside the blocks is.
-    last_n_blocks: see `first_n_blocks`.
-    depth: number of blocks.
+    dense_layers: shell patterns of layers that stay dense; a pattern that matches a name up to a
+      '/' covers everything below it ("blocks_0/mlp").
+    first_n_blocks, last_n_blocks: if either is above 0, only layers in those blocks are factorised.
 
   Raises:
-    UserError: a pattern fits no layer, there are fewer blocks than asked for, or no layer is left.
+    UserError: a pattern matches no layer, there are too few blocks, or no layer is left.
   """
   for field, n in (("first_n_blocks", first_n_blocks), ("last_n_blocks", last_n_blocks)):
     if n > depth:
@@ -234,25 +212,22 @@ def make_plan(
 ) -> RankPlan:
   """Return the rank plan of a low-rank model.
 
-  The static arm is the schedule `constant` with match `total`: one bucket with the static ranks.
+  The static arm has the schedule `constant` and match `total`: one bucket with the static ranks.
 
   Args:
     layer_shapes: (D_in, D_out) of the layers to factorise, by name.
-    height: (T,) of the schedule, from `schedules.schedule_height` or `measured.height`.
-    ratio: p, share of the dense layer's parameters that the static arm keeps.
+    height: (T,) from `schedules.schedule_height` or `measured.height`.
+    ratio: share of the dense layer's parameters that the static arm keeps.
     min_ratio: least active rank as a share of the max rank, in (0, 1].
-    match: with `activated` the mean active rank is the static rank, with `total` the max rank is.
-    num_buckets: levels of the quantised schedule.
+    match: whether the mean active rank (`activated`) or the max rank (`total`) is the static rank.
     multiple_of: active ranks are multiples of this, except for a max rank that is the static rank
       (`total`) or min(D_in, D_out).
 
   Raises:
-    UserError: `multiple_of` is above a layer's static rank, or no rank up to min(D_in, D_out)
-      meets the mean to within the multiple.
+    UserError: `multiple_of` is above a layer's static rank, or no rank meets the mean to within it.
   """
   segments, levels = quantise(height, num_buckets)
-  lengths = np.diff([*(start for start, _ in segments), len(height)])
-  counts = np.bincount([b for _, b in segments], lengths).astype(np.int64)
+  counts = np.bincount(RankPlan(len(height), segments, ()).bucket_of_timestep)
 
   @functools.cache  # blocks repeat the same few shapes
   def layer_ranks(dim_in: int, dim_out: int) -> LayerRanks:

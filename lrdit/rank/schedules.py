@@ -1,7 +1,7 @@
-"""Rank schedules: how much of the rank range each timestep uses, before it is quantised.
+"""Rank schedules: the share of the rank range that each timestep uses, before quantisation.
 
-A schedule maps u = t / T in [0, 1) to a height in [0, 1]: 0 is the least rank, 1 the full one.
-To add a schedule, add its function to `SCHEDULES`; its name is then a value of `rank.schedule`.
+A schedule maps u = t / T in [0, 1) to a height in [0, 1]: 0 is the least rank, 1 the full rank.
+To add a schedule, add its function to `SCHEDULES`; its name becomes a value of `rank.schedule`.
 
 Axes: T timesteps.
 """
@@ -12,13 +12,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
-from lrdit.runtime.errors import UserError
-
 Heights = Float[np.ndarray, " T"]
 Ramp = Callable[[Heights], Heights]
-
-LOGISTIC_STEEPNESS = 8.0
-LOGISTIC_MIDPOINT = 0.6
 
 
 def logistic_ramp(x: Heights, steepness: float, midpoint: float) -> Heights:
@@ -36,7 +31,7 @@ def _after_hold(u: Heights) -> Heights:
   return np.maximum(20 * u - 1, 0) / 19
 
 
-# Each function takes u, and the logistic ramp that the config sets.
+# Each function takes u and the configured logistic ramp.
 SCHEDULES: dict[str, Callable[[Heights, Ramp], Heights]] = {
   "constant": lambda u, _: np.ones_like(u),
   "decreasing": lambda u, _: 1 - _after_hold(u),
@@ -51,21 +46,12 @@ def schedule_height(
   schedule: str,
   num_train_timesteps: int,
   *,
-  logistic_steepness: float = LOGISTIC_STEEPNESS,
-  logistic_midpoint: float = LOGISTIC_MIDPOINT,
+  logistic_steepness: float = 8.0,
+  logistic_midpoint: float = 0.6,
 ) -> Heights:
   """Return the height of a schedule at every timestep, (T,) float64 in [0, 1].
 
-  Args:
-    schedule: one of `SCHEDULES`.
-    num_train_timesteps: T.
-    logistic_steepness: of the logistic schedules, above 0.
-    logistic_midpoint: share of the ramp at which the logistic schedules are steepest.
-
-  Raises:
-    UserError: the schedule is unknown.
+  The logistic schedules are steepest at the share `logistic_midpoint` of their ramp.
   """
-  if schedule not in SCHEDULES:
-    raise UserError(f"rank.schedule={schedule!r} is unknown: use one of {', '.join(SCHEDULES)}")
   ramp = functools.partial(logistic_ramp, steepness=logistic_steepness, midpoint=logistic_midpoint)
   return SCHEDULES[schedule](np.arange(num_train_timesteps) / num_train_timesteps, ramp)

@@ -1,4 +1,4 @@
-"""Folders of images, all of them made here."""
+"""Folders of images, all written by the tests."""
 
 import errno
 import json
@@ -17,7 +17,10 @@ from tests.image_files import (
   deep_grey,
   encoded,
   is_held_out,
+  make_damaged,
+  make_flat,
   make_options,
+  make_splits,
   numbered,
   numbers_of,
   palette_image,
@@ -37,20 +40,8 @@ def load_both(path):
   return [load(path, split) for split in ("train", "eval")]
 
 
-def make_flat(directory, numbers):
-  for i in numbers:
-    save(directory / f"{i:03d}.png", numbered(i))
-
-
-def make_splits(directory, **train):
-  """A directory whose training images are `train`, by name, and one held-out image."""
-  for name, image in train.items():
-    save(directory / "train" / f"{name}.png", image)
-  save(directory / "eval" / "other.png", pixels(0))
-
-
 def load_one(tmp_path, image, name="it.png", **options):
-  """The pixels that one file among the training images comes to."""
+  """Return the pixels that are loaded from one training file."""
   make_splits(tmp_path)
   save(tmp_path / "train" / name, image, **options)
   source = load(tmp_path)
@@ -62,7 +53,7 @@ def messages(caplog):
   return [(record.levelname, record.getMessage()) for record in caplog.records]
 
 
-# Which image is in which split, and in which class.
+# Splits and classes.
 
 
 def test_a_flat_folder_has_no_classes_and_every_image_in_one_split(tmp_path):
@@ -77,7 +68,7 @@ def test_a_flat_folder_has_no_classes_and_every_image_in_one_split(tmp_path):
     assert "classes" not in source.fingerprint
 
 
-def test_classes_are_the_top_sub_folders_whatever_is_nested(tmp_path):
+def test_classes_are_the_top_sub_folders_whatever_they_hold(tmp_path):
   places = ["zebra", "ant/wild/small", "Bee", "ant"]
   names = [f"{places[i % 4]}/{i}.png" for i in range(100)]
   for i, name in enumerate(names):
@@ -186,7 +177,7 @@ def test_other_and_hidden_files_and_empty_sub_folders_are_named(tmp_path, told):
   ]
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path):
+def test_links_are_followed_but_not_in_cycles(tmp_path):
   save(tmp_path / "store" / "1.png", pixels(1))
   save(tmp_path / "store" / "cats" / "2.png", pixels(2))
   (tmp_path / "data" / "train" / "cat").mkdir(parents=True)
@@ -228,6 +219,7 @@ def test_an_image_of_the_right_size_survives_exactly(tmp_path, extension):
 
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+RGBA = striped("RGBA", ((9, 9, 9, 0), (100, 0, 0, 51)))
 CMYK = striped("CMYK", ((0, 255, 255, 0), (0, 0, 0, 255)))
 
 
@@ -239,13 +231,7 @@ CMYK = striped("CMYK", ((0, 255, 255, 0), (0, 0, 0, 255)))
     (palette_image(), "it.png", (200, 100, 50), (10, 20, 30), "palette"),
     (palette_image(), "it.gif", (200, 100, 50), (10, 20, 30), "palette"),
     (palette_image(transparency=0), "it.png", WHITE, (10, 20, 30), "with transparency"),
-    (
-      striped("RGBA", ((9, 9, 9, 0), (100, 0, 0, 51))),
-      "it.png",
-      WHITE,
-      (224, 204, 204),
-      "with transparency",
-    ),
+    (RGBA, "it.png", WHITE, (224, 204, 204), "with transparency"),
     (striped("LA", ((9, 0), (90, 255))), "it.png", WHITE, (90, 90, 90), "with transparency"),
     (CMYK, "it.tif", (255, 0, 0), BLACK, "CMYK"),
     (CMYK, "it.jpg", (255, 0, 0), BLACK, "CMYK"),
@@ -275,9 +261,8 @@ def test_images_are_converted_to_grey_where_the_model_is_grey(tmp_path, told):
 
 
 def test_the_kinds_of_readable_images_are_counted_together(tmp_path, told):
-  make_splits(
-    tmp_path, a=striped("L", (1, 2)), b=striped("L", (1, 2)), c=palette_image(), d=pixels(1)
-  )
+  grey = striped("L", (1, 2))
+  make_splits(tmp_path, a=grey, b=grey, c=palette_image(), d=pixels(1))
   (tmp_path / "train" / "b0.png").write_bytes(b"")
   load(tmp_path, skip_unreadable=True)
   assert messages(told)[2:] == [("INFO", "3 of 4 images converted to RGB: 2 grey, 1 palette")]
@@ -307,7 +292,7 @@ def test_images_of_any_size_are_resized_with_a_warning_where_enlarged(
 def test_a_photograph_is_turned_upright(tmp_path, orientation, turns, extension):
   exif = Image.Exif()
   exif[0x0112] = orientation
-  oblong = pixels(1, SIZE, 3 * SIZE)  # It is turned before it is cropped.
+  oblong = pixels(1, SIZE, 3 * SIZE)  # it is turned before it is cropped
   got = load_one(tmp_path, oblong, f"it.{extension}", exif=exif)
   np.testing.assert_array_equal(got, np.rot90(oblong[:, SIZE : 2 * SIZE], turns))
 
@@ -329,12 +314,6 @@ def test_a_damaged_file_is_refused_by_name_and_reason(tmp_path, name):
   assert "BytesIO" not in message
   assert str(tmp_path) not in message
   assert len(load(tmp_path, "eval")) == 1
-
-
-def make_damaged(directory):
-  directory.mkdir(parents=True, exist_ok=True)
-  for name, (content, _) in damaged_files().items():
-    (directory / name).write_bytes(content)
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -381,7 +360,7 @@ def test_a_big_endian_tiff_and_a_link_to_nothing(tmp_path):
     load(tmp_path)
 
 
-def test_a_limit_of_open_files_leaves_no_image_out(tmp_path, monkeypatch):
+def test_a_limit_on_open_files_leaves_no_image_out(tmp_path, monkeypatch):
   make_splits(tmp_path, a=pixels(1))
 
   def refuse(path):
@@ -403,7 +382,7 @@ def test_cached_images_are_decoded_once(tmp_path, monkeypatch):
   assert len(set(decoded)) == len(decoded) == 30
 
 
-def test_images_beyond_the_cache_are_read_again_and_a_file_gone_bad_is_named(tmp_path):
+def test_images_beyond_the_cache_are_read_again_and_a_file_damaged_since_is_named(tmp_path):
   make_splits(tmp_path)
   make_flat(tmp_path / "train", range(3))
   source = load(tmp_path, cache_bytes=100)
@@ -417,7 +396,7 @@ def test_images_beyond_the_cache_are_read_again_and_a_file_gone_bad_is_named(tmp
 # The fingerprint.
 
 
-def test_the_fingerprint_tells_what_the_folder_holds(tmp_path):
+def test_the_fingerprint_describes_the_folder(tmp_path):
   save(tmp_path / "train" / "cat" / "1.png", pixels(1))
   save(tmp_path / "train" / "dog" / "2.png", pixels(2))
   save(tmp_path / "val" / "dog" / "3.png", pixels(3))
@@ -452,7 +431,7 @@ def test_the_fingerprint_tells_what_the_folder_holds(tmp_path):
   assert fingerprint("eval") == before
 
 
-def test_an_image_left_out_changes_the_fingerprint(tmp_path):
+def test_leaving_out_an_image_changes_the_fingerprint(tmp_path):
   make_splits(tmp_path)
   make_flat(tmp_path / "train", range(3))
   whole = load(tmp_path).fingerprint

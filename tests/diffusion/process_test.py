@@ -20,7 +20,7 @@ COSINE = process.make_alphas_cumprod("squaredcos_cap_v2", 1000)
 
 
 def assert_close(got, expected):
-  """To 1e-6 of the array's scale: the reference rounds its tables to float32."""
+  """Compare to 1e-6 of the array's scale, as the reference rounds its tables to float32."""
   np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
@@ -32,7 +32,7 @@ def test_noise_schedules(golden):
 
 
 def combine(table, i, x_t, x_0, eps, x_0_last=0.0, z=0.0):
-  """The documented linear combination, in float64."""
+  """Compute the documented linear combination in float64."""
   return (
     table.on_x_t[i] * x_t
     + table.on_x_0[i] * x_0
@@ -64,7 +64,7 @@ def test_ddim_end_points(golden, num_steps, prediction):
 
 
 def test_forward_process_and_velocity(golden):
-  # With the reference's own float32 table, which is checked above.
+  # This uses the reference's own float32 table, which is checked above.
   alpha_bar = golden["alphas_cumprod"].astype(np.float64)
   alpha_bar = alpha_bar[golden["add_noise_t"]].reshape(-1, 1, 1, 1)
   signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
@@ -96,7 +96,7 @@ def test_targets_invert_to_the_image_and_noise(prediction):
 
 
 def gaussian_eps(std):
-  """The exact eps for data N(0, std^2), and the ODE's exact end point."""
+  """Return the exact epsilon model of data N(0, std^2)."""
 
   def model(x, t):
     alpha_bar = COSINE[t]
@@ -106,16 +106,14 @@ def gaussian_eps(std):
 
 
 def ode_end_point(table, std, x):
-  """The probability-flow ODE of Gaussian data only rescales: x_0 / x_T is the
-  ratio of the marginal standard deviations."""
+  """Return x_0 of the probability-flow ODE, which scales x_T by the ratio of the marginal stds."""
   alpha_bar = COSINE[table.t[0]]
   return x * std / (alpha_bar * std**2 + 1 - alpha_bar) ** 0.5
 
 
 @pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("dpm++", 2)])
 def test_solvers_converge_at_their_order(solver, order):
-  # Between two fixed interior noise levels, where the last step's jump to x_0
-  # does not set the error.
+  # The error is measured between two interior noise levels, without the last step's jump to x_0.
   x, std = np.ones(1), 0.5
   errors = []
   for num_steps in (20, 40, 80):
@@ -128,7 +126,7 @@ def test_solvers_converge_at_their_order(solver, order):
       x_0, eps = process.predict_x_0_eps(
         "epsilon", gaussian_eps(std)(state, table.t[i]), state, table.signal[i], table.noise[i]
       )
-      # A first step without history is exact here up to the solver's order.
+      # Without history, the first step is exact up to the solver's order.
       last = x_0 if x_0_last is None else x_0_last
       state, x_0_last = combine(table, i, state, x_0, eps, last), x_0
     errors.append(abs(state[0] / marginal(table.t[stop]) - 1))
@@ -147,10 +145,10 @@ def test_solvers_reach_the_same_end_point():
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm"])
 def test_ancestral_noise_keeps_the_marginal_variance(solver):
-  """x_prev of exact x_0 and eps has variance signal^2 var(x_0) + noise^2."""
+  """With exact x_0 and eps, x_prev has variance signal^2 var(x_0) + noise^2."""
   table = solvers.solver_table(solver, COSINE, 100, eta=1.0)
   for i in range(99):
-    # x_t = signal x_0 + noise eps; gather the coefficients on x_0, eps and z.
+    # These are the coefficients of x_0 and eps after inserting x_t = signal x_0 + noise eps.
     on_x_0 = table.on_x_0[i] + table.on_x_t[i] * table.signal[i]
     on_eps = table.on_eps[i] + table.on_x_t[i] * table.noise[i]
     assert on_x_0 == pytest.approx(table.signal[i + 1], rel=1e-9)
@@ -182,7 +180,7 @@ def test_any_step_count_starts_at_the_noisy_end(solver, prediction, noise_schedu
   for total in (7, 1000):
     alphas_cumprod = process.make_alphas_cumprod(noise_schedule, total)
     counts = range(1, total + 1)
-    if total > 7:  # every count at both ends, some between
+    if total > 7:  # every count at both ends, and some between
       counts = (*range(1, 60), 99, 250, 333, 500, 501, *range(890, 911), *range(985, 1001))
     for num_steps in counts:
       t = solvers.solver_timesteps(solver, alphas_cumprod, num_steps, prediction)
@@ -203,7 +201,7 @@ def test_any_step_count_starts_at_the_noisy_end(solver, prediction, noise_schedu
     ("dpm++", "v", 1, [995]),
     ("dpm++", "v", 5, [995, 796, 597, 398, 199]),
     ("dpm++", "epsilon", 50, np.linspace(0, 995, 51).round()[:0:-1]),
-    # An error of epsilon would grow 26 times from 995 to 896, and grows 5 times to 881.
+    # An error of epsilon grows 5 times from 979 to 881; from 995 to 896 it would grow 26 times.
     ("dpm++", "epsilon", 10, [979, 881, 783, 685, 587, 490, 392, 294, 196, 98]),
   ],
 )
@@ -213,14 +211,9 @@ def test_timesteps_of_few_steps(solver, prediction, num_steps, expected):
 
 
 def spread(table, prediction, alphas_cumprod, clip, error):
-  """Standard deviation of 4,000 samples of a model of N(0, 1) data.
+  """Return the standard deviation of 4,000 samples of a model of N(0, 1) data.
 
-  Args:
-    table: of the solver.
-    prediction: what the model predicts.
-    alphas_cumprod: (T,).
-    clip: as `sampling.clip_x_0`.
-    error: standard deviation of the independent noise in each of the model's outputs.
+  `error` is the standard deviation of independent noise in the model's outputs.
   """
   rng, errors = np.random.default_rng(0), np.random.default_rng(1)
   x, x_0_last = rng.normal(size=4000), np.zeros(4000)
@@ -240,7 +233,7 @@ def spread(table, prediction, alphas_cumprod, clip, error):
 @pytest.mark.parametrize("noise_schedule", process.NOISE_SCHEDULES)
 @pytest.mark.parametrize("prediction", process.PREDICTIONS)
 @pytest.mark.parametrize("solver", solvers.SOLVERS)
-def test_an_error_of_the_model_hardly_changes_the_spread(solver, prediction, noise_schedule, clip):
+def test_a_model_error_hardly_changes_the_spread(solver, prediction, noise_schedule, clip):
   alphas_cumprod = process.make_alphas_cumprod(noise_schedule, 1000)
   ratios = {}
   for num_steps in (4, 5, 10, 20, 50, 250):
@@ -268,7 +261,7 @@ def test_min_snr_weights():
   eps = process.loss_weights("min_snr", "epsilon", COSINE)
   v = process.loss_weights("min_snr", "v", COSINE)
   np.testing.assert_allclose(eps, np.minimum(snr, 5) / snr)
-  # Equal weight on the x_0 error: |eps error|^2 = SNR |x_0 error|^2, and
+  # Both weight the x_0 error equally: |eps error|^2 = SNR |x_0 error|^2, and
   # |v error|^2 = (SNR + 1) |x_0 error|^2.
   np.testing.assert_allclose(eps * snr, v * (snr + 1))
   assert (process.loss_weights("uniform", "v", COSINE) == 1).all()
@@ -285,7 +278,7 @@ def test_variational_bound_is_zero_for_the_true_posterior():
     **args, mean=x, log_variance=log_variance + 0 * x, is_last=not_last
   )
   np.testing.assert_allclose(exact, 0, atol=1e-7)
-  # KL(N(0, 1) || N(1, 1)) = 1/2 nat, per element.
+  # KL(N(0, 1) || N(1, 1)) is 1/2 nat per element.
   off = process.variational_bound(
     true_mean=x,
     log_true_variance=0 * log_variance,
@@ -295,7 +288,7 @@ def test_variational_bound_is_zero_for_the_true_posterior():
     is_last=not_last,
   )
   np.testing.assert_allclose(off, 0.5 / np.log(2), rtol=1e-6)
-  # At t = 0: the negative log-likelihood of a standard normal at its mean.
+  # At t = 0 it is the negative log-likelihood of a standard normal at its mean.
   last = process.variational_bound(
     **args, mean=x, log_variance=jnp.zeros_like(x), is_last=~not_last
   )

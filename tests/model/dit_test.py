@@ -39,7 +39,7 @@ def test_initial_output_is_exactly_zero(arm, num_classes):
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_layer_shapes_name_the_real_parameters(arm):
+def test_layer_shapes_are_those_of_the_parameters(arm):
   config = tiny_config(f"method={arm}")
   model = Experiment(config).model()
   params = flax.traverse_util.flatten_dict(Experiment(config).params_template, sep="/")
@@ -60,7 +60,7 @@ PUBLISHED = {"S": 32.9e6, "B": 130.5e6, "L": 458.1e6, "XL": 675.1e6}
 
 @pytest.mark.parametrize("size", PUBLISHED)
 @pytest.mark.parametrize("patch", [2, 4, 8])
-def test_published_sizes_have_the_published_parameters(size, patch):
+def test_published_variants_have_the_published_number_of_parameters(size, patch):
   shape = dit.DiTShape(32, 4, 1000, **dit.decode_variant(f"DiT-{size}/{patch}"), learn_sigma=True)
   model = dit.DiT(shape, rank_schedule.dense_plan(1000))
   params = jax.eval_shape(lambda: dit.init_params(model, jax.random.key(0)))
@@ -75,7 +75,7 @@ def test_unknown_variants_are_refused(variant):
 
 
 def official_to_ours(state, depth, channels):
-  """Weights of the published PyTorch layout in ours."""
+  """Convert weights from the published PyTorch layout to ours."""
 
   def dense(ours, theirs):
     return {f"{ours}/kernel": state[f"{theirs}.weight"].T, f"{ours}/bias": state[f"{theirs}.bias"]}
@@ -102,22 +102,14 @@ def official_to_ours(state, depth, channels):
   return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
-def test_output_is_that_of_the_published_implementation():
+def test_output_matches_the_published_implementation():
   with np.load(GOLDEN / "dit_official_layout.npz") as golden:
     config = json.loads(str(golden["config"]))
     prefix = "state_dict/"
     state = {k.removeprefix(prefix): golden[k] for k in golden if k.startswith(prefix)}
     x, t, y, expected = (golden[k] for k in ("x", "t", "y", "out"))
-  shape = dit.DiTShape(
-    config["input_size"],
-    config["in_channels"],
-    config["num_classes"],
-    config["hidden_size"],
-    config["depth"],
-    config["num_heads"],
-    config["patch_size"],
-    config["learn_sigma"],
-  )
+  names = ("input_size", "in_channels", "num_classes", "hidden_size", "depth", "num_heads")
+  shape = dit.DiTShape(*(config[name] for name in (*names, "patch_size", "learn_sigma")))
   np.testing.assert_allclose(
     dit.position_embedding(shape.hidden_size, 4), state["pos_embed"][0], atol=1e-6
   )
@@ -154,11 +146,9 @@ def test_attention_is_softmax_attention():
   assert np.isfinite(dit.plain_attention(1e3 * jnp.ones((1, 4, 24)), 2)).all()
 
 
-@pytest.mark.parametrize("head_width", [32, 72])  # 1 / sqrt(72) is no bfloat16 number
+@pytest.mark.parametrize("head_width", [32, 72])  # bfloat16 cannot represent 1 / sqrt(72)
 @pytest.mark.parametrize("spread", [1, 4, 16])
-def test_bfloat16_attention_loses_only_what_its_inputs_and_weights_are_rounded_by(
-  head_width, spread
-):
+def test_bfloat16_attention_has_only_the_rounding_error_of_its_operands(head_width, spread):
   shape = (4, 64, 1, head_width)
   q, k, v = (jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 3))
   qkv = jnp.stack([spread * q, k, v], axis=2).reshape(4, 64, -1).astype(jnp.bfloat16)
@@ -167,7 +157,7 @@ def test_bfloat16_attention_loses_only_what_its_inputs_and_weights_are_rounded_b
   weights = np.exp(scores - scores.max(-1, keepdims=True))
   expected = weights / weights.sum(-1, keepdims=True) @ v
   error = np.asarray(dit.plain_attention(qkv, 1), np.float64) - expected
-  # 0.0013 to 0.0021; with scores rounded to bfloat16 0.014 at a spread of 16.
+  # The error is 0.0013 to 0.0021. Scores in bfloat16 would make it 0.014 at a spread of 16.
   assert np.linalg.norm(error) < 0.003 * np.linalg.norm(expected)
 
 
@@ -193,15 +183,13 @@ def gpu(compute_capability="9.0", platform_version="PJRT C API cuda 13000"):
     (jax.devices(), jnp.bfloat16, 64, False),
   ],
 )
-def test_attention_is_chosen_by_the_devices_in_use_and_what_the_kernel_takes(
-  devices, dtype, head_width, fused
-):
+def test_attention_is_fused_where_the_kernel_supports_it(devices, dtype, head_width, fused):
   expected = dit.fused_attention if fused else dit.plain_attention
   assert dit.choose_attention(devices, dtype, head_width) is expected
 
 
-def test_the_fused_kernel_is_given_what_plain_attention_computes(monkeypatch):
-  """The kernel itself needs a GPU: XLA's attention stands in for it."""
+def test_fused_attention_computes_the_same_as_plain_attention(monkeypatch):
+  """XLA's attention replaces the kernel, which needs a GPU."""
   qkv = jax.random.normal(jax.random.key(0), (2, 5, 24))
   real = jax.nn.dot_product_attention
   asked = []
@@ -217,7 +205,7 @@ def test_the_fused_kernel_is_given_what_plain_attention_computes(monkeypatch):
   assert asked == ["cudnn"]
 
 
-def test_scanned_and_recomputed_blocks_compute_the_same():
+def test_scan_and_remat_do_not_change_the_gradients():
   plain = Experiment(tiny_config(model__depth=3)).model()
   config = tiny_config(model__depth=3, model__scan_blocks=True, model__remat=True)
   model, params = Experiment(config).model(), noisy_params(config)
@@ -282,7 +270,7 @@ def test_sliced_masked_and_grouped_models_agree(schedule, match):
   grouped = apply(rank_groups(plan, "grouped", strata, 1))
   np.testing.assert_allclose(grouped, masked, rtol=1e-4, atol=1e-5)
   lowest = model.apply({"params": params}, x, t, y, low_rank.uniform_selection(16, 0))
-  assert np.abs(lowest - masked).max() > 1e-2  # the rank matters, or nothing would be compared
+  assert np.abs(lowest - masked).max() > 1e-2  # the rank changes the output
   for b in range(plan.num_buckets):
     mine = np.flatnonzero(np.asarray(bucket) == b)
     small = model.clone(plan=plan.at_bucket(b))

@@ -1,4 +1,4 @@
-"""Analytic counts against the published ones, the traced products, and XLA's."""
+"""Analytic counts against published numbers, traced products and XLA's counts."""
 
 import math
 
@@ -23,10 +23,10 @@ ARMS = {
   "adaptive": ("adaptive", "grouped"),
   "masked": ("adaptive", "masked"),
 }
-# Wide enough that what is elementwise stays below 2 %. One block: a loop over
-# blocks, whose body XLA counts once, counts right.
+# At this width elementwise operations stay below 2 %. There is one block because XLA counts the
+# body of a loop once.
 WIDE = dict(
-  data__image_size=32,  # 256 tokens: attention's products are 4 %
+  data__image_size=32,  # 256 tokens, so attention's products are 4 %
   model__hidden_size=1024,
   model__num_heads=8,
   model__depth=1,
@@ -47,7 +47,7 @@ def dot_macs(eqn):
 
 
 def traced_macs(jaxpr):
-  """MACs of all products that a jaxpr's outputs need; a loop of unknown length counts once."""
+  """Count the MACs of all products that a jaxpr's outputs need; a while loop counts once."""
   jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
   total = 0
   for eqn in jaxpr.eqns:
@@ -67,7 +67,7 @@ def traced_macs(jaxpr):
 
 
 def forward(config, bucket, batch=4):
-  """The forward pass at one bucket, and its arguments."""
+  """Return the forward pass at one bucket and its arguments."""
   model = Experiment(config).model()
   s = model.shape
   x = jax.ShapeDtypeStruct((batch, s.image_size, s.image_size, s.channels), jnp.float32)
@@ -84,20 +84,20 @@ PUBLISHED = {"S/2": 6.06, "B/2": 23.01, "L/2": 80.71, "XL/2": 118.64, "S/8": 0.3
 
 
 @pytest.mark.parametrize("variant", PUBLISHED)
-def test_published_sizes_take_the_published_macs(variant):
+def test_published_variants_have_the_published_macs(variant):
   shape = dit.DiTShape(32, 4, 1000, **dit.decode_variant(variant), learn_sigma=True)
   macs = flops.forward_macs(shape, DENSE, 0)
   assert macs / 1e9 == pytest.approx(PUBLISHED[variant], rel=0.005, abs=0.005)
 
 
 @pytest.mark.parametrize(("arm", "num_classes"), [("full", 0), ("static", 10), ("adaptive", 10)])
-def test_parameters_are_those_of_the_model(arm, num_classes):
+def test_the_number_of_parameters_is_the_model_s(arm, num_classes):
   config = arm_config(arm, data__num_classes=num_classes)
   counted = flops.num_parameters(Experiment(config).shape, Experiment(config).plan)
   assert counted == sum(p.size for p in jax.tree.leaves(Experiment(config).params_template))
 
 
-def test_a_bucket_has_the_parameters_of_its_slice():
+def test_a_bucket_has_as_many_parameters_as_its_slice():
   config = tiny_config()
   shape, plan = Experiment(config).shape, Experiment(config).plan
   params = jax.tree.map(lambda p: np.zeros(p.shape), Experiment(config).params_template)
@@ -123,7 +123,7 @@ def test_forward_counts_every_traced_product(method, learn_sigma):
   ("arm", "num_devices"), [("full", 1), ("static", 4), ("adaptive", 4), ("masked", 1)]
 )
 def test_training_counts_every_traced_product(arm, num_devices):
-  # The first layers, whose inputs need no gradient, are factorised here as well.
+  # The first layers, whose inputs need no gradient, are factorised as well.
   ranks = dict(rank__dense_layers=("blocks_0/mlp",), rank__match="total", rank__multiple_of=1)
   config = arm_config(arm, training__batch_size=32, **ranks)
   step, args, groups = training(config, jax.devices()[:num_devices])
@@ -133,7 +133,7 @@ def test_training_counts_every_traced_product(arm, num_devices):
 
 
 @pytest.mark.parametrize("method", ["full", "adaptive"])
-def test_forward_is_xla_s_count_to_two_percent(method):
+def test_forward_macs_match_xla_to_two_percent(method):
   config = tiny_config(f"method={method}", **WIDE)
   shape, plan = Experiment(config).shape, Experiment(config).plan
   for bucket in range(plan.num_buckets):
@@ -143,8 +143,8 @@ def test_forward_is_xla_s_count_to_two_percent(method):
 
 
 @pytest.mark.parametrize("arm", ["full", "adaptive"])
-def test_training_is_xla_s_count_to_two_percent(arm):
-  """The batch outweighs the optimiser, whose work does not grow with it."""
+def test_training_macs_match_xla_to_two_percent(arm):
+  """The batch is large enough that the optimizer's work does not matter."""
   config = arm_config(arm, training__batch_size=32, **WIDE)
   step, args, groups = training(config, jax.devices()[:1])
   macs = flops.training_macs(Experiment(config).shape, Experiment(config).plan, groups)
@@ -152,12 +152,12 @@ def test_training_is_xla_s_count_to_two_percent(arm):
 
 
 def xla_flops(function, args):
-  """XLA's own count, elementwise operations included, before it optimises."""
+  """Return XLA's count before optimisation, elementwise operations included."""
   return function.lower(*args).cost_analysis()["flops"]
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_a_solver_step_of_each_bucket_is_xla_s_count(guidance):
+def test_a_solver_step_of_each_bucket_matches_xla(guidance):
   """XLA counts the body of the loop over solver steps once."""
   config = tiny_config(sampling__guidance_scale=guidance, **WIDE)
   sampler, batch = Experiment(config).sampler(jax.devices()[:1]), 4
@@ -174,7 +174,7 @@ def test_a_solver_step_of_each_bucket_is_xla_s_count(guidance):
     assert flops.FLOPS_PER_MAC * counted == pytest.approx(found, rel=0.02)
 
 
-def test_a_sampling_run_adds_up_its_steps():
+def test_sampling_macs_are_the_sum_over_steps():
   config = tiny_config(sampling__num_steps=20)
   sampler = Experiment(config).sampler(jax.devices()[:1])
   shape, plan = sampler.model.shape, sampler.model.plan
@@ -183,8 +183,8 @@ def test_a_sampling_run_adds_up_its_steps():
   assert flops.sampling_macs(shape, plan, sampler.table.t, 5, 4.0) == 10 * expected
 
 
-def test_matched_arms_take_equal_mean_macs():
-  """Activated match: the mean over timesteps is the static arm's, to within the multiple."""
+def test_matched_arms_have_equal_mean_macs():
+  """With match `activated` the mean MACs equal the static arm's, to within the multiple."""
   static, adaptive = (
     flops.mean_forward_macs(Experiment(c).shape, Experiment(c).plan)
     for c in (tiny_config(f"method={m}", **WIDE) for m in ("static", "adaptive"))

@@ -23,7 +23,7 @@ def factors(seed=0):
 
 
 def reference(x, down, up, ranks):
-  """Float64, one example at a time."""
+  """Compute the layer in float64, one example at a time."""
   x, down, up = (np.asarray(a, np.float64) for a in (x, down, up))
   return np.stack([x[i] @ down[:, :r] @ up[:r] for i, r in enumerate(ranks)])
 
@@ -38,7 +38,7 @@ COMPUTES = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("groups", COMPUTES.values(), ids=COMPUTES.keys())
 @pytest.mark.parametrize("with_tokens", [True, False])
-def test_every_compute_gives_each_example_its_rank(groups, with_tokens):
+def test_every_compute_uses_each_example_s_rank(groups, with_tokens):
   down, up, x = factors()
   x = x if with_tokens else x[:, 0]
   ranks = jnp.asarray(ACTIVE)[BUCKETS]
@@ -89,7 +89,7 @@ def test_gradients_do_not_depend_on_the_groups(groups):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_factors_are_the_best_approximation_of_every_prefix():
+def test_every_prefix_of_the_factors_is_the_best_approximation():
   key = jax.random.key(1)
   down, up = low_rank.svd_factors(key, D_IN, D_OUT, 8, low_rank.XAVIER)
   kernel = np.asarray(low_rank.XAVIER(key, (D_IN, D_OUT), jnp.float32))
@@ -108,7 +108,7 @@ def layer(kernel_init):
 
 
 def constant_columns(key, shape, dtype):
-  """A kernel of rank one."""
+  """Return a kernel of rank one."""
   del key
   return jnp.broadcast_to(jnp.arange(1, shape[1] + 1, dtype=dtype) / 10, shape)
 
@@ -132,7 +132,7 @@ def test_a_layer_starts_at_its_kernel_and_every_component_can_learn(kernel_init)
   np.testing.assert_allclose(got, x @ kernel, rtol=0, atol=1e-5)
   if not kernel.any():
     assert (got == 0).all()
-  # Every component's `up` moves away from where it starts in one step.
+  # Every component's `up` has a gradient.
   grads = jax.grad(lambda v: (module.apply(v, x, selection) * x[..., :1]).sum())(variables)
   size = jnp.abs(grads["params"]["up"]).sum(axis=1)
   assert (size > 1e-2 * size.max()).all()
@@ -174,7 +174,7 @@ def test_bfloat16_compute_keeps_float32_parameters():
 
 
 class LowRankMlp(nn.Module):
-  """A user's own model: no DiT, no plan."""
+  """A user's own model, without a plan."""
 
   rank: int | tuple[int, ...]
 
@@ -191,13 +191,13 @@ def test_the_layer_works_in_any_flax_model():
   everything = apply(variables, x)
   assert everything.shape == (B, N, 4)
   np.testing.assert_allclose(apply(variables, x[:, 0]), everything[:, 0], rtol=1e-5, atol=1e-6)
-  # Without a selection all ranks are active, as in a model with the one rank.
+  # Without a selection all ranks are active, as in a model with a single rank.
   for same in (
     apply(variables, x, low_rank.uniform_selection(B, 2)),
     jax.jit(LowRankMlp(ACTIVE[-1]).apply)(variables, x),
   ):
     np.testing.assert_array_equal(everything, same)
-  # Each example at a rank of its own.
+  # Each example has its own rank.
   least = apply(variables, x, low_rank.uniform_selection(B, 0))
   mixed = apply(variables, x, low_rank.RankSelection(((B, 2),), jnp.asarray(BUCKETS)))
   assert np.abs(least - everything).max() > 1e-3

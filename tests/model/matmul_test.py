@@ -9,13 +9,13 @@ from lrdit.model.matmul import matmul
 
 pytestmark = pytest.mark.floats
 
-# The wider operand first, last, and with leading axes.
+# The wider operand is the first, the last, or has leading axes.
 SHAPES = {"narrow_b": ((), 9, 7, 3), "wide_b": ((), 9, 3, 7), "batched": ((4, 2), 5, 3, 6)}
 
 
 @pytest.mark.parametrize(("lead", "m", "k", "n"), SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_value_and_gradients_are_those_of_the_plain_product(lead, m, k, n, dtype):
+def test_value_and_gradients_match_the_plain_product(lead, m, k, n, dtype):
   keys = jax.random.split(jax.random.key(0), 3)
   a, b, weight = (
     jax.random.normal(key, (*lead, *shape)).astype(dtype)
@@ -37,7 +37,7 @@ def test_value_and_gradients_are_those_of_the_plain_product(lead, m, k, n, dtype
 
 @pytest.mark.parametrize(("k", "n"), [(96, 8), (8, 96)])
 def test_the_narrower_operand_is_transposed(k, n):
-  """In what XLA compiles: the gradient of b has the narrow side first."""
+  """In XLA's compiled program the gradient of b has the narrow side first."""
   a, b = jnp.ones((64, k)), jnp.ones((k, n))
   gradient = jax.jit(jax.grad(lambda b: jnp.square(matmul(a, b)).sum()))
   products = re.findall(r"(f32\[[\d,]+\])\S* dot\(", gradient.lower(b).compile().as_text())

@@ -9,7 +9,7 @@ from lrdit.model import vae, vae_weights
 from lrdit.runtime.errors import UserError
 from tests.tiny import GOLDEN
 
-# Written by diffusers, with its outputs.
+# Weights and outputs written by diffusers.
 TINY = GOLDEN / "sd_vae_tiny"
 
 
@@ -24,7 +24,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def runner(tiny):
-  """A batch of three, which neither the golden pair nor most counts fill."""
+  """A runner whose batch size of three divides few numbers of images."""
   return vae.VaeRunner(tiny, jax.devices()[:1], 3)
 
 
@@ -35,13 +35,13 @@ def wide_runner(tiny):
 
 @pytest.fixture(scope="module")
 def golden():
-  """Images, means, log-variances and decoded means, NHWC."""
+  """Return images, means, log-variances and decoded means, NHWC."""
   with np.load(TINY / "io.npz") as stored:
     names = ("image", "latent_mean", "latent_logvar", "decoded_mean")
     return [stored[name].transpose(0, 2, 3, 1) for name in names]
 
 
-def test_outputs_are_those_of_diffusers(runner, wide_runner, golden):
+def test_outputs_match_diffusers(runner, wide_runner, golden):
   images, mean, log_variance, decoded = golden
   for each in (runner, wide_runner):
     encoded = each.encode(images)
@@ -59,11 +59,11 @@ def test_results_do_not_depend_on_the_batch(runner, wide_runner):
   decoded = runner.decode(encoded[:, 0])
   np.testing.assert_allclose(wide_runner.encode(images), encoded, rtol=0, atol=1e-5)
   np.testing.assert_allclose(wide_runner.decode(encoded[:, 0]), decoded, rtol=0, atol=1e-5)
-  # In another order and number, so that every image moves to another slot.
+  # Another order and number moves every image to another slot.
   np.testing.assert_allclose(runner.encode(images[:5][::-1]), encoded[:5][::-1], rtol=0, atol=1e-5)
 
 
-def test_one_shape_is_compiled_whatever_the_number_of_images(wide_runner):
+def test_any_number_of_images_compiles_one_shape(wide_runner):
   for count in (0, 1, 8, 11):
     encoded = wide_runner.encode(random_images(count))
     assert encoded.shape == (count, 2, 4, 4, 4)
@@ -95,13 +95,13 @@ def test_log_variance_is_clipped(tiny, runner, monkeypatch):
   on_device = jax.tree.map(
     lambda new, old: jax.device_put(new, old.sharding), params, runner._params
   )
-  monkeypatch.setattr(runner, "_params", on_device)  # so that nothing is compiled anew
+  monkeypatch.setattr(runner, "_params", on_device)  # avoids a new compilation
   encoded = runner.encode(random_images(1))
   np.testing.assert_array_equal(encoded[0, 1, 0, 0], [-30, 20, -29, 19])
 
 
 @pytest.mark.parametrize("shape", [(1, 12, 16, 3), (1, 16, 20, 3), (1, 16, 16, 1)])
-def test_images_that_do_not_fit_are_refused(runner, shape):
+def test_images_of_an_unsupported_shape_are_refused(runner, shape):
   with pytest.raises(UserError, match=r"multiples of 8|1 channels and the VAE encodes 3"):
     runner.encode(np.zeros(shape, np.float32))
 

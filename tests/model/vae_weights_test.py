@@ -18,7 +18,7 @@ from lrdit.model import vae, vae_weights
 from lrdit.runtime.errors import UserError
 from tests.tiny import GOLDEN
 
-# Written by diffusers, with its outputs.
+# Weights and outputs written by diffusers.
 TINY = GOLDEN / "sd_vae_tiny"
 STABLE_DIFFUSION = vae.VaeConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
 NAMES_BEFORE = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -33,7 +33,7 @@ def tiny_fields():
 
 
 def write(directory, tensors, fields=None, name=vae_weights.WEIGHTS_NAME):
-  """A directory with weights and, where fields are given, a config.json."""
+  """Write weights and, if fields are given, a config.json; return the directory."""
   directory.mkdir(parents=True, exist_ok=True)
   contiguous = {key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
   safetensors.numpy.save_file(contiguous, directory / name)
@@ -57,7 +57,7 @@ TEMPLATE = functools.cache(vae.params_template)
 
 @pytest.fixture(autouse=True)
 def architectures_are_traced_once(monkeypatch):
-  """Tracing takes a second, and most tests here read the same architecture."""
+  """Tracing takes a second, and most tests read the same architecture."""
   monkeypatch.setattr(vae, "params_template", TEMPLATE)
 
 
@@ -74,7 +74,7 @@ def test_stable_diffusion_has_the_published_number_of_parameters():
   assert STABLE_DIFFUSION.downsample_factor == 8
 
 
-def test_layout_is_a_bijection_with_what_diffusers_stores(tiny):
+def test_the_layout_maps_one_to_one_to_diffusers_tensors(tiny):
   layout = vae_weights.stored_layout(tiny.config)
   stored = {key: tensor.shape for key, tensor in tiny_tensors().items()}
   assert {key: shape for key, (_, shape) in layout.items()} == stored
@@ -89,7 +89,7 @@ def test_config_is_read(tiny):
   assert hash(tiny.config) == hash(dataclasses.replace(tiny.config))
 
 
-def test_fields_not_in_a_config_have_the_defaults_of_diffusers(tmp_path):
+def test_missing_config_fields_have_diffusers_defaults(tmp_path):
   path = tmp_path / "config.json"
   path.write_text(json.dumps({"_class_name": "AutoencoderKL"}))
   config = vae_weights.read_config(path)
@@ -100,14 +100,14 @@ def test_fields_not_in_a_config_have_the_defaults_of_diffusers(tmp_path):
   assert config.mid_block_add_attention
 
 
-def test_scaling_of_a_config_is_read(tmp_path, tiny):
+def test_the_scaling_is_read(tmp_path, tiny):
   fields = tiny_fields() | {"scaling_factor": 2, "shift_factor": 0.1159}
   read = vae_weights.read_vae(write(tmp_path, tiny_tensors(), fields))
   assert (read.config.scaling_factor, read.config.shift_factor) == (2.0, 0.1159)
   assert read.digest != tiny.digest
 
 
-def test_directory_file_and_pipeline_are_the_same(tmp_path, tiny):
+def test_directory_file_and_pipeline_give_the_same_vae(tmp_path, tiny):
   pipeline = tmp_path / "pipeline"
   shutil.copytree(TINY, pipeline / "vae")
   other = shutil.copytree(TINY, tmp_path / "other")
@@ -126,7 +126,7 @@ def as_convolution(key, tensor):
 
 @pytest.mark.parametrize("rename", [old_key, str])
 @pytest.mark.parametrize("reshape", [as_convolution, lambda key, tensor: tensor])
-def test_older_files_are_the_same(tmp_path, tiny, rename, reshape):
+def test_older_files_give_the_same_vae(tmp_path, tiny, rename, reshape):
   tensors = {rename(key): reshape(key, tensor) for key, tensor in tiny_tensors().items()}
   read = vae_weights.read_vae(write(tmp_path, tensors, tiny_fields()))
   assert read.digest == tiny.digest
@@ -163,8 +163,8 @@ def test_exchanged_weights_change_the_digest(tmp_path, tiny):
   assert vae_weights.read_vae(write(tmp_path, changed, tiny_fields())).digest != tiny.digest
 
 
-def test_config_is_inferred_but_for_the_groups(tiny):
-  """The golden VAE has 8 groups, which do not show in its weights."""
+def test_the_config_is_inferred_except_for_the_groups(tiny):
+  """The golden VAE has 8 groups, which its weights do not show."""
   shapes = {key: tensor.shape for key, tensor in tiny_tensors().items()}
   assert vae_weights.infer_config(shapes, "") == dataclasses.replace(
     tiny.config, norm_num_groups=32
@@ -189,7 +189,7 @@ def test_config_is_inferred_but_for_the_groups(tiny):
     vae.VaeConfig(block_out_channels=(64, 32), use_post_quant_conv=False),
   ],
 )
-def test_weights_without_config_are_those_with_it(tmp_path, config):
+def test_weights_are_read_the_same_without_a_config(tmp_path, config):
   layout = vae_weights.stored_layout(config)
   tensors = {key: np.full(shape, 0.5, np.float16) for key, (_, shape) in layout.items()}
   fields = dataclasses.asdict(config) | {"_class_name": "AutoencoderKL"}
@@ -206,7 +206,7 @@ def not_finite():
   return {"quant_conv.weight": kernel, "decoder.conv_out.bias": bias}
 
 
-# Tensors put into a copy of the golden weights (None drops one), and what the refusal must say.
+# Changed tensors of the golden weights (None drops one), and words of the error.
 TENSORS = {
   "dropped": (
     {"quant_conv.bias": None, "quant_conv.weight": None},
@@ -264,7 +264,7 @@ def weights_of(directory):
   return directory / vae_weights.WEIGHTS_NAME
 
 
-# Changes to a copy of the golden directory, and what the refusal must say.
+# Changes to a copy of the golden directory, and words of the error.
 FILES = {
   "no config": (
     lambda d: (d / "config.json").unlink(),
@@ -299,7 +299,7 @@ def test_missing_and_damaged_files_are_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("suffix", vae_weights.PICKLE_SUFFIXES)
-def test_a_pickle_is_refused_unread(tmp_path, suffix):
+def test_a_pickle_is_refused_without_reading_it(tmp_path, suffix):
   path = tmp_path / f"model{suffix}"
   path.touch()
   with pytest.raises(UserError, match=r"is a pickle.*safe_serialization=True"):

@@ -1,10 +1,9 @@
-"""Images to latents, and training and sampling on them."""
+"""Encoding images to latents, and training and sampling on them."""
 
 import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import zlib
 
@@ -15,8 +14,6 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from configs import cifar10
-from lrdit.config.resolve import resolve
 from lrdit.data import latents as latents_module
 from lrdit.data import pipeline
 from lrdit.data.images import to_uint8
@@ -29,71 +26,23 @@ from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from lrdit.train import loss as loss_module
 from tests import tiny
+from tests.latent_runs import (
+  NUM_IMAGES,
+  SCALE,
+  VAE,
+  command,
+  make_config,
+  one_device,
+  run,
+  write_images,
+)
 from tests.trained import noisy_params
 
-VAE = tiny.GOLDEN / "sd_vae_tiny"
-SCALE = 0.18215  # of that VAE
 KEY = jax.random.key(7)
-NUM_IMAGES = 100
-
-
-def write_images(path, count=NUM_IMAGES, seed=0):
-  generator = np.random.default_rng(seed)
-  images = generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-  np.savez(path, image=images, label=np.arange(count) % 10)
-  return path
-
-
-def fields_for(images, **fields):
-  """Overrides of configs/cifar10.py for the tiny model on the tiny VAE's latents."""
-  return (
-    tiny.OVERRIDES
-    | {
-      "data.name": "npz",
-      "data.data_dir": str(images),
-      "vae.downsample_factor": 8,
-      "vae.path": str(VAE),
-      "vae.batch_size": 8,
-      "sampling.clip_x_0": False,
-      "optimizer.warmup_steps": 0,
-    }
-    | {name.replace("__", "."): value for name, value in fields.items()}
-  )
-
-
-def make_config(images, **fields):
-  config = cifar10.get_config().unlock()
-  for field, value in fields_for(images, **fields).items():
-    config.update_from_flattened_dict({field: value})
-  return resolve(config)
-
-
-def command(mode, images, *flags, **fields):
-  given = [f"--config.{name}={value}" for name, value in fields_for(images, **fields).items()]
-  return [
-    sys.executable,
-    "main.py",
-    "--config=configs/cifar10.py",
-    f"--mode={mode}",
-    *given,
-    *flags,
-  ]
-
-
-def run(arguments):
-  return subprocess.run(
-    arguments,
-    cwd=tiny.ROOT,
-    env=tiny.environment(),
-    capture_output=True,
-    text=True,
-    timeout=120,
-    check=False,
-  )
 
 
 def assert_refused(arguments, message):
-  """Fails with one line, as every mistake of the user does."""
+  """Check that a command line fails with one line, like every user error."""
   done = run(arguments)
   assert done.returncode == 1, done.stderr
   assert "Traceback" not in done.stderr
@@ -106,10 +55,6 @@ def contents(directory):
   return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def one_device():
-  return jax.devices()[:1]
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
   return write_images(tmp_path_factory.mktemp("images") / "images.npz")
@@ -117,7 +62,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory, images):
-  """Latents with mirrored copies."""
+  """The latents of the images and of their mirrored copies."""
   directory = tmp_path_factory.mktemp("latents") / "both"
   encode.encode(make_config(images), str(directory), one_device())
   return directory
@@ -125,7 +70,7 @@ def encoded(tmp_path_factory, images):
 
 @pytest.fixture(scope="module")
 def other_vae(tmp_path_factory):
-  """The tiny VAE with one number changed."""
+  """The tiny VAE with one changed number."""
   directory = tmp_path_factory.mktemp("vae") / "other"
   shutil.copytree(VAE, directory)
   path = directory / vae_weights.WEIGHTS_NAME
@@ -137,7 +82,7 @@ def other_vae(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def other_encoded(tmp_path_factory, images, other_vae):
-  """What the other VAE makes of the same images."""
+  """The other VAE's latents of the same images."""
   directory = tmp_path_factory.mktemp("latents") / "other"
   encode.encode(make_config(images, vae__path=str(other_vae)), str(directory), one_device())
   return directory
@@ -148,9 +93,9 @@ def copy(encoded, tmp_path):
   return shutil.copytree(encoded, tmp_path / "copy")
 
 
-def test_the_directory_holds_the_source_s_images_encoded(images, encoded):
+def test_the_directory_holds_the_latents_of_every_image(images, encoded):
   config = make_config(images)
-  codec = vae_module.VaeRunner(vae_weights.read_vae(VAE), one_device(), 5)
+  runner = vae_module.VaeRunner(vae_weights.read_vae(VAE), one_device(), 5)
   manifest = json.loads((encoded / "manifest.json").read_text())
   total = 0
   for split in ("train", "eval"):
@@ -158,9 +103,9 @@ def test_the_directory_holds_the_source_s_images_encoded(images, encoded):
     batch = source.gather(np.arange(len(source)), np.zeros(len(source), bool))
     rows, labels = (np.load(encoded / f"{split}{part}.npy") for part in ("", "_labels"))
     assert (rows.shape, rows.dtype) == ((len(source), 2, 2, 4, 4, 4), np.float32)
-    np.testing.assert_allclose(rows[:, 0], codec.encode(batch["image"]), atol=1e-5)
+    np.testing.assert_allclose(rows[:, 0], runner.encode(batch["image"]), atol=1e-5)
     mirrored = np.ascontiguousarray(batch["image"][:, :, ::-1])
-    np.testing.assert_allclose(rows[:, 1], codec.encode(mirrored), atol=1e-5)
+    np.testing.assert_allclose(rows[:, 1], runner.encode(mirrored), atol=1e-5)
     np.testing.assert_array_equal(labels, batch["label"])
     assert labels.dtype == np.int32
     assert manifest["splits"][split]["done"] == len(source)
@@ -171,15 +116,10 @@ def test_the_directory_holds_the_source_s_images_encoded(images, encoded):
   description = manifest["description"]
   assert description["num_classes"] == 10
   assert description["latent_shape"] == [2, 2, 4, 4, 4]
-  assert description["vae_digest"] == codec.digest
+  assert description["vae_digest"] == runner.digest
   assert description["vae_config"]["scaling_factor"] == SCALE
-  assert {p.name for p in encoded.iterdir()} == {
-    "train.npy",
-    "train_labels.npy",
-    "eval.npy",
-    "eval_labels.npy",
-    "manifest.json",
-  }
+  arrays = {f"{split}{part}.npy" for split in ("train", "eval") for part in ("", "_labels")}
+  assert {path.name for path in encoded.iterdir()} == arrays | {"manifest.json"}
 
 
 def test_without_flip_there_is_one_copy_and_training_with_flip_is_refused(
@@ -196,7 +136,7 @@ def test_without_flip_there_is_one_copy_and_training_with_flip_is_refused(
     Experiment(flipping).source("train")
 
 
-def test_what_training_reads_decodes_to_what_the_vae_makes_of_it(images, encoded):
+def test_training_reads_scaled_latents_that_decode_to_pixels(images, encoded):
   config = make_config(images, vae__latents_dir=str(encoded))
   source = Experiment(config).source("train")
   flip = np.arange(6) % 2 == 1
@@ -204,11 +144,11 @@ def test_what_training_reads_decodes_to_what_the_vae_makes_of_it(images, encoded
   mean, log_variance = np.load(encoded / "train.npy")[np.arange(6), flip.astype(int)].swapaxes(0, 1)
   np.testing.assert_allclose(got["image"], mean * SCALE, rtol=1e-6)
   np.testing.assert_allclose(got["std"], np.exp(log_variance / 2) * SCALE, rtol=1e-6)
-  codec = Experiment(config).vae_runner(one_device())
-  to_pixels = Experiment(config).to_pixels(one_device(), codec.digest)
+  runner = Experiment(config).vae_runner(one_device())
+  to_pixels = Experiment(config).to_pixels(one_device(), runner.digest)
   pixels, are_finite = to_pixels(got["image"])
   assert are_finite.tolist() == [True] * 6
-  expected = to_uint8(codec.decode(np.ascontiguousarray(mean)))
+  expected = to_uint8(runner.decode(np.ascontiguousarray(mean)))
   assert (pixels.shape, pixels.dtype) == ((6, 32, 32, 3), np.uint8)
   assert np.abs(pixels.astype(int) - expected).max() <= 1
   assert pixels.std() > 0
@@ -217,28 +157,22 @@ def test_what_training_reads_decodes_to_what_the_vae_makes_of_it(images, encoded
 
 
 def first_batch(config, devices):
-  """The run's first batch; the stored deviations are too small to see in a loss."""
-  size = config.training.batch_size
-  batches = pipeline.train_batches(
-    Experiment(config).source("train"),
-    config.seed,
-    parallel.batch_slots(size, devices),
-    size,
-    range(1),
-    config.data.flip,
-  )
-  batch = next(batches)
+  """Return the run's first batch, with standard deviations large enough to change a loss."""
+  size, source = config.training.batch_size, Experiment(config).source("train")
+  slots = parallel.batch_slots(size, devices)
+  arguments = (source, config.seed, slots, size, range(1), config.data.flip)
+  batch = next(pipeline.train_batches(*arguments))
   return batch | {"std": batch["std"] + 0.5}
 
 
 def losses_of(config, batch, devices):
-  """(n, b) losses under the key."""
+  """Return the (n, b) losses under `KEY`."""
   objective = Experiment(config).objective(devices)
   made = parallel.pmap(lambda p, b, k: loss_module.batch_losses(p, objective, k, b)[0], devices)
   return np.asarray(made(parallel.replicate(noisy_params(config), devices), batch, KEY))
 
 
-def test_training_draws_from_the_posterior_by_the_global_index(images, encoded):
+def test_training_samples_the_posterior_by_the_global_index(images, encoded):
   config = make_config(images, vae__latents_dir=str(encoded), method="full")
   by_layout = {}
   for count in (1, 4):
@@ -254,17 +188,16 @@ def test_training_draws_from_the_posterior_by_the_global_index(images, encoded):
   none = losses_of(config, batch | {"std": np.zeros_like(batch["std"])}, one_device())
   np.testing.assert_allclose(none, without, rtol=1e-6)
   objective = Experiment(config).objective(one_device())
-  draws = loss_module.draw_step_noise(KEY, jnp.arange(16), (4, 4, 4), objective)
-  noise = np.asarray(draws.posterior_noise)
-  drawn = plain | {"image": batch["image"] + batch["std"] * noise[None]}
-  np.testing.assert_allclose(
-    by_layout[1], losses_of(config, drawn, one_device()).reshape(-1), rtol=1e-5
-  )
+  noises = loss_module.draw_step_noise(KEY, jnp.arange(16), (4, 4, 4), objective)
+  noise = np.asarray(noises.posterior_noise)
+  sampled = plain | {"image": batch["image"] + batch["std"] * noise[None]}
+  expected = losses_of(config, sampled, one_device()).reshape(-1)
+  np.testing.assert_allclose(by_layout[1], expected, rtol=1e-5)
   assert (np.abs(by_layout[1] - without.reshape(-1)) > 1e-4).all()
-  assert abs(np.corrcoef(noise.reshape(-1), np.asarray(draws.eps).reshape(-1))[0, 1]) < 0.15
+  assert abs(np.corrcoef(noise.reshape(-1), np.asarray(noises.eps).reshape(-1))[0, 1]) < 0.15
 
 
-def test_encoding_goes_on_without_doing_anything_twice(monkeypatch, images, encoded, tmp_path):
+def test_encoding_resumes_without_repeating_work(monkeypatch, images, encoded, tmp_path):
   monkeypatch.setattr(encode, "KEEP_EVERY_IMAGES", 16)
   output, calls = tmp_path / "resumed", []
   original = vae_module.VaeRunner.encode
@@ -279,9 +212,8 @@ def test_encoding_goes_on_without_doing_anything_twice(monkeypatch, images, enco
     return patched
 
   config = make_config(images)
-  monkeypatch.setattr(
-    vae_module.VaeRunner, "encode", fails_at(10)
-  )  # in the fifth batch, its mirror
+  # The tenth call encodes the mirrored fifth batch.
+  monkeypatch.setattr(vae_module.VaeRunner, "encode", fails_at(10))
   with pytest.raises(OSError, match="pulled the plug"):
     encode.encode(config, str(output), one_device())
   progress = json.loads((output / "progress.json").read_text())
@@ -317,7 +249,7 @@ def wait_for_rows(process, output, at_least):
       if progress["splits"]["train"]["done"] >= at_least:
         return
     time.sleep(0.002)
-  raise AssertionError("ended, or never came so far")
+  raise AssertionError("the process ended or timed out first")
 
 
 def test_a_killed_command_resumes_to_the_byte(tmp_path):
@@ -330,7 +262,7 @@ def test_a_killed_command_resumes_to_the_byte(tmp_path):
   wait_for_rows(process, output, 1024)
   process.send_signal(signal.SIGKILL)
   assert process.wait() == -signal.SIGKILL
-  assert not (output / "manifest.json").exists(), "killed too late to test anything"
+  assert not (output / "manifest.json").exists(), "the kill came too late"
   done = json.loads((output / "progress.json").read_text())["splits"]["train"]["done"]
   for name in ("train.npy", "train_labels.npy"):
     with (output / name).open("ab") as file:
@@ -347,10 +279,10 @@ def test_a_killed_command_resumes_to_the_byte(tmp_path):
   assert contents(output) == contents(undisturbed)
 
 
-def test_a_full_disk_raises_one_line_and_encoding_goes_on(images, encoded, tmp_path):
+def test_a_full_disk_raises_one_line_and_encoding_resumes(images, encoded, tmp_path):
   output = tmp_path / "full"
   encoding = command("encode", images, f"--output={output}")
-  # Room for the progress and the labels, not for all latents.
+  # There is room for the progress and the labels, but not for all latents.
   assert_refused(["prlimit", "--fsize=20000", *encoding], "make space, or write elsewhere")
   assert (output / "train.npy").stat().st_size == 20000
   with pytest.raises(UserError, match="unfinished"):
@@ -370,9 +302,7 @@ def test_encoding_again_checks_every_byte(images, copy):
 
 
 @pytest.mark.parametrize("other", ["vae", "images", "flip", "classes"])
-def test_a_directory_of_something_else_is_not_written_over(
-  images, other_vae, copy, tmp_path, other
-):
+def test_other_latents_are_not_overwritten(images, other_vae, copy, tmp_path, other):
   fields, field = {
     "vae": ({"vae__path": str(other_vae)}, "vae_digest"),
     "images": ({"data__data_dir": str(tmp_path / "other.npz")}, "sources"),
@@ -418,16 +348,12 @@ def test_training_refuses_latents_that_do_not_fit(images, copy, tmp_path, damage
 
 def test_training_refuses_latents_of_images_that_have_changed_since(copy, images, tmp_path):
   changed = write_images(tmp_path / "changed.npz", seed=1)
-  for data_dir, message in ((changed, "are of other images: digest is"), (images, None)):
+  with pytest.raises(UserError, match="are of other images: digest is"):
+    Experiment(make_config(changed, vae__latents_dir=str(copy))).source("train")
+  # Training does not need the images themselves.
+  for data_dir in (images, tmp_path / "gone.npz"):
     config = make_config(data_dir, vae__latents_dir=str(copy))
-    if message:
-      with pytest.raises(UserError, match=message):
-        Experiment(config).source("train")
-    else:
-      assert len(Experiment(config).source("train")) > 0
-  # Latents are trained on where the images are not.
-  config = make_config(tmp_path / "gone.npz", vae__latents_dir=str(copy))
-  assert len(Experiment(config).source("train")) > 0
+    assert len(Experiment(config).source("train")) > 0
 
 
 def test_latents_of_a_folder_notice_a_changed_file(tmp_path):
@@ -450,7 +376,7 @@ def test_latents_of_a_folder_notice_a_changed_file(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, images, encoded):
-  """A run of four steps on latents, without a VAE: it draws no grids."""
+  """A run of four steps on latents, without a VAE or grids."""
   workdir = tmp_path_factory.mktemp("runs") / "run"
   config = make_config(
     images, vae__latents_dir=str(encoded), vae__path="", training__num_steps=4, data__data_dir=""
@@ -469,7 +395,7 @@ def test_a_run_on_latents_trains_resumes_and_samples_pixels(images, encoded, tra
   assert [line["step"] for line in lines] == list(range(1, 7))
   assert np.isfinite([line["train/loss"] for line in lines]).all()
   assert np.isfinite(lines[-1]["eval/loss"])
-  assert (trained / "metrics.jsonl").read_bytes().startswith(before), "began anew"
+  assert (trained / "metrics.jsonl").read_bytes().startswith(before), "training started over"
   assert (trained / "samples" / "step_00000006.png").exists()
   done = run(command("sample", images, f"--workdir={trained}", data__data_dir=""))
   assert done.returncode == 0, done.stderr
@@ -500,7 +426,7 @@ def test_grids_need_the_vae_of_the_latents_before_the_first_step(
   assert not (tmp_path / "run").exists()
 
 
-def test_a_run_is_kept_to_its_latents(images, other_encoded, trained):
+def test_a_run_refuses_other_latents(images, other_encoded, trained):
   before = (trained / "data.json").read_bytes()
   config = make_config(images, vae__latents_dir=str(other_encoded), vae__path="")
   with pytest.raises(UserError, match=r"holds a run on other data: .*train\.vae"):
@@ -508,12 +434,12 @@ def test_a_run_is_kept_to_its_latents(images, other_encoded, trained):
   assert (trained / "data.json").read_bytes() == before
 
 
-def test_a_directory_that_is_being_written_is_left_to_its_process(images, tmp_path, monkeypatch):
+def test_a_directory_in_use_is_refused(images, tmp_path, monkeypatch):
   monkeypatch.setattr(encode, "_encode_into", lambda *_: None)
   with owned(tmp_path, "encode"):
     with pytest.raises(UserError, match=r"is in use by process \d+"):
       encode.encode(make_config(images), str(tmp_path), one_device())
-    # What a killed process leaves is no reason to refuse an empty directory.
+    # What a killed process leaves behind does not block the next one.
     latents_module.LatentWriter(
       tmp_path, {"latent_shape": [1, 2, 4, 4, 4]}, {"train": 1, "eval": 1}
     )

@@ -1,4 +1,4 @@
-"""r(t) from an analysis: contours, their mean, and the copy that a run keeps."""
+"""r(t) from an analysis: contours, their mean rank, and the copy that a run keeps."""
 
 import numpy as np
 import pytest
@@ -14,18 +14,18 @@ from tests.truncations import BOUNDARIES, RANKS, RISE, write_truncation
 pytestmark = pytest.mark.floats
 
 
-def test_a_contour_is_read_between_the_measured_ranks():
+def test_a_contour_is_linear_between_the_measured_ranks():
   ranks, rise = np.array([4.0, 8.0, 16.0]), np.array([[4.0, 1.0], [2.0, 0.5], [0.0, 0.0]])
   np.testing.assert_allclose(measured.contour(ranks, rise, 1.0), [12, 4])
   np.testing.assert_allclose(measured.contour(ranks, rise, 3.0), [6, 4])
-  # A dip at rank 8 does not count, as rank 16 still has a rise of 1.
+  # The dip at rank 8 does not count because rank 16 still has a rise of 1.
   rise = np.array([[4.0], [0.5], [1.0]])
   np.testing.assert_allclose(measured.contour(ranks, rise, 1.0), [8])
   np.testing.assert_allclose(measured.contour(ranks, rise, 2.5), [6])
 
 
 @pytest.mark.parametrize("mean", [6.0, 11.5, 25.0])
-def test_the_mean_is_met_by_one_level_for_all_groups(mean):
+def test_all_groups_share_one_level_of_the_contour(mean):
   found = measured.match_mean_rank(RANKS, RISE, 32, BOUNDARIES, mean)
   assert found @ [0.25, 0.75] == pytest.approx(mean, rel=1e-9)
   ranks, rise = np.array([*RANKS, 32.0]), np.array([*RISE, [0, 0]])
@@ -35,13 +35,13 @@ def test_the_mean_is_met_by_one_level_for_all_groups(mean):
 
 
 @pytest.mark.parametrize("mean", [3.0, 33.0])
-def test_a_mean_beyond_the_analysis_is_refused(mean):
+def test_a_mean_rank_outside_the_analysis_is_refused(mean):
   with pytest.raises(UserError, match="cannot meet a mean rank"):
     measured.match_mean_rank(RANKS, RISE, 32, BOUNDARIES, mean)
 
 
 @pytest.mark.parametrize("mean", [4.0, 32.0])
-def test_a_mean_at_the_end_of_the_analysis_is_met_but_for_rounding(mean):
+def test_a_mean_rank_at_either_end_of_the_analysis_tolerates_rounding(mean):
   boundaries = (0, 44, 123, 234, 371, 520, 667, 796, 897, 966, 1000)
   rise = [[rise] * 10 for rise in (0.3, 0.2, 0.1)]
   for given in (mean, np.nextafter(mean, 0), np.nextafter(mean, 99)):
@@ -50,11 +50,10 @@ def test_a_mean_at_the_end_of_the_analysis_is_met_but_for_rounding(mean):
 
 
 @pytest.mark.parametrize("mean", [9.0, 12.0, 15.9])
-def test_the_mean_is_met_where_the_contour_jumps(mean):
-  """A dip at rank 8 lets the contour jump from 8 to 16 and beyond at one level."""
-  found = measured.match_mean_rank(
-    (4, 8, 16, 32), [[1.0], [0.2], [0.5], [0.1]], 64, (0, 1000), mean
-  )
+def test_the_mean_rank_is_met_where_the_contour_jumps(mean):
+  """A dip at rank 8 makes the contour jump from 8 past 16 at one level."""
+  rise = [[1.0], [0.2], [0.5], [0.1]]
+  found = measured.match_mean_rank((4, 8, 16, 32), rise, 64, (0, 1000), mean)
   np.testing.assert_allclose(found, [mean])
   rng = np.random.default_rng(0)
   rise = np.linspace(1, 0.1, 8)[:, None] * np.linspace(2, 1, 10) + rng.normal(0, 0.1, (8, 10))
@@ -63,7 +62,7 @@ def test_the_mean_is_met_where_the_contour_jumps(mean):
   assert found.mean() == pytest.approx(4 * mean, rel=1e-6)
 
 
-def test_smoothing_keeps_the_mean_and_never_rises():
+def test_smoothed_ranks_keep_the_mean_and_never_rise():
   boundaries, ranks = (0, 100, 400, 1000), np.array([20.0, 8.0, 12.0])
   smooth = measured.monotone(ranks, boundaries)
   weights = np.diff(boundaries) / 1000
@@ -71,7 +70,7 @@ def test_smoothing_keeps_the_mean_and_never_rises():
   np.testing.assert_allclose(smooth, [20, 32 / 3, 32 / 3])
 
 
-def test_heights_are_linear_between_the_groups_middles():
+def test_heights_are_linear_between_the_groups_centres():
   height, least = measured.height((1.0, 0.25), (0, 101, 1001))
   assert least == 0.25
   assert (height[:51] == 1).all()
@@ -84,14 +83,14 @@ def test_heights_are_linear_between_the_groups_middles():
     assert least == 1
 
 
-def test_a_config_takes_r_of_t_from_the_analysis_and_keeps_it(tmp_path):
+def test_a_config_reads_r_of_t_from_the_analysis_and_keeps_it(tmp_path):
   path = tmp_path / "truncation.json"
   config = tiny_config("method=adaptive", **write_truncation(path))
   plan = Experiment(config).plan
   for name, ranks in plan.layers:
     assert abs(plan.mean_active_rank(name) - ranks.static_rank) <= config.rank.multiple_of
     assert ranks.active[plan.bucket_of_timestep[0]] > ranks.active[plan.bucket_of_timestep[999]]
-  # What is stored with the run is enough without the file.
+  # The config stored with the run does not need the file.
   path.unlink()
   kept = {f"rank__{f}": config.rank[f] for f in ("measured_shares", "measured_boundaries")}
   again = tiny_config("method=adaptive", rank__schedule="measured", **kept)
@@ -122,7 +121,7 @@ def test_an_analysis_that_does_not_fit_is_refused(tmp_path, changes, words):
     tiny_config("method=adaptive", **fields)
 
 
-def test_smoothing_is_asked_for_by_the_config(tmp_path):
+def test_the_config_enables_smoothing(tmp_path):
   rise = [[x / 4, x] for x, _ in RISE]  # more rank at high timesteps
   fields = write_truncation(tmp_path / "truncation.json", rise=rise)
   rough = tiny_config("method=adaptive", **fields).rank.measured_shares
@@ -140,13 +139,13 @@ def test_smoothing_is_asked_for_by_the_config(tmp_path):
     ((1.0,), (0, 500, 1000), "measured_boundaries=.* must rise from 0 to 1000"),
   ],
 )
-def test_shares_that_cannot_work_are_refused(shares, boundaries, words):
+def test_invalid_shares_are_refused(shares, boundaries, words):
   fields = {"rank__measured_shares": shares, "rank__measured_boundaries": boundaries}
   with pytest.raises(UserError, match=words):
     tiny_config("method=adaptive", rank__schedule="measured", **fields)
 
 
-def test_a_run_that_has_begun_keeps_its_r_of_t(tmp_path, caplog):
+def test_a_started_run_keeps_its_r_of_t(tmp_path, caplog):
   path, run = tmp_path / "truncation.json", tmp_path / "run"
   fields = write_truncation(path)
   asked = tiny_config("method=adaptive", **fields).unlock()
@@ -165,11 +164,9 @@ def test_a_run_that_has_begun_keeps_its_r_of_t(tmp_path, caplog):
   assert shares() == kept
   path.unlink()
   assert shares() == kept
-  assert ["has changed" in r.message or "cannot be used" in r.message for r in caplog.records] == [
-    True,
-    True,
-  ]
-  # Another analysis asks for another run, and so does one that has not come to a checkpoint.
+  assert len(caplog.records) == 2
+  assert all("has changed" in r.message or "cannot be used" in r.message for r in caplog.records)
+  # Naming another analysis changes r(t), and a run without a checkpoint reads its analysis again.
   write_truncation(tmp_path / "other.json", rise=[[x, 0.3 * x] for x, _ in RISE])
   asked.rank.analysis = str(tmp_path / "other.json")
   other = shares()
@@ -180,7 +177,7 @@ def test_a_run_that_has_begun_keeps_its_r_of_t(tmp_path, caplog):
     shares()
 
 
-def test_a_mean_that_is_not_met_is_refused(tmp_path):
+def test_matching_the_total_rank_is_refused(tmp_path):
   fields = write_truncation(tmp_path / "truncation.json")
   with pytest.raises(UserError, match=r"rank\.match='total' must be activated"):
     tiny_config("method=adaptive", rank__match="total", **fields)

@@ -39,11 +39,11 @@ def test_every_timestep_is_equally_likely():
   ("batch_size", "total"), [(16, 1000), (48, 1000), (7, 100), (300, 100), (12, 999_983)]
 )
 def test_timesteps_are_exact(batch_size, total):
-  """They are floor((j + u) T / B) of the exact numbers, even where rounding would change it."""
+  """They are floor((j + u) T / B) in exact arithmetic, where float rounding could change it."""
   index = np.tile(np.arange(batch_size, dtype=np.int32), 2000)
   strata = uniform_strata(batch_size, total)
   uniform = np.asarray(jax.random.uniform(jax.random.key(batch_size), index.shape))
-  # Also next to where the timestep changes, on both sides.
+  # Some values lie on either side of a change of timestep.
   edges = np.round(uniform * total / batch_size) * batch_size / total
   below = np.ceil(edges * 2**23) / 2**23 - 2.0**-23
   for u in (uniform, *np.clip([edges, below], 0, 1 - 2.0**-24).astype(np.float32)):

@@ -1,8 +1,7 @@
-"""A sample set on disk, with samples that cost nothing."""
+"""A sample set on disk, with random numbers as samples."""
 
 import json
 import os
-import pathlib
 import resource
 import shutil
 import tracemalloc
@@ -15,14 +14,11 @@ from PIL import Image
 from lrdit.runtime import store
 from lrdit.runtime.errors import UserError
 from lrdit.sampling import sample_set
+from tests.kills import Killed, KilledProcess
 
 SETTINGS = {"seed": 0, "rank_table": {"blocks_0/qkv": [2, 4]}, "checkpoint_digest": "ab"}
 SOFTWARE = {"jax": "1"}
 BATCH = 4
-
-
-class Killed(BaseException):
-  """No handler of the package may hold it up."""
 
 
 def label_rule(index):
@@ -30,7 +26,7 @@ def label_rule(index):
 
 
 def sample(index, size, seed):
-  """Samples by their index, as a sampler's are: (B, size, size, 1) uint8."""
+  """Return (B, size, size, 1) uint8 samples that depend on the index alone."""
   images = [np.random.default_rng((seed, i)).integers(0, 256, (size, size, 1)) for i in index]
   return np.array(images, np.uint8)
 
@@ -45,7 +41,7 @@ def write(
   rule=label_rule,
   size=4,
 ):
-  """What `--mode=sample` does; returns the indices that were sampled."""
+  """Write a set as `--mode=sample` does, and return the indices that were sampled."""
   sampled = []
   with sample_set.SampleSetWriter(directory, settings, software, count, size, batch, png) as writer:
     if not writer.is_finished:
@@ -58,7 +54,7 @@ def write(
 
 
 def contents(directory):
-  """Every file's bytes but the metadata's, which is parsed, without what a stop changes."""
+  """Return the files' bytes, the parsed metadata, and the metadata that depend on restarts."""
   files = {
     str(path.relative_to(directory)): path.read_bytes()
     for path in directory.rglob("*")
@@ -98,7 +94,7 @@ def test_saturated_pixels_are_logged(tmp_path, told, num_saturated, share, warns
   samples = samples.reshape(4, 2, 2, 1)
   with sample_set.SampleSetWriter(tmp_path, SETTINGS, SOFTWARE, 4, 2, 1, False) as writer:
     writer.append(samples[:3])
-  # Stopped and gone on with: all images count, whichever start drew them.
+  # After a restart all images count, whichever process sampled them.
   with sample_set.SampleSetWriter(tmp_path, SETTINGS, SOFTWARE, 4, 2, 1, False) as writer:
     writer.append(samples[writer.num_done :])
     metadata = writer.finish(None, {})
@@ -106,7 +102,7 @@ def test_saturated_pixels_are_logged(tmp_path, told, num_saturated, share, warns
   assert any("% of all pixel values are 0 or 255" in line for line in told.messages) == warns
 
 
-def test_other_tools_read_it(undisturbed):
+def test_the_files_are_plain_npz_and_png(undisturbed):
   expected = np.repeat(sample(range(10), 4, seed=0), 3, axis=-1)
   with np.load(undisturbed / "samples.npz") as arrays:
     assert list(arrays) == ["arr_0", "arr_1"]
@@ -116,12 +112,8 @@ def test_other_tools_read_it(undisturbed):
   with zipfile.ZipFile(undisturbed / "samples.npz") as archive:
     assert archive.testzip() is None
     assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
-  assert sorted(p.name for p in undisturbed.iterdir()) == [
-    "grid.png",
-    "metadata.json",
-    "png",
-    "samples.npz",
-  ]
+  names = ["grid.png", "metadata.json", "png", "samples.npz"]
+  assert sorted(p.name for p in undisturbed.iterdir()) == names
   assert len(list((undisturbed / "png").iterdir())) == 10
   for i, image in enumerate(expected):
     with Image.open(undisturbed / "png" / f"{i:06d}.png") as png:
@@ -130,7 +122,7 @@ def test_other_tools_read_it(undisturbed):
   assert metadata.items() >= (SETTINGS | SOFTWARE | {"num_samples": 10, "num_starts": 1}).items()
 
 
-def test_it_is_read_back_by_batches(undisturbed):
+def test_it_is_read_back_in_batches(undisturbed):
   metadata, samples, labels = read_all(undisturbed)
   assert metadata["num_samples"] == 10
   assert [len(batch) for batch in samples] == [len(batch) for batch in labels] == [3, 3, 3, 1]
@@ -146,46 +138,7 @@ def test_without_classes_there_are_no_labels(tmp_path):
   assert read_all(tmp_path)[2] == (None,) * 4
 
 
-class Mortal:
-  """A process that dies before its n-th change on the disk, or in the middle of a write."""
-
-  def __init__(self, monkeypatch, moment):
-    self.left = moment
-    for owner, name in (
-      (os, "replace"),
-      (os, "unlink"),
-      (pathlib.Path, "unlink"),
-      (pathlib.Path, "mkdir"),
-      (pathlib.Path, "touch"),
-      (shutil, "rmtree"),
-      (os, "truncate"),
-    ):
-      monkeypatch.setattr(owner, name, self.mortal(getattr(owner, name)))
-    monkeypatch.setattr(os, "fsync", self.mortal(lambda _: None))
-    whole = store._write_all
-
-    def torn(file, data):
-      if self.left <= 0:
-        file.write(data.tobytes()[: data.nbytes // 2 + 1])
-      self.tick()
-      whole(file, data)
-
-    monkeypatch.setattr(store, "_write_all", torn)
-
-  def tick(self):
-    self.left -= 1
-    if self.left < 0:  # and from now on: the dead clean nothing up
-      raise Killed
-
-  def mortal(self, function):
-    def wrapped(*args, **kwargs):
-      self.tick()
-      return function(*args, **kwargs)
-
-    return wrapped
-
-
-# id: (what is there before, images of it that are never sampled again, least number of changes).
+# id: (the set there before, number of its images that are kept, least number of disk changes).
 BEFORE = {
   "nothing": (None, 0, 40),
   "fewer": (dict(count=6), 4, 30),
@@ -207,21 +160,21 @@ def test_a_kill_at_any_moment_changes_nothing(
     if before:
       shutil.copytree(tmp_path / "before", directory)
     with monkeypatch.context() as patch:
-      Mortal(patch, moment)
+      KilledProcess(patch, moment)
       try:
         write(directory)
         killed = False
       except Killed:
         pass
-    if (directory / "metadata.json").exists():  # what looks finished is whole
+    if (directory / "metadata.json").exists():  # a set with metadata is complete
       metadata, samples, _ = read_all(directory)
       assert sum(map(len, samples)) == metadata["num_samples"]
     elif (directory / "samples.part").exists():
       with pytest.raises(UserError, match=r"--mode=sample (again to go on|first)"):
         sample_set.read_sample_set(directory, 4)
-    assert min(write(directory), default=10) >= kept, "what was there is sampled twice"
+    assert min(write(directory), default=10) >= kept, "kept images are sampled again"
     assert_same_set(directory, undisturbed)
-    assert not write(directory), "finished, and begun again"
+    assert not write(directory), "a finished set is sampled again"
     shutil.rmtree(directory)
     moment += 1
   assert moment > least
@@ -230,7 +183,7 @@ def test_a_kill_at_any_moment_changes_nothing(
 
 
 @pytest.mark.parametrize("kept", [0, 4, 8])
-def test_only_what_is_missing_is_sampled(undisturbed, tmp_path, monkeypatch, kept):
+def test_only_missing_images_are_sampled(undisturbed, tmp_path, monkeypatch, kept):
   stop_after(monkeypatch, tmp_path, kept)
   with (tmp_path / "samples.part").open("ab") as file:
     file.write(b"a write that tore")
@@ -254,13 +207,13 @@ def stop_after(monkeypatch, directory, kept, **arguments):
     write(directory, **arguments)
 
 
-def test_seconds_add_up(tmp_path, monkeypatch):
+def test_wall_clock_seconds_add_up_over_restarts(tmp_path, monkeypatch):
   clock = iter(np.arange(0.0, 1000.0, 10.0))
   monkeypatch.setattr(sample_set.time, "perf_counter", lambda: float(next(clock)))
   stop_after(monkeypatch, tmp_path, 8)
   write(tmp_path)
   metadata = json.loads((tmp_path / "metadata.json").read_text())
-  assert metadata["wall_clock_seconds"] == 30.0  # three batches; what a kill lost is in no figure
+  assert metadata["wall_clock_seconds"] == 30.0  # three batches; time lost by a kill does not count
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -274,7 +227,7 @@ def test_seconds_add_up(tmp_path, monkeypatch):
   ],
   ids=["seed", "rank", "checkpoint", "size"],
 )
-def test_other_samples_start_over(tmp_path, monkeypatch, told, changed, finished):
+def test_changed_settings_start_over(tmp_path, monkeypatch, told, changed, finished):
   write(tmp_path / "reference", **changed)
   if finished:
     write(tmp_path / "export")
@@ -293,7 +246,9 @@ def test_a_set_of_an_unknown_checkpoint_starts_over(undisturbed, tmp_path, told)
   assert_same_set(tmp_path, undisturbed)
 
 
-def test_other_software_finishes_nothing_and_spoils_nothing(tmp_path, monkeypatch, told):
+def test_other_software_restarts_an_unfinished_set_and_keeps_a_finished_one(
+  tmp_path, monkeypatch, told
+):
   stop_after(monkeypatch, tmp_path, 4)
   assert write(tmp_path, software={"jax": "2"}) == list(range(10))
   assert "holds other samples: jax ('1' there, '2' asked for)" in told.messages[-1]
@@ -304,7 +259,7 @@ def test_other_software_finishes_nothing_and_spoils_nothing(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize(("count", "sampled"), [(15, range(8, 15)), (5, ()), (8, ())])
-def test_another_number_goes_on_or_is_cut(tmp_path, monkeypatch, count, sampled, finished):
+def test_another_number_extends_or_cuts_the_set(tmp_path, monkeypatch, count, sampled, finished):
   if finished:
     write(tmp_path / "export")
   else:
@@ -314,7 +269,7 @@ def test_another_number_goes_on_or_is_cut(tmp_path, monkeypatch, count, sampled,
   assert_same_set(tmp_path / "export", tmp_path / "reference")
 
 
-def test_another_batch_size_goes_on_at_a_multiple_of_it(undisturbed, tmp_path, monkeypatch):
+def test_another_batch_size_resumes_at_a_multiple_of_it(undisturbed, tmp_path, monkeypatch):
   stop_after(monkeypatch, tmp_path, 8)
   assert write(tmp_path, batch=5) == list(range(5, 10))
   assert_same_set(tmp_path, undisturbed)
@@ -328,7 +283,7 @@ def test_a_finished_set_is_left_alone(tmp_path):
   assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_png_files_are_added_and_never_only_some(undisturbed, tmp_path, monkeypatch):
+def test_png_files_are_added_for_all_images_or_none(undisturbed, tmp_path, monkeypatch):
   write(tmp_path / "a", png=False)
   assert not (tmp_path / "a" / "png").exists()
   assert not write(tmp_path / "a")
@@ -347,8 +302,8 @@ def damage(path, position):
   path.write_bytes(data)
 
 
-def test_no_changed_byte_changes_what_is_read(undisturbed, tmp_path):
-  """Some bytes of an archive say nothing; any other is noticed."""
+def test_a_changed_byte_is_noticed_or_harmless(undisturbed, tmp_path):
+  """Some bytes of an archive carry no data; a change to any other is noticed."""
   directory = tmp_path / "export"
   shutil.copytree(undisturbed, directory)
   npz, noticed = directory / "samples.npz", 0
@@ -412,7 +367,7 @@ def test_a_damaged_unfinished_set_starts_over(undisturbed, tmp_path, monkeypatch
   assert_same_set(tmp_path, undisturbed)
 
 
-def test_there_is_nothing_to_read(tmp_path):
+def test_a_missing_set_is_refused(tmp_path):
   with pytest.raises(UserError, match=r"no samples under .* --mode=sample first"):
     sample_set.read_sample_set(tmp_path / "none", 4)
 
@@ -421,8 +376,8 @@ def test_there_is_nothing_to_read(tmp_path):
   ("file", "kept"),
   [("progress.json", 0), ("samples.part", 8), ("samples.npz", 10), ("grid.png", 10)],
 )
-def test_a_full_disk_raises_one_line_and_keeps_what_is_there(undisturbed, tmp_path, file, kept):
-  """A limit on the size of files fails writes half-way, as a full disk does."""
+def test_a_full_disk_raises_one_line_and_keeps_finished_images(undisturbed, tmp_path, file, kept):
+  """A limit on file size stops writes half-way, like a full disk."""
   sizes = {path.name: path.stat().st_size for path in undisturbed.iterdir()}
   sizes |= {"progress.json": 100, "samples.part": 10 * 4 * 4 * 3}
   limit = sizes[file] - 1
@@ -439,8 +394,8 @@ def test_a_full_disk_raises_one_line_and_keeps_what_is_there(undisturbed, tmp_pa
   assert_same_set(tmp_path, undisturbed)
 
 
-def test_memory_does_not_grow_with_the_number(tmp_path, monkeypatch):
-  """Neither writing, going on, finishing nor reading holds more than a chunk."""
+def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, monkeypatch):
+  """Writing, resuming, finishing and reading hold at most one chunk."""
   monkeypatch.setattr(store, "CHUNK_BYTES", 1 << 16)
   monkeypatch.setattr(sample_set, "LABEL_CHUNK", 1 << 8)
   batch = np.random.default_rng(0).integers(0, 256, (250, 8, 8, 3), np.uint8)
