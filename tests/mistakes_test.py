@@ -342,7 +342,7 @@ REPORTS = {
   "report with a config": (["--workdirs=a", DIGITS], 2, "--config is not used by --mode=report"),
   "report with a workdir": (["--workdirs=a", "--workdir=b"], 2, "--workdir is not used by"),
   "report as a dry run": (["--workdirs=a", "--dry_run"], 2, "--dry_run is not used by"),
-  "report with a field": (["--workdirs=a", "--config.seed=3"], 2, "does not take: leave it out"),
+  "report with a field": (["--workdirs=a", "--config.seed=3"], 2, "does not take: remove it"),
   "report on what is nowhere": (["--workdirs={tmp}/none"], 1, "{tmp}/none is not the workdir of a"),
   "report on a file": (["--workdirs={tmp}/file"], 1, "{tmp}/file is not the workdir of a run"),
   "report on no run": (["--workdirs={tmp}/empty"], 1, "{tmp}/empty is not the workdir of a run"),

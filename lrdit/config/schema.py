@@ -93,7 +93,7 @@ FIELDS: dict[str, Field] = {
     batch_size=Field(32, "Images in flight over all devices", _BATCH, role=Role.FREE),
   ),
   **_group("model", Role.RUN)(
-    variant=Field("S/2", "Size and patch; the README lists the sizes"),
+    variant=Field("S/2", "Size and patch; docs/running.md lists the sizes"),
     hidden_size=Field(None, "Width", whole(1, 2**16), _VARIANT),
     depth=Field(None, "Blocks", whole(1, 10_000), _VARIANT),
     num_heads=Field(None, "Attention heads", whole(), _VARIANT),

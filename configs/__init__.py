@@ -1,0 +1,1 @@
+"""Recipes, one for each data set; `--config` names one of them by its path."""
