@@ -168,8 +168,8 @@ def test_labels_are_those_asked_for_and_those_used(workdir, monkeypatch, rule, e
 def test_a_sample_that_is_not_finite_stops_the_export(workdir, monkeypatch, fields, fix):
   sample_batch = Sampler.sample_batch
 
-  def broken(self, params, index, labels):
-    x_0 = np.array(sample_batch(self, params, index, labels))
+  def broken(self, params, index, labels, path):
+    x_0 = np.array(sample_batch(self, params, index, labels, path))
     x_0[index == 5] = np.nan
     x_0[(index == 10) | (index == 11)] = np.inf  # padding of the last batch: never kept
     return x_0
