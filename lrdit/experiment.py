@@ -49,7 +49,7 @@ class Experiment:
   # The model.
 
   shape = _derived(derive.model_shape)
-  factorised_layers = _derived(derive.factorised_layers)
+  factorized_layers = _derived(derive.factorized_layers)
   plan = _derived(derive.rank_plan)
 
   @property

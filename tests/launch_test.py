@@ -50,10 +50,10 @@ def test_the_arms_run_in_order_and_are_reported(stand_in, tmp_path):
 
 
 def test_latents_are_encoded_once_and_serve_every_number_of_classes(stand_in, tmp_path):
-  behaviour = "if start == 0: pathlib.Path(flags['output']).mkdir(); "
-  behaviour += "(pathlib.Path(flags['output']) / 'manifest.json').touch()"
+  behavior = "if start == 0: pathlib.Path(flags['output']).mkdir(); "
+  behavior += "(pathlib.Path(flags['output']) / 'manifest.json').touch()"
   for classes in ("1000", "7"):
-    done = stand_in.run(command("imagenet128"), behaviour, LATENTS="latents", CLASSES=classes)
+    done = stand_in.run(command("imagenet128"), behavior, LATENTS="latents", CLASSES=classes)
     assert done[0] == 0, done
   workdirs = [f"imagenet128_{method}" for method in METHODS]
   once = [*arms(*workdirs), ("report", "imagenet128_report")]

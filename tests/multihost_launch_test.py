@@ -48,9 +48,9 @@ def local(num_processes, *flags):
 
 
 def test_processes_get_their_flags_and_their_lines_a_label(stand_in):
-  behaviour = "print('out', process); print('err', process, file=sys.stderr)"
+  behavior = "print('out', process); print('err', process, file=sys.stderr)"
   flags = local(3, "--config.data.name=a 'b' $c")
-  status, stdout, stderr = stand_in.run(flags, behaviour, DEVICES="2")
+  status, stdout, stderr = stand_in.run(flags, behavior, DEVICES="2")
   assert status == 0, stderr
   assert sorted(stdout.splitlines()) == [f"[{i}] out {i}" for i in range(3)]
   assert sorted(stderr.splitlines()) == [f"[{i}] err {i}" for i in range(3)]
@@ -88,14 +88,14 @@ def test_help(stand_in):
 
 def test_when_one_process_dies_the_others_are_ended_and_all_start_again(stand_in):
   """Process 0 hangs and ignores SIGTERM, process 2 ends by it."""
-  behaviour = """
+  behavior = """
 if start == 0:
   if process == 1:
     wait_for("ready.0"), wait_for("ready.2")
     os.kill(os.getpid(), signal.SIGKILL)
   work(signal.SIG_IGN if process == 0 else None)
 """
-  status, _, stderr = stand_in.run(local(3), behaviour, GRACE="1")
+  status, _, stderr = stand_in.run(local(3), behavior, GRACE="1")
   assert (status, stderr) == (0, "== ended with status 137 (start 1 of 4)\n")
   assert [len(stand_in.starts(i)) for i in range(3)] == [2, 2, 2]
   stand_in.assert_all_have_ended()
@@ -113,8 +113,8 @@ if start == 0:
 )
 def test_a_mistake_ends_it_and_everything_else_starts_again(stand_in, failure, status, starts):
   """The other process ends with status 75 as a consequence, which may be seen first."""
-  behaviour = f"if process == 0: sys.exit(75)\ntime.sleep(0.3)\n{failure}"
-  done = stand_in.run(local(2), behaviour, RESTARTS="1")
+  behavior = f"if process == 0: sys.exit(75)\ntime.sleep(0.3)\n{failure}"
+  done = stand_in.run(local(2), behavior, RESTARTS="1")
   assert done[0] == status
   assert [len(stand_in.starts(i)) for i in range(2)] == [starts, starts]
 
@@ -193,7 +193,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize(
-  ("behaviour", "seconds_left", "status", "starts", "requeued"),
+  ("behavior", "seconds_left", "status", "starts", "requeued"),
   [
     ("", 60, 0, 1, False),
     ("sys.exit(1)", 60, 1, 1, False),
@@ -206,7 +206,7 @@ COMMANDS = {
 )
 @pytest.mark.parametrize("variable", ["SLURM_JOB_END_TIME", "JOB_END"])  # of newer SLURM, or squeue
 def test_slurm_judges_by_the_exit_status(
-  stand_in, tmp_path, behaviour, seconds_left, status, starts, requeued, variable
+  stand_in, tmp_path, behavior, seconds_left, status, starts, requeued, variable
 ):
   (stand_in.root / ".venv" / "bin").mkdir(parents=True)
   (stand_in.root / ".venv" / "bin" / "activate").touch()
@@ -217,7 +217,7 @@ def test_slurm_judges_by_the_exit_status(
   environment = {"SLURM_JOB_ID": "17", "SLURM_SUBMIT_DIR": str(stand_in.root)}
   environment[variable] = str(int(time.time()) + seconds_left)
   words = ["bash", "job", "--workdir=w", "--config.data.name=a b"]
-  done = stand_in.run(words, behaviour, [tmp_path], **environment)
+  done = stand_in.run(words, behavior, [tmp_path], **environment)
   assert done[0] == status, done
   assert len(stand_in.starts()) == starts
   assert stand_in.starts()[0]["argv"] == words[2:]

@@ -73,10 +73,10 @@ class StandIn:
     self.records = directory / "records"
     self.records.mkdir()
 
-  def start(self, command, behaviour="", path=(), **environment):
+  def start(self, command, behavior="", path=(), **environment):
     """Start a command next to the checkout."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "JAX_"))}
-    for_main = {"RECORDS": str(self.records), "BEHAVIOUR": behaviour}
+    for_main = {"RECORDS": str(self.records), "BEHAVIOUR": behavior}
     return start(command, self.root.parent, clean | for_main | environment, path)
 
   def run(self, *args, **environment):

@@ -14,12 +14,12 @@ from lrdit.train.checkpoints import Checkpoints
 from lrdit.train.state import create_train_state
 from tests import tiny
 
-# One block whose every kind of layer is factorised: it compiles in half the time.
+# One block whose every kind of layer is factorized: it compiles in half the time.
 SHALLOW = {"model__depth": 1, "rank__dense_layers": ("patch_embed", "final_layer/linear")}
 
 
 def noisy_params(config):
-  """Parameters whose model has no zero output, as it has at initialisation."""
+  """Parameters whose model has no zero output, as it has at initialization."""
   return _noisy_params(Experiment(config).model().clone(dtype=jnp.float32))
 
 

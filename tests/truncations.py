@@ -15,7 +15,7 @@ RISE = [[2 / k - 2 / 32, 1 / k - 1 / 32] for k in RANKS]
 def truncation_of(config):
   """A rank truncation of the config's model."""
   found = {"ranks": RANKS, "rise": RISE, "largest_rank": 32, "boundaries": BOUNDARIES}
-  layers = {"layers": Experiment(config).factorised_layers}
+  layers = {"layers": Experiment(config).factorized_layers}
   return found | layers | measured_schedule.describe_model(config)
 
 

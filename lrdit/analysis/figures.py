@@ -49,7 +49,7 @@ def truncation(
     effects = _outline(4.5, "white")
     panel.step(np.arange(len(r)), r, color="black", linewidth=2, label=name, path_effects=effects)
     figure.legend(loc="outside lower center")
-  panel.set(xlabel=plot_style.T_LABEL, ylabel="rank k that the factorised layers are cut to")
+  panel.set(xlabel=plot_style.T_LABEL, ylabel="rank k that the factorized layers are cut to")
   panel.set(yscale="log", ylim=(edges[0], edges[-1]))
   panel.set_yticks(ranks, [f"{rank:g}" for rank in ranks])
   panel.set_yticks([], minor=True)

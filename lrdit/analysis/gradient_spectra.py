@@ -239,7 +239,7 @@ def _layer_overlap(bases: Sequence[Mapping[str, np.ndarray]], name: str) -> dict
   return tables | {"split_half": split_half, "cross_half": halves}
 
 
-def _summarise(
+def _summarize(
   shapes: Mapping[str, tuple[int, int]],
   records: Sequence[Mapping[str, Any]],
   bases: Sequence[Mapping[str, np.ndarray]],
@@ -310,7 +310,7 @@ def analyze_gradients(
   conditions, overlaps = {}, {}
   for condition, names in units.items():
     records, bases = zip(*map(cache.load, names), strict=True)
-    found = _summarise(gradients.shapes, records, bases, subspace_rank)
+    found = _summarize(gradients.shapes, records, bases, subspace_rank)
     conditions[condition], overlaps[condition] = found
   return {
     "groups": [{"t_first": a, "t_last": b - 1} for a, b in itertools.pairwise(boundaries)],

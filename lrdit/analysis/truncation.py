@@ -44,13 +44,13 @@ def cut_kernel(
 
 
 class Truncator:
-  """Cuts the named layers, dense or factorised, to any rank."""
+  """Cuts the named layers, dense or factorized, to any rank."""
 
   def __init__(self, params: Mapping[str, Any], names: Sequence[str]):
     """Keep the parameters, which are on the host."""
     self._flat = flax.traverse_util.flatten_dict(dict(params), sep="/")
     self._dense = [name for name in names if f"{name}/kernel" in self._flat]
-    self._factorised = [name for name in names if f"{name}/kernel" not in self._flat]
+    self._factorized = [name for name in names if f"{name}/kernel" not in self._flat]
 
   @functools.cached_property
   def _directions(self) -> dict[str, np.ndarray]:
@@ -60,7 +60,7 @@ class Truncator:
   def largest_rank(self) -> int:
     """The rank of the widest layer, at which nothing is cut."""
     dense = [min(self._flat[f"{name}/kernel"].shape) for name in self._dense]
-    return max(dense + [self._flat[f"{name}/up"].shape[0] for name in self._factorised])
+    return max(dense + [self._flat[f"{name}/up"].shape[0] for name in self._factorized])
 
   def cut(self, rank: int, place: Callable[[np.ndarray], Any] = np.asarray) -> dict[str, Any]:
     """Return the parameters in their original shapes, with every named layer cut to `rank`.
@@ -72,7 +72,7 @@ class Truncator:
       name, _, part = path.rpartition("/")
       if name in self._dense and part == "kernel" and rank < min(values.shape):
         values = cut_kernel(values, self._directions[name], rank)
-      elif name in self._factorised and part == "up":
+      elif name in self._factorized and part == "up":
         # A component with a zero output row contributes exactly nothing.
         values = np.concatenate([values[:rank], np.zeros_like(values[rank:])])
       flat[path] = place(values)

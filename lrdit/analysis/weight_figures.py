@@ -67,7 +67,7 @@ def _add_spectra(panel: Any, layer: Mapping[str, Any], colours: Sequence[Any]) -
 
 
 def _sequential(count: int) -> np.ndarray:
-  """Return (count, 4) RGBA colours whose order survives in greyscale."""
+  """Return (count, 4) RGBA colours whose order survives in grayscale."""
   import matplotlib
 
   return matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, count))

@@ -28,7 +28,7 @@ def model_shape(config: ConfigDict) -> dit.DiTShape:
   )
 
 
-def factorised_layers(config: ConfigDict) -> list[str]:
+def factorized_layers(config: ConfigDict) -> list[str]:
   """Return the names of the layers that a low-rank arm factorizes, whatever the config's arm."""
   rank, shapes = config.rank, dit.layer_shapes(model_shape(config))
   first, last = rank.first_n_blocks or 0, rank.last_n_blocks or 0
@@ -41,7 +41,7 @@ def rank_plan(config: ConfigDict) -> plan.RankPlan:
   The static arm ignores the schedule: it is `constant` at the static rank.
   """
   rank, steps = config.rank, config.diffusion.num_train_timesteps
-  shapes, chosen = dit.layer_shapes(model_shape(config)), factorised_layers(config)
+  shapes, chosen = dit.layer_shapes(model_shape(config)), factorized_layers(config)
   if config.method == "full":
     return plan.dense_plan(steps)
   names = ("min_ratio", "match", "num_buckets", "multiple_of")

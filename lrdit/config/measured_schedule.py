@@ -77,12 +77,12 @@ def measured_ranks(config: ConfigDict, found: dict[str, Any]) -> Float[np.ndarra
       cannot reach that mean.
   """
   shapes, boundaries = dit.layer_shapes(derive.model_shape(config)), found["boundaries"]
-  names, ours = derive.factorised_layers(config), describe_model(config)
+  names, ours = derive.factorized_layers(config), describe_model(config)
   theirs = {field: found.get(field, {}) for field in ours}
   if "diffusion" in found:  # an older version may lack some of the fields
     theirs["diffusion"] = schema.upgrade({"diffusion": found["diffusion"]})["diffusion"]
   other = changes(ours, theirs)
-  other += ["other layers are factorised"] if names != found["layers"] else []
+  other += ["other layers are factorized"] if names != found["layers"] else []
   where = f"config.rank.analysis={config.rank.analysis!r} is of"
   if other:
     raise UserError(

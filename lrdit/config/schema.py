@@ -125,8 +125,8 @@ FIELDS: dict[str, Field] = {
     ),
     num_buckets=Field(4, "Levels of the quantized schedule", whole(1, 1000)),
     multiple_of=Field(8, "Active ranks are multiples of this", whole()),
-    first_n_blocks=Field(None, "Factorise only layers of the first blocks", whole(), "all"),
-    last_n_blocks=Field(None, "Factorise only layers of the last blocks", whole(), "all"),
+    first_n_blocks=Field(None, "Factorize only layers of the first blocks", whole(), "all"),
+    last_n_blocks=Field(None, "Factorize only layers of the last blocks", whole(), "all"),
     dense_layers=Field(
       ("patch_embed", "blocks_0/mlp", "final_layer/linear"),
       "Patterns of layers that stay dense",

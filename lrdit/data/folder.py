@@ -48,7 +48,7 @@ def fingerprint_folder(split: str, options: DataOptions) -> dict[str, Any]:
 def load_folder(split: str, options: DataOptions) -> Source:
   """Open a folder of image files, and decode each of the split's images once.
 
-  Images are centre-cropped and resized to uint8; an animation gives its first frame.
+  Images are center-cropped and resized to uint8; an animation gives its first frame.
 
   Raises:
     UserError: the folder is missing or laid out otherwise, or images cannot be read and

@@ -29,6 +29,7 @@ class UnreadableImage(Exception):
 def crop_name(crop_size: int, size: int) -> str:
   """Describe what `fit` does, for the fingerprints of datasets."""
   side = f"{crop_size} pixels" if crop_size else "short side"
+  # British in the fingerprints of runs and latents that there are.
   return f"centre crop of the {side}, bicubic antialiased resize to {size}"
 
 
@@ -62,7 +63,7 @@ def fit(
 ) -> UInt8[np.ndarray, "size size C"]:
   """Bring an image of any kind to one size and to RGB (3 channels) or grey (1), as uint8.
 
-  Palettes and CMYK are converted, and transparent pixels are laid over white. The centre square of
+  Palettes and CMYK are converted, and transparent pixels are laid over white. The center square of
   `crop_size` pixels, or of the short side for 0, is resized to `size` by antialiased bicubic
   interpolation.
   """
@@ -113,7 +114,7 @@ def report_conversions(
     log.info("%d of %d images converted to %s: %s", converted.total(), total, target, named)
   oblong = np.count_nonzero(sides[:, 0] != sides[:, 1])
   if oblong:
-    log.info("%d of %d images are not square: only the centre is used", oblong, total)
+    log.info("%d of %d images are not square: only the center is used", oblong, total)
   small = np.count_nonzero(sides.min(axis=1) < size)
   if small:
     log.warning("%d of %d images are smaller than %d pixels and enlarged", small, total, size)

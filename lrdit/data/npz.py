@@ -37,7 +37,7 @@ def fingerprint_npz(split: str, options: DataOptions) -> dict[str, Any]:
 
 
 def load_npz(split: str, options: DataOptions) -> Source:
-  """Load a split of an .npz file into memory, as centre-cropped and resized uint8 images."""
+  """Load a split of an .npz file into memory, as center-cropped and resized uint8 images."""
   path = _path(options)
   arrays = _read_arrays(path)
   scans = _check_images(path, arrays["image"])

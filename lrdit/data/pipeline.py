@@ -26,7 +26,7 @@ class Loader:
   Attributes:
     load: opens a split, "train" or "eval".
     fingerprint: returns the part of the source's fingerprint that is known without reading it.
-    crop_size: side in pixels of the centre crop before resizing, or 0 for the short side.
+    crop_size: side in pixels of the center crop before resizing, or 0 for the short side.
   """
 
   load: Callable[[str, DataOptions], Source]
@@ -122,7 +122,7 @@ def train_batches(
 def eval_batches(
   source: Source, slots: Int[np.ndarray, "n b"], batch_size: int, shift: float = 0.0
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Yield each held-out example once, in batches of neighbours, the last one padded.
+  """Yield each held-out example once, in batches of neighbors, the last one padded.
 
   A slot stands for a stratum of timesteps. A random number for an example's index alone ranks it
   among its batch's slots: the order of a split sorted by class would tie class to timestep. The

@@ -41,7 +41,7 @@ class TfdsDataset:
 
   Attributes:
     eval_split: name of its own held-out split.
-    crop_size: side in pixels of the centre crop before resizing, or 0 for the short side.
+    crop_size: side in pixels of the center crop before resizing, or 0 for the short side.
     num_classes: number of classes, or 0 without labels.
     manual_files: files that its preparation looks for in `downloads/manual`.
     origin: where to get these files.

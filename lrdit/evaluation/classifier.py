@@ -64,7 +64,7 @@ def _widths(size: int) -> list[int]:
 
 
 class ClassifierNetwork(nn.Module):
-  """A small residual convolutional network (He et al. 2016) with group normalisation.
+  """A small residual convolutional network (He et al. 2016) with group normalization.
 
   `image_size`, the height and width, determines the stages. The stem strides over larger images, so
   that the first stage has about 32 pixels.
@@ -241,7 +241,7 @@ def train_classifier(
   predicted, labels = (np.concatenate(part) for part in zip(*pairs, strict=True))
   extractor.held_out_accuracy = recognition_accuracy(predicted, labels)
   log.info(
-    "classifier: %d steps on %d images in %.1f s; %.2f %% of %d held-out images recognised",
+    "classifier: %d steps on %d images in %.1f s; %.2f %% of %d held-out images recognized",
     settings.num_steps,
     len(source),
     time.perf_counter() - start,

@@ -105,7 +105,7 @@ class PixelExtractor:
 def read_images(
   source: Source, batch_size: int
 ) -> Iterator[tuple[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, " B"]]]:
-  """Yield a split's images in order, quantised as sampled ones are, and their labels.
+  """Yield a split's images in order, quantized as sampled ones are, and their labels.
 
   The last batch may be smaller.
   """

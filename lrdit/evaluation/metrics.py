@@ -21,7 +21,7 @@ NEIGHBOURS = 3
 BLOCK_ROWS, BLOCK_COLUMNS = 1024, 8192
 # Below this share of the squared norms, |x|^2 + |y|^2 - 2 x.y is a rounding error and set to 0.
 DISTANCE_EPSILON = 1e-12
-RADIUS_EPSILON = 1e-9  # Radii grow by this share, so that rounding excludes no neighbour.
+RADIUS_EPSILON = 1e-9  # Radii grow by this share, so that rounding excludes no neighbor.
 
 
 class Moments(NamedTuple):
@@ -42,8 +42,8 @@ def moments(features: Real[np.ndarray, "b D"]) -> Moments:
   """Return the moments of one batch of at least one feature."""
   features = np.asarray(features, np.float64)
   mean = features.mean(axis=0)
-  centred = features - mean
-  return Moments(len(features), mean, centred.T @ centred)
+  centered = features - mean
+  return Moments(len(features), mean, centered.T @ centered)
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
@@ -159,14 +159,14 @@ def _squared_radii(features: Real[np.ndarray, "N D"], k: int) -> Float64[np.ndar
 
 def _share_covered(
   features: Real[np.ndarray, "N D"],
-  centres: Real[np.ndarray, "M D"],
+  center: Real[np.ndarray, "M D"],
   squared_radii: Float64[np.ndarray, " M"],
 ) -> float:
   """Return the share of the features that lie in at least one ball."""
   num_covered = 0
   for x in _row_blocks(features):
     covered = np.zeros(len(x), bool)
-    for columns, squared in _distance_blocks(x, centres):
+    for columns, squared in _distance_blocks(x, center):
       covered |= (squared <= squared_radii[columns]).any(axis=1)
     num_covered += int(covered.sum())
   return num_covered / len(features)

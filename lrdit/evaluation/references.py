@@ -1,6 +1,6 @@
 """References: the features of real images, which samples are measured against.
 
-Real images and samples are quantised alike (`images.to_uint8`) and come in batches of the
+Real images and samples are quantized alike (`images.to_uint8`) and come in batches of the
 extractor's size, so that the same images give the same metrics to the bit.
 
 Axes: B images of a batch, N images, M images whose features are kept, H W image, D values of a

@@ -1,7 +1,7 @@
 """Diffusion transformer with adaLN-Zero (Peebles and Xie 2023, arXiv:2212.09748).
 
 The model is the published one, layer for layer. `layer_shapes` names its dense layers, and the rank
-plan names those that are factorised (see `low_rank`). A `RankSelection` passes through every layer
+plan names those that are factorized (see `low_rank`). A `RankSelection` passes through every layer
 and sets the active rank.
 
 Axes: B batch, H W image, C channels, N tokens, P patch values, D width, d head width.
@@ -146,9 +146,9 @@ def layer_norm(x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
   """Normalise the last axis in float32, without scale or bias."""
   x32 = x.astype(jnp.float32)
   mean = x32.mean(-1, keepdims=True)
-  centred = x32 - mean
-  variance = jnp.square(centred).mean(-1, keepdims=True)
-  return (centred * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)).astype(x.dtype)
+  centered = x32 - mean
+  variance = jnp.square(centered).mean(-1, keepdims=True)
+  return (centered * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)).astype(x.dtype)
 
 
 def modulate(
@@ -284,7 +284,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-  """Modulated norm and zero-initialised projection to patches."""
+  """Modulated norm and zero-initialized projection to patches."""
 
   features: int
   plan: RankPlan
@@ -345,7 +345,7 @@ class DiT(nn.Module):
       y: labels in [0, num_classes], where num_classes is the null class; None if unconditional.
 
     Returns:
-      (B, H, W, C or 2 C) float32, exactly zero at initialisation.
+      (B, H, W, C or 2 C) float32, exactly zero at initialization.
     """
     s = self.shape
     x = self.patch_embed(patchify(x_t, s.patch_size), selection)

@@ -55,7 +55,7 @@ def uniform_selection(batch_size: int, bucket: int = 0) -> RankSelection:
 def svd_factors(
   rng: Key[Array, ""], dim_in: int, dim_out: int, max_rank: int, kernel_init: Initializer
 ) -> tuple[Float[Array, "D_in R"], Float[Array, "R D_out"]]:
-  """Return the truncated SVD of a freshly initialised dense kernel as (down, up), float32.
+  """Return the truncated SVD of a freshly initialized dense kernel as (down, up), float32.
 
   With W = U S V^T, down = U sqrt(S) and up = sqrt(S) V^T: every prefix is the best approximation of
   W at its rank (Eckart and Young 1936).
@@ -81,7 +81,7 @@ def low_rank_matmul(
   groups: tuple[tuple[int, int], ...],
   active_rank: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B *N D_out"]:
-  """Multiply by a factorised kernel at each example's active rank.
+  """Multiply by a factorized kernel at each example's active rank.
 
   Components beyond an example's active rank contribute exactly zero to its output and receive
   exactly zero gradient from it.
@@ -130,7 +130,7 @@ class LowRankDense(nn.Module):
     rank: the allocated rank, or the ascending active ranks of the rank buckets, the last of which
       is allocated; at most min(D_in, D_out).
     dtype: compute dtype; parameters are float32.
-    kernel_init: initializer of the dense kernel that is factorised. With zeros the layer starts at
+    kernel_init: initializer of the dense kernel that is factorized. With zeros the layer starts at
       zero and still learns.
   """
 
@@ -166,7 +166,7 @@ class LowRankDense(nn.Module):
   def _factors(
     self, dim_in: int, max_rank: int
   ) -> tuple[Float[Array, "D_in R"], Float[Array, "R D_out"]]:
-    """Return both factors, initialised from one SVD."""
+    """Return both factors, initialized from one SVD."""
     if not self.is_initializing():
       return (
         self.param("down", nn.initializers.zeros, (dim_in, max_rank)),
@@ -180,7 +180,7 @@ class LowRankDense(nn.Module):
 def make_dense(
   parent: nn.Module, name: str, features: int, kernel_init: Initializer = XAVIER
 ) -> Dense | LowRankDense:
-  """Return the layer `name` of `parent`, factorised if `parent.plan` names it."""
+  """Return the layer `name` of `parent`, factorized if `parent.plan` names it."""
   ranks = parent.plan.by_name.get("/".join((*parent.path, name)))
   common = dict(features=features, dtype=parent.dtype, kernel_init=kernel_init, name=name)
   return Dense(**common) if ranks is None else LowRankDense(rank=ranks.active, **common)

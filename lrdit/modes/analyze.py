@@ -186,7 +186,7 @@ def analyze_truncation(run: Analysis) -> None:
   """Write truncation.json, its figure, and a figure of the loss by timestep group."""
   config, devices = run.config, run.devices
   source, draws = run.source("eval"), config.evaluation.draws
-  names = run.experiment.factorised_layers
+  names = run.experiment.factorized_layers
   truncator = truncation.Truncator(run.params, names)
   ranks = config.analysis.ranks or truncation.default_ranks(truncator.largest_rank)
   if not ranks or ranks[-1] >= truncator.largest_rank:

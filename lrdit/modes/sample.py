@@ -70,7 +70,7 @@ class SampleBatches:
     """Write path.png and path.json, once the set's first batch has been computed.
 
     path.png shows the clean images that the model predicts on the way to sample 0. path.json holds
-    its label, solver steps, timesteps, and the active ranks of each factorised layer there.
+    its label, solver steps, timesteps, and the active ranks of each factorized layer there.
     """
     label_rule, t, steps = make_label_rule(self.config), self.sampler.table.t, self.path.steps
     x_0 = np.stack([np.asarray(x_0) for x_0 in self.path.x_0])

@@ -91,7 +91,7 @@ def interpolate(
 ) -> Float[np.ndarray, " T"]:
   """Interpolate one value per group to every timestep.
 
-  Values are linear between the groups' centres and constant beyond the outermost ones.
+  Values are linear between the groups' center and constant beyond the outermost ones.
   """
   edges = np.asarray(boundaries)
   return np.interp(np.arange(edges[-1]), (edges[:-1] + edges[1:] - 1) / 2, values)

@@ -1,8 +1,8 @@
-"""The rank plan: the active rank r(t) of every layer, matched to a static rank and quantised.
+"""The rank plan: the active rank r(t) of every layer, matched to a static rank and quantized.
 
 A `RankPlan` is made once on the host, before anything is compiled. A layer allocates its `max_rank`
 R, and timestep t uses the first r(t) <= R components, its active rank. A rank bucket is a level of
-the quantised schedule; buckets are shared by all layers and numbered by ascending rank.
+the quantized schedule; buckets are shared by all layers and numbered by ascending rank.
 
 Axes: T timesteps, K rank buckets.
 """
@@ -24,7 +24,7 @@ MATCHES = ("activated", "total")
 
 @dataclasses.dataclass(frozen=True)
 class LayerRanks:
-  """Ranks of one factorised layer.
+  """Ranks of one factorized layer.
 
   Attributes:
     static_rank: the rank of the static arm, to which the plan is matched.
@@ -47,7 +47,7 @@ class RankPlan:
   Attributes:
     segments: (start timestep, rank bucket) of each run of timesteps in one bucket; the starts
       ascend from 0.
-    layers: (name, ranks) of every factorised layer.
+    layers: (name, ranks) of every factorized layer.
   """
 
   num_train_timesteps: int
@@ -84,7 +84,7 @@ class RankPlan:
 
 
 def dense_plan(num_train_timesteps: int) -> RankPlan:
-  """Return the plan without factorised layers."""
+  """Return the plan without factorized layers."""
   return RankPlan(num_train_timesteps, ((0, 0),), ())
 
 
@@ -102,10 +102,10 @@ def floor_exact(x: np.ndarray) -> np.ndarray:
   return np.floor(x + 1e-9 * np.maximum(np.abs(x), 1.0)).astype(np.int64)
 
 
-def quantise(
+def quantize(
   height: Float[np.ndarray, " T"], num_buckets: int
 ) -> tuple[tuple[tuple[int, int], ...], Float[np.ndarray, " K"]]:
-  """Quantise a schedule to the nearest of `num_buckets` equidistant levels.
+  """Quantize a schedule to the nearest of `num_buckets` equidistant levels.
 
   Levels without a timestep are dropped.
 
@@ -168,13 +168,13 @@ def select_layers(
   last_n_blocks: int,
   depth: int,
 ) -> list[str]:
-  """Return the names of the layers to factorise.
+  """Return the names of the layers to factorize.
 
   Args:
     layer_shapes: (D_in, D_out) by layer name, from `dit.layer_shapes`.
     dense_layers: shell patterns of layers that stay dense; a pattern that matches a name up to a
       '/' covers everything below it ("blocks_0/mlp").
-    first_n_blocks, last_n_blocks: if either is above 0, only layers in those blocks are factorised.
+    first_n_blocks, last_n_blocks: if either is above 0, only layers in those blocks are factorized.
 
   Raises:
     UserError: a pattern matches no layer, there are too few blocks, or no layer is left.
@@ -194,7 +194,7 @@ def select_layers(
     chosen = [name for name in chosen if name.split("/")[0] in {f"blocks_{i}" for i in blocks}]
   if not chosen:
     raise UserError(
-      "rank.dense_layers with the choice of blocks leaves no layer to factorise: use method=full "
+      "rank.dense_layers with the choice of blocks leaves no layer to factorize: use method=full "
       "for a dense model"
     )
   return chosen
@@ -215,7 +215,7 @@ def make_plan(
   The static arm has the schedule `constant` and match `total`: one bucket with the static ranks.
 
   Args:
-    layer_shapes: (D_in, D_out) of the layers to factorise, by name.
+    layer_shapes: (D_in, D_out) of the layers to factorize, by name.
     height: (T,) from `schedules.schedule_height` or `measured.height`.
     ratio: share of the dense layer's parameters that the static arm keeps.
     min_ratio: least active rank as a share of the max rank, in (0, 1].
@@ -226,7 +226,7 @@ def make_plan(
   Raises:
     UserError: `multiple_of` is above a layer's static rank, or no rank meets the mean to within it.
   """
-  segments, levels = quantise(height, num_buckets)
+  segments, levels = quantize(height, num_buckets)
   counts = np.bincount(RankPlan(len(height), segments, ()).bucket_of_timestep)
 
   @functools.cache  # blocks repeat the same few shapes

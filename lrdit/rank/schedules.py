@@ -1,4 +1,4 @@
-"""Rank schedules: the share of the rank range that each timestep uses, before quantisation.
+"""Rank schedules: the share of the rank range that each timestep uses, before quantization.
 
 A schedule maps u = t / T in [0, 1) to a height in [0, 1]: 0 is the least rank, 1 the full rank.
 To add a schedule, add its function to `SCHEDULES`; its name becomes a value of `rank.schedule`.

@@ -28,7 +28,7 @@ class Model:
   buckets: list[dict[str, int]]  # MACs, parameters and number of timesteps of each rank bucket
   num_train_timesteps: int
   segments: list[list[int]]  # [first timestep, bucket]
-  factorised: list[str]  # names of the low-rank layers
+  factorized: list[str]  # names of the low-rank layers
   active_rank: dict[str, list[int]]  # by layer and bucket; a dense layer has its full rank
   ratio: list[float]  # active parameters over those of dense kernels, by bucket
   mean_ratio: float  # mean over t
@@ -127,7 +127,7 @@ def _describe_model(run: Run) -> Model | None:
     buckets=flops.describe_buckets(shape, plan),
     num_train_timesteps=plan.num_train_timesteps,
     segments=[list(segment) for segment in plan.segments],
-    factorised=[name for name, _ in plan.layers],
+    factorized=[name for name, _ in plan.layers],
     active_rank=ranks | {name: list(own.active) for name, own in plan.layers},
     ratio=ratio,
     mean_ratio=statistics.fmean(ratio[bucket] for bucket in plan.bucket_of_timestep),
@@ -135,12 +135,12 @@ def _describe_model(run: Run) -> Model | None:
 
 
 def choose_layer(arms: Sequence[Arm]) -> str:
-  """Return the layer whose r(t) is shown: a factorised one of the first low-rank arm, if any."""
+  """Return the layer whose r(t) is shown: a factorized one of the first low-rank arm, if any."""
   models = [arm.model for arm in arms if arm.model]
   if not models:
     return ""
-  first = next((model for model in models if model.factorised), models[0])
-  names = first.factorised or list(first.active_rank)
+  first = next((model for model in models if model.factorized), models[0])
+  names = first.factorized or list(first.active_rank)
   alike = [[name for name in names if name.endswith(end)] for end in SHOWN_LAYERS]
   chosen = next(filter(None, alike), names)
   return chosen[len(chosen) // 2]

@@ -91,8 +91,8 @@ class Comparison:
   rows: list[Difference]
 
 
-def summarise(measured: Iterable[Measurement]) -> Cell:
-  """Summarise an arm's values in a group for each protocol."""
+def summarize(measured: Iterable[Measurement]) -> Cell:
+  """Summarize an arm's values in a group for each protocol."""
   values, groups = list(measured), []
   for protocol in unique(value.protocol for value in values):
     kept = [value for value in values if value.protocol == protocol]

@@ -125,7 +125,7 @@ def _pictures(report: Report) -> dict[str, list[tuple[str | None, str]]]:
   by_layer = f"Layer {report.layer}; a dense arm has its largest rank"
   rank = [
     (plots.rank_over_t(arms, report.layer), by_layer),
-    (plots.ratio_over_t(arms), "All factorised layers together; a dense arm has 1"),
+    (plots.ratio_over_t(arms), "All factorized layers together; a dense arm has 1"),
   ]
   loss = [
     (plots.loss_over_t(arms, "held_out"), "Held-out split, EMA weights"),

@@ -35,7 +35,7 @@ class Path:
   label: int | None
   steps: list[int]  # solver steps, from 0
   timesteps: list[int]
-  ranks: dict[str, list[int]]  # active ranks at these steps, by factorised layer
+  ranks: dict[str, list[int]]  # active ranks at these steps, by factorized layer
   image: str  # data URL
 
 

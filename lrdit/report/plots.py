@@ -20,7 +20,7 @@ INK = "#010203"  # placeholder for the page's text colour
 WIDTH, HEIGHT = 4.3, 3.1  # inches, about a phone's width, where text keeps its size
 MARKERS = "osD^vP"
 FEW_POINTS = 30  # a curve with fewer points marks each one
-MAX_POINTS = 600  # a longer curve shows means of neighbours
+MAX_POINTS = 600  # a longer curve shows means of neighbors
 SVG_SETTINGS = (
   {"svg.fonttype": "none", "svg.hashsalt": "lrdit"}
   | dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none")
@@ -94,7 +94,7 @@ def rank_over_t(arms: Sequence[Arm], layer: str) -> str | None:
 
 
 def ratio_over_t(arms: Sequence[Arm]) -> str | None:
-  """Plot the factorised layers' active parameters over those of dense kernels, as t varies."""
+  """Plot the factorized layers' active parameters over those of dense kernels, as t varies."""
   ratios = [arm.model.ratio if arm.model else None for arm in arms]
   return _over_t("ratio", arms, ratios, "active / dense parameters")
 
@@ -161,7 +161,7 @@ def training_curves(arms: Sequence[Arm], curve: str) -> str | None:
 def shorten(
   steps: Sequence[float], losses: Sequence[float | None]
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Average neighbours into at most `MAX_POINTS` points; gaps (None) become NaN."""
+  """Average neighbors into at most `MAX_POINTS` points; gaps (None) become NaN."""
   width = -(-len(steps) // MAX_POINTS)
   x, y = np.asarray(steps, np.float64), np.asarray(losses, np.float64)  # None becomes NaN
   starts = np.arange(0, len(x), width)

@@ -9,7 +9,7 @@ from lrdit.config.run_config import as_config
 from lrdit.experiment import Experiment
 from lrdit.model import flops
 from lrdit.report.arms import Arm, held_out_protocol
-from lrdit.report.compare import Cell, Measurement, Row, mark_protocols, summarise
+from lrdit.report.compare import Cell, Measurement, Row, mark_protocols, summarize
 from lrdit.report.fields import unique
 from lrdit.report.runs import DAMAGED, Run, SampleSet, as_dict, finite
 from lrdit.runtime.errors import UserError
@@ -31,7 +31,7 @@ SHARED_METRICS = ("recognition_accuracy_of_held_out_images", "num_samples", "num
 
 MODEL_ROWS = (
   ("parameters", "parameters", "count", None),
-  ("mean_ratio", "active / dense parameters of factorised layers, mean over t", "ratio", None),
+  ("mean_ratio", "active / dense parameters of factorized layers, mean over t", "ratio", None),
   ("mean_forward_macs", "MACs of a forward pass, mean over t", "macs", "ratio"),
   ("buckets", "each rank bucket: MACs of a forward pass, parameters", "buckets", None),
 )
@@ -45,7 +45,7 @@ def measure_rows(arms: Sequence[Arm]) -> list[Row]:
   ]
   measured = [[list(_run_rows(run)) for run in arm.runs] for arm in arms]
   for i, (row, _) in enumerate(measured[0][0]):
-    cells = [summarise(itertools.chain(*(run[i][1] for run in arm))) for arm in measured]
+    cells = [summarize(itertools.chain(*(run[i][1] for run in arm))) for arm in measured]
     rows.append(Row(*row, cells))
   rows += _sample_rows(arms)
   for row in rows:
@@ -110,12 +110,12 @@ def _sample_rows(arms: Sequence[Arm]) -> Iterator[Row]:
     alike = [[one for one in sets if one[2].settings == settings] for sets in everything]
     macs = [Cell(sampling_macs(sets[0][0], settings) if sets else None) for sets in alike]
     yield Row("Samples", "sampling_macs", "MACs of an image", "macs", "ratio", macs, settings)
-    rate = [summarise(itertools.chain(*(_sampling_speed(*one) for one in sets))) for sets in alike]
+    rate = [summarize(itertools.chain(*(_sampling_speed(*one) for one in sets))) for sets in alike]
     label = "images/s, without compilation"
     yield Row("Samples", "sampling_images_per_second", label, "rate", "ratio", rate, settings)
     for metric in dict.fromkeys(m for sets in alike for _, _, own in sets for m in own.metrics):
       measured = [itertools.chain(*(_metric(*one, metric) for one in sets)) for sets in alike]
-      yield Row("Samples", metric, *describe_metric(metric), [*map(summarise, measured)], settings)
+      yield Row("Samples", metric, *describe_metric(metric), [*map(summarize, measured)], settings)
 
 
 def sampling_macs(run: Run, settings: dict[str, Any]) -> int | None:

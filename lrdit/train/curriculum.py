@@ -48,7 +48,7 @@ def stage_order(start: str, num_groups: int) -> tuple[int, ...]:
   """Return the groups in the order in which training enters them.
 
   The order leads outward from the group at `start`, alternating between lower and higher
-  neighbours until one side is exhausted. "middle" is the lower of two middle groups.
+  neighbors until one side is exhausted. "middle" is the lower of two middle groups.
   """
   first = {"high": num_groups - 1, "low": 0, "middle": (num_groups - 1) // 2}[start]
   lower, higher = range(first - 1, -1, -1), range(first + 1, num_groups)

@@ -262,7 +262,7 @@ def test_heat_map_of_rank_truncation():
   figure = figures.truncation(TRUNCATION, TITLE, ("r(t)", [8] * 500 + [3] * 500))
   heat = figure.axes[0]
   assert f"Rank truncation: {TITLE}" in texts(figure) and legend(figure) == ["r(t)"]
-  assert heat.get_ylabel() == "rank k that the factorised layers are cut to"
+  assert heat.get_ylabel() == "rank k that the factorized layers are cut to"
   assert [t.get_text() for t in heat.get_yticklabels()] == ["2", "4", "8"]
   mesh, contours = heat.collections[:2]
   corners = mesh.get_coordinates()

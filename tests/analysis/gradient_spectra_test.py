@@ -40,7 +40,7 @@ def make_objective(arm="adaptive", **overrides):
 
 @functools.cache
 def make_params(objective):
-  """Away from the zero output of initialisation."""
+  """Away from the zero output of initialization."""
   params = dit.init_params(objective.model, jax.random.key(0))
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -383,7 +383,7 @@ def test_finished_units_are_not_measured_again(analysis):
 
 
 def test_layers_without_gradient_have_rank_and_overlap_of_nothing(tmp_path):
-  """At initialisation the model's output is zero, and all but the last layer's gradient."""
+  """At initialization the model's output is zero, and all but the last layer's gradient."""
   objective = make_objective("full", data__num_classes=0)
   params = dit.init_params(objective.model, jax.random.key(0))
   result = gradient_spectra.analyze_gradients(

@@ -26,13 +26,13 @@ def layer(params, name=NAME):
 def test_a_dense_kernel_becomes_its_best_approximation(rank, name):
   config = tiny_config("method=full")
   params = jax.device_get(noisy_params(config))
-  cut = truncation.Truncator(params, Experiment(config).factorised_layers).cut(rank)
+  cut = truncation.Truncator(params, Experiment(config).factorized_layers).cut(rank)
   got, kernel = layer(cut, name)["kernel"], np.asarray(layer(params, name)["kernel"], np.float64)
   sigma = np.linalg.svd(kernel, compute_uv=False)
   assert np.linalg.matrix_rank(got.astype(np.float64), tol=1e-4) == rank
   # Eckart and Young: no matrix of the rank is nearer.
   assert np.linalg.norm(kernel - got) == pytest.approx(np.sqrt(np.square(sigma[rank:]).sum()), 1e-5)
-  dense = "final_layer/linear"  # which no arm factorises
+  dense = "final_layer/linear"  # which no arm factorizes
   np.testing.assert_array_equal(layer(cut, dense)["kernel"], layer(params, dense)["kernel"])
 
 
@@ -55,7 +55,7 @@ def test_a_low_rank_layer_keeps_its_first_components():
 def test_nothing_is_cut_at_the_largest_rank(method):
   config = tiny_config(f"method={method}")
   params = jax.device_get(noisy_params(config))
-  truncator = truncation.Truncator(params, Experiment(config).factorised_layers)
+  truncator = truncation.Truncator(params, Experiment(config).factorized_layers)
   placed = []
   cut = truncator.cut(truncator.largest_rank, lambda values: placed.append(values) or values)
   jax.tree.map(np.testing.assert_array_equal, cut, params)
@@ -65,7 +65,7 @@ def test_nothing_is_cut_at_the_largest_rank(method):
 def test_rises_are_over_the_whole_model_and_are_kept(tmp_path):
   config = tiny_config("method=full")
   params = jax.device_get(noisy_params(config))
-  truncator = truncation.Truncator(params, Experiment(config).factorised_layers)
+  truncator = truncation.Truncator(params, Experiment(config).factorized_layers)
   asked = []
 
   def losses_of(cut):

@@ -85,11 +85,11 @@ def test_a_broken_config_file_is_named(text, argument, words, where, tmp_path, c
 
 
 def test_a_config_file_whose_import_is_broken_names_what_it_imports(tmp_path, capsys, monkeypatch):
-  (tmp_path / "mine.py").write_text("import broken_neighbour\n")
-  (tmp_path / "broken_neighbour.py").write_text("x = (\n")
+  (tmp_path / "mine.py").write_text("import broken_neighbor\n")
+  (tmp_path / "broken_neighbor.py").write_text("x = (\n")
   monkeypatch.syspath_prepend(tmp_path)
   argv = [f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/run"]
-  words = f"{tmp_path}/broken_neighbour.py:1: SyntaxError"
+  words = f"{tmp_path}/broken_neighbor.py:1: SyntaxError"
   assert_mistake(capsys, monkeypatch, argv, 2, words, tmp_path)
 
 

@@ -53,7 +53,7 @@ MISTAKES = {
   "more blocks than there are": (["--config.rank.first_n_blocks=9"], 1, "rank.first_n_blocks=9"),
   "unknown dataset": (["--config.data.name=mnist"], 1, "data.name='mnist' must be one of"),
   "layers that are no names": (["--config.rank.dense_layers=(1,2)"], 1, "must be names of layers"),
-  "no layer left": (['--config.rank.dense_layers=("*",)'], 1, "leaves no layer to factorise"),
+  "no layer left": (['--config.rank.dense_layers=("*",)'], 1, "leaves no layer to factorize"),
   "mean that cannot be met": (["--config.rank.ratio=1"], 1, "rank.match=activated cannot be met"),
   "rate beyond float32": (["--config.optimizer.learning_rate=1e39"], 1, "(1e-37, 1e30)"),
   "noise of another solver": (

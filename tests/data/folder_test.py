@@ -274,7 +274,7 @@ def test_an_oblong_image_is_cropped_to_its_centre(tmp_path, told, height, width)
   top, left = (height - SIZE) // 2, (width - SIZE) // 2
   expected = image[top : top + SIZE, left : left + SIZE]
   np.testing.assert_array_equal(load_one(tmp_path, image), expected)
-  assert messages(told) == [("INFO", "1 of 1 images are not square: only the centre is used")]
+  assert messages(told) == [("INFO", "1 of 1 images are not square: only the center is used")]
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 2 * SIZE), (3, 5), (37, 53)])

@@ -69,7 +69,7 @@ def test_16_bit_grey_is_read_by_its_upper_byte():
   assert image.mode == "I;16"
   got = images.fit(images.decode(encoded(image, "PNG")), 0, 8, 1)
   np.testing.assert_array_equal(got[..., 0], values >> 8)
-  # The key is one of 65,536 values: its neighbours of the same upper byte stay.
+  # The key is one of 65,536 values: its neighbors of the same upper byte stay.
   values[0, :2] = 40_000, 40_001
   file = encoded(Image.fromarray(values), "PNG", transparency=40_000)
   expected = values >> 8

@@ -161,7 +161,7 @@ def test_a_kill_before_the_progress_is_removed_only_needs_to_finish(directory, t
   assert contents(killed) == contents(directory)
 
 
-def test_a_finished_directory_is_recognised(directory):
+def test_a_finished_directory_is_recognized(directory):
   writer = latents.LatentWriter(directory, DESCRIPTION, COUNTS)
   assert writer.is_complete
   assert writer.num_done("train") == 7

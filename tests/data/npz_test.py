@@ -75,8 +75,8 @@ def test_transparent_arrays_are_laid_over_white(make_npz, told):
 def test_arrays_of_another_size_are_cropped_and_resized(make_npz, told):
   image = batch(height=SIZE, width=2 * SIZE)
   path = make_npz(image=image)
-  centre = image[:, :, SIZE // 2 : -SIZE // 2]
-  np.testing.assert_array_equal(read(load_both(path)[0])[0], centre[~HELD_OUT])
+  center = image[:, :, SIZE // 2 : -SIZE // 2]
+  np.testing.assert_array_equal(read(load_both(path)[0])[0], center[~HELD_OUT])
   assert "are not square" in told.messages[0]
   large = load_both(path, image_size=2 * SIZE)[0]
   assert large.image_shape == (2 * SIZE, 2 * SIZE, 3)

@@ -63,7 +63,7 @@ def test_the_classifier_learns_and_its_features_tell_the_classes():
   accuracy = (predictions == held_out.labels).mean()
   assert accuracy > 0.9
   assert extractor.held_out_accuracy == accuracy
-  # By the features alone: an image's nearest neighbour has its label.
+  # By the features alone: an image's nearest neighbor has its label.
   distances = np.square(features[:, None] - features).sum(-1) + 1e9 * np.eye(60)
   assert (held_out.labels[distances.argmin(axis=1)] == held_out.labels).mean() > 0.8
 
@@ -81,7 +81,7 @@ print(classifier.train_classifier(source, held_out, settings).held_out_accuracy)
 
 
 @pytest.mark.slow
-def test_the_classifier_recognises_digits():
+def test_the_classifier_recognizes_digits():
   # In optimised code, which takes a tenth of the time.
   flags = os.environ["XLA_FLAGS"].replace("--xla_backend_optimization_level=0", "")
   done = subprocess.run(

@@ -45,7 +45,7 @@ def random_network(tmp_path_factory):
     network = module.FeatureExtractorInceptionV3("random", ["2048"], "none")
   for name, tensor in network.state_dict().items():
     if name.endswith("conv.weight"):
-      tensor.mul_(6**0.5)  # He initialisation: the features do not vanish
+      tensor.mul_(6**0.5)  # He initialization: the features do not vanish
   path = tmp_path_factory.mktemp("inception") / "weights.pth"
   torch.save(network.state_dict(), path)
   return network, path

@@ -147,10 +147,10 @@ def test_kernel_distance_is_unbiased_and_fixed_by_its_seed(monkeypatch):
   assert metrics.kernel_distance(x, y, seed=1) != (mean, std)
 
 
-def brute_force_covered(features, centres, k):
-  radii = [sorted(np.linalg.norm(centres - c, axis=1))[k] for c in centres]
+def brute_force_covered(features, center, k):
+  radii = [sorted(np.linalg.norm(center - c, axis=1))[k] for c in center]
   inside = [
-    any(np.linalg.norm(x - c) <= r for c, r in zip(centres, radii, strict=True)) for x in features
+    any(np.linalg.norm(x - c) <= r for c, r in zip(center, radii, strict=True)) for x in features
   ]
   return np.mean(inside)
 
@@ -185,7 +185,7 @@ def test_precision_and_recall_know_collapse_copies_and_distance():
 
 @pytest.mark.parametrize("blocks", [(1024, 8192), (3, 2)])
 def test_a_distance_that_is_the_radius_is_within_it_whatever_the_rounding(monkeypatch, blocks):
-  """Every point is as far from its neighbour as the real ones are from theirs."""
+  """Every point is as far from its neighbor as the real ones are from theirs."""
   monkeypatch.setattr(metrics, "BLOCK_ROWS", blocks[0])
   monkeypatch.setattr(metrics, "BLOCK_COLUMNS", blocks[1])
   turn = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0]

@@ -83,7 +83,7 @@ def test_a_reference_is_of_all_images_and_keeps_features_of_some(pixel):
   assert whole.fingerprint["num_features"] == NUM
 
 
-def test_real_images_are_quantised_as_generated_ones_are(pixel):
+def test_real_images_are_quantized_as_generated_ones_are(pixel):
   scans = np.random.default_rng(0).uniform(-1, 1, (20, SIZE, SIZE, 3)).astype(np.float32)
   source = sources.Source(scans, np.zeros(20, np.int32), 0, {"name": "made"})
   reference = references.compute_reference(source, pixel, max_features=20)
@@ -139,7 +139,7 @@ def test_a_kept_reference_gives_the_same_metrics_to_the_last_bit(pixel, tmp_path
   assert [file.name for file in path.parent.iterdir()] == ["reference.npz"]
 
 
-def test_labels_are_recognised_where_the_extractor_predicts_them():
+def test_labels_are_recognized_where_the_extractor_predicts_them():
   extractor = FakeClassifier()
   reference = references.compute_reference(made_source(), extractor, 25)
   scans = generated(30)
@@ -157,7 +157,7 @@ def test_labels_are_recognised_where_the_extractor_predicts_them():
 @pytest.mark.parametrize(
   ("changed", "field"),
   [
-    (dict(crop="centre"), "data.crop"),
+    (dict(crop="center"), "data.crop"),
     (dict(split="eval"), "data.split"),
     (dict(digest="other"), "data.digest"),
     (dict(size=8), "image_shape"),

@@ -123,7 +123,7 @@ def test_forward_counts_every_traced_product(method, learn_sigma):
   ("arm", "num_devices"), [("full", 1), ("static", 4), ("adaptive", 4), ("masked", 1)]
 )
 def test_training_counts_every_traced_product(arm, num_devices):
-  # The first layers, whose inputs need no gradient, are factorised as well.
+  # The first layers, whose inputs need no gradient, are factorized as well.
   ranks = dict(rank__dense_layers=("blocks_0/mlp",), rank__match="total", rank__multiple_of=1)
   config = arm_config(arm, training__batch_size=32, **ranks)
   step, args, groups = training(config, jax.devices()[:num_devices])

@@ -138,7 +138,7 @@ def test_a_layer_starts_at_its_kernel_and_every_component_can_learn(kernel_init)
   assert (size > 1e-2 * size.max()).all()
 
 
-def test_a_zero_kernel_is_recognised_under_jit():
+def test_a_zero_kernel_is_recognized_under_jit():
   x = factors()[2]
   module = low_rank.LowRankDense(D_OUT, ACTIVE, kernel_init=initializers.constant(0.0))
   variables = jax.jit(lambda key: module.init(key, x, low_rank.uniform_selection(B)))(

@@ -83,8 +83,8 @@ def test_group_norm_survives_a_large_mean():
   norm = vae._group_norm(2, "norm")
   output = norm.apply(norm.init(jax.random.key(0), x), x)
   groups = x.astype(np.float64).reshape(1, 64, 2, 2)
-  centred = groups - groups.mean((1, 3), keepdims=True)
-  expected = centred / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-6)
+  centered = groups - groups.mean((1, 3), keepdims=True)
+  expected = centered / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-6)
   np.testing.assert_allclose(output, expected.reshape(x.shape), rtol=0, atol=1e-3)
 
 

@@ -72,7 +72,7 @@ def test_losses_are_evaluation_s_of_the_whole_model_and_of_the_cut_one(analyzed)
 
   np.testing.assert_allclose(found["baseline"], losses_of(run.params), rtol=1e-6)
   flat = flax.traverse_util.flatten_dict(run.params, sep="/")
-  for name in Experiment(config).factorised_layers:
+  for name in Experiment(config).factorized_layers:
     u, sigma, vt = np.linalg.svd(flat[f"{name}/kernel"], full_matrices=False)
     flat[f"{name}/kernel"] = (u[:, :2] * sigma[:2]) @ vt[:2]
   expected = losses_of(flax.traverse_util.unflatten_dict(flat, sep="/"))

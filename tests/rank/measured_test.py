@@ -109,7 +109,7 @@ def test_a_config_reads_r_of_t_from_the_analysis_and_keeps_it(tmp_path):
     ({"rise": [[1.0, 2.0, 3.0]] * 3}, "not an analysis"),
     ({"boundaries": "abc"}, "not an analysis"),
     ({"layers": None}, "not an analysis"),
-    ({"layers": ["foo"]}, "is of another model: other layers are factorised"),
+    ({"layers": ["foo"]}, "is of another model: other layers are factorized"),
     ({"model": {"depth": 28}}, "is of another model: .*model.depth"),
     ({"diffusion": {"prediction": "epsilon"}}, "another model: diffusion.prediction"),
     ({"boundaries": (0, 500, 900)}, "must rise from 0 to 1000"),

@@ -30,7 +30,7 @@ def test_schedules_match_the_reference_at_every_listed_timestep(case):
 
 @pytest.mark.parametrize("case", REFERENCE["matching"], ids=case_id)
 def test_matching_without_buckets_finds_the_reference_rank(case):
-  segments, levels = rank_plan.quantise(schedules.schedule_height(case["schedule"], 1000), 1000)
+  segments, levels = rank_plan.quantize(schedules.schedule_height(case["schedule"], 1000), 1000)
   bucket = rank_plan.RankPlan(1000, segments, ()).bucket_of_timestep
   target, counts = case["target_mean_rank"], np.bincount(bucket)
   ranks = rank_plan.match_activated(target, 600, levels, counts, case["min_ratio"], 1)
@@ -127,7 +127,7 @@ def test_total_allocates_the_static_rank(schedule):
 @pytest.mark.parametrize("schedule", ADAPTIVE)
 def test_buckets_follow_the_schedule_and_ascend(schedule):
   height = schedules.schedule_height(schedule, 1000)
-  segments, levels = rank_plan.quantise(height, 5)
+  segments, levels = rank_plan.quantize(height, 5)
   got = levels[rank_plan.RankPlan(1000, segments, ()).bucket_of_timestep]
   assert np.abs(got - height).max() <= 0.5 / 4 + 1e-9
   assert (np.diff(levels) > 0).all()
@@ -144,7 +144,7 @@ def test_a_plan_is_hashable_and_at_bucket_keeps_one_rank():
 
 
 def test_midpeak_visits_a_bucket_twice():
-  segments, _ = rank_plan.quantise(schedules.schedule_height("midpeak", 1000), 3)
+  segments, _ = rank_plan.quantize(schedules.schedule_height("midpeak", 1000), 3)
   assert [bucket for _, bucket in segments] == [0, 1, 2, 1, 0]
 
 
@@ -185,15 +185,15 @@ def test_dense_layers_by_name_prefix_and_pattern():
   assert "blocks_0/mlp/fc1" not in select(dense=["blocks_0/mlp"])
   assert "blocks_1/mlp/fc1" in select(dense=["blocks_0/mlp"])
   assert not any("adaln" in n for n in select(dense=["blocks_*/adaln", "final_layer/adaln"]))
-  with pytest.raises(UserError, match="leaves no layer to factorise"):
+  with pytest.raises(UserError, match="leaves no layer to factorize"):
     select(dense=["*"])
-  with pytest.raises(UserError, match="leaves no layer to factorise"):
+  with pytest.raises(UserError, match="leaves no layer to factorize"):
     select(dense=["blocks_0"], first=1)
   with pytest.raises(UserError, match="fits no layer"):
     select(dense=["blocks_9"])
 
 
-def test_first_and_last_blocks_limit_what_is_factorised():
+def test_first_and_last_blocks_limit_what_is_factorized():
   def blocks(names):
     return {n.split("/")[0] for n in names}
 

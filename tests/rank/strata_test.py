@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from lrdit.rank import schedules
-from lrdit.rank.plan import RankPlan, quantise
+from lrdit.rank.plan import RankPlan, quantize
 from lrdit.rank.strata import rank_groups, stratified_timesteps, stratum_bounds, uniform_strata
 from lrdit.runtime import parallel
 
 
 def make_plan(schedule, num_buckets):
-  segments, levels = quantise(schedules.schedule_height(schedule, 1000), num_buckets)
+  segments, levels = quantize(schedules.schedule_height(schedule, 1000), num_buckets)
   return RankPlan(1000, segments, ()), levels
 
 

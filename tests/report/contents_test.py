@@ -164,7 +164,7 @@ def test_adaptive_arms_are_compared_with_the_first_of_them(tmp_path):
 
 def test_accuracy_is_compared_in_points():
   def cell(*values):
-    return compare.summarise(
+    return compare.summarize(
       compare.Measurement(value, str(i), i, {}) for i, value in enumerate(values)
     )
 

@@ -91,7 +91,7 @@ def test_slots_are_in_order_and_each_timestep_of_a_range_is_equally_likely(posit
 @pytest.mark.parametrize("schedule", ["logistic_decreasing", "midpeak", "increasing"])
 @pytest.mark.parametrize("num_devices", [1, 4])
 def test_no_rank_above_what_the_stage_needs_is_computed(start, schedule, num_devices):
-  segments, _ = rank_schedule.quantise(schedules.schedule_height(schedule, 1000), 5)
+  segments, _ = rank_schedule.quantize(schedules.schedule_height(schedule, 1000), 5)
   plan = RankPlan(1000, segments, ())
   _, made = stages(start, 64)
   for stage in made:
@@ -111,7 +111,7 @@ def test_no_rank_above_what_the_stage_needs_is_computed(start, schedule, num_dev
 
 
 def test_the_first_stage_from_high_costs_the_lowest_rank():
-  segments, _ = rank_schedule.quantise(schedules.schedule_height("logistic_decreasing", 1000), 4)
+  segments, _ = rank_schedule.quantize(schedules.schedule_height("logistic_decreasing", 1000), 4)
   plan = RankPlan(1000, segments, ())
   _, made = stages("high", 64)
   for compute in COMPUTES:

@@ -388,7 +388,7 @@ def test_golden_one_step_metrics():
   """Three steps of each arm, to the digits float32 keeps across machines.
 
   Regenerate tests/golden/one_step.json (print `got` below) only for a change
-  that is meant to alter the numbers of training: the initialisation, the
+  that is meant to alter the numbers of training: the initialization, the
   randomness, the loss, the optimizer or the rank plan. Never to quiet a change
   that should not have touched them.
   """
