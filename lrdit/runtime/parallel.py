@@ -1,4 +1,4 @@
-"""The only module that puts arrays on devices: pmap for training, shardings for sampling.
+"""The only module that makes pmaps, for training, and shardings, for sampling.
 
 Every process runs the same program on its host's devices. Training's collectives span all devices.
 Sampling has none, and each process computes its own rows of a batch. Axes: n devices of this
