@@ -216,7 +216,8 @@ class SampleSetWriter:
 
   def _start_over(self) -> None:
     """Remove the set's files, first the one that marks it as finished."""
-    for name in ("metadata.json", "progress.json", "samples.npz", "samples.part", "grid.png"):
+    own = ("metadata.json", "progress.json", "samples.npz", "samples.part", "grid.png")
+    for name in (*own, "path.png", "path.json"):
       (self.directory / name).unlink(missing_ok=True)
     store.remove_directory(self._pngs.directory)
     self._rows.path.touch()
