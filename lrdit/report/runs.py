@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from lrdit.config.run_config import read_changes
-from lrdit.config.schema import Role, fields_of
+from lrdit.config.schema import Role, fields_of, upgrade
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.store import flatten
 
@@ -98,6 +98,7 @@ def read_run(name: str) -> Run:
   lines = _read_lines(path, notes)
   evaluation = _read_object(path / "evaluation.json", notes) or {}
   _drop_damaged_groups(evaluation, notes)
+  config = upgrade(config)
   sample_sets = _read_sample_sets(path, config, evaluation, notes)
   changes = read_changes(path)
   for change in changes:

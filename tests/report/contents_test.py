@@ -304,6 +304,20 @@ def test_damaged_timestep_groups_and_paths_become_notes(tmp_path):
   assert "The path of one sample" not in render(made)
 
 
+def test_a_run_of_an_older_version_is_in_the_arm_of_a_new_one(tmp_path):
+  def age(config):
+    del config["rank"]["logistic_steepness"]
+    config["optimizer"].pop("beta1")
+    config["training"]["eval_every_steps"] = 0  # stood for None
+
+  new, old = make_run(tmp_path / "new"), make_run(tmp_path / "old", seed=1)
+  edit(tmp_path / "old" / "config.json", age)
+  made = make_report([new, old], "out")
+  assert len(made.arms) == 1
+  assert made.arms[0].model is not None
+  assert notes_of(made) == ""
+
+
 def test_a_config_of_another_version_becomes_a_note(tmp_path, render_text):
   make_run(tmp_path / "run")
   write(tmp_path / "run" / "config.json", {"method": "full", "seed": 0, "model": {"width": 3}})
