@@ -219,13 +219,13 @@ MISTAKES = {
   "analysis that is nowhere": (
     [MEASURED, "--config.rank.analysis={tmp}/none"],
     1,
-    "none' is not there",
+    "none' does not exist",
   ),
   "analysis that is text": ([MEASURED, "--config.rank.analysis={tmp}/file"], 1, "not an analysis"),
   "analysis that nothing reads": (["--config.rank.analysis=x"], 1, "needs rank.schedule=measured"),
   "shares that nothing reads": ([f"{SHARES}(1,)"], 1, "needs rank.schedule=measured"),
   "boundaries that nothing reads": ([f"{BOUNDARIES}(0,9)"], 1, "needs rank.schedule=measured"),
-  "measured at equal size": ([MEASURED, "--config.rank.match=total"], 1, "must be activated where"),
+  "measured at equal size": ([MEASURED, "--config.rank.match=total"], 1, "must be activated with"),
   "shares above one": (
     [MEASURED, f"{SHARES}(0.5,2)", f"{BOUNDARIES}(0,500,1000)"],
     1,
