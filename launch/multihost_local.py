@@ -9,8 +9,8 @@ GRACE       seconds that the others have to end after SIGTERM, before they are k
 PJRT_NPROC  XLA's threads in each process (default an even share of the cores)
 
 If one process fails, all end; then all start again and resume, unless one ended with status 1 or 2,
-a mistake. SIGTERM and Ctrl-C are passed on as SIGTERM: a training saves and ends with status 75,
-exports and evaluations die of it (143), and the same command goes on. A second Ctrl-C kills all.
+a mistake. SIGTERM and Ctrl-C are passed on as SIGTERM: training saves and exits with 75, sampling
+and evaluation exit with 143; rerun the same command to continue. A second Ctrl-C kills all.
 """
 
 import os

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
 from lrdit.config.resolve import resolve_for_run
@@ -71,7 +71,7 @@ class Run:
     experiment = Experiment(resolve_for_run(config, str(self.workdir)))
     rule = make_label_rule(experiment.config)
     if labels is not None:
-      given = np.broadcast_to(np.asarray(labels, np.int32), (n,))
+      given = _check_labels(labels, n, experiment.shape.num_classes)
       rule = functools.partial(np.take, given, mode="clip")  # the last batch is padded
     digest = read_vae_digest(self.workdir) if config.vae.downsample_factor else ""
     to_pixels = experiment.to_pixels(devices, digest)
@@ -80,6 +80,19 @@ class Run:
     if not all(are_finite.all() for _, are_finite in batches):
       raise UserError("samples are not finite: lower the guidance scale, or train longer")
     return np.concatenate([pixels for pixels, _ in batches])
+
+
+def _check_labels(labels: int | Sequence[int], n: int, num_classes: int) -> Int[np.ndarray, " n"]:
+  """Return the labels of n images; raise a UserError unless the model has such labels."""
+  if not num_classes:
+    raise UserError("labels are given, and the model has no classes: leave them out")
+  given = np.asarray(labels)
+  if given.shape not in ((), (n,)):
+    raise UserError(f"labels of shape {given.shape} are given for {n} images: give one, or {n}")
+  bad = given[~np.isin(given, np.arange(num_classes))]
+  if bad.size:
+    raise UserError(f"label {bad[0]} is not a class: use whole numbers from 0 to {num_classes - 1}")
+  return np.broadcast_to(given.astype(np.int32), (n,))
 
 
 def open_run(workdir: str | pathlib.Path) -> Run:

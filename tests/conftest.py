@@ -14,8 +14,8 @@ from lrdit.runtime import startup
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("LRDIT_TEST_PLATFORM", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
-  # Small shapes gain nothing from optimised code, and it takes longer to compile. Whatever else
-  # the environment asks for, the instructions of another CPU say, stays.
+  # Small shapes gain nothing from optimized code, and it takes longer to compile. Other XLA
+  # flags, such as another CPU's instruction set, are kept.
   os.environ["XLA_FLAGS"] = " ".join(
     dict.fromkeys(["--xla_backend_optimization_level=0", *os.environ.get("XLA_FLAGS", "").split()])
   )

@@ -23,8 +23,12 @@ def test_no_flags_and_help(capsys, monkeypatch):
   assert "--mode" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("mode", ["train", "benchmark"])
-def test_a_dry_run_prints_the_resolved_run_and_writes_nothing(mode, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+  ("mode", "data"), [("train", "train 1498, eval 299"), ("benchmark", "digits: not read")]
+)
+def test_a_dry_run_prints_the_resolved_run_and_writes_nothing(
+  mode, data, tmp_path, capsys, monkeypatch
+):
   monkeypatch.chdir(tiny.ROOT)
   argv = tiny.command(tmp_path / "run", f"--mode={mode}", "--dry_run", arg="method=adaptive")
   assert main.run(argv[1:]) == 0
@@ -33,8 +37,30 @@ def test_a_dry_run_prints_the_resolved_run_and_writes_nothing(mode, tmp_path, ca
   ranks = experiment.plan.by_name["blocks_1/mlp/fc1"].active
   assert f"1 of dense; 1 of rank {', '.join(map(str, ranks))}\n" in printed
   parameters = flops.num_parameters(experiment.shape, experiment.plan)
-  for words in ("adaptive", f"{parameters:,}", "train 1498, eval 299", "4 x cpu", f"{tmp_path}"):
+  for words in ("adaptive", f"{parameters:,}", data, "4 x cpu", f"{tmp_path}"):
     assert words in printed
+  assert "tensorboard/" not in printed
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_lists_the_files_of_tensorboard_and_the_profiler(tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tiny.ROOT)
+  fields = ("--config.training.tensorboard=True", "--config.training.profile_steps=(2,2)")
+  assert main.run(tiny.command(tmp_path / "run", "--dry_run", *fields)[1:]) == 0
+  assert "samples/step_*.png, tensorboard/, profile/\n" in capsys.readouterr().out
+
+
+def test_a_dry_run_needs_no_more_than_its_mode(tmp_path, capsys, monkeypatch):
+  def run(*flags):
+    argv = [f"--workdir={tmp_path / 'run'}", "--dry_run", *flags]
+    return run_in_process(capsys, monkeypatch, argv)
+
+  no_data = ("--config=configs/cifar10.py", "--config.data.data_dir=/nowhere")
+  assert run(*no_data, "--mode=benchmark", "--config.sampling.batch_size=8")[0] == 0
+  sections = "--config.analysis.sections=('flops',)"
+  assert run(*no_data, "--mode=analyze", sections)[0] == 0
+  status, stderr = run(*no_data, "--mode=analyze", "--config.analysis.sections=('weights',)")
+  assert_one_line(status, 1, stderr, "is not the workdir of a run")
   assert not list(tmp_path.iterdir())
 
 

@@ -51,6 +51,26 @@ def test_labels_are_one_class_or_one_for_each_image(workdir):
   assert (three[0] != given[0]).any()
 
 
+@pytest.mark.parametrize(
+  ("labels", "message"),
+  [
+    (10, "label 10 is not a class: use whole numbers from 0 to 9"),
+    ([0, -1], "label -1 is not a class"),
+    ([0, 1, 2], r"labels of shape \(3,\) are given for 2 images: give one, or 2"),
+    ([1], "give one, or 2"),
+  ],
+)
+def test_labels_that_no_image_can_have_are_refused(workdir, labels, message):
+  with pytest.raises(UserError, match=message):
+    lrdit.open_run(workdir).sample(2, labels=labels)
+
+
+def test_labels_of_a_model_without_classes_are_refused(tmp_path):
+  store_config(tmp_path, tiny.tiny_config(data__num_classes=0))
+  with pytest.raises(UserError, match="the model has no classes: leave them out"):
+    lrdit.open_run(tmp_path).sample(2, labels=0)
+
+
 def test_mistakes_are_refused(workdir, tmp_path):
   with pytest.raises(UserError, match="not the workdir of a run"):
     lrdit.open_run(tmp_path)

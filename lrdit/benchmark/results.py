@@ -128,7 +128,7 @@ def describe(config: ConfigDict, devices: parallel.Devices) -> dict[str, Any]:
     "num_steps": s.num_steps,
     "guidance_scale": s.guidance_scale,
     "steps": b.steps,
-    "sampling_runs": b.sampling_runs or 0,
+    "sampling_runs": b.sampling_runs,
     "compile_threads": b.compile_threads,
     "memory_bytes_are": MEMORY_MEANING,
   }

@@ -78,15 +78,24 @@ def several(*own: str, names: str = "") -> Check:
   return Check(lambda value: set(value) <= {*words()}, lambda: f"some of {', '.join(words())}")
 
 
-def rising(low: int, *lengths: int) -> Check:
-  """Return the check for rising whole numbers from `low`, whose count is in `lengths` if given."""
-  count = f"{' or '.join(map(str, lengths))} " if lengths else ""
+def rising(low: int) -> Check:
+  """Return the check for rising whole numbers from `low`."""
 
   def accepts(value: Any) -> bool:
-    fits = all(whole(low).accepts(x) for x in value) and (not lengths or len(value) in lengths)
+    fits = all(whole(low).accepts(x) for x in value)
     return fits and all(x < y for x, y in itertools.pairwise(value))
 
-  return Check(accepts, lambda: f"{count}rising numbers from {low} to 2**31 - 1")
+  return Check(accepts, lambda: f"rising numbers from {low} to 2**31 - 1")
+
+
+def span(low: int) -> Check:
+  """Return the check for () or (first, last), both included, of whole numbers from `low`."""
+
+  def accepts(value: Any) -> bool:
+    fits = len(value) in (0, 2) and all(whole(low).accepts(x) for x in value)
+    return fits and list(value) == sorted(value)
+
+  return Check(accepts, lambda: f"() or (first, last), {low} <= first <= last <= 2**31 - 1")
 
 
 # The check for a file or directory; `Field.check` also checks the path itself.

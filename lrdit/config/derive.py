@@ -31,7 +31,7 @@ def model_shape(config: ConfigDict) -> dit.DiTShape:
 def factorized_layers(config: ConfigDict) -> list[str]:
   """Return the names of the layers that a low-rank arm factorizes, whatever the config's arm."""
   rank, shapes = config.rank, dit.layer_shapes(model_shape(config))
-  first, last = rank.first_n_blocks or 0, rank.last_n_blocks or 0
+  first, last = rank.first_n_blocks, rank.last_n_blocks
   return plan.select_layers(shapes, rank.dense_layers, first, last, config.model.depth)
 
 

@@ -30,7 +30,7 @@ def read_truncation(path: str) -> dict[str, Any]:
     if any(None not in row for row in found["rise"]):
       cause = "has losses that are not finite: analyze an intact run"
   except (FileNotFoundError, IsADirectoryError):
-    cause = "is not there: it is analysis/truncation.json of a workdir after --mode=analyze"
+    cause = "does not exist: name the analysis/truncation.json that --mode=analyze writes"
   except (ValueError, KeyError, TypeError):
     cause = "is not an analysis: give analysis/truncation.json of a workdir"
   raise UserError(f"config.rank.analysis={path!r} {cause}")
@@ -106,10 +106,10 @@ def fill_in(config: ConfigDict) -> None:
     for field in ("analysis", "measured_shares", "measured_boundaries"):
       require(not rank[field], f"rank.{field}", rank[field], "needs rank.schedule=measured")
     return
-  rule = "must be activated where rank.schedule=measured: its mean is what is met"
+  rule = "must be activated with rank.schedule=measured, which matches the mean rank"
   require(rank.match == "activated", "rank.match", rank.match, rule)
   if not rank.measured_shares:
-    rule = "is missing: name analysis/truncation.json of a run after --mode=analyze"
+    rule = "is missing: name the analysis/truncation.json that --mode=analyze writes"
     require(rank.analysis != "", "rank.analysis", rank.analysis, rule)
     ranks = measured_ranks(config, found := read_truncation(rank.analysis))
     rank.measured_shares = tuple(float(r / ranks.max()) for r in ranks)

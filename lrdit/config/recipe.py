@@ -30,16 +30,19 @@ def load(flag: str) -> ConfigDict:
     raise UserError(f"--config={flag} has a colon too many: {fix}", 2)
   if not path:
     raise UserError(f"--config={flag} names no file: write FILE or FILE:KEY=VALUE,...", 2)
-  path = local_path("--config", path, 2)
+  return load_file(local_path("--config", path, 2), *([argument] if colon else []))
+
+
+def load_file(path: str, *arguments: str) -> ConfigDict:
+  """Return the config of a file, with at most one argument; errors are as in `load`."""
   module = _run(path)
   get_config = getattr(module, "get_config", None)
   if not callable(get_config):
     raise UserError(f"--config: {path} defines no function get_config, which gives the config", 2)
-  arguments = [argument] if colon else []
   try:
     inspect.signature(get_config).bind(*arguments)
   except TypeError as error:
-    fix = "leave out what follows the colon" if colon else "write FILE:ARGUMENT"
+    fix = "leave out what follows the colon" if arguments else "write FILE:ARGUMENT"
     raise UserError(f"--config: get_config of {path}: {error}: {fix}", 2) from error
   config = _call(path, get_config, *arguments)
   if not isinstance(config, ConfigDict):

@@ -92,7 +92,7 @@ def _check_sampling(config: ConfigDict) -> None:
     require(classes > 0, field, s.guidance_scale, rule)
     rule = "needs a null class, which config.model.class_dropout_rate=0 never trains: use 1"
     require(config.model.class_dropout_rate > 0, field, s.guidance_scale, rule)
-  rule = f"is noise of ddim, and config.sampling.solver={s.solver!r} has none to set: use 0"
+  rule = f"applies only to ddim; solver {s.solver} is deterministic or fixes its own noise: use 0"
   require(s.eta == 0 or s.solver == "ddim", "sampling.eta", s.eta, rule)
   rule = "would cut latents, which are not bounded by 1 as pixels are: use False"
   clips = s.clip_x_0 and config.vae.downsample_factor

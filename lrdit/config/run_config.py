@@ -14,7 +14,7 @@ from lrdit.runtime import cluster
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.store import atomic_path, changes, flatten, write_json
 from lrdit.runtime.workdir import has_begun
-from lrdit.train.run_files import check_same
+from lrdit.train.run_files import check_same_on_all
 
 CHANGES = "changes.jsonl"
 
@@ -27,7 +27,7 @@ def open_trained(path: str, config: ConfigDict) -> pathlib.Path:
   Raises:
     UserError: it is no workdir or another run's, or the processes have different configs.
   """
-  check_same("config", config.to_dict())
+  check_same_on_all("config", config.to_dict())
   if cluster.is_first():
     log_process_fields(open_workdir(path, config, create=False), config)
   return pathlib.Path(path)

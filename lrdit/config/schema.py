@@ -11,7 +11,18 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from lrdit.config.checks import PATH, Check, choice, number, require, rising, rule, several, whole
+from lrdit.config.checks import (
+  PATH,
+  Check,
+  choice,
+  number,
+  require,
+  rising,
+  rule,
+  several,
+  span,
+  whole,
+)
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.paths import local_path
 
@@ -180,7 +191,7 @@ FIELDS: dict[str, Field] = {
     eval_every_steps=Field(5000, "Steps between held-out losses", whole(), "never"),
     sample_every_steps=Field(10_000, "Steps between grids of samples", whole(), "never"),
     tensorboard=Field(True, "Write TensorBoard events if tensorboard is installed"),
-    profile_steps=Field((), "Steps (first, end) to trace; () traces none", rising(0, 0, 2)),
+    profile_steps=Field((), "(first, last) steps to trace; () traces none", span(1)),
   ),
   **_group("checkpoint", Role.FREE)(
     every_steps=Field(5000, "Steps between checkpoints", whole()),
@@ -196,7 +207,9 @@ FIELDS: dict[str, Field] = {
     clip_x_0=Field(True, "Clip the predicted image to [-1, 1]; for pixels only"),
     seed=Field(0, "Seed of the noise and of random labels", _SEED),
     labels=Field("balanced", "Labels: `balanced`, `random` or a class index"),
-    use_ema=Field(True, "Use the averaged parameters, in every mode that uses one set"),
+    use_ema=Field(
+      True, "Use averaged rather than raw parameters, in every mode that reads one set"
+    ),
     name=Field("default", "Name of the sample set", rule(_is_name, _NAME)),
     png_files=Field(False, "Write a PNG file for each image as well"),
   ),

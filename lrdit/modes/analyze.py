@@ -1,7 +1,7 @@
 """Analyze ranks of weights and gradients by timestep, and rank truncation: `--mode=analyze`."""
 
+import contextlib
 import functools
-import json
 import logging
 import pathlib
 from collections.abc import Callable
@@ -31,16 +31,16 @@ from lrdit.experiment import Experiment
 from lrdit.model import flops
 from lrdit.rank import measured
 from lrdit.rank.plan import RankPlan
-from lrdit.runtime import parallel
+from lrdit.runtime import parallel, store
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
-from lrdit.runtime.store import write_json
 from lrdit.runtime.tables import format_table
 from lrdit.train import checkpoints, run_files
 
 log = logging.getLogger("lrdit")
 
 ARMS = ("full", "static", "adaptive")
+AGAIN = "it is made again"
 LAYOUT = 1  # version of the sections' JSON; files of another one are made again
 
 
@@ -118,17 +118,16 @@ class Analysis:
     The section depends on `settings` and the parameters alone. `make` computes the result, given
     the units that an earlier start has finished.
     """
-    path, key = self._directory / f"{name}.json", json.loads(json.dumps(self.key | settings))
-    try:
-      result = json.loads(path.read_text())
-      if all(result[field] == value for field, value in key.items()):
-        log.info("%s is up to date", path)
-        return result
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-      pass  # it is missing, damaged or of another layout
+    path, key = self._directory / f"{name}.json", store.as_json(self.key | settings)
+    with contextlib.suppress(store.StoreError):  # it is missing, damaged or of other settings
+      result = store.read_json(path, AGAIN)
+      found = {field: result[field] for field in key if field in result}
+      store.check_same(f"{path} is of another analysis", key, found, AGAIN)
+      log.info("%s is up to date", path)
+      return result
     cache = UnitCache(self._directory / "parts" / name, key)
     result = key | make(cache)
-    write_json(path, result)
+    store.write_json(path, result)
     cache.remove()
     log.info("wrote %s", path)
     return result
@@ -266,7 +265,7 @@ def analyze(config: ConfigDict, workdir: str, devices: parallel.Devices | None =
     if "flops" in config.analysis.sections:
       arms = count_flops(config)
       print(format_flops(arms))
-      write_json(directory / "flops.json", arms)
+      store.write_json(directory / "flops.json", arms)
     for analyze_section in sections:
       analyze_section(run)
   log.info("wrote the analysis to %s", directory)

@@ -6,6 +6,7 @@ import re
 
 from ml_collections import ConfigDict
 
+from lrdit.benchmark.arms import ARMS, arm_config
 from lrdit.config.run_config import check_workdir
 from lrdit.experiment import Experiment
 from lrdit.model import dit, flops
@@ -29,14 +30,14 @@ def dry_run(mode: str, config: ConfigDict, path: str) -> None:
   Raise a UserError where the mode itself would for its config, workdir, devices and data.
   """
   experiment, devices, s = Experiment(config), parallel.all_devices(), config.sampling
-  if mode in ("train", "sample", "evaluate", "analyze"):
-    check_workdir(path, config, create=mode == "train")
-  size = s.batch_size if mode == "sample" else config.training.batch_size
-  name = "sampling" if mode == "sample" else "training"
+  for arm in ARMS if mode == "benchmark" else ():
+    arm_config(config, arm)
   if mode != "encode":
-    parallel.check_divisible(f"config.{name}.batch_size", size, devices)
-  source = experiment.image_source if mode == "encode" else experiment.source
-  counts = [f"{split} {len(source(split))}" for split in ("train", "eval")]
+    needs_no_run = mode in ("train", "benchmark") or (mode == "analyze" and not _sections(config))
+    check_workdir(path, config, create=needs_no_run)
+  for group in _batch_groups(mode, config):
+    parallel.check_divisible(f"config.{group}.batch_size", config[group].batch_size, devices)
+  counts = _count_data(mode, experiment)
   shape, plan = experiment.shape, experiment.plan
   sampling = flops.sampling_macs(shape, plan, experiment.solver_table.t, 1, s.guidance_scale)
   buckets = flops.describe_buckets(shape, plan)
@@ -56,12 +57,51 @@ def dry_run(mode: str, config: ConfigDict, path: str) -> None:
   }
   lines |= {f"  {kind}": ranks for kind, ranks in _plan_by_kind(experiment).items()}
   lines |= {
-    "data": f"{config.data.name}: {', '.join(counts)} examples",
+    "data": f"{config.data.name}: {', '.join(counts) or 'not read'}",
     "devices": f"{len(devices)} x {devices[0].device_kind}",
-    "writes": f"below {pathlib.Path(path)}: {WRITES[mode].format(name=s.name)}",
+    "writes": f"below {pathlib.Path(path)}: {_writes(mode, config)}",
   }
   width = max(map(len, lines))
   print("\n".join(f"{key:{width}}  {value}" for key, value in lines.items()))
+
+
+def _sections(config: ConfigDict) -> set[str]:
+  """Return the sections of an analysis that read the trained run."""
+  return {*config.analysis.sections} - {"flops"}
+
+
+def _batch_groups(mode: str, config: ConfigDict) -> tuple[str, ...]:
+  """Return the groups of the config whose batch size the mode divides over the devices."""
+  if mode == "analyze":
+    return ("training",) if "truncation" in _sections(config) else ()
+  samples = mode in ("sample", "benchmark") or (mode == "evaluate" and config.evaluation.extractors)
+  trains = mode in ("train", "evaluate", "benchmark")
+  return (*(["training"] if trains else []), *(["sampling"] if samples else []))
+
+
+def _count_data(mode: str, experiment: Experiment) -> list[str]:
+  """Return each split that the mode reads, with its number of examples."""
+  config = experiment.config
+  splits = {"train": ("train", "eval"), "encode": ("train", "eval"), "evaluate": ("eval",)}
+  read = splits.get(mode, ())
+  if mode == "analyze":
+    by_section = {"gradients": "train", "truncation": "eval"}
+    read = [by_section[name] for name in by_section if name in _sections(config)]
+  source = experiment.image_source if mode == "encode" else experiment.source
+  counts = [f"{split} {len(source(split))}" for split in read]
+  if mode == "evaluate" and config.evaluation.extractors:
+    split = config.evaluation.reference_split
+    counts.append(f"images of {split} {len(experiment.image_source(split))}")
+  return counts
+
+
+def _writes(mode: str, config: ConfigDict) -> str:
+  """Return the files that the mode writes."""
+  training, files = config.training, [WRITES[mode].format(name=config.sampling.name)]
+  if mode == "train":
+    files += ["tensorboard/"] if training.tensorboard else []
+    files += ["profile/"] if training.profile_steps else []
+  return ", ".join(files)
 
 
 def _plan_by_kind(experiment: Experiment) -> dict[str, str]:

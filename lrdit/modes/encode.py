@@ -23,7 +23,7 @@ log = logging.getLogger("lrdit")
 KEEP_EVERY_IMAGES = 1024  # a kill loses the work on about this many images at most
 
 
-def describe(config: ConfigDict, codec: VaeRunner, sources: dict[str, Source]) -> dict[str, Any]:
+def describe(config: ConfigDict, runner: VaeRunner, sources: dict[str, Source]) -> dict[str, Any]:
   """Return the part of a manifest that a later start must match."""
   size = config.data.image_size // config.vae.downsample_factor
   copies = 2 if config.data.flip else 1
@@ -32,13 +32,13 @@ def describe(config: ConfigDict, codec: VaeRunner, sources: dict[str, Source]) -
     "sources": {split: source.fingerprint for split, source in sources.items()},
     "num_classes": sources["train"].num_classes,
     "latent_shape": [copies, 2, size, size, config.vae.latent_channels],
-    "vae_digest": codec.digest,
-    "vae_config": dataclasses.asdict(codec.config),
+    "vae_digest": runner.digest,
+    "vae_config": dataclasses.asdict(runner.config),
   }
 
 
 def encode_split(
-  config: ConfigDict, codec: VaeRunner, source: Source, split: str, writer: latents.LatentWriter
+  config: ConfigDict, runner: VaeRunner, source: Source, split: str, writer: latents.LatentWriter
 ) -> None:
   """Encode the remaining images of a split, and their mirror images if `data.flip` is set."""
   total, done, batch_size = len(source), writer.num_done(split), config.vae.batch_size
@@ -52,7 +52,7 @@ def encode_split(
     for batch in pipeline.read_ahead(read, range(done, total, batch_size)):
       pixels = batch["image"]
       copies = [pixels, pixels[:, :, ::-1]] if config.data.flip else [pixels]
-      encoded = np.stack([codec.encode(copy) for copy in copies], axis=1)
+      encoded = np.stack([runner.encode(copy) for copy in copies], axis=1)
       are_finite = images.are_finite(encoded)
       if not are_finite.all():
         raise UserError(
@@ -75,21 +75,21 @@ def encode(config: ConfigDict, output: str, devices: parallel.Devices | None = N
   with its checksums.
   """
   experiment = Experiment(config)
-  codec = experiment.vae_runner(devices or jax.local_devices())
+  runner = experiment.vae_runner(devices or jax.local_devices())
   sources = {split: experiment.image_source(split) for split in latents.SPLITS}
   report_classes(sources["train"], config.data.num_classes)
   directory = pathlib.Path(output)
   directory.mkdir(parents=True, exist_ok=True)
   with owned(directory, "encode"):
-    _encode_into(directory, config, codec, sources)
+    _encode_into(directory, config, runner, sources)
   log.info("train on these latents with --config.vae.latents_dir=%s", directory)
 
 
 def _encode_into(
-  directory: pathlib.Path, config: ConfigDict, codec: VaeRunner, sources: dict[str, Source]
+  directory: pathlib.Path, config: ConfigDict, runner: VaeRunner, sources: dict[str, Source]
 ) -> None:
   num_examples = {split: len(source) for split, source in sources.items()}
-  writer = latents.LatentWriter(directory, describe(config, codec, sources), num_examples)
+  writer = latents.LatentWriter(directory, describe(config, runner, sources), num_examples)
   if writer.is_complete:
     latents.verify(directory)
     log.info("the latents under %s are complete and intact", directory)
@@ -97,5 +97,5 @@ def _encode_into(
   for split, source in sources.items():
     log.info("%s: %d of %d images are encoded", split, writer.num_done(split), len(source))
     if writer.num_done(split) < len(source):
-      encode_split(config, codec, source, split, writer)
+      encode_split(config, runner, source, split, writer)
   writer.finish()

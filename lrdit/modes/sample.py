@@ -1,4 +1,4 @@
-"""Export samples of a trained model for evaluation by any tool: `--mode=sample`."""
+"""Write a sample set of a trained model, for evaluation by any tool: `--mode=sample`."""
 
 import dataclasses
 import functools
@@ -101,7 +101,7 @@ class SampleBatches:
     )
 
 
-def export(batches: SampleBatches, writer: SampleSetWriter, num_devices: int) -> None:
+def write_samples(batches: SampleBatches, writer: SampleSetWriter, num_devices: int) -> None:
   """Write the remaining samples of a set; only the first process calls this."""
   s = batches.config.sampling
   cluster.from_first((np.int32(writer.num_done), np.bool_(writer.is_finished)))
@@ -127,8 +127,8 @@ def export(batches: SampleBatches, writer: SampleSetWriter, num_devices: int) ->
   log.info(text, s.num_samples, batches.step, metadata["wall_clock_seconds"], writer.directory)
 
 
-def join_export(batches: SampleBatches) -> None:
-  """Help to compute the samples that the first process exports."""
+def help_to_sample(batches: SampleBatches) -> None:
+  """Compute, with the first process, the samples that it writes."""
   first, is_finished = cluster.from_first((np.int32(0), np.bool_(False)))
   if not is_finished:
     batches.compile()
@@ -137,9 +137,9 @@ def join_export(batches: SampleBatches) -> None:
 
 
 def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:
-  """Run `--mode=sample`: export exactly `sampling.num_samples` images of the run in `workdir`.
+  """Run `--mode=sample`: write exactly `sampling.num_samples` images of the run in `workdir`.
 
-  A stopped export resumes; a finished one is left alone.
+  An unfinished sample set resumes; a finished one is left alone.
   """
   devices, s, experiment = devices or parallel.all_devices(), config.sampling, Experiment(config)
   sampler = experiment.sampler(devices)
@@ -151,7 +151,7 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
   to_pixels = experiment.to_pixels(devices, vae_digest)
   batches = SampleBatches(config, sampler, params, to_pixels, step)
   if not cluster.is_first():
-    join_export(batches)
+    help_to_sample(batches)
     return
   software = {"backend": jax.default_backend(), "jax": jax.__version__}
   with SampleSetWriter(
@@ -163,4 +163,4 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
     batch_size=s.batch_size,
     png_files=s.png_files,
   ) as writer:
-    export(batches, writer, len(devices))
+    write_samples(batches, writer, len(devices))

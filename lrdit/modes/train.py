@@ -24,7 +24,7 @@ from lrdit.sampling import sampler
 from lrdit.train.checkpoints import directory_of
 from lrdit.train.curriculum import Curriculum
 from lrdit.train.monitor import Profiler, Stopwatch, advice_on_non_finite, window_scalars
-from lrdit.train.run_files import RunFiles, check_same
+from lrdit.train.run_files import RunFiles, check_same_on_all
 from lrdit.train.state import (
   NON_FINITE_QUANTITIES,
   StageProgress,
@@ -134,7 +134,7 @@ class Trainer:
 
   def __init__(self, config: ConfigDict, workdir: str, devices: parallel.Devices):
     """Build everything but the state, with all checks before the first file is written."""
-    check_same("config", config.to_dict())
+    check_same_on_all("config", config.to_dict())
     self.config, self.workdir, self.devices = config, pathlib.Path(workdir), devices
     self.experiment = Experiment(config)
     self.curriculum = self.experiment.curriculum
@@ -147,7 +147,7 @@ class Trainer:
     self.key = jax.random.key(config.seed)
     self.eval_step = self.experiment.eval_step(devices)
     fingerprint = {"train": self.source.fingerprint, "eval": self.eval_source.fingerprint}
-    check_same("data", fingerprint)
+    check_same_on_all("data", fingerprint)
     if cluster.is_first():
       open_workdir(workdir, config, create=True)
     self.files = RunFiles(config, workdir, fingerprint)

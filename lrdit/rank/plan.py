@@ -164,8 +164,8 @@ def _covers(pattern: str, name: str) -> bool:
 def select_layers(
   layer_shapes: Mapping[str, tuple[int, int]],
   dense_layers: Sequence[str],
-  first_n_blocks: int,
-  last_n_blocks: int,
+  first_n_blocks: int | None,
+  last_n_blocks: int | None,
   depth: int,
 ) -> list[str]:
   """Return the names of the layers to factorize.
@@ -174,12 +174,15 @@ def select_layers(
     layer_shapes: (D_in, D_out) by layer name, from `dit.layer_shapes`.
     dense_layers: shell patterns of layers that stay dense; a pattern that matches a name up to a
       '/' covers everything below it ("blocks_0/mlp").
-    first_n_blocks, last_n_blocks: if either is above 0, only layers in those blocks are factorized.
+    first_n_blocks, last_n_blocks: if either is not None, only layers in those blocks are
+      factorized.
 
   Raises:
     UserError: a pattern matches no layer, there are too few blocks, or no layer is left.
   """
-  for field, n in (("first_n_blocks", first_n_blocks), ("last_n_blocks", last_n_blocks)):
+  limits = {"first_n_blocks": first_n_blocks, "last_n_blocks": last_n_blocks}
+  counts = {field: n for field, n in limits.items() if n is not None}
+  for field, n in counts.items():
     if n > depth:
       raise UserError(f"rank.{field}={n} must be at most {depth}, the blocks there are")
   for pattern in dense_layers:
@@ -189,8 +192,9 @@ def select_layers(
         f"rank.dense_layers entry {pattern!r} fits no layer: the layers are {', '.join(known)}"
       )
   chosen = [n for n in layer_shapes if not any(_covers(pattern, n) for pattern in dense_layers)]
-  if first_n_blocks or last_n_blocks:
-    blocks = {*range(first_n_blocks), *range(depth - last_n_blocks, depth)}
+  if counts:
+    first, last = (counts.get(field, 0) for field in limits)
+    blocks = {*range(first), *range(depth - last, depth)}
     chosen = [name for name in chosen if name.split("/")[0] in {f"blocks_{i}" for i in blocks}]
   if not chosen:
     raise UserError(

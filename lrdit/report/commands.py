@@ -1,17 +1,17 @@
 """The command lines that reproduce a workdir."""
 
-import importlib
 import pathlib
 import shlex
 from typing import Any
 
+from lrdit.config import recipe
 from lrdit.config.resolve import resolve
 from lrdit.report.runs import Run, as_dict
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.store import flatten
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
-# Fields that the variant sets if a config has 0.
+# Fields that the variant sets where a config has None.
 SIZES = ("model.hidden_size", "model.depth", "model.num_heads", "model.patch_size")
 
 
@@ -19,10 +19,10 @@ def _overrides(name: str, stored: dict[str, Any]) -> tuple[str, dict[str, Any]] 
   """Return the --config flag and overrides for a stored config, or None if its fields differ."""
   arguments = f"method={stored.get('method')},variant={stored.get('model.variant')}"
   try:
-    config = importlib.import_module(f"configs.{name}").get_config(arguments)
+    config = recipe.load_file(str(CONFIGS / f"{name}.py"), arguments)
     ours = flatten(config.to_dict())
     filled = flatten(resolve(config).to_dict())
-  except (ImportError, AttributeError, UserError):
+  except UserError:
     return None
   if ours.keys() != stored.keys():
     return None
@@ -43,7 +43,7 @@ def reproduce(run: Run) -> list[str]:
   this version has the stored config's fields.
   """
   stored = flatten(run.config)
-  names = sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "common"))
+  names = sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem != "__init__")
   known = [found for name in names if (found := _overrides(name, stored))]
   if not known:
     return []

@@ -75,8 +75,8 @@ def as_user_error(error: Exception) -> UserError | None:
     asked = [name for name in DEBUG_VARIABLES if os.environ.get(name)]
     if isinstance(cause, FloatingPointError) and asked:
       return UserError(
-        f"{str(cause).splitlines()[0]}, which {' and '.join(asked)} in the environment looked for: "
-        "--debug shows where, and without the variable the run goes on"
+        f"{str(cause).splitlines()[0]}, raised because {' and '.join(asked)} is set: use --debug "
+        "to locate it, or unset the variable to continue"
       )
     if isinstance(cause, OSError) and cause.errno and cause.filename:
       return UserError(

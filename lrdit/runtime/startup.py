@@ -156,7 +156,7 @@ def open_devices() -> None:
     names = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_DEFAULT_DEVICE")
     settings = " and ".join(f"{name}={os.environ[name]}" for name in names if os.environ.get(name))
     cause = (str(error).splitlines() or ["there is no such device"])[0]
-    fix = "correct or unset what the environment says, or " if settings else ""
+    fix = "correct or unset these variables, or " if settings else ""
     fix += "install jax for a device that is there"
     message = f"{settings or 'jax'}: no device to compute on ({cause}): {fix}"
     raise UserError(message, 2) from error
@@ -180,7 +180,7 @@ def fix_settings() -> list[str]:
     if getattr(config, name) != found:
       notes.append(f"{name.upper()} is ignored: a run computes with {name}={value}")
   if (precision := jax.config.jax_default_matmul_precision) is not None:
-    effect = "is heeded: a run that goes on without it rounds differently"
+    effect = "is used: resuming without it changes rounding"
     notes.append(f"JAX_DEFAULT_MATMUL_PRECISION={precision} {effect}")
   return notes
 

@@ -132,14 +132,13 @@ class SampleSetWriter:
   ):
     """Make the directory, or resume it if it holds the same samples.
 
-    If N exceeds the samples that are there, it goes on from those; if N is less, they are cut. A
-    finished set of N is read through, and given the PNG files that it lacks. It goes on at a
-    multiple of the sampler's `batch_size`, so that images meet the same others in the same places,
-    and come out equal to the bit.
+    A larger N appends; a smaller N truncates. Appending restarts at a batch boundary, so every
+    image is computed in the same batch and is bit-equal. A finished set of N is read through, and
+    given the PNG files that it lacks.
 
     Args:
-      settings: all that defines a sample beside its index, as JSON. If one differs, the set is
-        started over.
+      settings: those that, with its index, determine a sample, as JSON. If one differs, the set
+        is started over.
       software: versions that change a sample's last digits, as JSON. They must agree only if
         samples are added.
 
@@ -236,8 +235,8 @@ class SampleSetWriter:
       kept_crc = zlib.crc32(kept_rows, kept_crc)
       self._pngs.write(kept_rows, first, only_missing=True)
       first += len(rows)
+    # Write the record before truncating; otherwise a kill would leave fewer rows than it counts.
     self._keep(progress, num_done=kept, crc32=kept_crc, num_starts=progress.num_starts + 1)
-    # Opening cuts the file: before the record, a kill would leave it with fewer rows than counted.
     self._rows.open(kept, kept_crc)
 
   def _reopen(self, metadata: dict[str, Any]) -> None:
@@ -366,8 +365,9 @@ def _labels(label_rule: LabelRule, count: int) -> Iterator[Int[np.ndarray, " B"]
 def read_sample_set(directory: pathlib.Path, batch_size: int) -> tuple[dict[str, Any], Batches]:
   """Return the metadata and, without holding all of it, the contents of a finished sample set.
 
-  UserError is raised if the set is missing or unfinished. For damage it comes from the batches, at
-  the latest in place of the last one.
+  Raises:
+    UserError: the set is missing or unfinished. Damage is raised while iterating, at the latest at
+      the last batch.
   """
   if (directory / "metadata.json").exists():
     metadata = _read_metadata(directory)

@@ -33,7 +33,7 @@ LabelRule = Callable[[Integer[np.ndarray, " B"]], Int[np.ndarray, " B"]]
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
-  """What a sample depends on beside the model, the solver, its index and its label.
+  """Settings that determine a sample, besides model, solver, index and label.
 
   Attributes:
     prediction: what the model predicts, one of `process.PREDICTIONS`.

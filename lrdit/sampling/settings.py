@@ -23,7 +23,7 @@ def make_label_rule(config: ConfigDict) -> LabelRule | None:
 def make_settings(
   config: ConfigDict, sampler: Sampler, step: int, checkpoint_digest: str, vae_digest: str
 ) -> dict[str, Any]:
-  """Return all that defines a sample beside its index, as JSON.
+  """Return the settings that, with its index, determine a sample, as JSON.
 
   The digests are `checkpoints.digest` of the weights, and that of the decoding VAE or "".
   """

@@ -53,7 +53,7 @@ def make_optimizer(
 
   Args:
     weight_decay: decoupled decay of matrices; vectors (biases) do not decay.
-    grad_clip_norm: largest global norm; 0 or None turns clipping off.
+    grad_clip_norm: largest global norm; None turns clipping off.
     beta1, beta2: decay rates of the moments; None is (0.9, 0.999) for adamw, (0.9, 0.99) for lion.
     epsilon: term in adamw's denominator; None is 1e-8. lion has none.
   """
@@ -65,7 +65,7 @@ def make_optimizer(
     mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
     **{key: value for key, value in constants.items() if value is not None},
   )
-  clip = optax.clip_by_global_norm(grad_clip_norm) if grad_clip_norm else optax.identity()
+  clip = optax.identity() if grad_clip_norm is None else optax.clip_by_global_norm(grad_clip_norm)
   return optax.chain(clip, update)
 
 

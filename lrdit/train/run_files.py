@@ -81,7 +81,7 @@ class RunFiles:
     self._opened.close()
 
 
-def check_same(what: str, value: dict[str, Any]) -> None:
+def check_same_on_all(what: str, value: dict[str, Any]) -> None:
   """Raise a UserError on every process if any has another JSON `value` than the first.
 
   The error calls the value `what`.
@@ -101,7 +101,7 @@ def check_same(what: str, value: dict[str, Any]) -> None:
 
 def check_run_data(workdir: pathlib.Path, split: str, fingerprint: dict[str, Any]) -> None:
   """Raise a UserError if the run was trained on another "train" or "eval" split."""
-  check_same("data", fingerprint)
+  check_same_on_all("data", fingerprint)
   if not cluster.is_first():
     return
   stored, found = read_data(workdir)[split], json.loads(json.dumps(fingerprint))

@@ -77,7 +77,7 @@ def test_a_damaged_config_is_named(tmp_path, content):
 
 
 @pytest.mark.parametrize("has_copy", [True, False])
-def test_what_is_said_of_a_damaged_config_mends_it(tmp_path, has_copy):
+def test_the_fix_named_for_a_damaged_config_works(tmp_path, has_copy):
   config = tiny_config()
   begin(tmp_path, config)
   copy = tmp_path / "checkpoints" / "4" / "config" / "metadata"
@@ -85,8 +85,8 @@ def test_what_is_said_of_a_damaged_config_mends_it(tmp_path, has_copy):
     copy.parent.mkdir()
     copy.write_text(json.dumps(config.to_dict()))
   (tmp_path / "config.json").write_text("{")
-  mend = f"copy {copy} over it" if has_copy else f"delete {tmp_path / 'checkpoints'} to start again"
-  with pytest.raises(UserError, match=mend):
+  fix = f"copy {copy} over it" if has_copy else f"delete {tmp_path / 'checkpoints'} to start again"
+  with pytest.raises(UserError, match=fix):
     run_config.open_workdir(tmp_path, config, create=True)
   if has_copy:
     (tmp_path / "config.json").write_text(copy.read_text())

@@ -59,7 +59,7 @@ MISTAKES = {
   "noise of another solver": (
     ["--config.sampling.solver=dpm++", "--config.sampling.eta=0.5"],
     1,
-    "eta=0.5 is noise of ddim",
+    "eta=0.5 applies only to ddim",
   ),
   "image of another size": (["--config.data.image_size=16"], 1, "data.image_size=16 does not fit"),
   "directory nobody reads": (["--config.data.data_dir=x"], 1, "data.data_dir='x' does not fit"),
@@ -219,13 +219,13 @@ MISTAKES = {
   "analysis that is nowhere": (
     [MEASURED, "--config.rank.analysis={tmp}/none"],
     1,
-    "none' is not there",
+    "none' does not exist",
   ),
   "analysis that is text": ([MEASURED, "--config.rank.analysis={tmp}/file"], 1, "not an analysis"),
   "analysis that nothing reads": (["--config.rank.analysis=x"], 1, "needs rank.schedule=measured"),
   "shares that nothing reads": ([f"{SHARES}(1,)"], 1, "needs rank.schedule=measured"),
   "boundaries that nothing reads": ([f"{BOUNDARIES}(0,9)"], 1, "needs rank.schedule=measured"),
-  "measured at equal size": ([MEASURED, "--config.rank.match=total"], 1, "must be activated where"),
+  "measured at equal size": ([MEASURED, "--config.rank.match=total"], 1, "must be activated with"),
   "shares above one": (
     [MEASURED, f"{SHARES}(0.5,2)", f"{BOUNDARIES}(0,500,1000)"],
     1,
@@ -258,7 +258,7 @@ MISTAKES = {
   "noise of ddpm": (
     ["--config.sampling.solver=ddpm", "--config.sampling.eta=1"],
     1,
-    "eta=1.0 is noise of ddim",
+    "eta=1.0 applies only to ddim",
   ),
   "latents that clip": ([CELEBA, "--config.sampling.clip_x_0=true"], 1, "would cut latents"),
   "guidance without end": (["--config.sampling.guidance_scale=1001"], 1, "in [0, 1000]"),
@@ -266,9 +266,9 @@ MISTAKES = {
   "labels in a list": (["--config.sampling.labels=0,1"], 1, "labels='0,1' is unknown"),
   "labels below the first": (["--config.sampling.labels=-1"], 1, "labels='-1' is unknown"),
   "no labels": (["--config.sampling.labels="], 1, "labels='' is unknown"),
-  "export without a name": (["--config.sampling.name="], 1, "must be the name of a directory"),
-  "export with a line end": (["--config.sampling.name=a\nb"], 1, "printable characters"),
-  "export with too long a name": (
+  "sample set without a name": (["--config.sampling.name="], 1, "must be the name of a directory"),
+  "sample set with a line end": (["--config.sampling.name=a\nb"], 1, "printable characters"),
+  "sample set with too long a name": (
     [f"--config.sampling.name={'x' * 300}"],
     1,
     "at most 100 printable characters",
@@ -290,7 +290,13 @@ MISTAKES = {
     1,
     "eval_every_steps=0 must be a whole number from 1 to 2**31 - 1, or None (never)",
   ),
-  "one step to profile": (["--config.training.profile_steps=(3,)"], 1, "must be 0 or 2 rising"),
+  "one number for steps to profile": (
+    ["--config.training.profile_steps=(3,)"],
+    1,
+    "profile_steps=(3,) must be () or (first, last), 1 <= first <= last",
+  ),
+  "step 0 to profile": (["--config.training.profile_steps=(0, 3)"], 1, "1 <= first <= last"),
+  "steps to profile that fall": (["--config.training.profile_steps=(3, 2)"], 1, "first <= last"),
   "a dry run of what cannot be": (["--dry_run", "--config.model.num_heads=3"], 1, "not a multiple"),
   "a dry run without data": (
     [CIFAR, "--dry_run", "--config.data.data_dir=/nowhere"],

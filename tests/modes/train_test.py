@@ -282,10 +282,9 @@ def test_other_numbers_of_timesteps_scale_the_groups(tmp_path):
   assert all(int(name[-4:]) < 20 for name in names)
 
 
-def test_a_profile_of_some_steps_is_written(tmp_path):
-  config = tiny.tiny_config(**SHALLOW, training__num_steps=4)
-  with config.unlocked():
-    config.training.profile_steps = (2, 3)
+@pytest.mark.parametrize("steps", [(2, 3), (2, 2)])
+def test_a_profile_of_some_steps_is_written(tmp_path, steps):
+  config = tiny.tiny_config(**SHALLOW, training__num_steps=4, training__profile_steps=steps)
   train.train(config, str(tmp_path), jax.devices()[:1])
   [trace] = tmp_path.glob("profile/plugins/profile/*/*.trace.json.gz")
   with gzip.open(trace, "rt") as file:

@@ -173,7 +173,7 @@ def test_a_started_run_keeps_its_r_of_t(tmp_path, caplog):
   assert other != kept
   asked.rank.analysis = str(path)
   (run / "checkpoints" / "4").rmdir()
-  with pytest.raises(UserError, match="is not there"):
+  with pytest.raises(UserError, match="does not exist"):
     shares()
 
 
@@ -184,9 +184,9 @@ def test_matching_the_total_rank_is_refused(tmp_path):
 
 
 def test_a_missing_analysis_is_refused(tmp_path):
-  with pytest.raises(UserError, match="is missing: name"):
+  with pytest.raises(UserError, match="is missing: name the"):
     tiny_config(rank__schedule="measured")
-  with pytest.raises(UserError, match="is not there"):
+  with pytest.raises(UserError, match="does not exist"):
     tiny_config(rank__schedule="measured", rank__analysis=str(tmp_path / "none.json"))
   with pytest.raises(UserError, match=r"needs rank\.schedule=measured"):
     tiny_config(rank__analysis="analysis.json")

@@ -174,7 +174,7 @@ def test_a_multiple_above_the_static_rank_is_refused():
     make_plan("decreasing", "activated", 4, 256, 0.4)
 
 
-def select(dense=(), first=0, last=0):
+def select(dense=(), first=None, last=None):
   shape = dit.DiTShape(8, 1, 10, hidden_size=32, depth=4, num_heads=2, patch_size=2)
   return rank_plan.select_layers(dit.layer_shapes(shape), dense, first, last, 4)
 

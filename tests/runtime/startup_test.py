@@ -89,7 +89,7 @@ def test_overridden_settings_and_those_that_change_rounding_are_logged():
   try:
     ignored, heeded = startup.fix_settings()
     assert ignored.startswith("JAX_RANDOM_SEED_OFFSET is ignored")
-    assert heeded.startswith("JAX_DEFAULT_MATMUL_PRECISION=highest is heeded")
+    assert heeded.startswith("JAX_DEFAULT_MATMUL_PRECISION=highest is used")
     assert jax.config.jax_random_seed_offset == 0
     assert jax.config.jax_default_matmul_precision == "highest"
   finally:

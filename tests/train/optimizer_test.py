@@ -58,7 +58,7 @@ def test_constants_are_the_optimizer_s_own_unless_given(name, betas):
   """Two steps, so that each constant counts."""
 
   def moved(**constants):
-    tx = optimizer.make_optimizer(name, 0.0, 0.0, **constants)
+    tx = optimizer.make_optimizer(name, 0.0, None, **constants)
     params = {"w": jnp.array([[1.0, 2.0]])}
     state, trace = tx.init(params), []
     for gradient in (1e-3, -5e-5):
