@@ -57,10 +57,10 @@ def is_held_out(name):
   return zlib.crc32(name.encode()) % 20 == 0
 
 
-def striped(mode, colours):
-  """An image with the left half in one colour and the right half in another."""
-  image = Image.new(mode, (SIZE, SIZE), colours[0])
-  image.paste(colours[1], (SIZE // 2, 0, SIZE, SIZE))
+def striped(mode, colors):
+  """An image with the left half in one color and the right half in another."""
+  image = Image.new(mode, (SIZE, SIZE), colors[0])
+  image.paste(colors[1], (SIZE // 2, 0, SIZE, SIZE))
   return image
 
 
@@ -77,7 +77,7 @@ def deep_grey():
 
 
 def tiff(values, order, extra=()):
-  """A TIFF of (H, W) 16-bit grey, made by hand: PIL writes only one byte order.
+  """A TIFF of (H, W) 16-bit gray, made by hand: PIL writes only one byte order.
 
   Args:
     values: the pixels.
@@ -110,7 +110,7 @@ def damaged_files():
     "cut.png": (png[: len(png) // 2], "truncated"),
     "empty.png": (b"", "an empty file"),
     "exif.webp": (damaged_exif, "its EXIF data are damaged"),
-    "lab.tif": (encoded(Image.new("LAB", (8, 8)), "TIFF"), "its colours are CIELAB"),
+    "lab.tif": (encoded(Image.new("LAB", (8, 8)), "TIFF"), "its colors are CIELAB"),
     "text.png": (b"these are words", "no image of a known format"),
   }
 

@@ -142,7 +142,7 @@ def assert_same_samples(workdir, num_processes, num_devices):
   run(workdir, num_processes, num_devices, *flags)
   (got, labels), (expected, expected_labels) = samples(workdir, name), samples(workdir)
   np.testing.assert_array_equal(labels, expected_labels)
-  assert np.abs(got - expected).max() <= 1  # a grey level is rounded, and where is up to the CPU
+  assert np.abs(got - expected).max() <= 1  # a gray level is rounded, and where is up to the CPU
 
 
 def test_sigterm_and_a_death_in_one_process_reach_all(one_process, tmp_path):

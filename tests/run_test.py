@@ -10,16 +10,12 @@ from lrdit.modes import sample
 from lrdit.runtime.errors import UserError
 from lrdit.sampling.sample_set import read_sample_set
 from tests import tiny
-from tests.trained import noisy_params, save_checkpoint
+from tests.trained import make_noisy_run, noisy_params
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-  path = tmp_path_factory.mktemp("opened")
-  config = tiny.tiny_config()
-  store_config(path, config)
-  save_checkpoint(path, config)
-  return path
+  return make_noisy_run(tmp_path_factory.mktemp("opened"))
 
 
 def test_a_run_is_as_it_was_trained(workdir):

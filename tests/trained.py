@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lrdit.config.run_config import store_config
 from lrdit.experiment import Experiment
 from lrdit.model import dit
 from lrdit.modes import train
@@ -47,6 +48,14 @@ def save_checkpoint(workdir, config, step=8, scale=1.0):
   opened.save(state.replace(step=np.asarray(step, np.int32)), config.to_dict())
   opened.wait()
   opened.close()
+
+
+def make_noisy_run(path):
+  """Make a tiny run's workdir with a checkpoint of noisy parameters; return its path."""
+  config = tiny.tiny_config()
+  store_config(path, config)
+  save_checkpoint(path, config)
+  return path
 
 
 def final_state(workdir, arg="", **overrides):

@@ -14,7 +14,7 @@ from lrdit.analysis import plot_style
 
 NO_RISE = "#D9D9D9"
 ROUNDING = 1e-6  # share of a loss that float32 may round away
-LEAST_RISE = 1e-4  # smallest coloured rise, as a share of the largest
+LEAST_RISE = 1e-4  # smallest colored rise, as a share of the largest
 
 
 @plot_style.styled()
@@ -40,9 +40,9 @@ def truncation(
   norm = LogNorm(rise[rise >= least].min(), largest)
   edges = _rank_edges(ranks)
   shown = np.where(rise < least, least / 10, rise)
-  colours = matplotlib.colormaps["viridis"].with_extremes(under=NO_RISE, bad="white")
+  colors = matplotlib.colormaps["viridis"].with_extremes(under=NO_RISE, bad="white")
   boundaries = found["boundaries"]
-  image = panel.pcolormesh(boundaries, edges, shown, norm=norm, cmap=colours, rasterized=True)
+  image = panel.pcolormesh(boundaries, edges, shown, norm=norm, cmap=colors, rasterized=True)
   _add_contours(panel, boundaries, ranks, shown, norm)
   if schedule is not None:
     name, r = schedule
@@ -53,7 +53,7 @@ def truncation(
   panel.set(yscale="log", ylim=(edges[0], edges[-1]))
   panel.set_yticks(ranks, [f"{rank:g}" for rank in ranks])
   panel.set_yticks([], minor=True)
-  label = "rise in held-out loss (grey: none, or below the scale)"
+  label = "rise in held-out loss (gray: none, or below the scale)"
   figure.colorbar(image, ax=panel, label=label, extend="min")
   return figure
 
@@ -90,11 +90,11 @@ def _add_contours(
     text.set(color="black", bbox=box, path_effects=[])
 
 
-def _outline(width: float, colour: str) -> list[Any]:
+def _outline(width: float, color: str) -> list[Any]:
   """Return path effects that outline a line, so that it is visible on any background."""
   from matplotlib import patheffects
 
-  return [patheffects.Stroke(linewidth=width, foreground=colour), patheffects.Normal()]
+  return [patheffects.Stroke(linewidth=width, foreground=color), patheffects.Normal()]
 
 
 @plot_style.styled()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lrdit.analysis import plot_style
-from lrdit.analysis.plot_style import FONT_SIZE, KIND_TITLES, MEASURE_TITLES, colour_of
+from lrdit.analysis.plot_style import FONT_SIZE, KIND_TITLES, MEASURE_TITLES, color_of
 
 LAYER_INCHES = 0.14  # height of a layer's row in a heat map
 CONDITIONS = {  # title, line style
@@ -59,23 +59,23 @@ def _add_lines(
   width = 1.7 if condition == "data" else 1.2
   for i in sizes if condition == "data" else sizes[-1:]:
     values = [group[i][measure] for group in cells]
-    style = dict(color=colour_of(i), linestyle=CONDITIONS[condition][1], linewidth=width)
+    style = dict(color=color_of(i), linestyle=CONDITIONS[condition][1], linewidth=width)
     panel.stairs(values, edges, baseline=None, **style)
     if condition == "data":
-      panel.plot((edges[1:] + edges[:-1]) / 2, values, "o", color=colour_of(i), markersize=2.6)
+      panel.plot((edges[1:] + edges[:-1]) / 2, values, "o", color=color_of(i), markersize=2.6)
 
 
 def _legend_handles(batch_sizes: Sequence[int], conditions: Mapping[str, Any]) -> list[Any]:
   from matplotlib.lines import Line2D
 
   handles = [
-    Line2D([], [], color=colour_of(i), marker="o", markersize=2.6, label=f"data, batch size {size}")
+    Line2D([], [], color=color_of(i), marker="o", markersize=2.6, label=f"data, batch size {size}")
     for i, size in enumerate(batch_sizes)
   ]
-  colour = colour_of(len(batch_sizes) - 1)
+  color = color_of(len(batch_sizes) - 1)
   for name, style in (CONDITIONS[condition] for condition in conditions if condition != "data"):
     label = f"{name}, batch size {batch_sizes[-1]}"
-    handles.append(Line2D([], [], color=colour, linestyle=style, label=label))
+    handles.append(Line2D([], [], color=color, linestyle=style, label=label))
   return handles
 
 

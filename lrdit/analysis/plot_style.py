@@ -11,8 +11,8 @@ import numpy as np
 from lrdit.analysis.spectra import ENERGIES, MEASURES
 from lrdit.runtime.store import atomic_path
 
-# The palette of Okabe and Ito for every kind of colour vision, without black and yellow.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+# The palette of Okabe and Ito for every kind of color vision, without black and yellow.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 LINE_STYLES = ("-", "--", "-.", ":")
 DOTS_PER_INCH = 150
 FONT_SIZE = 9.5
@@ -43,14 +43,14 @@ def styled(settings: Mapping[str, Any] | None = None) -> Iterator[None]:
     yield
 
 
-def colour_of(i: int) -> str:
-  """Return the i-th colour as a hex code; the colours repeat."""
-  return COLOURS[i % len(COLOURS)]
+def color_of(i: int) -> str:
+  """Return the i-th color as a hex code; the colors repeat."""
+  return COLORS[i % len(COLORS)]
 
 
 def line_of(i: int) -> dict[str, Any]:
-  """Return the colour and the dashes of the i-th line."""
-  return {"color": colour_of(i), "linestyle": LINE_STYLES[i % len(LINE_STYLES)]}
+  """Return the color and the dashes of the i-th line."""
+  return {"color": color_of(i), "linestyle": LINE_STYLES[i % len(LINE_STYLES)]}
 
 
 def panels(

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from lrdit.analysis import plot_style
-from lrdit.analysis.plot_style import COLOURS, KIND_TITLES, MEASURE_TITLES
+from lrdit.analysis.plot_style import COLORS, KIND_TITLES, MEASURE_TITLES
 
 FEW_BLOCKS = 6  # a legend names each block of up to this many
 FLOOR = 1e-6  # smallest singular value on the axis, as a share of the largest
 GREY = "#808080"
-ROLES = {  # colour, line style and marker of a block's layers, by kind
-  "attention": {"attn/qkv": (COLOURS[0], "-", "o"), "attn/proj": (COLOURS[1], "--", "s")},
-  "mlp": {"mlp/fc1": (COLOURS[0], "-", "^"), "mlp/fc2": (COLOURS[1], "--", "v")},
-  "adaln": {"adaln": (COLOURS[2], "-.", "D")},
+ROLES = {  # color, line style and marker of a block's layers, by kind
+  "attention": {"attn/qkv": (COLORS[0], "-", "o"), "attn/proj": (COLORS[1], "--", "s")},
+  "mlp": {"mlp/fc1": (COLORS[0], "-", "^"), "mlp/fc2": (COLORS[1], "--", "v")},
+  "adaln": {"adaln": (COLORS[2], "-.", "D")},
 }
 
 
@@ -34,14 +34,14 @@ def _has_buckets(weights: Mapping[str, Any]) -> bool:
 
 @plot_style.styled()
 def spectra(weights: Mapping[str, Any], title: str) -> Any:
-  """Draw every layer's singular values by kind, coloured by rank bucket or, if dense, depth."""
+  """Draw every layer's singular values by kind, colored by rank bucket or, if dense, depth."""
   kinds, text = list(weights["kinds"]), f"Singular spectra of the weights: {title}"
   figure, axes = plot_style.panels(1, len(kinds), 3.1, 3.6, text, sharex=True, sharey=True)
-  colours_of, handles = (_bucket_colours if _has_buckets(weights) else _depth_colours)(weights)
+  colors_of, handles = (_bucket_colors if _has_buckets(weights) else _depth_colors)(weights)
   for kind, panel in zip(kinds, axes[0], strict=True):
     for name, layer in weights["layers"].items():
       if layer["kind"] == kind:
-        _add_spectra(panel, layer, colours_of(name))
+        _add_spectra(panel, layer, colors_of(name))
     panel.set(title=KIND_TITLES[kind], xlabel="index / min(D_in, D_out)", yscale="log")
     plot_style.add_grid(panel)
   # The smallest values of a square layer would take many decades.
@@ -54,53 +54,53 @@ def spectra(weights: Mapping[str, Any], title: str) -> Any:
   return figure
 
 
-def _add_spectra(panel: Any, layer: Mapping[str, Any], colours: Sequence[Any]) -> None:
+def _add_spectra(panel: Any, layer: Mapping[str, Any], colors: Sequence[Any]) -> None:
   """Add a layer's spectra, larger buckets first, so that the ends of smaller ones stay visible."""
   smallest_dim = min(layer["dim_in"], layer["dim_out"])
-  for entry, colour in reversed(list(zip(layer["buckets"], colours, strict=False))):
+  for entry, color in reversed(list(zip(layer["buckets"], colors, strict=False))):
     sigma = np.array(entry["singular_values"])
     if len(sigma) and sigma[0] > 0:
       index = np.arange(1, len(sigma) + 1) / smallest_dim
-      panel.plot(index, sigma / sigma[0], color=colour, alpha=0.6, linewidth=0.9)
+      panel.plot(index, sigma / sigma[0], color=color, alpha=0.6, linewidth=0.9)
       if entry["active_rank"] is not None:
-        panel.plot(index[-1], sigma[-1] / sigma[0], "o", color=colour, alpha=0.8, markersize=2.2)
+        panel.plot(index[-1], sigma[-1] / sigma[0], "o", color=color, alpha=0.8, markersize=2.2)
 
 
 def _sequential(count: int) -> np.ndarray:
-  """Return (count, 4) RGBA colours whose order survives in grayscale."""
+  """Return (count, 4) RGBA colors whose order survives in grayscale."""
   import matplotlib
 
   return matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, count))
 
 
-def _bucket_colours(weights: Mapping[str, Any]) -> tuple[Callable[[str], Any], list[Any]]:
-  """Return a function from a layer's name to its buckets' colours, and legend handles."""
+def _bucket_colors(weights: Mapping[str, Any]) -> tuple[Callable[[str], Any], list[Any]]:
+  """Return a function from a layer's name to its buckets' colors, and legend handles."""
   from matplotlib.lines import Line2D
 
   spans: dict[int, list[str]] = {}
   for segment in weights["segments"]:
     spans.setdefault(segment["bucket"], []).append(f"{segment['t_first']}-{segment['t_last']}")
-  colours = _sequential(max(spans) + 1)
+  colors = _sequential(max(spans) + 1)
   handles = [
-    Line2D([], [], color=colours[b], label=f"bucket {b}: t {', '.join(spans[b])}")
+    Line2D([], [], color=colors[b], label=f"bucket {b}: t {', '.join(spans[b])}")
     for b in sorted(spans)
   ]
   dense = [name for name, layer in weights["layers"].items() if len(layer["buckets"]) == 1]
   if dense:
     handles.append(Line2D([], [], color=GREY, label="dense layers"))
-  return lambda name: [GREY] if name in dense else colours, handles
+  return lambda name: [GREY] if name in dense else colors, handles
 
 
-def _depth_colours(weights: Mapping[str, Any]) -> tuple[Callable[[str], Any], list[Any]]:
-  """Return a function from a layer's name to its depth's colour, and legend handles."""
+def _depth_colors(weights: Mapping[str, Any]) -> tuple[Callable[[str], Any], list[Any]]:
+  """Return a function from a layer's name to its depth's color, and legend handles."""
   from matplotlib.lines import Line2D
 
   depth = 1 + max(_block_of(name) for name in weights["layers"])
-  colours = [*_sequential(depth), GREY]  # block -1 is the last
+  colors = [*_sequential(depth), GREY]  # block -1 is the last
   shown = range(depth) if depth <= FEW_BLOCKS else sorted({0, depth // 2, depth - 1})
-  handles = [Line2D([], [], color=colours[i], label=f"block {i}") for i in shown]
+  handles = [Line2D([], [], color=colors[i], label=f"block {i}") for i in shown]
   handles.append(Line2D([], [], color=GREY, label="outside the blocks"))
-  return lambda name: [colours[_block_of(name)]], handles
+  return lambda name: [colors[_block_of(name)]], handles
 
 
 @plot_style.styled()
@@ -150,11 +150,11 @@ def _add_role(
   names = {_block_of(n): n for n in weights["layers"] if re.fullmatch(rf"blocks_\d+/{role}", n)}
   blocks = sorted(names)
   mean, low, high = np.array([_mean_and_range(weights, names[i], measure) for i in blocks]).T
-  colour, line, marker = style
+  color, line, marker = style
   common = dict(marker=marker, markersize=3.5, label=role)
-  panel.plot(blocks, mean, color=colour, linestyle=line, **common)
+  panel.plot(blocks, mean, color=color, linestyle=line, **common)
   if any(len(weights["layers"][name]["buckets"]) > 1 for name in names.values()):
-    panel.fill_between(blocks, low, high, color=colour, alpha=0.13, linewidth=0)
+    panel.fill_between(blocks, low, high, color=color, alpha=0.13, linewidth=0)
 
 
 @plot_style.styled()

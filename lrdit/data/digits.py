@@ -17,10 +17,10 @@ def fingerprint_digits(split: str, options: DataOptions) -> dict[str, Any]:
 
 
 def load_digits(split: str, options: DataOptions) -> Source:
-  """Load scikit-learn's 1,797 handwritten digits, 8x8 grey, in 10 classes.
+  """Load scikit-learn's 1,797 handwritten digits, 8x8 gray, in 10 classes.
 
   "eval" has every sixth scan (299), "train" the others (1,498). Images are float32 in [-1, 1] with
-  17 grey levels. As nothing is resized, other options than the digits' own raise a UserError.
+  17 gray levels. As nothing is resized, other options than the digits' own raise a UserError.
   """
   from sklearn import datasets  # This import is slow.
 

@@ -17,7 +17,7 @@ from lrdit.runtime.store import atomic_path
 MIN_TILE = 48  # pixels; a grid enlarges smaller images by a whole factor
 GAP = 2  # white pixels between the tiles of a grid
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-KIND_OF_MODE = {"1": "black and white", "L": "grey", "P": "palette", "RGB": "colour"}
+KIND_OF_MODE = {"1": "black and white", "L": "gray", "P": "palette", "RGB": "color"}
 
 log = logging.getLogger("lrdit")
 
@@ -52,7 +52,7 @@ def decode(content: bytes) -> Image.Image:
   if image.mode == "F":
     raise UnreadableImage("its pixels are floats of unknown range")
   if image.mode == "LAB":
-    raise UnreadableImage("its colours are CIELAB, not RGB or grey")
+    raise UnreadableImage("its colors are CIELAB, not RGB or gray")
   if image.mode == "I" and not 0 <= image.getextrema()[0] <= image.getextrema()[1] < 2**16:
     raise UnreadableImage("its pixels are not 16-bit numbers")
   return image
@@ -61,7 +61,7 @@ def decode(content: bytes) -> Image.Image:
 def fit(
   image: Image.Image, crop_size: int, size: int, num_channels: int
 ) -> UInt8[np.ndarray, "size size C"]:
-  """Bring an image of any kind to one size and to RGB (3 channels) or grey (1), as uint8.
+  """Bring an image of any kind to one size and to RGB (3 channels) or gray (1), as uint8.
 
   Palettes and CMYK are converted, and transparent pixels are laid over white. The center square of
   `crop_size` pixels, or of the short side for 0, is resized to `size` by antialiased bicubic
@@ -84,13 +84,13 @@ def fit(
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-  """Return the upper 8 bits of 16-bit grey, which PIL would clip at 255."""
+  """Return the upper 8 bits of 16-bit gray, which PIL would clip at 255."""
   values = np.asarray(image, np.int64)
-  grey = Image.fromarray((values >> 8).astype(np.uint8))
+  gray = Image.fromarray((values >> 8).astype(np.uint8))
   transparent = image.info.get("transparency")
   if transparent is not None:
-    grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
-  return grey
+    gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+  return gray
 
 
 def conversion(image: Image.Image, num_channels: int) -> str:
@@ -99,7 +99,7 @@ def conversion(image: Image.Image, num_channels: int) -> str:
     return "with transparency"
   if image.mode == ("L" if num_channels == 1 else "RGB"):
     return ""
-  return "16-bit grey" if image.mode[0] == "I" else KIND_OF_MODE.get(image.mode, image.mode)
+  return "16-bit gray" if image.mode[0] == "I" else KIND_OF_MODE.get(image.mode, image.mode)
 
 
 def report_conversions(
@@ -109,7 +109,7 @@ def report_conversions(
   total = len(kinds)
   converted = collections.Counter(kind for kind in kinds if kind)
   if converted:
-    target = "grey" if num_channels == 1 else "RGB"
+    target = "gray" if num_channels == 1 else "RGB"
     named = ", ".join(f"{count} {kind}" for kind, count in converted.most_common())
     log.info("%d of %d images converted to %s: %s", converted.total(), total, target, named)
   oblong = np.count_nonzero(sides[:, 0] != sides[:, 1])
@@ -135,7 +135,7 @@ def are_finite(rows: Float[np.ndarray, "N ..."]) -> Bool[np.ndarray, " N"]:
 
 
 def to_rgb(images: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "N H W 3"]:
-  """Repeat grey to RGB, and return RGB as it is."""
+  """Repeat gray to RGB, and return RGB as it is."""
   return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
@@ -159,7 +159,7 @@ def write_png(path: pathlib.Path, image: UInt8[np.ndarray, "H W 3"]) -> None:
 
 
 def write_grid(path: pathlib.Path, images: UInt8[np.ndarray, "N H W C"], columns: int) -> None:
-  """Write uint8 images, grey or RGB, as one grid in which small ones are enlarged."""
+  """Write uint8 images, gray or RGB, as one grid in which small ones are enlarged."""
   factor = max(1, MIN_TILE // images.shape[1])
   enlarged = to_rgb(images).repeat(factor, axis=1).repeat(factor, axis=2)
   write_png(path, make_grid(enlarged, columns))

@@ -1,6 +1,6 @@
 """Your own images as the arrays of an .npz file.
 
-`image` is (N, H, W) or (N, H, W, C) uint8: grey, RGB or RGBA. `label`, which may be missing, is
+`image` is (N, H, W) or (N, H, W, C) uint8: gray, RGB or RGBA. `label`, which may be missing, is
 (N,) integers in [0, K). About one image in twenty is held out, by a hash of its index.
 
 Axes: N examples, b requested examples, H W image, C channels.

@@ -45,7 +45,7 @@ class DataOptions:
   Attributes:
     data_dir: where the data is, or "" for the dataset's default place.
     image_size: height and width that images are resized to.
-    num_channels: 3, or 1 for grey.
+    num_channels: 3, or 1 for gray.
     cache_bytes: keep a split's decoded images in memory if they take at most this much.
     skip_unreadable: skip the user's own unreadable files instead of raising an error.
   """

@@ -54,7 +54,7 @@ class Extractor(Protocol):
   held_out_accuracy: float | None
 
   def extract(self, images: UInt8[np.ndarray, "B H W 3"]) -> Extracted:
-    """Return features and predictions of uint8 images, with grey repeated to RGB."""
+    """Return features and predictions of uint8 images, with gray repeated to RGB."""
     ...
 
 
@@ -76,7 +76,7 @@ def check_size(images: UInt8[np.ndarray, "B H W 3"], name: str, image_size: int)
 
 
 class PixelExtractor:
-  """Raw pixels in [-1, 1] as features, row by row; grey images have one value a pixel."""
+  """Raw pixels in [-1, 1] as features, row by row; gray images have one value a pixel."""
 
   name = "pixel"
   batch_size = 256

@@ -147,6 +147,6 @@ def render(report: Report) -> str:
   environment.filters |= {"value": format_value, "pair": format_pair, "count": count_values}
   environment.filters |= {"difference": format_difference, "error": _with_error, "plural": plural}
   environment.filters |= {"settings": describe_settings, "svg": Markup}
-  names = {"DASH": DASH, "COLUMNS": GRID_COLUMNS, "colour_of": plots.colour_of}
+  names = {"DASH": DASH, "COLUMNS": GRID_COLUMNS, "color_of": plots.color_of}
   shown = {"arms": report.arms, "tables": _tables(report), "plots": _pictures(report)}
   return environment.get_template("page.html.j2").render(names | shown, report=report)

@@ -1,7 +1,7 @@
 """Plots of a report as inline SVG.
 
-Text stays text and takes the page's colour, so it is visible on dark pages too. An arm keeps its
-colour and line style in every plot.
+Text stays text and takes the page's color, so it is visible on dark pages too. An arm keeps its
+color and line style in every plot.
 """
 
 import io
@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from lrdit.analysis import plot_style
-from lrdit.analysis.plot_style import LOSS_LABEL, T_LABEL, colour_of, line_of
+from lrdit.analysis.plot_style import LOSS_LABEL, T_LABEL, color_of, line_of
 from lrdit.report.arms import Arm, TimestepLoss
 from lrdit.report.compare import Cell, Row
 
-INK = "#010203"  # placeholder for the page's text colour
+INK = "#010203"  # placeholder for the page's text color
 WIDTH, HEIGHT = 4.3, 3.1  # inches, about a phone's width, where text keeps its size
 MARKERS = "osD^vP"
 FEW_POINTS = 30  # a curve with fewer points marks each one
@@ -70,7 +70,7 @@ def quality_over(arms: Sequence[Arm], cost: Row, quality: Row) -> str | None:
     for number, arm in enumerate(arms):
       (x, x_std), (y, y_std) = (_point(row.cells[number]) for row in (cost, quality))
       if x is not None and y is not None:
-        style = {"fmt": MARKERS[number % len(MARKERS)], "color": colour_of(number)}
+        style = {"fmt": MARKERS[number % len(MARKERS)], "color": color_of(number)}
         axes.errorbar(x, y, y_std, x_std, label=arm.name, capsize=3, markersize=6, **style)
         shown = True
     axes.margins(0.1, 0.15)

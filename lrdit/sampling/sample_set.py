@@ -281,7 +281,7 @@ class SampleSetWriter:
     self._clock = time.perf_counter()
 
   def append(self, samples: UInt8[np.ndarray, "B H W C"]) -> None:
-    """Add the next samples, grey or RGB, which are safe against a kill on return."""
+    """Add the next samples, gray or RGB, which are safe against a kill on return."""
     rows = images.to_rgb(samples)
     with self._explaining_os_errors():
       self._rows.append(rows)

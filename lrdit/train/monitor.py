@@ -103,7 +103,7 @@ def advice_on_non_finite(
   if newest and step == newest + 1 and quantity in ("loss", "gradient"):
     goes_on = f"step {before}" if before else "the start"
     return (
-      f"The parameters of the checkpoint of step {newest} are spoilt already: delete "
+      f"The parameters of the checkpoint of step {newest} are already spoiled: delete "
       f"{directory / str(newest)}, l{lower}, and run the command again, which goes on from "
       f"{goes_on}"
     )

@@ -269,9 +269,9 @@ def test_heat_map_of_rank_truncation():
   np.testing.assert_array_equal(corners[0, :, 0], BOUNDARIES)
   np.testing.assert_allclose(corners[:, 0, 1], 2 ** np.array([0.5, 1.5, 2.5, 3.5]))
   assert mesh.norm(0.5) == pytest.approx(1) and (mesh.get_array()[2, :2] < mesh.norm.vmin).all()
-  colours = mesh.get_cmap()(mesh.norm(mesh.get_array()))
-  grey = mesh.get_cmap().get_under()
-  assert (colours[2, :2] == grey).all() and not (colours[:2] == grey).all(-1).any()
+  colors = mesh.get_cmap()(mesh.norm(mesh.get_array()))
+  gray = mesh.get_cmap().get_under()
+  assert (colors[2, :2] == gray).all() and not (colors[:2] == gray).all(-1).any()
   # The line at 0.1 crosses the first group's column between the ranks 2 and 4, evenly in the log.
   levels = [0.003, 0.01, 0.03, 0.1, 0.3]
   np.testing.assert_allclose(contours.levels, np.log10(levels))

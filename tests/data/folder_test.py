@@ -226,7 +226,7 @@ CMYK = striped("CMYK", ((0, 255, 255, 0), (0, 0, 0, 255)))
 @pytest.mark.parametrize(
   ("image", "name", "left", "right", "kind"),
   [
-    (striped("L", (7, 240)), "it.png", (7, 7, 7), (240, 240, 240), "grey"),
+    (striped("L", (7, 240)), "it.png", (7, 7, 7), (240, 240, 240), "gray"),
     (striped("1", (0, 1)), "it.png", BLACK, WHITE, "black and white"),
     (palette_image(), "it.png", (200, 100, 50), (10, 20, 30), "palette"),
     (palette_image(), "it.gif", (200, 100, 50), (10, 20, 30), "palette"),
@@ -235,7 +235,7 @@ CMYK = striped("CMYK", ((0, 255, 255, 0), (0, 0, 0, 255)))
     (striped("LA", ((9, 0), (90, 255))), "it.png", WHITE, (90, 90, 90), "with transparency"),
     (CMYK, "it.tif", (255, 0, 0), BLACK, "CMYK"),
     (CMYK, "it.jpg", (255, 0, 0), BLACK, "CMYK"),
-    (deep_grey(), "it.png", (0x12,) * 3, (0xAB,) * 3, "16-bit grey"),
+    (deep_grey(), "it.png", (0x12,) * 3, (0xAB,) * 3, "16-bit gray"),
   ],
 )
 def test_images_of_other_kinds_are_converted_and_counted(
@@ -257,15 +257,15 @@ def test_images_are_converted_to_grey_where_the_model_is_grey(tmp_path, told):
   rows, _ = read(source)
   np.testing.assert_array_equal(rows[0, :, :, 0], pixels(1, channels=1))
   assert (rows[1] == 76).all()
-  assert messages(told) == [("INFO", "1 of 2 images converted to grey: 1 colour")]
+  assert messages(told) == [("INFO", "1 of 2 images converted to gray: 1 color")]
 
 
 def test_the_kinds_of_readable_images_are_counted_together(tmp_path, told):
-  grey = striped("L", (1, 2))
-  make_splits(tmp_path, a=grey, b=grey, c=palette_image(), d=pixels(1))
+  gray = striped("L", (1, 2))
+  make_splits(tmp_path, a=gray, b=gray, c=palette_image(), d=pixels(1))
   (tmp_path / "train" / "b0.png").write_bytes(b"")
   load(tmp_path, skip_unreadable=True)
-  assert messages(told)[2:] == [("INFO", "3 of 4 images converted to RGB: 2 grey, 1 palette")]
+  assert messages(told)[2:] == [("INFO", "3 of 4 images converted to RGB: 2 gray, 1 palette")]
 
 
 @pytest.mark.parametrize(("height", "width"), [(SIZE, 3 * SIZE), (3 * SIZE, SIZE)])
@@ -281,8 +281,8 @@ def test_an_oblong_image_is_cropped_to_its_centre(tmp_path, told, height, width)
 def test_images_of_any_size_are_resized_with_a_warning_where_enlarged(
   tmp_path, told, height, width
 ):
-  colour = (10, 200, 90)
-  assert (load_one(tmp_path, np.full((height, width, 3), colour, np.uint8)) == colour).all()
+  color = (10, 200, 90)
+  assert (load_one(tmp_path, np.full((height, width, 3), color, np.uint8)) == color).all()
   enlarged = ("WARNING", f"1 of 1 images are smaller than {SIZE} pixels and enlarged")
   assert (enlarged in messages(told)) == (height < SIZE)
 

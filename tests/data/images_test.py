@@ -37,11 +37,11 @@ def test_grid_places_tiles_row_by_row():
 
 
 def test_a_written_grid_can_be_read_and_leaves_nothing_else(tmp_path):
-  grey = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1)).astype(np.uint8)
-  images.write_grid(tmp_path / "grid.png", grey, columns=3)
+  gray = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1)).astype(np.uint8)
+  images.write_grid(tmp_path / "grid.png", gray, columns=3)
   got = np.asarray(Image.open(tmp_path / "grid.png"))
   assert got.shape == (48, 3 * 48 + 2 * images.GAP, 3)
-  np.testing.assert_array_equal(got[::6, :48:6], images.to_rgb(grey)[0])
+  np.testing.assert_array_equal(got[::6, :48:6], images.to_rgb(gray)[0])
   assert [f.name for f in tmp_path.iterdir()] == ["grid.png"]
 
 
@@ -54,7 +54,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
   assert target.read_bytes() == before
 
 
-def test_a_colour_key_is_laid_over_white():
+def test_a_color_key_is_laid_over_white():
   array = pixels(0)
   array[2:4, 1:5] = key = (10, 20, 30)
   file = encoded(Image.fromarray(array), "PNG", transparency=key)

@@ -54,13 +54,13 @@ def test_an_npz_without_labels_has_no_classes(make_npz):
 def test_grey_arrays_are_read_as_grey_or_repeated(make_npz, told, axis):
   image = batch(1)
   path = make_npz(image=image.reshape(*image.shape, *axis))
-  grey = load_both(path, num_channels=1)[0]
-  np.testing.assert_array_equal(read(grey)[0][..., 0], image[~HELD_OUT])
+  gray = load_both(path, num_channels=1)[0]
+  np.testing.assert_array_equal(read(gray)[0][..., 0], image[~HELD_OUT])
   assert not told.messages
-  colour = load_both(path, num_channels=3)[0]
-  np.testing.assert_array_equal(read(colour)[0], np.repeat(image[~HELD_OUT][..., None], 3, -1))
-  total = len(colour)
-  assert told.messages[0] == f"{total} of {total} images converted to RGB: {total} grey"
+  color = load_both(path, num_channels=3)[0]
+  np.testing.assert_array_equal(read(color)[0], np.repeat(image[~HELD_OUT][..., None], 3, -1))
+  total = len(color)
+  assert told.messages[0] == f"{total} of {total} images converted to RGB: {total} gray"
 
 
 def test_transparent_arrays_are_laid_over_white(make_npz, told):

@@ -94,11 +94,11 @@ def test_real_images_are_quantized_as_generated_ones_are(pixel):
 
 
 def test_grey_images_are_repeated():
-  grey = sources.Source(
+  gray = sources.Source(
     np.arange(320, dtype=np.uint8).reshape(20, SIZE, SIZE, 1), np.zeros(20, np.int32), 0, {}
   )
   extractor = PixelExtractor(SIZE, 1)
-  assert references.compute_reference(grey, extractor, 20).features.shape == (20, 16)
+  assert references.compute_reference(gray, extractor, 20).features.shape == (20, 16)
 
 
 def test_metrics_are_those_of_the_whole_features(pixel):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lrdit.config.run_config import store_config
 from lrdit.experiment import Experiment
 from lrdit.modes import sample
 from lrdit.runtime.errors import UserError
@@ -20,16 +19,12 @@ from lrdit.sampling.sampler import Sampler, random_labels
 from lrdit.sampling.settings import make_settings
 from lrdit.train import checkpoints
 from tests import tiny
-from tests.trained import save_checkpoint
+from tests.trained import make_noisy_run, save_checkpoint
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-  path = tmp_path_factory.mktemp("sampled")
-  config = tiny.tiny_config()
-  store_config(path, config)
-  save_checkpoint(path, config)
-  return path
+  return make_noisy_run(tmp_path_factory.mktemp("sampled"))
 
 
 @pytest.fixture(autouse=True)

@@ -54,7 +54,7 @@ def test_a_spoilt_checkpoint_is_deleted_as_its_message_says(tmp_path):
   spoilt = fields | dict(optimizer__learning_rate=1e15, optimizer__warmup_steps=1)
   path = tmp_path / "checkpoints" / "1"
   message = (
-    f"the loss of step 2 is .*The parameters of the checkpoint of step 1 are spoilt already: "
+    f"the loss of step 2 is .*The parameters of the checkpoint of step 1 are already spoiled: "
     f"delete {path}, lower config.optimizer.learning_rate or .*, which goes on from the start"
   )
   with pytest.raises(UserError, match=message):

@@ -105,7 +105,7 @@ def test_text_is_escaped(made):
 def test_plots_are_the_same_every_time(made):
   svg = plots.training_curves(made.arms, "train/loss")
   assert svg == plots.training_curves(made.arms, "train/loss")
-  assert plots.colour_of(0).upper() in svg.upper()
+  assert plots.color_of(0).upper() in svg.upper()
   assert "currentColor" in svg
   assert "#ffffff" not in svg.lower()  # no ground of its own, which a dark page would show
 
@@ -133,7 +133,7 @@ def test_curves_of_few_points_show_each(made):
     arm = copy.deepcopy(made.arms[2])
     arm.runs[0].curves["train/loss"] = ([*range(count)], [1.0 + i for i in range(count)])
     svg = plots.training_curves([arm], "train/loss")
-    return svg.count(f"fill: {plots.colour_of(0).lower()}")
+    return svg.count(f"fill: {plots.color_of(0).lower()}")
 
   assert markers(1) > 0 == markers(40)
   assert markers(3) - markers(1) == 2
