@@ -17,6 +17,7 @@ from lrdit.experiment import Experiment
 from lrdit.rank.plan import RankPlan
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
+from lrdit.sampling.sampler import Sampler
 from lrdit.sampling.settings import make_label_rule
 from lrdit.train.run_files import read_vae_digest, restore_params
 
@@ -64,22 +65,28 @@ class Run:
       (n, height, width, channels) uint8.
     """
     devices = parallel.all_devices()
-    config = ConfigDict(self.config.to_dict())
-    per_device = -(-min(n, config.sampling.batch_size) // len(devices))
+    per_device = -(-min(n, self.config.sampling.batch_size) // len(devices))
     fields = {"seed": seed, "batch_size": per_device * len(devices)} | fields
-    config.sampling.update(fields)
-    experiment = Experiment(resolve_for_run(config, str(self.workdir)))
+    experiment, sampler = _make_sampler(self, tuple(sorted(fields.items())))
     rule = make_label_rule(experiment.config)
     if labels is not None:
       given = _check_labels(labels, n, experiment.shape.num_classes)
       rule = functools.partial(np.take, given, mode="clip")  # the last batch is padded
-    digest = read_vae_digest(self.workdir) if config.vae.downsample_factor else ""
+    digest = read_vae_digest(self.workdir) if self.config.vae.downsample_factor else ""
     to_pixels = experiment.to_pixels(devices, digest)
     params = self.params() if params is None else params
-    batches = [to_pixels(x_0) for x_0 in experiment.sampler(devices).sample(params, rule, n)]
+    batches = [to_pixels(x_0) for x_0 in sampler.sample(params, rule, n)]
     if not all(are_finite.all() for _, are_finite in batches):
       raise UserError("samples are not finite: lower the guidance scale, or train longer")
     return np.concatenate([pixels for pixels, _ in batches])
+
+
+@functools.lru_cache(maxsize=4)  # so that sampling again with the same fields compiles nothing
+def _make_sampler(run: Run, fields: tuple[tuple[str, Any], ...]) -> tuple[Experiment, Sampler]:
+  config = ConfigDict(run.config.to_dict())
+  config.sampling.update(dict(fields))
+  experiment = Experiment(resolve_for_run(config, str(run.workdir)))
+  return experiment, experiment.sampler(parallel.all_devices())
 
 
 def _check_labels(labels: int | Sequence[int], n: int, num_classes: int) -> Int[np.ndarray, " n"]:

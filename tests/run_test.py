@@ -6,6 +6,7 @@ import pytest
 
 import lrdit
 from lrdit.config.run_config import store_config
+from lrdit.experiment import Experiment
 from lrdit.modes import sample
 from lrdit.runtime.errors import UserError
 from lrdit.sampling.sample_set import read_sample_set
@@ -36,6 +37,15 @@ def test_samples_are_those_of_the_command_line(workdir):
   # Another batch size may round otherwise.
   assert np.abs(sampled.astype(int) - written[:6]).max() <= 1
   assert np.abs(run.sample(2, seed=1).astype(int) - sampled[:2]).max() > 1
+
+
+def test_sampling_again_compiles_nothing(workdir, monkeypatch):
+  run = lrdit.open_run(workdir)
+  first = run.sample(4)
+  monkeypatch.setattr(Experiment, "sampler", None)  # making another one would call it
+  np.testing.assert_array_equal(run.sample(4), first)
+  with pytest.raises(TypeError):
+    run.sample(4, num_steps=3)
 
 
 def test_labels_are_one_class_or_one_for_each_image(workdir):
