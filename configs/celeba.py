@@ -4,9 +4,9 @@ python main.py --config=configs/celeba.py --mode=encode --output=data/celeba_lat
   --config.vae.path=VAE
 python main.py --config=configs/celeba.py:method=adaptive --workdir=runs/celeba_adaptive \
   --config.vae.path=VAE --config.vae.latents_dir=data/celeba_latents
-bash launch/celeba.sh --config.vae.path=VAE   # both, for the three arms
+bash launch/celeba.sh --config.vae.path=VAE   # both, for the four arms
 
-Arguments: method=full|static|adaptive, variant=S/2 (or another size and patch).
+Arguments: method=full|narrow|static|adaptive, variant=S/2 (or another size and patch).
 
 VAE is stabilityai/sd-vae-ft-mse or another diffusers AutoencoderKL. tensorflow-datasets prepares
 the images in ~/tensorflow_datasets or --config.data.data_dir. Put img_align_celeba.zip,

@@ -1,9 +1,9 @@
 r"""The dissertation's CIFAR-10: 32x32 pixels, 10 classes, DiT-S/2.
 
 python main.py --config=configs/cifar10.py:method=adaptive --workdir=runs/cifar10_adaptive
-bash launch/cifar10.sh   # the three arms, one after another
+bash launch/cifar10.sh   # the four arms, one after another
 
-Arguments: method=full|static|adaptive, variant=S/2 (or another size and patch).
+Arguments: method=full|narrow|static|adaptive, variant=S/2 (or another size and patch).
 
 tensorflow-datasets prepares the images (163 MB) in ~/tensorflow_datasets or --config.data.data_dir:
   python -c "import tensorflow_datasets as tfds; \

@@ -2,7 +2,7 @@
 
 python main.py --config=configs/digits.py:method=adaptive --workdir=runs/digits
 
-Arguments: method=full|static|adaptive, variant=T/2. docs/results.md has its results.
+Arguments: method=full|narrow|static|adaptive, variant=T/2. docs/results.md has its results.
 """
 
 from ml_collections import ConfigDict

@@ -23,7 +23,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-METHODS = ("full", "static", "adaptive")
+METHODS = ("full", "narrow", "static", "adaptive")
 # Fields that the commands set themselves.
 SET_BY_ALL = ("method=", "vae.latents_dir=")
 SET_BY_DIGITS = (*SET_BY_ALL, "seed=", "evaluation.features_dir=")
@@ -56,7 +56,7 @@ def run_arm(title: str, workdir: pathlib.Path, *flags: str) -> str:
 
 
 def run_dataset(name: str, runs: pathlib.Path, overrides: list[str]) -> None:
-  """Run the three arms on a dataset, on its latents if it has any."""
+  """Run the four arms on a dataset, on its latents if it has any."""
   config, arguments = f"--config={ROOT / 'configs' / name}.py", ""
   if name == "imagenet128":
     classes = os.environ.get("CLASSES") or "1000"

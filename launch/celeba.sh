@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Encodes CelebA, then compares the arms full, static and adaptive. See --help.
+# Encodes CelebA, then compares the four arms. See --help.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 exec python "$root/launch/arms.py" celeba "$@"

@@ -28,6 +28,7 @@ from lrdit.runtime.errors import UserError
 from lrdit.sampling.sampler import Sampler, SamplerSettings
 from lrdit.train import loss, step
 from lrdit.train.curriculum import Curriculum, make_stages, stage_order
+from lrdit.train.muon import MuonOptions, newton_schulz_macs
 from lrdit.train.optimizer import Schedule, learning_rate_schedule, make_optimizer
 
 log = logging.getLogger("lrdit")
@@ -60,7 +61,7 @@ class Experiment:
   def model(self, devices: parallel.Devices = ()) -> dit.DiT:
     """Return the DiT, with the attention that the devices compute fastest."""
     m = self.config.model
-    attention = dit.choose_attention(devices, self.dtype, m.hidden_size // m.num_heads)
+    attention = dit.choose_attention(devices, self.dtype, self.shape.head_size)
     settings = dict(remat=m.remat, scan_blocks=m.scan_blocks, attention=attention)
     return dit.DiT(self.shape, self.plan, self.dtype, **settings)
 
@@ -91,11 +92,28 @@ class Experiment:
     )
 
   @functools.cached_property
+  def muon_options(self) -> MuonOptions:
+    """The options of Muon; without layers where the optimizer is another."""
+    o = self.config.optimizer
+    names = ("momentum", "newton_schulz_steps", "consistent_rms", "learning_rate_ratio")
+    fields = {name: o[f"muon_{name}"] for name in names}
+    layers = derive.muon_layers(self.config)
+    return MuonOptions(layers, **fields, factor_update=o.factor_update)
+
+  @property
+  def update_macs(self) -> int:
+    """The MACs of the optimizer's matrix products in an update on one device; Muon's alone."""
+    shapes = dit.layer_shapes(self.shape)
+    return newton_schulz_macs(shapes, self.plan, self.muon_options)
+
+  @functools.cached_property
   def optimizer(self) -> optax.GradientTransformation:
     """The optimizer, for a learning rate of 1."""
     o = self.config.optimizer
-    constants = dict(beta1=o.beta1, beta2=o.beta2, epsilon=o.epsilon)
-    return make_optimizer(o.name, o.weight_decay, o.grad_clip_norm, **constants)
+    names = ("name", "weight_decay", "grad_clip_norm", "beta1", "beta2", "epsilon", "factor_rates")
+    return make_optimizer(
+      **{name: o[name] for name in names}, plan=self.plan, muon=self.muon_options
+    )
 
   @functools.cached_property
   def learning_rate(self) -> Schedule:

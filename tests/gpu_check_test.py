@@ -8,7 +8,7 @@ import pytest
 from tests import scripts, tiny
 from tests.benchmarks import gpu_check
 
-METHODS = ["full", "static", "adaptive"]
+METHODS = ["full", "narrow", "static", "adaptive"]
 PARTS = ["tests", "b2", "cifar10"]  # xl2 is as b2
 
 
@@ -36,8 +36,8 @@ def test_a_dry_run_does_all_of_it_on_a_cpu(tmp_path):
   assert stdout.endswith(table)
   lines = table.splitlines()
   assert len({line.count("|") for line in lines}) == 1
-  # A header of two lines, the tests, seven rows of the benchmark, one arm, three parts.
-  assert len(lines) == 2 + 1 + 7 + 1 + 3
+  # A header of two lines, the tests, nine rows of the benchmark, one arm, three parts.
+  assert len(lines) == 2 + 1 + 9 + 1 + 3
   assert all(f"| part {name} |  |  |  |  | done" in table for name in PARTS)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests import scripts, tiny
 
-METHODS = ("full", "static", "adaptive")
+METHODS = ("full", "narrow", "static", "adaptive")
 MODES = ("train", "sample", "evaluate")
 SCRIPTS = ("cifar10", "celeba", "imagenet128", "digits", "schedules")
 
@@ -83,7 +83,7 @@ def test_schedules_share_one_analysis(stand_in, tmp_path):
 def test_an_unfinished_command_ends_all_with_its_status(stand_in, status):
   done = stand_in.run(command("digits"), f"if start == 4: sys.exit({status})")
   assert done[0] == status
-  assert started(stand_in) == arms("digits_full_0", "digits_static_0")[:5]
+  assert started(stand_in) == arms("digits_full_0", "digits_narrow_0")[:5]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -208,5 +208,10 @@ def test_schedules_are_reported_as_arms(checkout, tmp_path):
   assert status == 0, stderr
   report = json.loads((tmp_path / "runs" / "digits_schedules" / "report.json").read_text())
   schedules = ("logistic_decreasing", "measured", "increasing", "constant")
-  names = ["full", "static", *(f"adaptive (schedule {schedule})" for schedule in schedules)]
+  names = [
+    "full",
+    "narrow",
+    "static",
+    *(f"adaptive (schedule {schedule})" for schedule in schedules),
+  ]
   assert [arm["name"] for arm in report["arms"]] == names

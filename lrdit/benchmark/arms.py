@@ -25,11 +25,12 @@ log = logging.getLogger("lrdit")
 # arm: (method, rank.compute). The last one is trained only; it samples as `adaptive` does.
 ARMS = {
   "full": ("full", "grouped"),
+  "narrow": ("narrow", "grouped"),
   "static": ("static", "grouped"),
   "adaptive": ("adaptive", "grouped"),
   "adaptive, masked": ("adaptive", "masked"),
 }
-SAMPLING_ARMS = ("full", "static", "adaptive")
+SAMPLING_ARMS = ("full", "narrow", "static", "adaptive")
 
 # Sizes that are compute-bound, and the number of consecutive products.
 MATMUL_SIZE_ON_CPU, MATMUL_SIZE_ELSEWHERE, MATMUL_COUNT = 2048, 8192, 5
@@ -125,8 +126,8 @@ class TrainingArm:
     # (examples, rank bucket) of one device, and the FLOPs of one step over all devices.
     self.groups = loss.select_ranks(objective, jnp.zeros(local, jnp.int32)).groups
     shape, plan = objective.model.shape, objective.model.plan
-    macs = len(devices) * flops.training_macs(shape, plan, self.groups)
-    self.flops = flops.FLOPS_PER_MAC * macs
+    macs = flops.training_macs(shape, plan, self.groups) + experiment.update_macs
+    self.flops = flops.FLOPS_PER_MAC * len(devices) * macs
     self.num_parameters = flops.num_parameters(shape, plan)
     self.compile_seconds, self._compiled = seconds_of(self._compile)
     self.memory_bytes = None  # see `results.MEMORY_MEANING`

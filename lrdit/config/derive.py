@@ -1,13 +1,17 @@
 """Derive the model's shape, the rank plan and the solver from a config."""
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from lrdit.diffusion import process, solvers
-from lrdit.model import dit
+from lrdit.model import dit, flops
 from lrdit.rank import measured, plan, schedules
 
+METHODS = ("full", "narrow", "static", "adaptive")
+DENSE_METHODS = ("full", "narrow")
 MEASURED = "measured"  # the schedule that an analysis determines
 
 
@@ -16,8 +20,8 @@ def input_size(config: ConfigDict) -> int:
   return config.data.image_size // (config.vae.downsample_factor or 1)
 
 
-def model_shape(config: ConfigDict) -> dit.DiTShape:
-  """Return the model's sizes."""
+def full_shape(config: ConfigDict) -> dit.DiTShape:
+  """Return the sizes of the full arm's model."""
   has_vae = config.vae.downsample_factor
   names = ("hidden_size", "depth", "num_heads", "patch_size", "learn_sigma")
   return dit.DiTShape(
@@ -28,11 +32,43 @@ def model_shape(config: ConfigDict) -> dit.DiTShape:
   )
 
 
+def model_shape(config: ConfigDict) -> dit.DiTShape:
+  """Return the model's sizes; the narrow arm's width is that of the static arm's MACs."""
+  shape = full_shape(config)
+  return flops.narrow_shape(shape, _static_plan(config)) if config.method == "narrow" else shape
+
+
 def factorized_layers(config: ConfigDict) -> list[str]:
   """Return the names of the layers that a low-rank arm factorizes, whatever the config's arm."""
-  rank, shapes = config.rank, dit.layer_shapes(model_shape(config))
+  rank, shapes = config.rank, dit.layer_shapes(full_shape(config))
   first, last = rank.first_n_blocks, rank.last_n_blocks
   return plan.select_layers(shapes, rank.dense_layers, first, last, config.model.depth)
+
+
+def _static_plan(config: ConfigDict) -> plan.RankPlan:
+  steps = config.diffusion.num_train_timesteps
+  fields = dict(min_ratio=1.0, match="total", num_buckets=1, multiple_of=1)
+  return _low_rank_plan(config, schedules.schedule_height("constant", steps), fields)
+
+
+def _adaptive_plan(config: ConfigDict) -> plan.RankPlan:
+  rank, steps = config.rank, config.diffusion.num_train_timesteps
+  names = ("min_ratio", "match", "num_buckets", "multiple_of")
+  fields = {name: rank[name] for name in names}
+  if rank.schedule == MEASURED:
+    height, fields["min_ratio"] = measured.height(rank.measured_shares, rank.measured_boundaries)
+  else:
+    logistic = {name: rank[name] for name in ("logistic_steepness", "logistic_midpoint")}
+    height = schedules.schedule_height(rank.schedule, steps, **logistic)
+  return _low_rank_plan(config, height, fields)
+
+
+def _low_rank_plan(
+  config: ConfigDict, height: Float[np.ndarray, " T"], fields: dict[str, Any]
+) -> plan.RankPlan:
+  shapes, chosen = dit.layer_shapes(full_shape(config)), factorized_layers(config)
+  layers = {name: shapes[name] for name in chosen}
+  return plan.make_plan(layers, height=height, ratio=config.rank.ratio, **fields)
 
 
 def rank_plan(config: ConfigDict) -> plan.RankPlan:
@@ -40,22 +76,19 @@ def rank_plan(config: ConfigDict) -> plan.RankPlan:
 
   The static arm ignores the schedule: it is `constant` at the static rank.
   """
-  rank, steps = config.rank, config.diffusion.num_train_timesteps
-  shapes, chosen = dit.layer_shapes(model_shape(config)), factorized_layers(config)
-  if config.method == "full":
-    return plan.dense_plan(steps)
-  names = ("min_ratio", "match", "num_buckets", "multiple_of")
-  fields = {name: rank[name] for name in names}
-  if config.method == "static":
-    height = schedules.schedule_height("constant", steps)
-    fields = dict(min_ratio=1.0, match="total", num_buckets=1, multiple_of=1)
-  elif rank.schedule == MEASURED:
-    height, fields["min_ratio"] = measured.height(rank.measured_shares, rank.measured_boundaries)
-  else:
-    logistic = {name: rank[name] for name in ("logistic_steepness", "logistic_midpoint")}
-    height = schedules.schedule_height(rank.schedule, steps, **logistic)
-  layers = {name: shapes[name] for name in chosen}
-  return plan.make_plan(layers, height=height, ratio=rank.ratio, **fields)
+  if config.method in DENSE_METHODS:
+    factorized_layers(config)  # raises for patterns that fit no layer
+    return plan.dense_plan(config.diffusion.num_train_timesteps)
+  return {"static": _static_plan, "adaptive": _adaptive_plan}[config.method](config)
+
+
+def muon_layers(config: ConfigDict) -> tuple[str, ...]:
+  """Return the names of the layers whose matrices Muon updates, () for another optimizer."""
+  names, patterns = dit.layer_shapes(full_shape(config)), config.optimizer.muon_layers
+  if config.optimizer.name != "muon":
+    return ()
+  plan.check_patterns("optimizer.muon_layers", patterns, names)
+  return tuple(name for name in names if any(plan.covers(pattern, name) for pattern in patterns))
 
 
 def alphas_cumprod(config: ConfigDict) -> Float[np.ndarray, " T"]:

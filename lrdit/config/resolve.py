@@ -36,8 +36,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
   sizes = config.analysis.batch_sizes
   require(bool(sizes) and sizes[-1] > 1, "analysis.batch_sizes", sizes, "must end above 1")
   measured_schedule.fill_in(config)
-  # Both raise where values do not fit together.
+  # These raise where values do not fit together.
+  derive.model_shape(config)
   derive.rank_plan(config)
+  derive.muon_layers(config)
   derive.solver_table(config)
   return config.lock()
 
@@ -81,7 +83,7 @@ def _check_model(config: ConfigDict) -> None:
   rule = f"is not a multiple of config.model.num_heads={heads}"
   require(width % heads == 0, "model.hidden_size", width, rule)
   rule = "must be a multiple of 4 (the position embedding has four parts)"
-  require(width % 4 == 0, "model.hidden_size", width, rule)
+  require(width % dit.POSITION_PARTS == 0, "model.hidden_size", width, rule)
 
 
 def _check_sampling(config: ConfigDict) -> None:

@@ -84,7 +84,7 @@ _SECTIONS = ("flops", "weights", "gradients", "truncation")
 FIELDS: dict[str, Field] = {
   **_group("", Role.RUN)(
     seed=Field(0, "Seed of the parameters, batches, noise and timesteps", _SEED),
-    method=Field("adaptive", "Arm", choice("full", "static", "adaptive")),
+    method=Field("adaptive", "Arm", choice(names="config.derive.METHODS")),
   ),
   **_group("data", Role.RUN)(
     name=Field("", "Dataset", choice(names="data.pipeline.LOADERS")),
@@ -105,7 +105,9 @@ FIELDS: dict[str, Field] = {
   ),
   **_group("model", Role.RUN)(
     variant=Field("S/2", "Size and patch; docs/running.md lists the sizes"),
-    hidden_size=Field(None, "Width", whole(1, 2**16), _VARIANT),
+    hidden_size=Field(
+      None, "Width; that of `narrow` is derived from it", whole(1, 2**16), _VARIANT
+    ),
     depth=Field(None, "Blocks", whole(1, 10_000), _VARIANT),
     num_heads=Field(None, "Attention heads", whole(), _VARIANT),
     patch_size=Field(None, "Pixels along a patch's side", whole(), _VARIANT),
@@ -181,6 +183,26 @@ FIELDS: dict[str, Field] = {
     beta1=Field(0.9, "Decay of the first moment", number("[0, 1)"), role=Role.RUN),
     beta2=Field(None, "Decay of the second moment", number("[0, 1)"), _BETA2, role=Role.RUN),
     epsilon=Field(1e-8, "Epsilon of AdamW", _FLOAT, role=Role.RUN),
+    muon_layers=Field(
+      ("blocks_*",),
+      "Patterns of layers whose matrices Muon updates; AdamW updates all else",
+      rule(lambda names: all(isinstance(name, str) for name in names), "names of layers"),
+      role=Role.RUN,
+    ),
+    muon_momentum=Field(0.95, "Nesterov momentum of Muon", number("[0, 1)"), role=Role.RUN),
+    muon_newton_schulz_steps=Field(5, "Newton-Schulz steps of Muon", whole(1, 100), role=Role.RUN),
+    muon_consistent_rms=Field(
+      0.2, "RMS of Muon's update per learning rate", _FLOAT, "scale by sqrt(max(1, D_out / D_in))"
+    ),
+    muon_learning_rate_ratio=Field(1.0, "Muon's learning rate over AdamW's", _FLOAT),
+    factor_update=Field(
+      "whole", "Muon's rule for a layer's factors", choice(names="train.muon.FACTOR_UPDATES")
+    ),
+    factor_rates=Field(
+      "equal",
+      "Learning rates of the factors: `equal`, or `fan_in` for up's times D_in / R",
+      choice(names="train.optimizer.FACTOR_RATES"),
+    ),
     grad_clip_norm=Field(5.0, "Largest norm of the gradient", _FLOAT, "no clipping"),
     ema_decay=Field(0.9999, "Decay of the averaged parameters", number("[0, 1)")),
   ),
@@ -258,7 +280,7 @@ def get(config: ConfigDict, field: str) -> Any:
 def get_default_config(method: str, variant: str) -> ConfigDict:
   """Return a locked config with all fields at their defaults, for a recipe to change.
 
-  `method` is full, static or adaptive, and `variant` a model size such as "S/2".
+  `method` is one of `derive.METHODS`, and `variant` a model size such as "S/2".
   """
   nested: dict[str, Any] = {}
   for name, field in FIELDS.items():

@@ -27,6 +27,7 @@ from lrdit.runtime.errors import UserError
 FREQUENCY_DIM = 256
 MLP_RATIO = 4
 LAYER_NORM_EPSILON = 1e-6
+POSITION_PARTS = 4  # of the position embedding, which divide the width
 
 # name: (hidden_size, depth, num_heads) from table 1 of the paper; "T" (tiny) is for 8x8 digits.
 SIZES = {
@@ -75,6 +76,11 @@ class DiTShape:
     return (self.image_size // self.patch_size) ** 2
 
   @property
+  def head_size(self) -> int:
+    """The width of an attention head."""
+    return self.hidden_size // self.num_heads
+
+  @property
   def out_channels(self) -> int:
     """The number of output channels, C or 2 C."""
     return self.channels * (2 if self.learn_sigma else 1)
@@ -115,7 +121,7 @@ def position_embedding(hidden_size: int, grid_size: int) -> Float[np.ndarray, "N
 
   The first half encodes the column and the second half the row, as in the published code.
   """
-  quarter = hidden_size // 4
+  quarter = hidden_size // POSITION_PARTS
   omega = 1.0 / 10000.0 ** (np.arange(quarter, dtype=np.float64) / quarter)
   angles = np.arange(grid_size, dtype=np.float64)[:, None] * omega
   axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)

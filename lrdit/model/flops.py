@@ -7,14 +7,17 @@ not count.
 Axes: S solver steps.
 """
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from lrdit.model.dit import DiTShape, layer_shapes
-from lrdit.rank.plan import RankPlan
+from lrdit.model.dit import POSITION_PARTS, DiTShape, layer_shapes
+from lrdit.rank.plan import RankPlan, dense_plan
+from lrdit.runtime.errors import UserError
 
 FLOPS_PER_MAC = 2
 
@@ -46,6 +49,26 @@ def mean_forward_macs(shape: DiTShape, plan: RankPlan) -> float:
   """Return the MACs of one example's forward pass, averaged over all timesteps."""
   table = [forward_macs(shape, plan, bucket) for bucket in range(plan.num_buckets)]
   return float(np.asarray(table, np.float64)[plan.bucket_of_timestep].mean())
+
+
+def narrow_shape(shape: DiTShape, plan: RankPlan) -> DiTShape:
+  """Return the widest dense model whose MACs are at most those of `plan` at full width.
+
+  Depth and heads stay. The width is a multiple of the heads, and of 4 for the position embedding.
+
+  Raises:
+    UserError: even the smallest width has more MACs.
+  """
+  limit, dense = mean_forward_macs(shape, plan), dense_plan(plan.num_train_timesteps)
+  step = math.lcm(POSITION_PARTS, shape.num_heads)
+  for width in range(shape.hidden_size, 0, -1):
+    narrow = dataclasses.replace(shape, hidden_size=width)
+    if width % step == 0 and forward_macs(narrow, dense, 0) <= limit:
+      return narrow
+  raise UserError(
+    f"method=narrow: no multiple of {step} (4 and {shape.num_heads} heads) is a width with at most "
+    f"the {limit:,.0f} MACs of the static arm: raise rank.ratio or lower model.num_heads"
+  )
 
 
 def training_macs(shape: DiTShape, plan: RankPlan, groups: Sequence[tuple[int, int]]) -> int:

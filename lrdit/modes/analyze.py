@@ -23,6 +23,7 @@ from lrdit.analysis import (
 )
 from lrdit.analysis.unit_cache import UnitCache
 from lrdit.config import measured_schedule
+from lrdit.config.derive import METHODS
 from lrdit.config.resolve import resolve
 from lrdit.config.run_config import open_trained, open_workdir
 from lrdit.data.source import Source
@@ -39,7 +40,6 @@ from lrdit.train import checkpoints, run_files
 
 log = logging.getLogger("lrdit")
 
-ARMS = ("full", "static", "adaptive")
 AGAIN = "it is made again"
 LAYOUT = 1  # version of the sections' JSON; files of another one are made again
 
@@ -50,7 +50,7 @@ def count_flops(config: ConfigDict) -> dict[str, Any]:
   An arm that the config does not allow is left out, with a warning.
   """
   arms = {}
-  for method in ARMS:
+  for method in METHODS:
     arm = ConfigDict(config.to_dict())
     arm.method = method
     try:
@@ -60,6 +60,7 @@ def count_flops(config: ConfigDict) -> dict[str, Any]:
       continue
     made, scale = Experiment(arm), arm.sampling.guidance_scale
     arms[method] = flops.describe_arm(made.shape, made.plan, made.solver_table.t, scale)
+    arms[method]["update_macs"] = made.update_macs
   return arms
 
 
@@ -73,14 +74,16 @@ def format_flops(arms: dict[str, Any]) -> str:
       "parameters": counts["parameters"],
       "forward_macs": counts["mean_forward_macs"],
       "sampling": f"{counts['sampling_macs'] / 1e6:,.2f}",
+      "update": f"{counts['update_macs'] / 1e6:,.2f}",
     }
     for number, bucket in enumerate(buckets if len(buckets) > 1 else []):
-      entries[f"  {method}, bucket {number}"] = bucket | {"sampling": ""}
+      entries[f"  {method}, bucket {number}"] = bucket | {"sampling": "", "update": ""}
   columns = {
     "timesteps": lambda e: f"{e['timesteps']:,}",
     "parameters": lambda e: f"{e['parameters']:,}",
     "million MACs: forward": lambda e: f"{e['forward_macs'] / 1e6:,.3f}",
     "sampling run": lambda e: e["sampling"],
+    "optimizer, each step": lambda e: e["update"],
   }
   return format_table("of one image", columns, entries)
 

@@ -12,7 +12,7 @@ import fnmatch
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -155,10 +155,19 @@ def match_activated(
   return tables[int(np.argmin(np.abs(totals - target * counts.sum())))]
 
 
-def _covers(pattern: str, name: str) -> bool:
+def covers(pattern: str, name: str) -> bool:
   """Return whether a shell pattern matches a layer's name, or the name up to one of its '/'."""
   parts = name.split("/")
   return any(fnmatch.fnmatchcase("/".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
+
+
+def check_patterns(field: str, patterns: Sequence[str], layers: Collection[str]) -> None:
+  """Raise a UserError if a pattern of a config field matches none of the layers."""
+  for pattern in patterns:
+    if not any(covers(pattern, name) for name in layers):
+      known = dict.fromkeys(re.sub(r"^blocks_\d+", "blocks_*", name) for name in layers)
+      fix = f"the layers are {', '.join(known)}"
+      raise UserError(f"{field} entry {pattern!r} fits no layer: {fix}")
 
 
 def select_layers(
@@ -185,13 +194,8 @@ def select_layers(
   for field, n in counts.items():
     if n > depth:
       raise UserError(f"rank.{field}={n} must be at most {depth}, the blocks there are")
-  for pattern in dense_layers:
-    if not any(_covers(pattern, name) for name in layer_shapes):
-      known = dict.fromkeys(re.sub(r"^blocks_\d+", "blocks_*", name) for name in layer_shapes)
-      raise UserError(
-        f"rank.dense_layers entry {pattern!r} fits no layer: the layers are {', '.join(known)}"
-      )
-  chosen = [n for n in layer_shapes if not any(_covers(pattern, n) for pattern in dense_layers)]
+  check_patterns("rank.dense_layers", dense_layers, layer_shapes)
+  chosen = [n for n in layer_shapes if not any(covers(pattern, n) for pattern in dense_layers)]
   if counts:
     first, last = (counts.get(field, 0) for field in limits)
     blocks = {*range(first), *range(depth - last, depth)}

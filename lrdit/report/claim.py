@@ -1,4 +1,4 @@
-"""The claim: adaptive keeps the full arm's quality at fewer MACs and beats the static control."""
+"""The claim: adaptive keeps the full arm's quality at fewer MACs and beats arms of equal MACs."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,8 @@ from lrdit.report.compare import ROUNDING, Comparison, Difference
 CHECKS = (
   ("full", "held_out_loss_ema", "held-out loss, EMA weights", 3.0, "at most 3 % more"),
   ("full", "recognition_accuracy", "recognition accuracy", 2.0, "at most 2 points less"),
+  ("narrow", "held_out_loss_ema", "held-out loss, EMA weights", 0.0, "less"),
+  ("narrow", "frechet_distance", "Frechet distance", 0.0, "less"),
   ("static", "held_out_loss_ema", "held-out loss, EMA weights", 0.0, "less"),
   ("static", "frechet_distance", "Frechet distance", 0.0, "less"),
 )
@@ -34,6 +36,7 @@ class Check:
   unit: str = ""  # "%" or "points"
   better: str = ""  # the better method, or "neither"
   verdict: str = ""  # compares the difference with the seeds' spread
+  better_seeds: str = ""  # such as "3 of 3", of the seeds that both arms have
 
 
 @dataclasses.dataclass
@@ -78,6 +81,7 @@ def judge_difference(row: Difference, against: str, worst: float) -> dict[str, A
   if value is None:
     return {"reason": row.missing}
   worse = -value
+  better = sum(one > 0 if row.compare == "points" else one < 1 for one in row.by_seed)
   if row.compare == "ratio":  # losses and distances
     value, error, unit = 100 * (value - 1), None if error is None else 100 * error, "%"
     worse = value
@@ -91,4 +95,5 @@ def judge_difference(row: Difference, against: str, worst: float) -> dict[str, A
     "unit": unit,
     "better": side if is_better or is_worse else "neither",
     "verdict": row.verdict,
+    "better_seeds": f"{better} of {len(row.by_seed)}",
   }

@@ -13,7 +13,7 @@ from typing import Any
 from lrdit.report.arms import Arm, deviation
 from lrdit.report.fields import describe_difference, differing_fields, unique
 
-BASELINES = ("full", "static")
+BASELINES = ("full", "narrow", "static")
 ROUNDING = 1e-9  # relative difference of means that rounding alone may cause
 
 
@@ -75,9 +75,10 @@ class Difference:
   compare: str
   settings: dict[str, Any] | None = None
   value: float | None = None  # the ratio or the points
-  standard_error: float | None = None  # to first order; None if either arm has one run
+  standard_error: float | None = None  # of `by_seed` if seeds agree, else to first order, or None
   spread: float | None = None  # the larger of both arms' standard deviations over runs
   verdict: str = ""  # whether the difference is larger than the spread
+  by_seed: list[float] = dataclasses.field(default_factory=list)  # `value` of each common seed
   missing: str = ""  # why there is no value
 
 
@@ -113,9 +114,10 @@ def mark_protocols(row: Row) -> None:
 
 
 def compare(arms: Sequence[Arm], rows: Sequence[Row]) -> list[Comparison]:
-  """Compare every arm with a full arm, a static arm, and the first arm of any other method.
+  """Compare every arm with one of each of `BASELINES`, and with the first arm of another method.
 
-  Among several full or static arms, the baseline is the one whose config differs least.
+  An arm is compared with baselines before its own method. Among several arms of a baseline's method
+  the one whose config differs least is taken.
   """
   pairs = []
   for i, method in enumerate(BASELINES):
@@ -159,11 +161,28 @@ def compare_cells(cell: Cell, baseline: Cell, how: str) -> dict[str, Any]:
   else:  # d(a/b) = da/b - (a/b) db/b
     value = a.run_mean / b.run_mean
     scales = (1 / b.run_mean, value / b.run_mean)
+  by_seed = _compare_seeds(a, b, how)
   if a.run_std is None or b.run_std is None:
-    return {"value": value, "verdict": "one seed: no spread to judge by"}
+    return {"value": value, "verdict": "one seed: no spread to judge by", "by_seed": by_seed}
   errors = (s * g.run_std / math.sqrt(g.num_runs) for s, g in zip(scales, (a, b), strict=True))
   spread = max(a.run_std, b.run_std)
   larger = abs(a.run_mean - b.run_mean) > spread + ROUNDING * abs(b.run_mean)
   verdict = f"{'larger than' if larger else 'within'} the seeds' spread"
-  measured = {"value": value, "standard_error": math.hypot(*errors)}
+  error = math.hypot(*errors)
+  if len(by_seed) == a.num_runs == b.num_runs:
+    error = deviation(by_seed) / math.sqrt(len(by_seed))
+  measured = {"value": value, "standard_error": error, "by_seed": by_seed}
   return measured | {"spread": spread, "verdict": verdict}
+
+
+def _compare_seeds(a: Group, b: Group, how: str) -> list[float]:
+  """Return the ratio, or the difference in points, of the means of each seed of both groups."""
+  means = []
+  for group in (a, b):
+    seeds = unique(value.seed for value in group.values)
+    own = {seed: [v.value for v in group.values if v.seed == seed] for seed in seeds}
+    means.append({seed: statistics.fmean(values) for seed, values in own.items()})
+  pairs = [(mean, means[1][seed]) for seed, mean in means[0].items() if seed in means[1]]
+  if how == "points":
+    return [100 * (x - y) for x, y in pairs]
+  return [x / y for x, y in pairs if y]

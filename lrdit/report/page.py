@@ -117,11 +117,12 @@ def _pictures(report: Report) -> dict[str, list[tuple[str | None, str]]]:
   arms, by_key = report.arms, {row.key: row for row in report.rows}
   distances = [row for row in report.rows if row.key.endswith("_frechet_distance")]
   macs, held_out = by_key["mean_forward_macs"], by_key["held_out_loss_ema"]
-  quality = [(plots.quality_over(arms, macs, held_out), "Held-out split, EMA weights")]
+  costs = [macs, by_key["training_seconds"]]
+  measured = [(held_out, "Held-out split, EMA weights")]
   if distances:  # show the distance that most arms have
     row = max(distances, key=lambda row: sum(bool(cell.groups) for cell in row.cells))
-    caption = f"Samples: {describe_settings(row.settings)}"
-    quality.append((plots.quality_over(arms, macs, row), caption))
+    measured.append((row, f"Samples: {describe_settings(row.settings)}"))
+  quality = [(plots.quality_over(arms, c, row), text) for row, text in measured for c in costs]
   by_layer = f"Layer {report.layer}; a dense arm has its largest rank"
   rank = [
     (plots.rank_over_t(arms, report.layer), by_layer),

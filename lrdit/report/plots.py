@@ -15,6 +15,7 @@ from lrdit.analysis import plot_style
 from lrdit.analysis.plot_style import LOSS_LABEL, T_LABEL, color_of, line_of
 from lrdit.report.arms import Arm, TimestepLoss
 from lrdit.report.compare import Cell, Row
+from lrdit.report.fields import differing_fields
 
 INK = "#010203"  # placeholder for the page's text color
 WIDTH, HEIGHT = 4.3, 3.1  # inches, about a phone's width, where text keeps its size
@@ -61,17 +62,24 @@ def draw(name: str, paint: Callable[[Any], bool], **axes_settings: Any) -> str |
 
 
 def quality_over(arms: Sequence[Arm], cost: Row, quality: Row) -> str | None:
-  """Plot a point and one standard deviation for each arm, except incomparable values."""
+  """Plot a point and one standard deviation for each arm, except incomparable values.
+
+  A line joins the arms of a method that differ only in their ratio.
+  """
 
   def paint(axes: Any) -> bool:
     from matplotlib.ticker import EngFormatter
 
     shown = False
-    for number, arm in enumerate(arms):
-      (x, x_std), (y, y_std) = (_point(row.cells[number]) for row in (cost, quality))
-      if x is not None and y is not None:
-        style = {"fmt": MARKERS[number % len(MARKERS)], "color": color_of(number)}
-        axes.errorbar(x, y, y_std, x_std, label=arm.name, capsize=3, markersize=6, **style)
+    for place, (name, numbers) in enumerate(_lines_of_arms(arms)):
+      points = [(_point(cost.cells[i]), _point(quality.cells[i])) for i in numbers]
+      points = sorted(
+        (x, y, x_std or 0, y_std or 0) for (x, x_std), (y, y_std) in points if None not in (x, y)
+      )
+      if points:
+        x, y, x_std, y_std = zip(*points, strict=True)
+        style = {"marker": MARKERS[place % len(MARKERS)], "color": color_of(numbers[0])}
+        axes.errorbar(x, y, y_std, x_std, label=name, capsize=3, markersize=6, linewidth=1, **style)
         shown = True
     axes.margins(0.1, 0.15)
     axes.xaxis.set_major_formatter(EngFormatter())
@@ -79,6 +87,18 @@ def quality_over(arms: Sequence[Arm], cost: Row, quality: Row) -> str | None:
 
   labels = {"xlabel": cost.label, "ylabel": quality.label}
   return draw(f"{quality.key}-over-{cost.key}", paint, xlim=(0, None), **labels)
+
+
+def _lines_of_arms(arms: Sequence[Arm]) -> list[tuple[str, list[int]]]:
+  """Return the (name, numbers of the arms) of each method that differs only in its ratio."""
+  lines = []
+  for method in dict.fromkeys(arm.method for arm in arms):
+    own = [number for number, arm in enumerate(arms) if arm.method == method]
+    if differing_fields(*(arms[number].key for number in own)) == ["rank.ratio"]:
+      lines.append((method, own))
+    else:
+      lines += [(arms[number].name, [number]) for number in own]
+  return lines
 
 
 def _point(cell: Cell) -> tuple[float | None, float | None]:

@@ -3,15 +3,21 @@
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from lrdit.rank.plan import RankPlan
+from lrdit.train.muon import MuonOptions
+from lrdit.train.muon import muon as make_muon
+
 # The float32 learning rate as a function of (step, step at which the warm-up began).
 Schedule = Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike], Float[Array, ""]]
 
-OPTIMIZERS = ("adamw", "lion")
+OPTIMIZERS = ("adamw", "lion", "muon")
+FACTOR_RATES = ("equal", "fan_in")
 DECAYS = ("cosine", "constant")
 
 
@@ -42,9 +48,12 @@ def make_optimizer(
   weight_decay: float,
   grad_clip_norm: float | None,
   *,
+  plan: RankPlan,
+  muon: MuonOptions,
   beta1: float | None = None,
   beta2: float | None = None,
   epsilon: float | None = None,
+  factor_rates: str = "equal",
 ) -> optax.GradientTransformation:
   """Return the optimizer `name` after clipping of the global gradient norm.
 
@@ -54,19 +63,41 @@ def make_optimizer(
   Args:
     weight_decay: decoupled decay of matrices; vectors (biases) do not decay.
     grad_clip_norm: largest global norm; None turns clipping off.
+    plan: the model's ranks.
+    muon: the options of muon; the parameters that it leaves follow adamw with these constants:
     beta1, beta2: decay rates of the moments; None is (0.9, 0.999) for adamw, (0.9, 0.99) for lion.
     epsilon: term in adamw's denominator; None is 1e-8. lion has none.
+    factor_rates: one of `FACTOR_RATES`; "fan_in" multiplies the updates of `up` by D_in / R.
   """
-  make = {"adamw": optax.adamw, "lion": optax.lion}[name]
-  constants = {"b1": beta1, "b2": beta2} | ({"eps": epsilon} if name == "adamw" else {})
+  make = {"adamw": optax.adamw, "muon": optax.adamw, "lion": optax.lion}[name]
+  constants = {"b1": beta1, "b2": beta2} | ({} if name == "lion" else {"eps": epsilon})
   update = make(
     learning_rate=1.0,
     weight_decay=weight_decay,
     mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
     **{key: value for key, value in constants.items() if value is not None},
   )
+  if name == "muon":
+    update = make_muon(plan, muon, weight_decay, update)
   clip = optax.identity() if grad_clip_norm is None else optax.clip_by_global_norm(grad_clip_norm)
-  return optax.chain(clip, update)
+  rates = () if factor_rates == "equal" else (scale_by_fan_in(plan),)
+  return optax.chain(clip, update, *rates)
+
+
+def scale_by_fan_in(plan: RankPlan) -> optax.GradientTransformation:
+  """Return the updates with those of each `up` times D_in / R (Qiu et al. 2024, arXiv 2406.06248).
+
+  A matrix's rate is inverse to its fan-in, which is R for `up`, where a dense kernel has D_in.
+  """
+
+  def update(updates: Any, _params: Any) -> Any:
+    flat = flax.traverse_util.flatten_dict(updates, sep="/")
+    for name, _ in plan.layers:
+      dim_in, rank = flat[f"{name}/down"].shape
+      flat[f"{name}/up"] = dim_in / rank * flat[f"{name}/up"]
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+  return optax.stateless(update)
 
 
 def update_ema(ema_params: Any, params: Any, step: jax.Array, ema_decay: float) -> Any:

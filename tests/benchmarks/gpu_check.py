@@ -34,7 +34,7 @@ from lrdit.runtime import startup
 from lrdit.runtime.errors import RESTART_STATUS
 
 ROOT = pathlib.Path(__file__).parents[2]
-METHODS = ("full", "static", "adaptive")
+METHODS = ("full", "narrow", "static", "adaptive")
 
 # Shares of the time limit.
 SHARES = {"tests": 0.16, "b2": 0.2, "xl2": 0.3, "cifar10": 0.34}

@@ -12,6 +12,7 @@ from jax.interpreters import partial_eval
 from lrdit.experiment import Experiment
 from lrdit.model import dit, flops, low_rank
 from lrdit.rank import plan as rank_schedule
+from lrdit.runtime.errors import UserError
 from tests.programs import training
 from tests.tiny import tiny_config
 
@@ -19,6 +20,7 @@ DENSE = rank_schedule.dense_plan(1000)
 # name: (method, rank.compute)
 ARMS = {
   "full": ("full", "grouped"),
+  "narrow": ("narrow", "grouped"),
   "static": ("static", "grouped"),
   "adaptive": ("adaptive", "grouped"),
   "masked": ("adaptive", "masked"),
@@ -79,6 +81,43 @@ def forward(config, bucket, batch=4):
   return function, (Experiment(config).params_template, x, t, t)
 
 
+def macs_of(config):
+  made = Experiment(config)
+  return flops.mean_forward_macs(made.shape, made.plan)
+
+
+@pytest.mark.parametrize(
+  ("fields", "step", "width"),
+  [
+    (dict(model__hidden_size=128, model__depth=4, model__num_heads=4), 4, 96),  # the digits
+    (dict(model__hidden_size=192, model__depth=6, model__num_heads=6), 12, 144),
+    (dict(model__hidden_size=128, model__depth=2, model__num_heads=4, rank__ratio=0.2), 4, None),
+    (dict(model__hidden_size=128, model__depth=2, model__num_heads=1, rank__ratio=1.0), 4, None),
+  ],
+)
+def test_the_narrow_arm_is_the_widest_dense_model_of_at_most_the_static_arm_s_macs(
+  fields, step, width
+):
+  image = dict(data__image_size=32) if width == 144 else {}
+  fields = fields | image | dict(model__patch_size=4 if image else 2, rank__multiple_of=1)
+  narrow, static = (tiny_config(f"method={arm}", **fields) for arm in ("narrow", "static"))
+  found = Experiment(narrow).shape
+  assert found.hidden_size % step == 0
+  assert width in (found.hidden_size, None)
+  assert (found.depth, found.num_heads) == (narrow.model.depth, narrow.model.num_heads)
+  assert narrow.model.hidden_size == static.model.hidden_size  # the workdir resolves alike again
+  assert macs_of(narrow) <= macs_of(static)
+  wider = dict(fields, model__hidden_size=found.hidden_size + step)
+  if found.hidden_size < static.model.hidden_size:
+    assert macs_of(tiny_config("method=full", **wider)) > macs_of(static)
+
+
+def test_a_narrow_arm_that_no_width_allows_is_refused():
+  fields = dict(model__hidden_size=32, model__num_heads=32, rank__ratio=0.1, rank__multiple_of=1)
+  with pytest.raises(UserError, match=r"no multiple of 32 .* is a width"):
+    tiny_config("method=narrow", **fields)
+
+
 # Giga-MACs at 32x32x4, from Peebles and Xie 2023, tables 1 and 4.
 PUBLISHED = {"S/2": 6.06, "B/2": 23.01, "L/2": 80.71, "XL/2": 118.64, "S/8": 0.36, "XL/4": 29.05}
 
@@ -90,7 +129,9 @@ def test_published_variants_have_the_published_macs(variant):
   assert macs / 1e9 == pytest.approx(PUBLISHED[variant], rel=0.005, abs=0.005)
 
 
-@pytest.mark.parametrize(("arm", "num_classes"), [("full", 0), ("static", 10), ("adaptive", 10)])
+@pytest.mark.parametrize(
+  ("arm", "num_classes"), [("full", 0), ("narrow", 10), ("static", 10), ("adaptive", 10)]
+)
 def test_the_number_of_parameters_is_the_model_s(arm, num_classes):
   config = arm_config(arm, data__num_classes=num_classes)
   counted = flops.num_parameters(Experiment(config).shape, Experiment(config).plan)
@@ -107,7 +148,7 @@ def test_a_bucket_has_as_many_parameters_as_its_slice():
     assert counted == sum(p.size for p in jax.tree.leaves(sliced))
 
 
-@pytest.mark.parametrize("method", ["full", "static", "adaptive"])
+@pytest.mark.parametrize("method", ["full", "narrow", "static", "adaptive"])
 @pytest.mark.parametrize("learn_sigma", [False, True])
 def test_forward_counts_every_traced_product(method, learn_sigma):
   config = tiny_config(f"method={method}", model__learn_sigma=learn_sigma)
@@ -130,6 +171,19 @@ def test_training_counts_every_traced_product(arm, num_devices):
   assert len(groups) == (3 if arm == "adaptive" else 1)
   counted = flops.training_macs(Experiment(config).shape, Experiment(config).plan, groups)
   assert traced_macs(jax.make_jaxpr(step)(*args).jaxpr) == counted
+
+
+@pytest.mark.parametrize("rule", ["whole", "bands"])
+@pytest.mark.parametrize("method", ["full", "adaptive"])
+def test_muon_s_products_are_counted(method, rule):
+  fields = dict(optimizer__factor_update=rule, optimizer__muon_newton_schulz_steps=3)
+  made = Experiment(tiny_config(f"method={method}", optimizer__name="muon", **fields))
+  params = made.params_template
+  state = jax.eval_shape(made.optimizer.init, params)
+  traced = traced_macs(jax.make_jaxpr(made.optimizer.update)(params, state, params).jaxpr)
+  assert made.update_macs == traced > 0
+  adamw = Experiment(tiny_config(f"method={method}"))
+  assert adamw.update_macs == 0
 
 
 @pytest.mark.parametrize("method", ["full", "adaptive"])

@@ -27,7 +27,7 @@ FIELDS = {
   "analysis__ranks": (2, 31),
   "analysis__subspace_rank": 2,
 }
-ARMS = ("full", "static", "adaptive")
+ARMS = ("full", "narrow", "static", "adaptive")
 FILES = {"flops.json", "weights.json", "gradients.json", "truncation.json"}
 PICTURES = (
   "weights_spectra weights_ranks gradients_ranks gradients_layers gradients_overlap_left "
@@ -173,7 +173,7 @@ def test_counts_of_every_arm_by_bucket_and_sampling_run():
   assert arms["full"]["sampling_macs"] == 10 * arms["full"]["buckets"][0]["forward_macs"]
   assert arms["static"]["parameters"] < arms["full"]["parameters"]
   table = analyze.format_flops(arms).splitlines()
-  assert len(table) == 4 + plan.num_buckets
+  assert len(table) == 5 + plan.num_buckets
   assert f"{arms['full']['parameters']:,}" in table[1]
 
 

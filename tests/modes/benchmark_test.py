@@ -27,7 +27,7 @@ FIELDS = {
   "rank.dense_layers": '("patch_embed","final_layer/linear")',
   "sampling.guidance_scale": 2.0,
 }
-ARMS = ["full", "static", "adaptive", "adaptive, masked"]
+ARMS = ["full", "narrow", "static", "adaptive", "adaptive, masked"]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_counts_the_work_of_every_arm_and_bucket(finished):
   _, result = finished
   training, sampling = result["training"], result["sampling"]
   assert list(training) == ARMS
-  assert list(sampling) == ARMS[:3]
+  assert list(sampling) == ARMS[:4]
   for arm in training.values():
     # Parameters, their average and two moments in float32, and more.
     assert arm["memory_bytes"] > 16 * arm["num_parameters"]
@@ -65,6 +65,7 @@ def test_counts_the_work_of_every_arm_and_bucket(finished):
     assert sum(size for size, _ in arm["rank_groups"]) == 8  # of one of the two devices
   counts = {name: arm["flops_per_step"] for name, arm in training.items()}
   assert counts["static"] < counts["adaptive, masked"] < counts["full"]
+  assert counts["narrow"] <= counts["static"]
   assert counts["adaptive"] < counts["adaptive, masked"]
   assert len(training["adaptive"]["rank_groups"]) == 3
   assert training["adaptive, masked"]["rank_groups"] == [[8, 2]]

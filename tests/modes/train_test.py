@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from lrdit.modes import evaluate, sample, train
-from lrdit.train import optimizer
+from lrdit.train import muon, optimizer
 from tests import tiny
 from tests.trained import SHALLOW, assert_same_run, final_state, train_one_device
 
@@ -28,6 +28,7 @@ LONG = (
   "--config.checkpoint.every_steps=10",
   "--config.training.eval_every_steps=20",
 )
+RULES = sorted({*muon.FACTOR_UPDATES} - {"bands"})  # of Muon
 LONG_CONFIG = dict(
   training__num_steps=60, checkpoint__every_steps=10, training__eval_every_steps=20
 )
@@ -145,7 +146,10 @@ def test_a_checkpoint_of_four_devices_resumes_on_one(undisturbed, tmp_path):
 
 @pytest.mark.parametrize(
   "arm",
-  [*(pytest.param(arm, marks=pytest.mark.slow) for arm in ("full", "static")), "adaptive"],
+  [
+    *(pytest.param(arm, marks=pytest.mark.slow) for arm in ("full", "narrow", "static")),
+    "adaptive",
+  ],
 )
 def test_every_arm_trains_samples_and_is_evaluated(tmp_path, arm):
   flags = ("--config.training.sample_every_steps=4", "--config.sampling.png_files=True")
@@ -194,6 +198,7 @@ def test_unconditional_models_run_without_labels(tmp_path):
     ("--config.model.learn_sigma=True", "--config.sampling.solver=ddpm"),
     ("--config.diffusion.prediction=epsilon", "--config.sampling.solver=dpm++"),
     ("--config.rank.last_n_blocks=1", "--config.rank.match=total", "--config.optimizer.name=lion"),
+    ("--config.optimizer.factor_rates=fan_in", "--config.optimizer.weight_decay=0.1"),
   ],
   ids=lambda flags: flags[0],
 )
@@ -201,6 +206,17 @@ def test_options_run_end_to_end(tmp_path, flags):
   for mode in ("train", "sample"):
     tiny.run_main(tmp_path, f"--mode={mode}", "--config.training.num_steps=3", *flags)
   assert np.isfinite(tiny.losses(tmp_path)).all()
+
+
+@pytest.mark.parametrize(
+  "rule", ["bands", *(pytest.param(r, marks=pytest.mark.slow) for r in RULES)]
+)
+def test_muon_resumes_to_the_bit(tmp_path, rule):
+  fields = SHALLOW | dict(optimizer__name="muon", optimizer__factor_update=rule)
+  train_one_device(tmp_path / "whole", training__num_steps=6, **fields)
+  for num_steps in (3, 6):
+    train_one_device(tmp_path / "parts", training__num_steps=num_steps, **fields)
+  assert_same_run(tmp_path / "parts", tmp_path / "whole", **fields)
 
 
 @pytest.mark.slow

@@ -170,7 +170,15 @@ def test_accuracy_is_compared_in_points():
 
   compared = compare.compare_cells(cell(0.95, 0.97), cell(0.98, 0.99), "points")
   assert compared["value"] == pytest.approx(-2.5)
-  assert compared["standard_error"] == pytest.approx(100 * np.hypot(0.01, 0.005))
+  assert compared["by_seed"] == pytest.approx([-3, -2])
+  assert compared["standard_error"] == pytest.approx(0.5)  # of the differences by seed
+  unpaired = compare.compare_cells(cell(0.95, 0.97), cell(0.98, 0.99, 0.985), "points")
+  error = 100 * np.hypot(0.01, 0.005 / 3**0.5)
+  assert unpaired["standard_error"] == pytest.approx(error)
+  assert unpaired["by_seed"] == pytest.approx([-3, -2])
+  ratios = compare.compare_cells(cell(0.5, 0.6), cell(1.0, 1.0), "ratio")
+  assert ratios["by_seed"] == pytest.approx([0.5, 0.6])
+  assert ratios["standard_error"] == pytest.approx(0.05)
   assert compared["spread"] == pytest.approx(0.02 / 2**0.5)
   # 0.3 and 0.1 + 0.2 are equal but for rounding, and no spread is larger than none.
   equal = compare.compare_cells(cell(0.3, 0.3), cell(0.1 + 0.2, 0.1 + 0.2), "points")
@@ -363,7 +371,10 @@ def test_the_claim_is_judged_check_by_check(made):
     assert control.value == pytest.approx(100 * (0.208 / 0.3 - 1), rel=1e-9)
     assert control.standard_error is None
     assert control.macs_ratio == comparison_of(made, 1, 2)["mean_forward_macs"].value
-  assert len(checks) == len(claim.checks) == 4
+  assert loss.better_seeds == "0 of 2"
+  assert checks["static", "held_out_loss_ema"].better_seeds == "1 of 1"
+  assert checks["narrow", "held_out_loss_ema"].outcome == "not measured"
+  assert len(checks) == len(claim.checks) == 6
 
 
 def test_the_claim_reports_what_is_missed_or_not_measured(tmp_path, render_text):
@@ -371,18 +382,21 @@ def test_the_claim_reports_what_is_missed_or_not_measured(tmp_path, render_text)
     make_run(tmp_path / "full", "full", 0, 0.2, 0.95),
     make_run(tmp_path / "adaptive", "adaptive", 0, 0.205, 0.925),
     make_run(tmp_path / "static", "static", 0, 0.2),
+    make_run(tmp_path / "narrow", "narrow", 0, 0.22),
   ]
   (claim,) = make_report(paths, "out").claim
   missed = ("missed by 2.5 %", "static")
   assert [(check.outcome, check.better) for check in claim.checks] == [
     ("kept", "full"),
     ("missed by 0.5 points", "full"),
+    ("kept", "adaptive"),
+    ("kept", "adaptive"),
     missed,
     missed,
   ]
   made = make_report(paths[:1], "out")
-  assert [check.outcome for check in made.claim[0].checks] == ["not measured"] * 4
-  assert render_text(made).count("<strong>not measured</strong>") == 4
+  assert [check.outcome for check in made.claim[0].checks] == ["not measured"] * 6
+  assert render_text(made).count("<strong>not measured</strong>") == 6
 
 
 def test_grids_show_the_same_indices_and_what_differs(tmp_path, made):

@@ -56,7 +56,7 @@ def test_the_page_is_well_formed_and_loads_nothing(page):
   # Names of XML vocabularies are the only addresses.
   addresses = set(re.findall(r"""https?://[^"'\s<]+""", page))
   assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
-  assert page.count("<svg") == 8
+  assert page.count("<svg") == 10
   assert page.count("<img") == 6  # a grid and a path of each arm
 
 

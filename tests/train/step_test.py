@@ -77,8 +77,10 @@ def run_steps(config, num_devices, num_steps, params=None, stage=0, flip=False):
   return losses, parallel.to_host(parallel.unreplicate(state))
 
 
-def test_one_and_four_devices_give_the_same_losses():
-  config = tiny_config("method=adaptive", optimizer__warmup_steps=0)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_one_and_four_devices_give_the_same_losses(name):
+  fields = dict(optimizer__warmup_steps=0, optimizer__name=name, optimizer__factor_update="bands")
+  config = tiny_config("method=adaptive", **fields, **(SHALLOW if name == "muon" else {}))
   one, state_one = run_steps(config, 1, 8, flip=True)
   four, state_four = run_steps(config, 4, 8, flip=True)
   np.testing.assert_allclose(four, one, rtol=1e-5)
