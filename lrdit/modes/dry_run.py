@@ -74,9 +74,8 @@ def _batch_groups(mode: str, config: ConfigDict) -> tuple[str, ...]:
   """Return the groups of the config whose batch size the mode divides over the devices."""
   if mode == "analyze":
     return ("training",) if "truncation" in _sections(config) else ()
-  samples = mode in ("sample", "benchmark") or (mode == "evaluate" and config.evaluation.extractors)
-  trains = mode in ("train", "evaluate", "benchmark")
-  return (*(["training"] if trains else []), *(["sampling"] if samples else []))
+  groups = {"sample": ("sampling",), "benchmark": ("training", "sampling"), "encode": ()}
+  return groups.get(mode, ("training",))
 
 
 def _count_data(mode: str, experiment: Experiment) -> list[str]:

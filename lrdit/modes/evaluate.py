@@ -20,7 +20,6 @@ from lrdit.experiment import Experiment
 from lrdit.runtime import cluster, parallel, store
 from lrdit.runtime.locks import owned
 from lrdit.sampling.sample_set import read_sample_set
-from lrdit.sampling.settings import make_settings
 from lrdit.train import checkpoints, run_files
 
 log = logging.getLogger("lrdit")
@@ -81,9 +80,8 @@ def check_sample_set(
   `vae_digest` is "" for pixels.
   """
   metadata, _ = read_sample_set(directory, 1)
-  config, sampler = experiment.config, experiment.sampler(parallel.all_devices())
-  wanted = make_settings(config, sampler, step, checkpoints.digest(params), vae_digest)
-  wanted["num_samples"] = config.sampling.num_samples
+  wanted = experiment.sample_settings(step, checkpoints.digest(params), vae_digest)
+  wanted["num_samples"] = experiment.config.sampling.num_samples
   store.check_same(
     f"the samples under {directory} are of something else",
     wanted,

@@ -261,7 +261,7 @@ def test_bytes_of_other_arms_are_those_of_their_states_and_sampling_parameters()
     expected += 16 * sum(p.size for p in jax.tree.leaves(template)) if arm != "full" else 0
     if arm in arms_module.SAMPLING_ARMS:
       made = Experiment(fields).sampler(devices)
-      sliced = made.slice_params(jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), template))
+      sliced = made.bucket_params(jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), template))
       expected += sum(p.nbytes for p in jax.tree.leaves(sliced))
   assert arms_module.bytes_of_other_arms(config) == expected
 
