@@ -174,22 +174,22 @@ def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None 
   measures the samples. Metrics of the same checkpoint over other extractors, and of other sample
   sets, stay in the file.
   """
-  path = open_trained(workdir, config)
+  experiment, path = Experiment(config), open_trained(workdir, config)
   with contextlib.ExitStack() as opened:
     if cluster.is_first():
       opened.enter_context(owned(path, "evaluate"))
       directory = path / "samples" / config.sampling.name
       if config.evaluation.extractors and directory.is_dir():
         opened.enter_context(owned(directory, "sample"))
-    _evaluate(config, path, devices or parallel.all_devices())
+    _evaluate(experiment, path, devices or parallel.all_devices())
 
 
-def _evaluate(config: ConfigDict, path: pathlib.Path, devices: parallel.Devices) -> None:
+def _evaluate(experiment: Experiment, path: pathlib.Path, devices: parallel.Devices) -> None:
   """Measure the newest checkpoint and its samples, both locked by the caller."""
+  config = experiment.config
   e, name, target = config.evaluation, config.sampling.name, path / "evaluation.json"
   directory = path / "samples" / name
   features = pathlib.Path(e.features_dir).expanduser() if e.features_dir else path / "features"
-  experiment = Experiment(config)
   step, weights = run_files.restore_params(path, experiment.params_template, ("raw", "ema"))
   source = experiment.source("eval")
   run_files.check_run_data(path, "eval", source.fingerprint)
