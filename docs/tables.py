@@ -33,11 +33,11 @@ def main(path: str) -> None:
 
 
 def format_cell(cell: dict, form: str) -> str:
-  """Format an exact value, or the first group of a cell."""
+  """Format an exact value, or the first summary of a cell."""
   if cell["exact"] is not None:
     return format_value(cell["exact"], form)
-  for group in cell["groups"]:
-    return format_pair(group["mean"], group["std"], form)
+  for summary in cell["summaries"]:
+    return format_pair(summary["mean"], summary["std"], form)
   return "not reached"
 
 

@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from lrdit.config import derive
+from lrdit.config import derive, sample_settings
 from lrdit.config.checks import require
 from lrdit.config.schema import get
 from lrdit.data import images, latents, pipeline
@@ -25,7 +25,7 @@ from lrdit.model import dit, vae, vae_weights
 from lrdit.rank.strata import uniform_strata
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
-from lrdit.sampling.sampler import Sampler, SamplerSettings
+from lrdit.sampling.sampler import Sampler, SamplerSettings, bucket_segments
 from lrdit.train import loss, step
 from lrdit.train.curriculum import Curriculum, make_stages, stage_order
 from lrdit.train.muon import MuonOptions, newton_schulz_macs
@@ -43,9 +43,17 @@ def _derived(function: Callable[[ConfigDict], T]) -> functools.cached_property[T
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-  """What a config describes; properties are computed at their first use and kept."""
+  """What a config describes; properties are computed at their first use and kept.
+
+  Raises:
+    UserError: the config has no rank plan, or its optimizer's layers or solver do not fit it.
+  """
 
   config: ConfigDict  # from `config.resolve.resolve`; it must not change
+
+  def __post_init__(self):
+    """Compute what raises where fields do not fit each other."""
+    _ = self.plan, self.muon_options, self.solver_table
 
   # The model.
 
@@ -65,14 +73,14 @@ class Experiment:
     settings = dict(remat=m.remat, scan_blocks=m.scan_blocks, attention=attention)
     return dit.DiT(self.shape, self.plan, self.dtype, **settings)
 
-  def init_params(self) -> Any:
+  def initial_params(self) -> Any:
     """Return initial float32 parameters, which the seed determines."""
     return dit.init_params(self.model(), jax.random.key(self.config.seed))
 
   @functools.cached_property
   def params_template(self) -> Any:
     """Shapes and dtypes of the parameters."""
-    return jax.eval_shape(self.init_params)
+    return jax.eval_shape(self.initial_params)
 
   # Training.
 
@@ -160,14 +168,41 @@ class Experiment:
   # Sampling.
 
   solver_table = _derived(derive.solver_table)
+  label_rule = _derived(sample_settings.label_rule)
 
   def sampler(self, devices: parallel.Devices, batch_size: int | None = None) -> Sampler:
     """Return the sliced sampler; `batch_size` replaces the config's."""
-    s, prediction = self.config.sampling, self.config.diffusion.prediction
-    batch_size = batch_size or s.batch_size
-    parallel.check_divisible("config.sampling.batch_size", batch_size, devices)
-    settings = SamplerSettings(prediction, s.guidance_scale, s.clip_x_0, s.seed, batch_size)
+    fields = self.config.sampling.to_dict() | {"prediction": self.config.diffusion.prediction}
+    fields["batch_size"] = batch_size or fields["batch_size"]
+    parallel.check_divisible("config.sampling.batch_size", fields["batch_size"], devices)
+    names = [field.name for field in dataclasses.fields(SamplerSettings)]
+    settings = SamplerSettings(**{name: fields[name] for name in names})
     return Sampler(self.model(devices), self.solver_table, settings, devices)
+
+  def sample_settings(self, step: int, digest: str, vae_digest: str) -> dict[str, Any]:
+    """Return the settings that, with its index, determine a sample, as JSON.
+
+    The digests are `checkpoints.digest` of the weights of the checkpoint `step`, and that of the
+    decoding VAE or "".
+    """
+    config, plan, t = self.config, self.plan, self.solver_table.t
+    segments = bucket_segments(plan.bucket_of_timestep, t)
+    return sample_settings.to_record(config) | {
+      "checkpoint_step": step,
+      "checkpoint_digest": digest,
+      "method": config.method,
+      "first_timestep": int(t[0]),
+      "dtype": config.model.dtype,
+      "prediction": config.diffusion.prediction,
+      "noise_schedule": config.diffusion.noise_schedule,
+      "num_train_timesteps": config.diffusion.num_train_timesteps,
+      "rank_table": {name: list(ranks.active) for name, ranks in plan.layers},
+      "solver_steps_per_bucket": [
+        sum(end - first for b, first, end in segments if b == bucket)
+        for bucket in range(plan.num_buckets)
+      ],
+      "vae_digest": vae_digest or None,
+    }
 
   def vae_runner(self, devices: parallel.Devices) -> vae.VaeRunner:
     """Return the VAE at `vae.path`; raise a UserError if it is missing or does not fit."""

@@ -18,7 +18,6 @@ from lrdit.rank.plan import RankPlan
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.sampling.sampler import Sampler
-from lrdit.sampling.settings import make_label_rule
 from lrdit.train.run_files import read_vae_digest, restore_params
 
 
@@ -68,7 +67,7 @@ class Run:
     per_device = -(-min(n, self.config.sampling.batch_size) // len(devices))
     fields = {"seed": seed, "batch_size": per_device * len(devices)} | fields
     experiment, sampler = _make_sampler(self, tuple(sorted(fields.items())))
-    rule = make_label_rule(experiment.config)
+    rule = experiment.label_rule
     if labels is not None:
       given = _check_labels(labels, n, experiment.shape.num_classes)
       rule = functools.partial(np.take, given, mode="clip")  # the last batch is padded

@@ -36,7 +36,7 @@ def _noisy_params(model):
 def fresh_state(config, params=None):
   """The state before the first step, from the initial parameters or the ones given."""
   experiment = Experiment(config)
-  params = experiment.init_params() if params is None else params
+  params = experiment.initial_params() if params is None else params
   return create_train_state(params, experiment.optimizer, experiment.curriculum.num_groups)
 
 

@@ -1,10 +1,11 @@
 """The timed work: each arm's training step and sampler, and the machine's matmul peak."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 from lrdit.config.resolve import resolve
 from lrdit.experiment import Experiment
 from lrdit.model import flops
+from lrdit.model.dit import DiTShape
 from lrdit.runtime import parallel
 from lrdit.runtime.progress import make_bar
 from lrdit.train import loss
@@ -43,20 +45,27 @@ USABLE_SHARE = 0.9  # XLA's estimate leaves out fragmentation and the workspace 
 Task = Callable[[int], float]
 
 
-def arm_config(config: ConfigDict, arm: str) -> ConfigDict:
-  """Return the config of one of `ARMS`, all else equal; raise a UserError if it is invalid."""
-  copy = ConfigDict(config.to_dict())
-  copy.method, copy.rank.compute = ARMS[arm]
-  return resolve(copy)
+def arm_experiments(config: ConfigDict) -> dict[str, Experiment]:
+  """Return the experiment of each of `ARMS`, all else equal.
+
+  Raises:
+    UserError: the config does not allow one of them.
+  """
+  made = {}
+  for arm, (method, compute) in ARMS.items():
+    copy = ConfigDict(config.to_dict())
+    copy.method, copy.rank.compute = method, compute
+    made[arm] = Experiment(resolve(copy))
+  return made
 
 
-def random_params(config: ConfigDict) -> Any:
-  """Return parameters of the model's shapes, N(0, 0.02**2) float32, sampled on the device.
+def random_params(template: Any) -> Any:
+  """Return parameters of the template's shapes, N(0, 0.02**2) float32, sampled on the device.
 
   Initial parameters would flatter the speed: their zeros make most gradients zero, and some
   hardware multiplies zeros faster.
   """
-  leaves, tree = jax.tree.flatten(Experiment(config).params_template)
+  leaves, tree = jax.tree.flatten(template)
   ends = np.cumsum([leaf.size for leaf in leaves])
   # One array compiles fast; without the barrier every slice would sample all of it again.
   flat = 0.02 * jax.random.normal(jax.random.key(0), (int(ends[-1]),))
@@ -64,10 +73,9 @@ def random_params(config: ConfigDict) -> Any:
   return tree.unflatten(part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True))
 
 
-def random_images(config: ConfigDict, *batch_axes: int) -> np.ndarray:
+def random_images(model: DiTShape, *batch_axes: int) -> np.ndarray:
   """Return (*batch_axes, H, W, C) float32 standard normal."""
-  s = Experiment(config).shape
-  shape = (*batch_axes, s.image_size, s.image_size, s.channels)
+  shape = (*batch_axes, model.image_size, model.image_size, model.channels)
   return np.random.default_rng(1).standard_normal(shape, np.float32)
 
 
@@ -81,14 +89,13 @@ def seconds_of(function: Callable[[], Any]) -> tuple[float, Any]:
 class MatmulPeak:
   """Products of large square matrices in the compute dtype, one per device at a time."""
 
-  def __init__(self, config: ConfigDict, devices: parallel.Devices):
+  def __init__(self, size: int | None, dtype: Any, devices: parallel.Devices):
+    """Place matrices of `size`, the default of the platform if None."""
     is_cpu = devices[0].platform == "cpu"
-    default = MATMUL_SIZE_ON_CPU if is_cpu else MATMUL_SIZE_ELSEWHERE
-    self.size = config.benchmark.matmul_size or default
+    self.size = size or (MATMUL_SIZE_ON_CPU if is_cpu else MATMUL_SIZE_ELSEWHERE)
     # FLOPs of one timing, over all devices.
     self.flops = flops.FLOPS_PER_MAC * MATMUL_COUNT * len(devices) * self.size**3
     split, replicated = parallel.shardings(devices)
-    dtype = Experiment(config).dtype
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((len(devices) * self.size, self.size), np.float32)
     # This scale keeps products from growing or vanishing.
@@ -111,22 +118,22 @@ class MatmulPeak:
 class TrainingArm:
   """One arm's training step with its state, donated from step to step."""
 
-  def __init__(self, config: ConfigDict, devices: parallel.Devices):
-    experiment = Experiment(config)
-    objective = experiment.objective(devices)
+  def __init__(self, experiment: Experiment, devices: parallel.Devices):
+    config, objective = experiment.config, experiment.objective(devices)
     optimizer, curriculum = experiment.optimizer, experiment.curriculum
     self._step = experiment.train_step(devices, len(curriculum.stages) - 1)
     self._count = config.benchmark.steps
     self._key = jax.random.key(config.seed)
-    self._batch = random_batch(config, devices)
+    self._batch = random_batch(experiment, devices)
+    template = experiment.params_template
     self._state = parallel.make_replicated(
-      lambda: create_train_state(random_params(config), optimizer, curriculum.num_groups), devices
+      lambda: create_train_state(random_params(template), optimizer, curriculum.num_groups), devices
     )
     local = config.training.batch_size // len(devices)
     # (examples, rank bucket) of one device, and the FLOPs of one step over all devices.
-    self.groups = loss.select_ranks(objective, jnp.zeros(local, jnp.int32)).groups
+    self.rank_groups = loss.select_ranks(objective, jnp.zeros(local, jnp.int32)).groups
     shape, plan = objective.model.shape, objective.model.plan
-    macs = flops.training_macs(shape, plan, self.groups) + experiment.update_macs
+    macs = flops.training_macs(shape, plan, self.rank_groups) + experiment.update_macs
     self.flops = flops.FLOPS_PER_MAC * len(devices) * macs
     self.num_parameters = flops.num_parameters(shape, plan)
     self.compile_seconds, self._compiled = seconds_of(self._compile)
@@ -148,12 +155,12 @@ class TrainingArm:
     return seconds_of(self._run)[0]
 
 
-def random_batch(config: ConfigDict, devices: parallel.Devices) -> dict[str, jax.Array]:
+def random_batch(experiment: Experiment, devices: parallel.Devices) -> dict[str, jax.Array]:
   """Return a training batch on the devices."""
-  n, classes = len(devices), config.data.num_classes
+  n, config, shape = len(devices), experiment.config, experiment.shape
   local = config.training.batch_size // n
-  label = np.arange(n * local, dtype=np.int32).reshape(n, local) % max(classes, 1)
-  batch = {"image": random_images(config, n, local), "label": label}
+  label = np.arange(n * local, dtype=np.int32).reshape(n, local) % max(shape.num_classes, 1)
+  batch = {"image": random_images(shape, n, local), "label": label}
   if config.vae.downsample_factor:
     batch["std"] = np.ones_like(batch["image"])
   return jax.device_put(batch, parallel.shardings(devices)[0])
@@ -162,16 +169,16 @@ def random_batch(config: ConfigDict, devices: parallel.Devices) -> dict[str, jax
 class SamplingArm:
   """One arm's sampler, as `--mode=sample` uses it, on a batch of images."""
 
-  def __init__(self, config: ConfigDict, devices: parallel.Devices):
-    self.sampler = Experiment(config).sampler(devices)
+  def __init__(self, experiment: Experiment, devices: parallel.Devices):
+    config, self.sampler = experiment.config, experiment.sampler(devices)
     self.buckets = sorted(self.sampler.run_bucket)  # that the solver visits
-    params = jax.jit(functools.partial(random_params, config))()
-    self._sliced_params = self.sampler.slice_params(params)
+    params = jax.jit(functools.partial(random_params, experiment.params_template))()
+    self._sliced_params = self.sampler.bucket_params(params)
     size, classes = self.sampler.settings.batch_size, config.data.num_classes
     split, index = parallel.shardings(devices)[0], np.arange(size)
     self._index = jax.device_put(index.astype(np.uint32), split)
     self._y = jax.device_put((index % classes).astype(np.int32), split) if classes else None
-    noise = random_images(config, size)
+    noise = random_images(experiment.shape, size)
     self._start = jax.device_put((noise, np.zeros_like(noise)), split)
     self._count = min(config.benchmark.steps, config.sampling.num_steps)
     self._rounds = config.benchmark.rounds
@@ -234,11 +241,10 @@ class SamplingArm:
     return carry
 
 
-def bytes_of_other_arms(config: ConfigDict) -> int:
+def bytes_of_other_arms(experiments: Mapping[str, Experiment]) -> int:
   """Return the bytes on a device beside the full arm's training."""
   arrays = 0
-  for arm in ARMS:
-    experiment = Experiment(arm_config(config, arm))
+  for arm, experiment in experiments.items():
     shape, plan = experiment.shape, experiment.plan
     if arm != "full":
       arrays += STATE_ARRAYS * flops.num_parameters(shape, plan)
@@ -248,53 +254,66 @@ def bytes_of_other_arms(config: ConfigDict) -> int:
   return BYTES_PER_FLOAT * arrays
 
 
-def full_arm_that_fits(config: ConfigDict, devices: parallel.Devices) -> TrainingArm:
-  """Return the full arm, with the config's batch size halved in place until it fits.
+def fit_memory(
+  experiments: Mapping[str, Experiment], devices: parallel.Devices
+) -> tuple[Mapping[str, Experiment], TrainingArm]:
+  """Return the experiments with the batch size halved until it fits, and the full training arm.
 
   It fits if XLA's estimate for the full arm, whose activations are the largest, leaves room for the
   arrays of the other arms. Devices that do not report their memory keep the batch size.
   """
   limit = (devices[0].memory_stats() or {}).get("bytes_limit")
-  others = bytes_of_other_arms(config)
+  others = bytes_of_other_arms(experiments)
   while True:
-    arm = TrainingArm(arm_config(config, "full"), devices)
+    arm = TrainingArm(experiments["full"], devices)
+    config = ConfigDict(experiments["full"].config.to_dict())
     half = config.training.batch_size // 2
     too_much = limit and (arm.memory_bytes or 0) + others > USABLE_SHARE * limit
     if not too_much or half % len(devices) or not half:
-      return arm
+      return experiments, arm
     log.info("a batch of %d does not fit; trying %d", config.training.batch_size, half)
     config.training.batch_size = half
+    experiments = arm_experiments(config)
     del arm  # free its state before the next one is made
 
 
-def make_arms(
-  config: ConfigDict, devices: parallel.Devices
-) -> tuple[ConfigDict, dict[str, TrainingArm], dict[str, SamplingArm]]:
-  """Return the config, with a batch size that fits if `fit_memory` asks for it, and the arms.
+@dataclasses.dataclass(frozen=True)
+class Arms:
+  """What is timed of each arm, by its name in `ARMS`."""
+
+  experiments: Mapping[str, Experiment]
+  training: Mapping[str, TrainingArm]
+  sampling: Mapping[str, SamplingArm]
+
+  @property
+  def config(self) -> ConfigDict:
+    """The full arm's config, which the settings of a benchmark are read from."""
+    return self.experiments["full"].config
+
+
+def make_arms(experiments: Mapping[str, Experiment], devices: parallel.Devices) -> Arms:
+  """Compile the arms, with a batch size that fits if `fit_memory` asks for it.
 
   Concurrent compilations slow each other down, so several threads leave compile times at None.
   """
-  threads = config.benchmark.compile_threads
-  training: dict[str, TrainingArm] = {}
+  b, training = experiments["full"].config.benchmark, {}
   with make_bar(len(ARMS) + len(SAMPLING_ARMS), 0, "program") as bar:
-    if config.benchmark.fit_memory:
-      config = ConfigDict(config.to_dict())
-      training["full"] = full_arm_that_fits(config, devices)
+    if b.fit_memory:
+      experiments, training["full"] = fit_memory(experiments, devices)
       bar.update()
-    configs = {name: arm_config(config, name) for name in ARMS}
 
     def make(kind: type, name: str) -> TrainingArm | SamplingArm:
       log.debug("compiling %s, %s", kind.__name__, name)
-      arm = kind(configs[name], devices)
+      arm = kind(experiments[name], devices)
       bar.update()
       return arm
 
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    with concurrent.futures.ThreadPoolExecutor(b.compile_threads) as pool:
       jobs = {n: pool.submit(make, TrainingArm, n) for n in ARMS if n not in training}
       samplers = {n: pool.submit(make, SamplingArm, n) for n in SAMPLING_ARMS}
       training |= {name: job.result() for name, job in jobs.items()}
       sampling = {name: job.result() for name, job in samplers.items()}
-  if threads > 1:
+  if b.compile_threads > 1:
     for arm in (*training.values(), *sampling.values()):
       arm.compile_seconds = None
-  return config, training, sampling
+  return Arms(experiments, training, sampling)

@@ -9,10 +9,9 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from lrdit.benchmark.arms import MatmulPeak, Task, make_arms
 from lrdit.benchmark.results import make_results
+from lrdit.experiment import Experiment
 from lrdit.runtime import parallel
 from lrdit.runtime.progress import make_bar
 
@@ -35,24 +34,28 @@ def interleave(
 
 
 def measure(
-  config: ConfigDict, devices: parallel.Devices, after_round: Callable[[dict[str, Any]], Any]
+  experiments: Mapping[str, Experiment],
+  devices: parallel.Devices,
+  after_round: Callable[[dict[str, Any]], Any],
 ) -> None:
   """Time all arms; call `after_round` with the results of the rounds so far, as JSON."""
-  peak = MatmulPeak(config, devices)
-  config, training, sampling = make_arms(config, devices)
+  full = experiments["full"]
+  peak = MatmulPeak(full.config.benchmark.matmul_size, full.dtype, devices)
+  arms = make_arms(experiments, devices)
+  b = arms.config.benchmark
   tasks: dict[Any, Task] = {("peak",): peak.time}
-  tasks |= {("training", name): arm.time for name, arm in training.items()}
-  for name, arm in sampling.items():
+  tasks |= {("training", name): arm.time for name, arm in arms.training.items()}
+  for name, arm in arms.sampling.items():
     for bucket in arm.buckets:
       tasks["bucket", name, bucket] = functools.partial(arm.time_bucket, bucket)
   for task in tasks.values():
     task(0)  # an untimed warm-up
-  for number in range(config.benchmark.sampling_runs or 0):
-    tasks |= {("run", name, number): arm.make_run() for name, arm in sampling.items()}
-  with make_bar(config.benchmark.rounds, 0, "round") as bar:
+  for number in range(b.sampling_runs or 0):
+    tasks |= {("run", name, number): arm.make_run() for name, arm in arms.sampling.items()}
+  with make_bar(b.rounds, 0, "round") as bar:
 
     def finish_round(seconds: dict[Any, list[float]]) -> None:
-      after_round(make_results(config, devices, peak, training, sampling, seconds))
+      after_round(make_results(arms, devices, peak, seconds))
       bar.update()
 
-    interleave(tasks, config.benchmark.rounds, finish_round)
+    interleave(tasks, b.rounds, finish_round)

@@ -1,14 +1,14 @@
 """The results of a benchmark, from timings to `benchmark.json` and from that to tables."""
 
+import dataclasses
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from lrdit.benchmark.arms import MatmulPeak, SamplingArm, TrainingArm
+from lrdit.benchmark.arms import Arms, MatmulPeak, SamplingArm
 from lrdit.experiment import Experiment
 from lrdit.runtime import parallel
 from lrdit.runtime.tables import format_table
@@ -16,7 +16,6 @@ from lrdit.runtime.tables import format_table
 MEMORY_MEANING = (
   "arguments + outputs + temporaries - donated arguments of the compiled training step, per device"
 )
-
 
 Seconds = Mapping[Any, list[float]]  # of each round, by task
 
@@ -31,17 +30,16 @@ def _rates(flops: int, seconds: float, peak: float) -> dict[str, float]:
   return {"flops_per_second": flops / seconds, "peak_fraction": flops / seconds / peak}
 
 
-def training_results(
-  arms: Mapping[str, TrainingArm], seconds: Seconds, config: ConfigDict, peak: float
-) -> dict[str, dict[str, Any]]:
+def training_results(arms: Arms, seconds: Seconds, peak: float) -> dict[str, dict[str, Any]]:
   """Return the results of training by arm; `peak` is in FLOP/s."""
-  timings = {name: summarize(seconds["training", name], config.benchmark.steps) for name in arms}
-  results = {}
-  for name, arm in arms.items():
+  config, results = arms.config, {}
+  steps = config.benchmark.steps
+  timings = {name: summarize(seconds["training", name], steps) for name in arms.training}
+  for name, arm in arms.training.items():
     step_seconds = timings[name]["median"]
     results[name] = {
       "num_parameters": arm.num_parameters,
-      "rank_groups": [list(group) for group in arm.groups],
+      "rank_groups": [list(group) for group in arm.rank_groups],
       "flops_per_step": arm.flops,
       "compile_seconds": arm.compile_seconds,
       "step_seconds": timings[name],
@@ -50,7 +48,7 @@ def training_results(
       **_rates(arm.flops, step_seconds, peak),
       "memory_bytes": arm.memory_bytes,
       "speedup_over_full": timings["full"]["median"] / step_seconds,
-      "full_flops_over_these": arms["full"].flops / arm.flops,
+      "full_flops_over_these": arms.training["full"].flops / arm.flops,
     }
   return results
 
@@ -77,16 +75,15 @@ def bucket_results(
   return results
 
 
-def sampling_results(
-  arms: Mapping[str, SamplingArm], seconds: Seconds, config: ConfigDict, peak: float
-) -> dict[str, dict[str, Any]]:
+def sampling_results(arms: Arms, seconds: Seconds, peak: float) -> dict[str, dict[str, Any]]:
   """Return the results of sampling by arm.
 
   Rates and speed-ups come from the buckets' medians over all rounds. A whole run is timed just
   once, so it only checks them, after its last round.
   """
-  steps, results = min(config.benchmark.steps, config.sampling.num_steps), {}
-  for name, arm in arms.items():
+  config, results = arms.config, {}
+  steps = min(config.benchmark.steps, config.sampling.num_steps)
+  for name, arm in arms.sampling.items():
     timings = {b: summarize(seconds["bucket", name, b], steps) for b in arm.buckets}
     from_buckets = sum(arm.solver_steps(b) * timings[b]["median"] for b in arm.buckets)
     parts = [parts for key, parts in seconds.items() if key[:2] == ("run", name)]
@@ -99,7 +96,7 @@ def sampling_results(
       "run_seconds_from_buckets": from_buckets,
       "seconds_per_image": from_buckets / arm.sampler.settings.batch_size,
       **_rates(arm.run_flops(), from_buckets, peak),
-      "full_flops_over_these": arms["full"].run_flops() / arm.run_flops(),
+      "full_flops_over_these": arms.sampling["full"].run_flops() / arm.run_flops(),
     }
   full = results["full"]["seconds_per_image"]
   for entry in results.values():
@@ -107,9 +104,10 @@ def sampling_results(
   return results
 
 
-def describe(config: ConfigDict, devices: parallel.Devices) -> dict[str, Any]:
-  """Return the settings and software that the results depend on."""
-  shape, s, b = Experiment(config).shape, config.sampling, config.benchmark
+def describe(full: Experiment, devices: parallel.Devices) -> dict[str, Any]:
+  """Return the settings of the full arm, and the software, that the results depend on."""
+  config = full.config
+  s, b = config.sampling, config.benchmark
   return {
     "jax": jax.__version__,
     "backend": devices[0].platform,
@@ -117,7 +115,7 @@ def describe(config: ConfigDict, devices: parallel.Devices) -> dict[str, Any]:
     "num_devices": len(devices),
     "cpu_count": os.cpu_count(),
     "variant": config.model.variant,
-    "model": {name: getattr(shape, name) for name in shape.__dataclass_fields__},
+    "model": dataclasses.asdict(full.shape),
     "dtype": config.model.dtype,
     "remat": config.model.remat,
     "scan_blocks": config.model.scan_blocks,
@@ -141,17 +139,12 @@ def device_peak_bytes(devices: parallel.Devices) -> int | None:
 
 
 def make_results(
-  config: ConfigDict,
-  devices: parallel.Devices,
-  peak: MatmulPeak,
-  training: Mapping[str, TrainingArm],
-  sampling: Mapping[str, SamplingArm],
-  seconds: Seconds,
+  arms: Arms, devices: parallel.Devices, peak: MatmulPeak, seconds: Seconds
 ) -> dict[str, Any]:
   """Return the contents of `benchmark.json` after the rounds of the given seconds."""
   products = summarize(seconds["peak",])
   peak_rate = peak.flops / products["median"]
-  return describe(config, devices) | {
+  return describe(arms.experiments["full"], devices) | {
     "rounds": len(products["rounds"]),
     "matmul_peak": {
       "size": peak.size,
@@ -160,8 +153,8 @@ def make_results(
       "seconds": products,
     },
     "device_peak_bytes_of_all_arms": device_peak_bytes(devices),
-    "training": training_results(training, seconds, config, peak_rate),
-    "sampling": sampling_results(sampling, seconds, config, peak_rate),
+    "training": training_results(arms, seconds, peak_rate),
+    "sampling": sampling_results(arms, seconds, peak_rate),
   }
 
 

@@ -23,6 +23,8 @@ The role of a field says whether it may change once a run has begun:
 - **may change while training**: training continues and records the change in `changes.jsonl`. The
   other modes need the value that the run was last trained with.
 - **choice of the process**: it decides how a process computes; a difference is logged.
+- **defines a sample set**: it may differ in every command. `metadata.json` keeps the value; with
+  another one the set is sampled anew, and the report does not compare the two.
 - **watches only** and **free**: it may differ in every command.
 """
 

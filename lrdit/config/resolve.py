@@ -18,6 +18,8 @@ log = logging.getLogger("lrdit")
 def resolve(config: ConfigDict) -> ConfigDict:
   """Return a new, locked config with the variant's sizes and scaled timestep groups.
 
+  An `Experiment` of it may still find that fields do not fit each other.
+
   Raises:
     UserError: a field is wrong; the message names the first such field and the fix.
   """
@@ -36,11 +38,6 @@ def resolve(config: ConfigDict) -> ConfigDict:
   sizes = config.analysis.batch_sizes
   require(bool(sizes) and sizes[-1] > 1, "analysis.batch_sizes", sizes, "must end above 1")
   measured_schedule.fill_in(config)
-  # These raise where values do not fit together.
-  derive.model_shape(config)
-  derive.rank_plan(config)
-  derive.muon_layers(config)
-  derive.solver_table(config)
   return config.lock()
 
 

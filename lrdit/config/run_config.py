@@ -55,7 +55,7 @@ def check_workdir(path: str | pathlib.Path, config: ConfigDict, create: bool) ->
     fix = "train first, with the same --config and --workdir and --mode=train"
     raise UserError(f"{workdir} is not the workdir of a run (it has no config.json): {fix}")
   if is_there and (begun or not create):
-    allowed = fields_of(Role.PROCESS, Role.WATCH, Role.FREE, *([Role.TUNABLE] if create else []))
+    allowed = fields_of(*{*Role} - {Role.RUN, *([] if create else [Role.TUNABLE])})
     found = changes(config.to_dict(), read_config(workdir))
     differences = [change for change in found if change.split(" ")[0] not in allowed]
     if differences:

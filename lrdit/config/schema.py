@@ -39,6 +39,7 @@ class Role(enum.Enum):
   TUNABLE = "may change while training"
   PROCESS = "choice of the process"
   WATCH = "watches only"
+  SAMPLES = "defines a sample set"
   FREE = "free"
 
 
@@ -219,9 +220,9 @@ FIELDS: dict[str, Field] = {
     every_steps=Field(5000, "Steps between checkpoints", whole()),
     keep=Field(2, "Number of newest checkpoints to keep", whole()),
   ),
-  **_group("sampling", Role.FREE)(
-    num_samples=Field(1000, "Images in a sample set", whole()),
-    batch_size=Field(250, "Images in flight over all devices", _BATCH),
+  **_group("sampling", Role.SAMPLES)(
+    num_samples=Field(1000, "Images in a sample set", whole(), role=Role.FREE),
+    batch_size=Field(250, "Images in flight over all devices", _BATCH, role=Role.FREE),
     solver=Field("ddim", "Solver", choice(names="diffusion.solvers.SOLVERS")),
     num_steps=Field(50, "Solver steps, at most T", whole()),
     eta=Field(0.0, "Noise of ddim", number("[0, 1]")),
@@ -232,8 +233,8 @@ FIELDS: dict[str, Field] = {
     use_ema=Field(
       True, "Use averaged rather than raw parameters, in every mode that reads one set"
     ),
-    name=Field("default", "Name of the sample set", rule(_is_name, _NAME)),
-    png_files=Field(False, "Write a PNG file for each image as well"),
+    name=Field("default", "Name of the sample set", rule(_is_name, _NAME), role=Role.FREE),
+    png_files=Field(False, "Write a PNG file for each image as well", role=Role.FREE),
   ),
   **_group("evaluation", Role.FREE)(
     extractors=Field(

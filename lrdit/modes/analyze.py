@@ -54,11 +54,11 @@ def count_flops(config: ConfigDict) -> dict[str, Any]:
     arm = ConfigDict(config.to_dict())
     arm.method = method
     try:
-      arm = resolve(arm)
+      made = Experiment(resolve(arm))
     except UserError as error:
       log.warning("the FLOPs of %s are not counted: %s", method, error)
       continue
-    made, scale = Experiment(arm), arm.sampling.guidance_scale
+    scale = config.sampling.guidance_scale
     arms[method] = flops.describe_arm(made.shape, made.plan, made.solver_table.t, scale)
     arms[method]["update_macs"] = made.update_macs
   return arms
@@ -91,10 +91,11 @@ def format_flops(arms: dict[str, Any]) -> str:
 class Analysis:
   """The parameters and files that the sections share."""
 
-  def __init__(self, config: ConfigDict, path: pathlib.Path, devices: parallel.Devices):
+  def __init__(self, experiment: Experiment, path: pathlib.Path, devices: parallel.Devices):
     """Read the checkpoint of the trained run in workdir `path`."""
-    self.config, self.devices, self._workdir = config, devices, path
-    self._directory, self.experiment = path / "analysis", Experiment(config)
+    self.experiment, self.devices, self._workdir = experiment, devices, path
+    self.config, self._directory = experiment.config, path / "analysis"
+    config = self.config
     weights = "ema" if config.sampling.use_ema else "raw"
     step, restored = run_files.restore_params(path, self.experiment.params_template, [weights])
     self.params = restored[weights]
@@ -256,6 +257,7 @@ def analyze(config: ConfigDict, workdir: str, devices: parallel.Devices | None =
   Results of earlier starts for the same checkpoint and settings are kept. The section "flops" alone
   needs no trained run, and creates `workdir` if it is missing.
   """
+  experiment = Experiment(config)
   by_name = dict(
     weights=analyze_weights, gradients=analyze_gradients, truncation=analyze_truncation
   )
@@ -264,7 +266,7 @@ def analyze(config: ConfigDict, workdir: str, devices: parallel.Devices | None =
   directory = path / "analysis"
   directory.mkdir(exist_ok=True)
   with owned(directory, "analyze"):
-    run = Analysis(config, path, devices or parallel.all_devices()) if sections else None
+    run = Analysis(experiment, path, devices or parallel.all_devices()) if sections else None
     if "flops" in config.analysis.sections:
       arms = count_flops(config)
       print(format_flops(arms))

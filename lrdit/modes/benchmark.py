@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import jax
 from ml_collections import ConfigDict
 
-from lrdit.benchmark.arms import ARMS, arm_config
+from lrdit.benchmark.arms import arm_experiments
 from lrdit.benchmark.measure import measure
 from lrdit.benchmark.results import format_results
 from lrdit.config.run_config import log_process_fields, open_workdir
@@ -38,8 +38,7 @@ def benchmark(config: ConfigDict, workdir: str, devices: parallel.Devices | None
   whatever the config's own.
   """
   devices = devices or jax.local_devices()
-  for name in ARMS:
-    arm_config(config, name)  # check the config before anything is written
+  experiments = arm_experiments(config)  # checks the config before anything is written
   parallel.check_divisible("config.training.batch_size", config.training.batch_size, devices)
   parallel.check_divisible("config.sampling.batch_size", config.sampling.batch_size, devices)
   path = open_workdir(workdir, config, create=True)
@@ -50,6 +49,6 @@ def benchmark(config: ConfigDict, workdir: str, devices: parallel.Devices | None
     owned(path, "benchmark"),
     without_compilation_cache() if is_timed else contextlib.nullcontext(),
   ):
-    measure(config, devices, lambda results: write_json(path / "benchmark.json", results))
+    measure(experiments, devices, lambda results: write_json(path / "benchmark.json", results))
   print(format_results(json.loads((path / "benchmark.json").read_text())))
   log.info("wrote %s", path / "benchmark.json")

@@ -6,7 +6,7 @@ import re
 
 from ml_collections import ConfigDict
 
-from lrdit.benchmark.arms import ARMS, arm_config
+from lrdit.benchmark.arms import arm_experiments
 from lrdit.config.run_config import check_workdir
 from lrdit.experiment import Experiment
 from lrdit.model import dit, flops
@@ -30,8 +30,8 @@ def dry_run(mode: str, config: ConfigDict, path: str) -> None:
   Raise a UserError where the mode itself would for its config, workdir, devices and data.
   """
   experiment, devices, s = Experiment(config), parallel.all_devices(), config.sampling
-  for arm in ARMS if mode == "benchmark" else ():
-    arm_config(config, arm)
+  if mode == "benchmark":
+    arm_experiments(config)
   if mode != "encode":
     needs_no_run = mode in ("train", "benchmark") or (mode == "analyze" and not _sections(config))
     check_workdir(path, config, create=needs_no_run)
@@ -74,9 +74,8 @@ def _batch_groups(mode: str, config: ConfigDict) -> tuple[str, ...]:
   """Return the groups of the config whose batch size the mode divides over the devices."""
   if mode == "analyze":
     return ("training",) if "truncation" in _sections(config) else ()
-  samples = mode in ("sample", "benchmark") or (mode == "evaluate" and config.evaluation.extractors)
-  trains = mode in ("train", "evaluate", "benchmark")
-  return (*(["training"] if trains else []), *(["sampling"] if samples else []))
+  groups = {"sample": ("sampling",), "benchmark": ("training", "sampling"), "encode": ()}
+  return groups.get(mode, ("training",))
 
 
 def _count_data(mode: str, experiment: Experiment) -> list[str]:

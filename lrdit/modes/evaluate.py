@@ -20,7 +20,6 @@ from lrdit.experiment import Experiment
 from lrdit.runtime import cluster, parallel, store
 from lrdit.runtime.locks import owned
 from lrdit.sampling.sample_set import read_sample_set
-from lrdit.sampling.settings import make_settings
 from lrdit.train import checkpoints, run_files
 
 log = logging.getLogger("lrdit")
@@ -81,9 +80,8 @@ def check_sample_set(
   `vae_digest` is "" for pixels.
   """
   metadata, _ = read_sample_set(directory, 1)
-  config, sampler = experiment.config, experiment.sampler(parallel.all_devices())
-  wanted = make_settings(config, sampler, step, checkpoints.digest(params), vae_digest)
-  wanted["num_samples"] = config.sampling.num_samples
+  wanted = experiment.sample_settings(step, checkpoints.digest(params), vae_digest)
+  wanted["num_samples"] = experiment.config.sampling.num_samples
   store.check_same(
     f"the samples under {directory} are of something else",
     wanted,
@@ -176,22 +174,22 @@ def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None 
   measures the samples. Metrics of the same checkpoint over other extractors, and of other sample
   sets, stay in the file.
   """
-  path = open_trained(workdir, config)
+  experiment, path = Experiment(config), open_trained(workdir, config)
   with contextlib.ExitStack() as opened:
     if cluster.is_first():
       opened.enter_context(owned(path, "evaluate"))
       directory = path / "samples" / config.sampling.name
       if config.evaluation.extractors and directory.is_dir():
         opened.enter_context(owned(directory, "sample"))
-    _evaluate(config, path, devices or parallel.all_devices())
+    _evaluate(experiment, path, devices or parallel.all_devices())
 
 
-def _evaluate(config: ConfigDict, path: pathlib.Path, devices: parallel.Devices) -> None:
+def _evaluate(experiment: Experiment, path: pathlib.Path, devices: parallel.Devices) -> None:
   """Measure the newest checkpoint and its samples, both locked by the caller."""
+  config = experiment.config
   e, name, target = config.evaluation, config.sampling.name, path / "evaluation.json"
   directory = path / "samples" / name
   features = pathlib.Path(e.features_dir).expanduser() if e.features_dir else path / "features"
-  experiment = Experiment(config)
   step, weights = run_files.restore_params(path, experiment.params_template, ("raw", "ema"))
   source = experiment.source("eval")
   run_files.check_run_data(path, "eval", source.fingerprint)

@@ -22,7 +22,6 @@ from lrdit.runtime.progress import make_bar
 from lrdit.runtime.store import write_json
 from lrdit.sampling.sample_set import SampleSetWriter
 from lrdit.sampling.sampler import SamplePath, Sampler
-from lrdit.sampling.settings import make_label_rule, make_settings
 from lrdit.train import checkpoints, run_files
 
 log = logging.getLogger("lrdit")
@@ -34,7 +33,7 @@ PATH_STEPS = 10  # number of solver steps in the path of a sample
 class SampleBatches:
   """The batches of a sample set, which all processes compute together."""
 
-  config: ConfigDict
+  experiment: Experiment
   sampler: Sampler
   params: Any  # the sampled weights
   to_pixels: ToPixels
@@ -48,17 +47,16 @@ class SampleBatches:
 
   def compile(self) -> None:
     """Compile what `iterate` runs."""
-    rows = parallel.own_rows(self.config.sampling.batch_size)
-    self.sampler.compile(self.params, make_label_rule(self.config), rows)
+    rows = parallel.own_rows(self.sampler.settings.batch_size)
+    self.sampler.compile(self.params, self.experiment.label_rule, rows)
 
   def iterate(self, first: int) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
     """Yield the batches of the samples [first, num_samples), whole on every process.
 
     Raise a UserError on all processes if a sample is not finite.
     """
-    s = self.config.sampling
+    s, label_rule = self.experiment.config.sampling, self.experiment.label_rule
     starts, rows = range(first, s.num_samples, s.batch_size), parallel.own_rows(s.batch_size)
-    label_rule = make_label_rule(self.config)
     for start, x_0 in self.sampler.sample_rows(self.params, label_rule, starts, rows, self.path):
       kept = s.num_samples - start
       pixels, are_finite = (parallel.gather_rows(part)[:kept] for part in self.to_pixels(x_0))
@@ -72,7 +70,7 @@ class SampleBatches:
     path.png shows the clean images that the model predicts on the way to sample 0. path.json holds
     its label, solver steps, timesteps, and the active ranks of each factorized layer there.
     """
-    label_rule, t, steps = make_label_rule(self.config), self.sampler.table.t, self.path.steps
+    label_rule, t, steps = self.experiment.label_rule, self.sampler.table.t, self.path.steps
     x_0 = np.stack([np.asarray(x_0) for x_0 in self.path.x_0])
     images.write_grid(directory / "path.png", self.to_pixels(x_0)[0], len(steps))
     plan = self.sampler.model.plan
@@ -86,12 +84,13 @@ class SampleBatches:
     write_json(directory / "path.json", record)
 
   def _non_finite(self, index: int) -> UserError:
-    s, fixes = self.config.sampling, []
+    config, fixes = self.experiment.config, []
+    s = config.sampling
     if s.guidance_scale != 1.0:
       fixes.append(f"lower config.sampling.guidance_scale={s.guidance_scale}")
-    if not (s.clip_x_0 or self.config.vae.downsample_factor):
+    if not (s.clip_x_0 or config.vae.downsample_factor):
       fixes.append("set config.sampling.clip_x_0=True")
-    if self.config.model.dtype != "float32":
+    if config.model.dtype != "float32":
       fixes.append("set config.model.dtype=float32")
     fixes.append("train longer, or again with a lower config.optimizer.learning_rate")
     weights = "averaged" if s.use_ema else "raw"
@@ -103,7 +102,7 @@ class SampleBatches:
 
 def write_samples(batches: SampleBatches, writer: SampleSetWriter, num_devices: int) -> None:
   """Write the remaining samples of a set; only the first process calls this."""
-  s = batches.config.sampling
+  s = batches.experiment.config.sampling
   cluster.from_first((np.int32(writer.num_done), np.bool_(writer.is_finished)))
   if writer.is_finished:
     log.info("%s: all %d samples are there", writer.directory, s.num_samples)
@@ -122,7 +121,7 @@ def write_samples(batches: SampleBatches, writer: SampleSetWriter, num_devices: 
       writer.append(batch)
       bar.update(len(batch))
   facts = dict(batch_size=s.batch_size, num_devices=num_devices, compile_seconds=compile_seconds)
-  metadata = writer.finish(make_label_rule(batches.config), facts)
+  metadata = writer.finish(batches.experiment.label_rule, facts)
   text = "%d samples of step %d in %.1f s: %s"
   log.info(text, s.num_samples, batches.step, metadata["wall_clock_seconds"], writer.directory)
 
@@ -149,14 +148,14 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
   params = restored[weights]
   vae_digest = run_files.read_vae_digest(path) if config.vae.downsample_factor else ""
   to_pixels = experiment.to_pixels(devices, vae_digest)
-  batches = SampleBatches(config, sampler, params, to_pixels, step)
+  batches = SampleBatches(experiment, sampler, params, to_pixels, step)
   if not cluster.is_first():
     help_to_sample(batches)
     return
   software = {"backend": jax.default_backend(), "jax": jax.__version__}
   with SampleSetWriter(
     path / "samples" / s.name,
-    settings=make_settings(config, sampler, step, checkpoints.digest(params), vae_digest),
+    settings=experiment.sample_settings(step, checkpoints.digest(params), vae_digest),
     software=software | {"scan_blocks": config.model.scan_blocks},
     num_samples=s.num_samples,
     image_size=config.data.image_size,

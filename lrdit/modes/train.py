@@ -158,7 +158,7 @@ class Trainer:
     num_groups = self.curriculum.num_groups
 
     def fresh() -> TrainState:
-      return create_train_state(self.experiment.init_params(), self.optimizer, num_groups)
+      return create_train_state(self.experiment.initial_params(), self.optimizer, num_groups)
 
     template = jax.eval_shape(fresh).replace(
       window=WindowMetrics.empty(num_groups), stage=StageProgress.begin(0, 0)

@@ -7,21 +7,30 @@ from typing import Any
 from lrdit.report.arms import Arm
 from lrdit.report.compare import ROUNDING, Comparison, Difference
 
-# (baseline, row key without an extractor's name, label, how much worse than the baseline the arm
-# may be, in % of a ratio or in points, and that target in words).
-CHECKS = (
-  ("full", "held_out_loss_ema", "held-out loss, EMA weights", 3.0, "at most 3 % more"),
-  ("full", "recognition_accuracy", "recognition accuracy", 2.0, "at most 2 points less"),
-  ("narrow", "held_out_loss_ema", "held-out loss, EMA weights", 0.0, "less"),
-  ("narrow", "frechet_distance", "Frechet distance", 0.0, "less"),
-  ("static", "held_out_loss_ema", "held-out loss, EMA weights", 0.0, "less"),
-  ("static", "frechet_distance", "Frechet distance", 0.0, "less"),
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """What an adaptive arm must reach against a baseline."""
+
+  against: str  # the baseline's method
+  key: str  # of the row, without an extractor's name
+  label: str
+  worst: float  # how much worse than the baseline the arm may be, in % of a ratio or in points
+  words: str  # the same in words
+
+
+_LOSS = ("held_out_loss_ema", "held-out loss, EMA weights")
+_DISTANCE = ("frechet_distance", "Frechet distance")
+TARGETS = (
+  Target("full", *_LOSS, 3.0, "at most 3 % more"),
+  Target("full", "recognition_accuracy", "recognition accuracy", 2.0, "at most 2 points less"),
+  *(Target(arm, *row, 0.0, "less") for arm in ("narrow", "static") for row in (_LOSS, _DISTANCE)),
 )
 
 
 @dataclasses.dataclass
 class Check:
-  """One target of an adaptive arm."""
+  """One target of an adaptive arm, for one extractor and way of sampling."""
 
   against: str  # the baseline's method
   key: str
@@ -55,45 +64,47 @@ def judge(arms: Sequence[Arm], comparisons: Sequence[Comparison]) -> list[Claim]
   for number in adaptive or [None]:
     own = {arms[c.baseline].method: c for c in comparisons if c.arm == number}
     also = {method: comparison.also for method, comparison in own.items()}
-    checks = [check for target in CHECKS for check in _checks(own.get(target[0]), *target)]
+    checks = [check for target in TARGETS for check in _checks(own.get(target.against), target)]
     claims.append(Claim(number, also, checks))
   return claims
 
 
-def _checks(
-  comparison: Comparison | None, against: str, key: str, label: str, worst: float, target: str
-) -> Iterator[Check]:
-  """Yield a check for each extractor and way of sampling, or one unmeasured check."""
+def _checks(comparison: Comparison | None, target: Target) -> Iterator[Check]:
+  """Yield a check for each row that the target is about, or one unmeasured check."""
   rows = comparison.rows if comparison else []
   macs = next((row.value for row in rows if row.key == "mean_forward_macs"), None)
-  found = [row for row in rows if key in (row.key, row.key.partition("_")[2])]
+  found = [row for row in rows if target.key in (row.key, row.key.partition("_")[2])]
   for row in found:
-    outcome = judge_difference(row, against, worst)
-    yield Check(against, row.key, row.label, target, macs, row.settings, **outcome)
+    yield judge_difference(row, target, macs)
   if not found:
-    reason = "no such metric" if comparison else f"there is no pair of adaptive and {against}"
-    yield Check(against, key, label, target, macs, reason=reason)
+    missing = f"there is no pair of adaptive and {target.against}"
+    reason = "no such metric" if comparison else missing
+    yield Check(target.against, target.key, target.label, target.words, macs, reason=reason)
 
 
-def judge_difference(row: Difference, against: str, worst: float) -> dict[str, Any]:
-  """Return the measured fields of a `Check`."""
-  value, error, unit = row.value, row.standard_error, "points"
+def judge_difference(row: Difference, target: Target, macs_ratio: float | None = None) -> Check:
+  """Return the check of a target on a measured difference."""
+  check = Check(target.against, row.key, row.label, target.words, macs_ratio, row.settings)
+  value, error = row.value, row.standard_error
   if value is None:
-    return {"reason": row.missing}
-  worse = -value
-  better = sum(one > 0 if row.compare == "points" else one < 1 for one in row.by_seed)
+    return dataclasses.replace(check, reason=row.missing)
   if row.compare == "ratio":  # losses and distances
-    value, error, unit = 100 * (value - 1), None if error is None else 100 * error, "%"
-    worse = value
-  is_better, is_worse = worse < -100 * ROUNDING, worse > 100 * ROUNDING
-  kept = worse < worst + 100 * ROUNDING if worst else is_better
-  side = "adaptive" if is_better else against
-  return {
-    "outcome": "kept" if kept else f"missed by {max(0, round(worse - worst, 9)):.3g} {unit}",
-    "value": value,
-    "standard_error": error,
-    "unit": unit,
-    "better": side if is_better or is_worse else "neither",
-    "verdict": row.verdict,
-    "better_seeds": f"{better} of {len(row.by_seed)}",
-  }
+    value, unit, sign = 100 * (value - 1), "%", 1
+    error = None if error is None else 100 * error
+    better = sum(one < 1 for one in row.by_seed)
+  else:
+    unit, sign, better = "points", -1, sum(one > 0 for one in row.by_seed)
+  worse, rounding = sign * value, 100 * ROUNDING
+  kept = worse < target.worst + rounding if target.worst else worse < -rounding
+  missed = max(0, round(worse - target.worst, 9))
+  side = "adaptive" if worse < 0 else target.against
+  return dataclasses.replace(
+    check,
+    outcome="kept" if kept else f"missed by {missed:.3g} {unit}",
+    value=value,
+    standard_error=error,
+    unit=unit,
+    better="neither" if abs(worse) <= rounding else side,
+    verdict=row.verdict,
+    better_seeds=f"{better} of {len(row.by_seed)}",
+  )

@@ -6,6 +6,7 @@ from typing import Any
 
 from lrdit.config import recipe
 from lrdit.config.resolve import resolve
+from lrdit.config.sample_settings import from_record
 from lrdit.report.runs import Run, as_dict
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.store import flatten
@@ -56,10 +57,7 @@ def reproduce(run: Run) -> list[str]:
   evaluated = flags(flatten({"evaluation": as_dict(run.evaluation.get("settings"))}))
   commands = [["--mode=train"]]
   for name, own in run.sample_sets.items():
-    fields = {f"sampling.{f}": value for f, value in own.metadata.items() if value is not None}
-    if "weights" in own.metadata:
-      fields["sampling.use_ema"] = own.metadata["weights"] == "ema"
-    sampled = flags(fields | {"sampling.name": name})
+    sampled = flags(flatten({"sampling": from_record(own.metadata) | {"name": name}}))
     commands.append(["--mode=sample", *sampled])
     if own.metrics:
       commands.append(["--mode=evaluate", *sampled, *evaluated])

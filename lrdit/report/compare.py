@@ -5,6 +5,7 @@ averaged or compared; the others are marked with the difference.
 """
 
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -30,7 +31,7 @@ class Measurement:
 
 
 @dataclasses.dataclass
-class Group:
+class Summary:
   """Mean and spread of an arm's n values with one protocol."""
 
   protocol: dict[str, Any]
@@ -41,39 +42,40 @@ class Group:
   run_mean: float  # mean of the runs' means
   run_std: float | None  # None for one run
   values: list[Measurement]
-  differs: str = ""  # how the protocol differs from the row's first group
+  differs: str = ""  # how the protocol differs from the row's first summary
 
 
 @dataclasses.dataclass
 class Cell:
-  """One quantity of one arm: an exact value, a group for each protocol, or neither."""
+  """One quantity of one arm: an exact value, a summary for each protocol, or neither."""
 
   exact: Any = None
-  groups: list[Group] = dataclasses.field(default_factory=list)
+  summaries: list[Summary] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
-class Row:
-  """One quantity of every arm."""
+class Quantity:
+  """What a row of a table shows."""
 
   section: str
   key: str
   label: str
   format: str  # of `page.format_value`
   compare: str | None  # "ratio" (arm / baseline), "points" (100 times arm - baseline) or None
-  cells: list[Cell]  # of each arm
   settings: dict[str, Any] | None = None  # of the sample sets that it was measured on
 
 
 @dataclasses.dataclass
-class Difference:
-  """One quantity of an arm against a baseline's; the first fields are those of its `Row`."""
+class Row(Quantity):
+  """One quantity of every arm."""
 
-  section: str
-  key: str
-  label: str
-  compare: str
-  settings: dict[str, Any] | None = None
+  cells: list[Cell] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Difference(Quantity):
+  """One quantity of an arm against a baseline's."""
+
   value: float | None = None  # the ratio or the points
   standard_error: float | None = None  # of `by_seed` if seeds agree, else to first order, or None
   spread: float | None = None  # the larger of both arms' standard deviations over runs
@@ -93,8 +95,8 @@ class Comparison:
 
 
 def summarize(measured: Iterable[Measurement]) -> Cell:
-  """Summarize an arm's values in a group for each protocol."""
-  values, groups = list(measured), []
+  """Return a cell with the summary of an arm's values for each protocol."""
+  values, summaries = list(measured), []
   for protocol in unique(value.protocol for value in values):
     kept = [value for value in values if value.protocol == protocol]
     by_run: dict[str, list[float]] = {}
@@ -102,15 +104,15 @@ def summarize(measured: Iterable[Measurement]) -> Cell:
       by_run.setdefault(value.workdir, []).append(value.value)
     numbers, means = [value.value for value in kept], [*map(statistics.fmean, by_run.values())]
     spreads = [f(x) for x in (numbers, means) for f in (statistics.fmean, deviation)]
-    groups.append(Group(protocol, len(numbers), len(means), *spreads, kept))
-  return Cell(groups=groups)
+    summaries.append(Summary(protocol, len(numbers), len(means), *spreads, kept))
+  return Cell(summaries=summaries)
 
 
 def mark_protocols(row: Row) -> None:
-  """Set every group's `differs` by comparison with the row's first group."""
-  groups = [group for cell in row.cells for group in cell.groups]
-  for group in groups:
-    group.differs = describe_difference(groups[0].protocol, group.protocol)
+  """Set every summary's `differs` by comparison with the row's first one."""
+  summaries = [summary for cell in row.cells for summary in cell.summaries]
+  for summary in summaries:
+    summary.differs = describe_difference(summaries[0].protocol, summary.protocol)
 
 
 def compare(arms: Sequence[Arm], rows: Sequence[Row]) -> list[Comparison]:
@@ -134,53 +136,54 @@ def compare(arms: Sequence[Arm], rows: Sequence[Row]) -> list[Comparison]:
 def _compare_arms(arms: Sequence[Arm], rows: Sequence[Row], arm: int, baseline: int) -> Comparison:
   apart = differing_fields(arms[baseline].key, arms[arm].key)
   also = [field for field in apart if field != "method" and not field.startswith("rank.")]
-  differences = []
-  for row in (row for row in rows if row.compare):
-    described = (row.section, row.key, row.label, row.compare, row.settings)
-    measured = compare_cells(row.cells[arm], row.cells[baseline], row.compare)
-    differences.append(Difference(*described, **measured))
+  compared = [row for row in rows if row.compare]
+  differences = [compare_cells(row, row.cells[arm], row.cells[baseline]) for row in compared]
   return Comparison(arm, baseline, also, differences)
 
 
-def compare_cells(cell: Cell, baseline: Cell, how: str) -> dict[str, Any]:
-  """Return the measured fields of a `Difference`, from the largest groups with equal protocols."""
+def compare_cells(quantity: Quantity, cell: Cell, baseline: Cell) -> Difference:
+  """Compare the largest summaries with equal protocols."""
+  fields = {field.name: getattr(quantity, field.name) for field in dataclasses.fields(Quantity)}
+  difference = functools.partial(Difference, **fields)
   if cell.exact is not None and baseline.exact is not None:
-    return {"value": cell.exact / baseline.exact, "verdict": "exact"}
-  pairs = [(a, b) for a in cell.groups for b in baseline.groups]
+    return difference(value=cell.exact / baseline.exact, verdict="exact")
+  pairs = [(a, b) for a in cell.summaries for b in baseline.summaries]
   if not pairs:
-    return {"missing": "not measured in both arms"}
+    return difference(missing="not measured in both arms")
   equal = [(a, b) for a, b in pairs if a.protocol == b.protocol]
   if not equal:
     a, b = pairs[0]
-    return {"missing": f"not compared: {describe_difference(b.protocol, a.protocol)}"}
+    return difference(missing=f"not compared: {describe_difference(b.protocol, a.protocol)}")
   a, b = max(equal, key=lambda pair: pair[0].n + pair[1].n)
-  if how == "points":
+  if quantity.compare == "points":
     value, scales = 100 * (a.run_mean - b.run_mean), (100.0, 100.0)
   elif not b.run_mean:
-    return {"missing": "the baseline's value is 0"}
+    return difference(missing="the baseline's value is 0")
   else:  # d(a/b) = da/b - (a/b) db/b
     value = a.run_mean / b.run_mean
     scales = (1 / b.run_mean, value / b.run_mean)
-  by_seed = _compare_seeds(a, b, how)
+  by_seed = _compare_seeds(a, b, quantity.compare)
+  difference = functools.partial(difference, value=value, by_seed=by_seed)
   if a.run_std is None or b.run_std is None:
-    return {"value": value, "verdict": "one seed: no spread to judge by", "by_seed": by_seed}
-  errors = (s * g.run_std / math.sqrt(g.num_runs) for s, g in zip(scales, (a, b), strict=True))
+    return difference(verdict="one seed: no spread to judge by")
+  errors = (
+    scale * own.run_std / math.sqrt(own.num_runs) for scale, own in zip(scales, (a, b), strict=True)
+  )
   spread = max(a.run_std, b.run_std)
   larger = abs(a.run_mean - b.run_mean) > spread + ROUNDING * abs(b.run_mean)
   verdict = f"{'larger than' if larger else 'within'} the seeds' spread"
   error = math.hypot(*errors)
   if len(by_seed) == a.num_runs == b.num_runs:
     error = deviation(by_seed) / math.sqrt(len(by_seed))
-  measured = {"value": value, "standard_error": error, "by_seed": by_seed}
-  return measured | {"spread": spread, "verdict": verdict}
+  return difference(standard_error=error, spread=spread, verdict=verdict)
 
 
-def _compare_seeds(a: Group, b: Group, how: str) -> list[float]:
-  """Return the ratio, or the difference in points, of the means of each seed of both groups."""
+def _compare_seeds(a: Summary, b: Summary, how: str) -> list[float]:
+  """Return the ratio, or the difference in points, of the means of each seed of both arms."""
   means = []
-  for group in (a, b):
-    seeds = unique(value.seed for value in group.values)
-    own = {seed: [v.value for v in group.values if v.seed == seed] for seed in seeds}
+  for values in (a.values, b.values):
+    seeds = unique(value.seed for value in values)
+    own = {seed: [v.value for v in values if v.seed == seed] for seed in seeds}
     means.append({seed: statistics.fmean(values) for seed, values in own.items()})
   pairs = [(mean, means[1][seed]) for seed, mean in means[0].items() if seed in means[1]]
   if how == "points":

@@ -23,10 +23,19 @@ PAGE_ONLY = ("lines", "pixels", "image")  # fields that report.json omits
 
 
 @dataclasses.dataclass
+class Origin:
+  """How a report was made."""
+
+  command: str
+  time: str  # ISO 8601, UTC
+  versions: dict[str, str | None]  # of Python and `PACKAGES`; None for one not installed
+
+
+@dataclasses.dataclass
 class Report:
   """The contents of report.html and report.json."""
 
-  made: dict[str, Any]  # command, time and versions of this report
+  made: Origin
   claim: list[Claim]  # one for each adaptive arm
   arms: list[Arm]
   layer: str  # whose r(t) is shown
@@ -57,11 +66,11 @@ def make_report(workdirs: Sequence[str], output: str) -> Report:
     run.commands = reproduce(run)
   names = flags.CsvListSerializer(",").serialize(list(workdirs))
   own = ["--mode=report", f"--workdirs={names}", f"--output={output}"]
-  made = {
-    "command": shlex.join(["python", "main.py", *own]),
-    "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "versions": {"python": platform.python_version()} | dict(map(_version, PACKAGES)),
-  }
+  made = Origin(
+    command=shlex.join(["python", "main.py", *own]),
+    time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    versions={"python": platform.python_version()} | dict(map(_version, PACKAGES)),
+  )
   claim = judge(arms, comparisons)
   return Report(made, claim, arms, choose_layer(arms), rows, comparisons, grids)
 

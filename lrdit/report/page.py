@@ -8,7 +8,7 @@ import jinja2
 from markupsafe import Markup
 
 from lrdit.report import plots
-from lrdit.report.compare import ROUNDING, Difference, Group, Row
+from lrdit.report.compare import ROUNDING, Difference, Row, Summary
 from lrdit.report.contents import Report
 from lrdit.report.pictures import GRID_COLUMNS
 from lrdit.report.rows import is_shared
@@ -73,10 +73,10 @@ def plural(count: int, noun: str) -> str:
   return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def count_values(group: Group) -> str:
+def count_values(summary: Summary) -> str:
   """Format the number of values behind a mean."""
-  seeds = plural(group.num_runs, "seed")
-  return seeds if group.n == group.num_runs else f"{seeds}, n = {group.n} sets of samples"
+  seeds = plural(summary.num_runs, "seed")
+  return seeds if summary.n == summary.num_runs else f"{seeds}, n = {summary.n} sets of samples"
 
 
 def describe_settings(settings: dict[str, Any]) -> str:
@@ -120,7 +120,7 @@ def _pictures(report: Report) -> dict[str, list[tuple[str | None, str]]]:
   costs = [macs, by_key["training_seconds"]]
   measured = [(held_out, "Held-out split, EMA weights")]
   if distances:  # show the distance that most arms have
-    row = max(distances, key=lambda row: sum(bool(cell.groups) for cell in row.cells))
+    row = max(distances, key=lambda row: sum(bool(cell.summaries) for cell in row.cells))
     measured.append((row, f"Samples: {describe_settings(row.settings)}"))
   quality = [(plots.quality_over(arms, c, row), text) for row, text in measured for c in costs]
   by_layer = f"Layer {report.layer}; a dense arm has its largest rank"

@@ -103,8 +103,8 @@ def _lines_of_arms(arms: Sequence[Arm]) -> list[tuple[str, list[int]]]:
 
 def _point(cell: Cell) -> tuple[float | None, float | None]:
   """Return the mean and standard deviation of the values comparable with the row's first."""
-  groups = [group for group in cell.groups if not group.differs]
-  return (groups[0].mean, groups[0].std) if groups else (cell.exact, None)
+  alike = [summary for summary in cell.summaries if not summary.differs]
+  return (alike[0].mean, alike[0].std) if alike else (cell.exact, None)
 
 
 def rank_over_t(arms: Sequence[Arm], layer: str) -> str | None:

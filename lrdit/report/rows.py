@@ -7,10 +7,11 @@ from typing import Any
 
 from lrdit.config.resolve import resolve
 from lrdit.config.run_config import as_config
+from lrdit.config.sample_settings import from_record
 from lrdit.experiment import Experiment
 from lrdit.model import flops
 from lrdit.report.arms import Arm, held_out_protocol
-from lrdit.report.compare import Cell, Measurement, Row, mark_protocols, summarize
+from lrdit.report.compare import Cell, Measurement, Quantity, Row, mark_protocols, summarize
 from lrdit.report.fields import unique
 from lrdit.report.runs import DAMAGED, Run, SampleSet, as_dict, finite
 from lrdit.runtime.errors import UserError
@@ -31,23 +32,31 @@ METRICS = {
 SHARED_METRICS = ("recognition_accuracy_of_held_out_images", "num_samples", "num_subset_samples")
 
 MODEL_ROWS = (
-  ("parameters", "parameters", "count", None),
-  ("mean_ratio", "active / dense parameters of factorized layers, mean over t", "ratio", None),
-  ("mean_forward_macs", "MACs of a forward pass, mean over t", "macs", "ratio"),
-  ("buckets", "each rank bucket: MACs of a forward pass, parameters", "buckets", None),
+  Quantity("Model", "parameters", "parameters", "count", None),
+  Quantity(
+    "Model",
+    "mean_ratio",
+    "active / dense parameters of factorized layers, mean over t",
+    "ratio",
+    None,
+  ),
+  Quantity("Model", "mean_forward_macs", "MACs of a forward pass, mean over t", "macs", "ratio"),
+  Quantity(
+    "Model", "buckets", "each rank bucket: MACs of a forward pass, parameters", "buckets", None
+  ),
 )
 
 
 def measure_rows(arms: Sequence[Arm]) -> list[Row]:
   """Return the rows of models, training, losses and samples, with incomparable values marked."""
   rows = [
-    Row("Model", *row, [Cell(getattr(arm.model, row[0], None)) for arm in arms])
-    for row in MODEL_ROWS
+    Row(**vars(quantity), cells=[Cell(getattr(arm.model, quantity.key, None)) for arm in arms])
+    for quantity in MODEL_ROWS
   ]
   measured = [[list(_run_rows(run)) for run in arm.runs] for arm in arms]
-  for i, (row, _) in enumerate(measured[0][0]):
+  for i, (quantity, _) in enumerate(measured[0][0]):
     cells = [summarize(itertools.chain(*(run[i][1] for run in arm))) for arm in measured]
-    rows.append(Row(*row, cells))
+    rows.append(Row(**vars(quantity), cells=cells))
   rows += [*_target_rows(arms), *_sample_rows(arms)]
   for row in rows:
     mark_protocols(row)
@@ -74,22 +83,23 @@ def _measure(value: Any, run: Run, protocol: dict[str, Any], *sample_set: Any) -
   return [Measurement(value, run.workdir, run.seed, protocol, *sample_set)]
 
 
-def _run_rows(run: Run) -> Iterator[tuple[tuple, list[Measurement]]]:
-  """Yield each row's description and the run's measurements."""
+def _run_rows(run: Run) -> Iterator[tuple[Quantity, list[Measurement]]]:
+  """Yield each row's quantity and the run's measurements."""
   batch_size = as_dict(run.config.get("training")).get("batch_size")
   rate = run.images_per_second
   speed = _measure(rate, run, {"batch_size": batch_size})
-  yield ("Training", "training_images_per_second", "images/s", "rate", "ratio"), speed
+  yield Quantity("Training", "training_images_per_second", "images/s", "rate", "ratio"), speed
   # Untimed windows count at the mean rate of the timed ones.
   seconds = _measure(run.images / rate if rate else None, run, {"images": run.images})
-  yield ("Training", "training_seconds", "training time, steps only", "seconds", None), seconds
+  label = "training time, steps only"
+  yield Quantity("Training", "training_seconds", label, "seconds", None), seconds
   for weights, name, compared in (("ema", "EMA", "ratio"), ("raw", "raw", None)):
     losses = run.held_out(weights)
     loss = _measure(losses["loss"], run, held_out_protocol(run)) if "loss" in losses else []
     label = f"held-out loss, {name} weights"
-    yield ("Loss", f"held_out_loss_{weights}", label, "loss", compared), loss
+    yield Quantity("Loss", f"held_out_loss_{weights}", label, "loss", compared), loss
   label = "training loss, last logged window"
-  yield ("Loss", "final_training_loss", label, "loss", None), _final_loss(run)
+  yield Quantity("Loss", "final_training_loss", label, "loss", None), _final_loss(run)
 
 
 def _final_loss(run: Run) -> list[Measurement]:
@@ -116,8 +126,8 @@ def _target_rows(arms: Sequence[Arm]) -> Iterator[Row]:
     times = [(run, _seconds(run, step)) for run, step in reached]
     seconds.append(summarize(m for run, time in times for m in _measure(time, run, protocol)))
   label = f"until the held-out loss that {full.name} ends with, {target:.4f} in training"
-  yield Row("Loss", "steps_to_full", f"steps {label}", "count", "ratio", steps)
-  yield Row("Loss", "seconds_to_full", f"training time {label}", "seconds", "ratio", seconds)
+  yield Row("Loss", "steps_to_full", f"steps {label}", "count", "ratio", None, steps)
+  yield Row("Loss", "seconds_to_full", f"training time {label}", "seconds", "ratio", None, seconds)
 
 
 def _first_step(run: Run, target: float) -> int | None:
@@ -141,24 +151,23 @@ def _sample_rows(arms: Sequence[Arm]) -> Iterator[Row]:
   for settings in unique(own.settings for sets in everything for _, _, own in sets):
     alike = [[one for one in sets if one[2].settings == settings] for sets in everything]
     macs = [Cell(sampling_macs(sets[0][0], settings) if sets else None) for sets in alike]
-    yield Row("Samples", "sampling_macs", "MACs of an image", "macs", "ratio", macs, settings)
+    yield Row("Samples", "sampling_macs", "MACs of an image", "macs", "ratio", settings, macs)
     rate = [summarize(itertools.chain(*(_sampling_speed(*one) for one in sets))) for sets in alike]
     label = "images/s, without compilation"
-    yield Row("Samples", "sampling_images_per_second", label, "rate", "ratio", rate, settings)
+    yield Row("Samples", "sampling_images_per_second", label, "rate", "ratio", settings, rate)
     for metric in dict.fromkeys(m for sets in alike for _, _, own in sets for m in own.metrics):
       measured = [itertools.chain(*(_metric(*one, metric) for one in sets)) for sets in alike]
-      yield Row("Samples", metric, *describe_metric(metric), [*map(summarize, measured)], settings)
+      yield Row("Samples", metric, *describe_metric(metric), settings, [*map(summarize, measured)])
 
 
 def sampling_macs(run: Run, settings: dict[str, Any]) -> int | None:
   """Return the MACs of sampling one image with a run's model, or None if they are unknown."""
   try:
     config = as_config(run.config)
-    for field in ("solver", "num_steps", "eta", "guidance_scale"):
-      config.sampling[field] = settings[field]
-    made = Experiment(resolved := resolve(config))
-    counted, scale = (made.shape, made.plan, made.solver_table.t), resolved.sampling.guidance_scale
-    return flops.sampling_macs(*counted, batch_size=1, guidance_scale=scale)
+    config.sampling.update(from_record(settings))
+    made = Experiment(resolve(config))
+    scale = made.config.sampling.guidance_scale
+    return flops.sampling_macs(made.shape, made.plan, made.solver_table.t, 1, scale)
   except (UserError, *DAMAGED):
     return None  # the arm's notes report a config that does not fit
 

@@ -7,16 +7,13 @@ import pathlib
 from typing import Any
 
 from lrdit.config.run_config import read_changes
+from lrdit.config.sample_settings import record_names
 from lrdit.config.schema import Role, fields_of, upgrade
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.store import flatten
 
 # Exceptions from reading damaged or older files.
 DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OSError)
-# Metadata of a sample set, beside training and seed, that affects its metrics.
-SETTINGS = ("weights", "num_samples", "solver", "num_steps", "eta", "guidance_scale", "clip_x_0")
-SETTINGS += ("labels", "dtype")
-NO_SETTINGS = ("seed", "name", "batch_size", "png_files")
 # Fields that a run may change but that still define its arm.
 DEFINING = ("training.num_steps", "model.dtype")
 
@@ -26,10 +23,15 @@ class SampleSet:
   """A finished sample set and its evaluation."""
 
   metadata: dict[str, Any]
-  settings: dict[str, Any]  # metadata that comparable sets share
   metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
   extractors: dict[str, Any] = dataclasses.field(default_factory=dict)
   reference: dict[str, Any] = dataclasses.field(default_factory=dict)
+  settings: dict[str, Any] = dataclasses.field(init=False)  # metadata that comparable sets share
+
+  def __post_init__(self):
+    """Take the settings from the metadata: what affects metrics beside training and seed."""
+    names = {*record_names(), "num_samples", "dtype"} - {"seed"}
+    self.settings = {name: value for name, value in self.metadata.items() if name in names}
 
 
 @dataclasses.dataclass
@@ -99,7 +101,7 @@ def read_run(name: str) -> Run:
   evaluation = _read_object(path / "evaluation.json", notes) or {}
   _drop_damaged_groups(evaluation, notes)
   config = upgrade(config)
-  sample_sets = _read_sample_sets(path, config, evaluation, notes)
+  sample_sets = _read_sample_sets(path, evaluation, notes)
   changes = read_changes(path)
   for change in changes:
     values = f"from {change['before']!r} to {change['after']!r}"
@@ -159,18 +161,12 @@ def training_speed(
 
 
 def _read_sample_sets(
-  path: pathlib.Path, config: dict[str, Any], evaluation: dict[str, Any], notes: list[str]
+  path: pathlib.Path, evaluation: dict[str, Any], notes: list[str]
 ) -> dict[str, SampleSet]:
-  sampling = as_dict(config.get("sampling"))
-  fields = [f for f in dict.fromkeys([*SETTINGS, *sampling]) if f not in NO_SETTINGS]
-
-  def make(metadata: dict[str, Any]) -> SampleSet:
-    return SampleSet(metadata, {f: metadata[f] for f in fields if f in metadata})
-
   found = {}
   for file in sorted((path / "samples").glob("*/metadata.json")):
     if (metadata := _read_object(file, notes)) is not None:
-      found[file.parent.name] = make(metadata)
+      found[file.parent.name] = SampleSet(metadata)
   if not found:
     notes.append("there is no finished set of samples")
   for name, evaluated in as_dict(evaluation.get("samples")).items():
@@ -178,7 +174,7 @@ def _read_sample_sets(
     if not isinstance(metadata, dict):
       notes.append(f"evaluation.json describes samples {name!r} in another format: evaluate again")
       continue
-    own = found.setdefault(name, make(metadata))
+    own = found.setdefault(name, SampleSet(metadata))
     if own.metadata != metadata:
       notes.append(f"the samples {name!r} are newer than their metrics, which are not shown")
       continue
@@ -213,7 +209,7 @@ def run_key(run: Run) -> dict[str, Any]:
   They exclude the seed and fields that a workdir may change, such as paths, sampling and logging.
   They include the number of training steps, the dtype, and changes during training.
   """
-  free = fields_of(Role.PROCESS, Role.WATCH, Role.FREE) - set(DEFINING) | {"seed"}
+  free = fields_of(*{*Role} - {Role.RUN, Role.TUNABLE}) - set(DEFINING) | {"seed"}
   kept = {field: value for field, value in flatten(run.config).items() if field not in free}
   for change in run.changes:
     if change["field"] not in free:

@@ -35,6 +35,8 @@ LabelRule = Callable[[Integer[np.ndarray, " B"]], Int[np.ndarray, " B"]]
 class SamplerSettings:
   """Settings that determine a sample, besides model, solver, index and label.
 
+  All but `prediction` are the fields of the config's `sampling` of the same name.
+
   Attributes:
     prediction: what the model predicts, one of `process.PREDICTIONS`.
     guidance_scale: of classifier-free guidance; 1 turns it, and its cost, off.
@@ -217,7 +219,7 @@ class Sampler:
     )
     return jax.lax.fori_loop(first, end, step, carry)
 
-  def slice_params(self, params: Any) -> dict[int, Any]:
+  def bucket_params(self, params: Any) -> dict[int, Any]:
     """Return each visited bucket's slice of the parameters, on the devices."""
     return {
       b: jax.device_put(low_rank.slice_params(params, self.model.plan, b), self._replicated)
@@ -229,7 +231,7 @@ class Sampler:
     index = np.arange(self.settings.batch_size)[rows]
     y = None if label_rule is None else label_rule(index)
     no_steps = [(bucket, 0, 0) for bucket in self.run_bucket]
-    jax.block_until_ready(self._run(self.slice_params(params), index, y, no_steps))
+    jax.block_until_ready(self._run(self.bucket_params(params), index, y, no_steps))
 
   def sample_batch(
     self,
@@ -288,7 +290,7 @@ class Sampler:
 
     The next batch is computed meanwhile. `path` is filled if the first batch starts at sample 0.
     """
-    sliced, pending = self.slice_params(params), None
+    sliced, pending = self.bucket_params(params), None
     for start in starts:
       index = np.arange(start, start + self.settings.batch_size)[rows]
       y = None if label_rule is None else label_rule(index)

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from configs import cifar10
 from lrdit.benchmark import arms
@@ -21,20 +20,20 @@ from lrdit.experiment import Experiment
 from lrdit.model import flops, low_rank
 
 
-def make_config(args: argparse.Namespace) -> ConfigDict:
+def make_experiment(args: argparse.Namespace) -> Experiment:
   """Return the full arm on pixels; the data is random, so its name does not matter."""
   config = cifar10.get_config(f"method=full,variant={args.variant}").unlock()
   config.data.image_size, config.data.num_channels = args.image_size, args.channels
   config.data.num_classes, config.training.batch_size = args.num_classes, args.batch_size
-  return resolve(config)
+  return Experiment(resolve(config))
 
 
-def make_forward(config: ConfigDict) -> Callable[[], jax.Array]:
+def make_forward(full: Experiment) -> Callable[[], jax.Array]:
   """The compiled forward pass on a batch."""
-  model, batch = Experiment(config).model(), config.training.batch_size
-  params = jax.device_put(arms.random_params(config))
-  x = jax.device_put(arms.random_images(config, batch))
-  t, y = jnp.arange(batch), jnp.arange(batch) % config.data.num_classes
+  model, batch = full.model(), full.config.training.batch_size
+  params = jax.device_put(arms.random_params(full.params_template))
+  x = jax.device_put(arms.random_images(full.shape, batch))
+  t, y = jnp.arange(batch), jnp.arange(batch) % full.shape.num_classes
 
   @jax.jit
   def apply(params: Any, x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
@@ -49,10 +48,10 @@ def main() -> None:
   parser.add_argument("--variant", required=True)
   for name in ("image_size", "channels", "num_classes", "batch_size"):
     parser.add_argument(f"--{name}", type=int, required=True)
-  config = make_config(parser.parse_args())
+  full = make_experiment(parser.parse_args())
   devices = jax.local_devices()[:1]
-  arm, peak = arms.TrainingArm(config, devices), arms.MatmulPeak(config, devices)
-  forward = make_forward(config)
+  arm, peak = arms.TrainingArm(full, devices), arms.MatmulPeak(None, full.dtype, devices)
+  forward = make_forward(full)
   tasks = {
     "step": lambda: arm.time(0),
     "forward": lambda: arms.seconds_of(forward)[0],
@@ -61,11 +60,11 @@ def main() -> None:
   for task in tasks.values():  # first calls compile and allocate
     task()
     task()
-  shape, plan = Experiment(config).shape, Experiment(config).plan
-  forward_macs = config.training.batch_size * flops.forward_macs(shape, plan, 0)
+  batch_size = full.config.training.batch_size
+  forward_macs = batch_size * flops.forward_macs(full.shape, full.plan, 0)
   about = {
     "name": f"lrdit on jax {jax.__version__}",
-    "num_parameters": sum(p.size for p in jax.tree.leaves(Experiment(config).params_template)),
+    "num_parameters": sum(p.size for p in jax.tree.leaves(full.params_template)),
     "flops": {
       "step": arm.flops,
       "forward": flops.FLOPS_PER_MAC * forward_macs,

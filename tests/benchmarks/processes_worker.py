@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from configs import cifar10
 from lrdit.benchmark import arms
@@ -25,19 +24,20 @@ from lrdit.runtime import cluster, parallel, startup
 from lrdit.train.state import create_train_state
 
 
-def make_config(args: argparse.Namespace) -> ConfigDict:
-  """Return a config for random pixels, with one endless window of metrics."""
+def make_experiment(args: argparse.Namespace) -> Experiment:
+  """Return a run on random pixels, with one endless window of metrics."""
   config = cifar10.get_config(f"method={args.method},variant={args.variant}").unlock()
   config.data.image_size, config.training.batch_size = args.image_size, args.batch_size
   config.training.log_every_steps = 10**9
-  return resolve(config)
+  return Experiment(resolve(config))
 
 
-def own_batch(config: ConfigDict, devices: parallel.Devices) -> dict[str, np.ndarray]:
+def own_batch(experiment: Experiment, devices: parallel.Devices) -> dict[str, np.ndarray]:
   """Return this process's (n, b) slots of one global batch, the same for every topology."""
-  slots = parallel.batch_slots(config.training.batch_size, devices)
-  images = arms.random_images(config, config.training.batch_size)
-  return {"image": images[slots], "label": (slots % config.data.num_classes).astype(np.int32)}
+  shape, batch_size = experiment.shape, experiment.config.training.batch_size
+  slots = parallel.batch_slots(batch_size, devices)
+  images = arms.random_images(shape, batch_size)
+  return {"image": images[slots], "label": (slots % shape.num_classes).astype(np.int32)}
 
 
 def cpu_seconds() -> np.ndarray:
@@ -49,17 +49,17 @@ def cpu_seconds() -> np.ndarray:
 class Worker:
   """This process's share of a training, from step to step."""
 
-  def __init__(self, config: ConfigDict, devices: parallel.Devices):
+  def __init__(self, experiment: Experiment, devices: parallel.Devices):
     """Makes the state and runs two steps: first calls compile and allocate."""
-    curriculum = Experiment(config).curriculum
-    self._step = Experiment(config).train_step(devices, len(curriculum.stages) - 1)
-    optimizer = Experiment(config).optimizer
-    state = create_train_state(arms.random_params(config), optimizer, curriculum.num_groups)
+    curriculum = experiment.curriculum
+    self._step = experiment.train_step(devices, len(curriculum.stages) - 1)
+    params = arms.random_params(experiment.params_template)
+    state = create_train_state(params, experiment.optimizer, curriculum.num_groups)
     self._state = parallel.replicate(parallel.to_host(state), devices)
     self._batches: Iterator[Any] = parallel.prefetch(
-      itertools.repeat(own_batch(config, devices)), devices
+      itertools.repeat(own_batch(experiment, devices)), devices
     )
-    self._key = jax.random.key(config.seed)
+    self._key = jax.random.key(experiment.config.seed)
     self._steps_asked = 0
     self._train(2)
     self._ended = time.perf_counter(), cpu_seconds()
@@ -112,7 +112,7 @@ def main() -> None:
   startup.use_compilation_cache()
   job = cluster.Cluster(args.coordinator, args.num_processes, args.process_id)
   cluster.connect(job, shares_sigterm=True)
-  worker = Worker(make_config(args), parallel.all_devices())
+  worker = Worker(make_experiment(args), parallel.all_devices())
   about = {
     "num_processes": cluster.num_processes(),
     "num_devices": len(parallel.all_devices()),

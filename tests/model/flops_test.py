@@ -1,19 +1,15 @@
 """Analytic counts against published numbers, traced products and XLA's counts."""
 
-import math
-
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.interpreters import partial_eval
 
 from lrdit.experiment import Experiment
 from lrdit.model import dit, flops, low_rank
 from lrdit.rank import plan as rank_schedule
 from lrdit.runtime.errors import UserError
-from tests.programs import training
+from tests.programs import traced_macs, training
 from tests.tiny import tiny_config
 
 DENSE = rank_schedule.dense_plan(1000)
@@ -40,32 +36,6 @@ WIDE = dict(
 def arm_config(arm, **fields):
   method, compute = ARMS[arm]
   return tiny_config(f"method={method}", rank__compute=compute, **fields)
-
-
-def dot_macs(eqn):
-  (contracted, _), _ = eqn.params["dimension_numbers"]
-  lhs = eqn.invars[0].aval.shape
-  return math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[axis] for axis in contracted)
-
-
-def traced_macs(jaxpr):
-  """Count the MACs of all products that a jaxpr's outputs need; a while loop counts once."""
-  jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-  total = 0
-  for eqn in jaxpr.eqns:
-    if eqn.primitive.name == "dot_general":
-      total += dot_macs(eqn)
-    assert eqn.primitive.name != "conv_general_dilated"
-    times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-    for inner in jax.tree.leaves(
-      list(eqn.params.values()),
-      is_leaf=lambda x: isinstance(x, (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr)),
-    ):
-      if isinstance(inner, jax.extend.core.ClosedJaxpr):
-        total += times * traced_macs(inner.jaxpr)
-      elif isinstance(inner, jax.extend.core.Jaxpr):
-        total += times * traced_macs(inner)
-  return total
 
 
 def forward(config, bucket, batch=4):

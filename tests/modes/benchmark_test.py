@@ -13,11 +13,11 @@ import pytest
 from lrdit.benchmark import arms as arms_module
 from lrdit.benchmark import measure, results
 from lrdit.experiment import Experiment
-from lrdit.model import dit, flops, low_rank
+from lrdit.model import low_rank
 from lrdit.modes import benchmark
-from lrdit.rank import plan as rank_schedule
 from lrdit.train import step as step_module
 from tests import tiny
+from tests.programs import traced_macs, training
 from tests.tiny import tiny_config
 
 FIELDS = {
@@ -79,16 +79,21 @@ def test_counts_the_work_of_every_arm_and_bucket(finished):
   assert low < middle < high
 
 
-def test_counts_both_passes_of_guidance_and_every_device(finished):
+def test_counts_the_products_of_every_timed_program(finished):
+  """In the traced programs: both passes of guidance, and every device."""
   _, result = finished
-  shape = dit.DiTShape(**result["model"])
-  plan = rank_schedule.dense_plan(1000)
-  step = result["sampling"]["full"]["buckets"][0]["flops_per_step"]
-  assert step == 2 * 4 * 2 * flops.forward_macs(shape, plan, 0)
-  training = 2 * flops.training_macs(shape, plan, [(16, 0)])
-  assert result["training"]["full"]["flops_per_step"] == training
+  config, devices = tiny_config("method=full", model__depth=1), jax.devices()[:2]
+  step, args, _ = training(config, devices)
+  of_a_device = 2 * traced_macs(jax.make_jaxpr(step)(*args).jaxpr)
+  assert result["training"]["full"]["flops_per_step"] == 2 * of_a_device
+  config = tiny_config("method=full", model__depth=1, sampling__guidance_scale=2.0)
+  arm = arms_module.SamplingArm(Experiment(config), devices)
+  args = arm._arguments(0, arm._start, 0, 1)
+  traced = traced_macs(jax.make_jaxpr(arm.sampler.run_bucket[0])(*args).jaxpr)
+  assert result["sampling"]["full"]["buckets"][0]["flops_per_step"] == 2 * traced
+  peak = arms_module.MatmulPeak(64, jnp.float32, devices)
   seconds = result["matmul_peak"]["seconds"]["median"]
-  of_products = 2 * arms_module.MATMUL_COUNT * 2 * 64**3
+  of_products = 2 * traced_macs(jax.make_jaxpr(peak._products)().jaxpr)
   assert result["matmul_peak"]["flops_per_second"] == pytest.approx(of_products / seconds)
 
 
@@ -110,7 +115,7 @@ def made_up_arms():
 
   def training(flops, seconds):
     return types.SimpleNamespace(
-      groups=((16, 0),),
+      rank_groups=((16, 0),),
       flops=flops,
       num_parameters=7,
       compile_seconds=1.0,
@@ -144,17 +149,19 @@ def made_up_arms():
 
 @pytest.fixture
 def made_up(monkeypatch):
-  """A config of three rounds, whose arms are made up."""
+  """The config of three rounds of made-up arms."""
   config = tiny_config(benchmark__rounds=3, benchmark__steps=2, benchmark__sampling_runs=1)
   peak, trained, sampled = made_up_arms()
   monkeypatch.setattr(measure, "MatmulPeak", lambda *_: peak)
-  monkeypatch.setattr(measure, "make_arms", lambda *_: (config, trained, sampled))
+  monkeypatch.setattr(
+    measure, "make_arms", lambda experiments, _: arms_module.Arms(experiments, trained, sampled)
+  )
   return config
 
 
 def test_results_of_known_seconds(made_up):
   written = []
-  measure.measure(made_up, jax.devices()[:1], written.append)
+  measure.measure({"full": Experiment(made_up)}, jax.devices()[:1], written.append)
   assert [result["rounds"] for result in written] == [1, 2, 3]
   assert [result["sampling"]["full"]["run_seconds"] for result in written[:2]] == [None, None]
   result = written[-1]
@@ -238,38 +245,38 @@ def test_halves_the_batch_until_all_arms_fit(limit, expected, monkeypatch):
   """A stand-in of an arm that takes its state and 100 kB an image."""
   tried = []
 
-  def make_arm(config, devices):
-    tried.append(config.training.batch_size)
+  def make_arm(experiment, devices):
+    tried.append(experiment.config.training.batch_size)
     return mock.Mock(memory_bytes=1_000_000 + 100_000 * tried[-1])
 
   monkeypatch.setattr(arms_module, "TrainingArm", make_arm)
-  monkeypatch.setattr(arms_module, "bytes_of_other_arms", lambda config: 400_000)
+  monkeypatch.setattr(arms_module, "bytes_of_other_arms", lambda experiments: 400_000)
   stats = None if limit is None else {"bytes_limit": limit}
   device = mock.Mock(spec=jax.Device, memory_stats=lambda: stats)
-  config = tiny_config()
-  arms_module.full_arm_that_fits(config, [device])
-  assert config.training.batch_size == expected == tried[-1]
+  experiments, _ = arms_module.fit_memory(arms_module.arm_experiments(tiny_config()), [device])
+  assert {made.config.training.batch_size for made in experiments.values()} == {expected}
+  assert expected == tried[-1]
   assert tried == [16, 8, 4, 2, 1][: len(tried)]
 
 
 def test_bytes_of_other_arms_are_those_of_their_states_and_sampling_parameters():
-  config, devices = tiny_config(model__depth=1), jax.devices()[:1]
+  experiments = arms_module.arm_experiments(tiny_config(model__depth=1))
   expected = 0
-  for arm in arms_module.ARMS:
-    fields = arms_module.arm_config(config, arm)
-    template = Experiment(fields).params_template
+  for arm, experiment in experiments.items():
+    template = experiment.params_template
     expected += 16 * sum(p.size for p in jax.tree.leaves(template)) if arm != "full" else 0
     if arm in arms_module.SAMPLING_ARMS:
-      made = Experiment(fields).sampler(devices)
-      sliced = made.slice_params(jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), template))
+      made = experiment.sampler(jax.devices()[:1])
+      sliced = made.bucket_params(jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), template))
       expected += sum(p.nbytes for p in jax.tree.leaves(sliced))
-  assert arms_module.bytes_of_other_arms(config) == expected
+  assert arms_module.bytes_of_other_arms(experiments) == expected
 
 
 def test_arms_differ_in_method_and_compute_alone():
   config = tiny_config("method=static", rank__ratio=0.4)
+  experiments = arms_module.arm_experiments(config)
   for arm, (method, compute) in arms_module.ARMS.items():
-    made = arms_module.arm_config(config, arm).to_dict()
+    made = experiments[arm].config.to_dict()
     assert (made["method"], made["rank"]["compute"]) == (method, compute)
     made["method"], made["rank"]["compute"] = config.method, config.rank.compute
     assert made == config.to_dict()
@@ -292,7 +299,7 @@ def test_the_parts_of_a_run_are_the_whole_run():
   """Rounds that do not divide the steps, and more rounds than steps."""
   for rounds in (1, 3, 12):
     config = tiny_config(benchmark__rounds=rounds, sampling__num_steps=10)
-    arm = arms_module.SamplingArm(config, jax.devices()[:1])
+    arm = arms_module.SamplingArm(Experiment(config), jax.devices()[:1])
     ranges = []
 
     def run_range(carry, first, end, ranges=ranges):
@@ -309,7 +316,7 @@ def test_the_parts_of_a_run_are_the_whole_run():
 
 def test_a_run_by_parts_ends_where_the_sampler_does():
   config = tiny_config(benchmark__rounds=3)
-  arm = arms_module.SamplingArm(config, jax.devices()[:1])
+  arm = arms_module.SamplingArm(Experiment(config), jax.devices()[:1])
   carry = arm._start
   for first, end in ((0, 4), (4, 5), (5, 10)):
     carry = arm._run_range(carry, first, end)
@@ -320,10 +327,10 @@ def test_a_run_by_parts_ends_where_the_sampler_does():
 
 def test_gradients_of_the_random_parameters_are_not_zero():
   """Zeros would flatter: fresh parameters leave most gradients exactly zero."""
-  config = tiny_config(model__depth=1)
-  model = Experiment(config).model()
-  params = jax.jit(lambda: arms_module.random_params(config))()
-  x = jnp.asarray(arms_module.random_images(config, 4))
+  experiment = Experiment(tiny_config(model__depth=1))
+  model, template = experiment.model(), experiment.params_template
+  params = jax.jit(lambda: arms_module.random_params(template))()
+  x = jnp.asarray(arms_module.random_images(experiment.shape, 4))
   t = y = jnp.arange(4)
 
   def loss(params):
@@ -337,7 +344,8 @@ def test_gradients_of_the_random_parameters_are_not_zero():
 def test_times_the_very_step_of_training_with_its_state_donated(monkeypatch):
   program = mock.Mock(memory_analysis=lambda: None)
   monkeypatch.setattr(arms_module.TrainingArm, "_compile", lambda self: program)
-  arm = arms_module.TrainingArm(tiny_config("method=full", model__depth=1), jax.devices()[:1])
+  experiment = Experiment(tiny_config("method=full", model__depth=1))
+  arm = arms_module.TrainingArm(experiment, jax.devices()[:1])
   assert arm.memory_bytes is None
   assert arm._step.__wrapped__.func is step_module.train_step
   lowered = arm._step.lower(arm._state, arm._batch, arm._key)

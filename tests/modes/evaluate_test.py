@@ -43,7 +43,7 @@ def losses(config, num_devices, draws=2, seed=3):
   keys = iter(jax.random.split(jax.random.key(seed), 1000))
   params = jax.tree.map(
     lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape),
-    Experiment(config_of()).init_params(),
+    Experiment(config_of()).initial_params(),
   )
   return held_out.held_out_losses(
     Experiment(config).eval_step(devices),

@@ -16,7 +16,6 @@ from lrdit.experiment import Experiment
 from lrdit.modes import sample
 from lrdit.runtime.errors import UserError
 from lrdit.sampling.sampler import Sampler, random_labels
-from lrdit.sampling.settings import make_settings
 from lrdit.train import checkpoints
 from tests import tiny
 from tests.trained import make_noisy_run, save_checkpoint
@@ -205,10 +204,9 @@ def test_every_field_that_defines_a_sample_is_among_the_settings():
   assert set(config.sampling) == FREE.keys() | DEFINING.keys()
 
   def settings(step=8, params=None, vae_digest="", **fields):
-    config = tiny.tiny_config(**fields)
-    sampler = Experiment(config).sampler(jax.devices()[:1])
+    experiment = Experiment(tiny.tiny_config(**fields))
     params = {"a": np.zeros(3, np.float32)} if params is None else params
-    return make_settings(config, sampler, step, checkpoints.digest(params), vae_digest)
+    return experiment.sample_settings(step, checkpoints.digest(params), vae_digest)
 
   base = settings()
   for field, value in FREE.items():

@@ -33,8 +33,8 @@ def cells_of(made, key):
   return next(row.cells for row in made.rows if row.key == key)
 
 
-def groups_of(made, key, arm):
-  return cells_of(made, key)[arm].groups
+def summaries_of(made, key, arm):
+  return cells_of(made, key)[arm].summaries
 
 
 def comparison_of(made, arm, baseline=0):
@@ -125,11 +125,11 @@ def test_macs_of_an_image(tmp_path):
 
 
 def test_mean_and_spread_over_seeds(made):
-  (group,) = groups_of(made, "held_out_loss_ema", 1)
+  (group,) = summaries_of(made, "held_out_loss_ema", 1)
   assert (group.n, group.num_runs) == (3, 3)
   assert group.mean == pytest.approx(0.208, rel=1e-12)
   assert group.std == pytest.approx(statistics.stdev([0.206, 0.208, 0.210]), rel=1e-12)
-  (single,) = groups_of(made, "held_out_loss_ema", 2)
+  (single,) = summaries_of(made, "held_out_loss_ema", 2)
   assert (single.n, single.std) == (1, None)
   by_timestep = made.arms[0].held_out
   assert [(g.t_first, g.t_last, g.n) for g in by_timestep] == [(0, 499, 2), (500, 999, 2)]
@@ -172,7 +172,7 @@ def test_samples_of_another_seed_count_as_further_samples(tmp_path, render_text)
   made = make_report([make_run(path, samples=samples)], "out")
   found = [row for row in made.rows if row.key == "classifier_recognition_accuracy"]
   assert [row.settings["guidance_scale"] for row in found] == [1.0, 2.0]
-  (group,) = found[0].cells[0].groups
+  (group,) = found[0].cells[0].summaries
   assert (group.n, group.num_runs, group.run_std) == (2, 1, None)
   assert group.mean == pytest.approx(0.92)
   assert "1 seed, n = 2 sets of samples" in render_text(made)
@@ -194,7 +194,7 @@ def test_other_protocols_are_flagged_and_not_compared(
   other = make_run(path, "adaptive", samples=samples)
   edit(path / "evaluation.json", lambda evaluation: evaluation["held_out"].update(held_out))
   made = make_report([full, other], "out")
-  assert [groups_of(made, key, arm)[0].differs for arm in (0, 1)] == ["", words]
+  assert [summaries_of(made, key, arm)[0].differs for arm in (0, 1)] == ["", words]
   compared = comparison_of(made, 1)[key]
   assert (compared.missing, compared.value) == (f"not compared: {words}", None)
   assert f"not comparable: {words}" in render_text(made)
@@ -233,19 +233,19 @@ def test_training_time_counts_untimed_windows_at_the_mean_speed(made):
   ]
   assert runs.training_speed(lines, batch_size=10) == (300, 200 / 3)
   assert runs.training_speed(lines[:1], 10) == (100, None)
-  (group,) = groups_of(made, "training_seconds", 2)  # 8 steps of 16 images at 100 images/s
+  (group,) = summaries_of(made, "training_seconds", 2)  # 8 steps of 16 images at 100 images/s
   assert group.mean == pytest.approx(1.28)
 
 
 def test_sampling_speed_counts_all_images_that_were_drawn(tmp_path, made):
   # 30 images in 4 s, of which 20 were kept.
-  assert groups_of(made, "sampling_images_per_second", 0)[0].mean == 7.5
+  assert summaries_of(made, "sampling_images_per_second", 0)[0].mean == 7.5
   path = tmp_path / "run"
   samples = make_samples(path)
   del samples["metadata"]["num_drawn"]
   write(path / "samples" / "default" / "metadata.json", samples["metadata"])
   older = make_report([make_run(path, samples={"default": samples})], "out")
-  assert groups_of(older, "sampling_images_per_second", 0) == []
+  assert summaries_of(older, "sampling_images_per_second", 0) == []
   assert notes_of(older) == ""
 
 
@@ -323,9 +323,10 @@ def test_a_config_of_another_version_becomes_a_note(tmp_path, render_text):
   ],
 )
 def test_rounding_neither_misses_nor_keeps_a_target(key, value, against, worst, outcome, better):
-  difference = compare.Difference("", "", "", key, value=value)
-  judged = report_claim.judge_difference(difference, against, worst)
-  assert (judged["outcome"], judged["better"]) == (outcome, better)
+  difference = compare.Difference("", "", "", "", key, value=value)
+  target = report_claim.Target(against, "", "", worst, "")
+  judged = report_claim.judge_difference(difference, target)
+  assert (judged.outcome, judged.better) == (outcome, better)
 
 
 def test_the_claim_is_judged_check_by_check(made):
@@ -416,5 +417,5 @@ def test_commands_make_the_same_config_again(made, monkeypatch):
 
 def test_the_report_s_own_command_names_workdirs_with_commas(tmp_path):
   paths = [make_run(tmp_path / name, seed=seed) for seed, name in enumerate(("a,b", 'c "d"'))]
-  command = make_report(paths, "x").made["command"]
+  command = make_report(paths, "x").made.command
   assert main.parse_flags(shlex.split(command)[1:]).workdirs == paths

@@ -122,7 +122,7 @@ def test_quality_is_plotted_against_any_cost(made):
     assert loss.label in svg
     assert all(arm.name in svg for arm in made.arms)
   differing = copy.deepcopy(loss)
-  differing.cells[1].groups[0].differs = "held_out.draws 8, not 4"
+  differing.cells[1].summaries[0].differs = "held_out.draws 8, not 4"
   svg = plots.quality_over(made.arms, by_key["mean_forward_macs"], differing)
   assert "static" in svg
   assert "adaptive" not in svg

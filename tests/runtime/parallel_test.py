@@ -50,7 +50,7 @@ def test_batches_are_spread_over_the_devices():
 def test_sampling_uses_all_devices():
   config = tiny_config(sampling__batch_size=8, model__depth=1, rank__num_buckets=1)
   sampler = Experiment(config).sampler(jax.devices())
-  params = sampler.slice_params(jax.device_get(Experiment(config).init_params()))
+  params = sampler.bucket_params(jax.device_get(Experiment(config).initial_params()))
   images = sampler.sample_batch(params, np.arange(8), np.zeros(8, np.int32))
   rows = {s.device: s.data.shape[0] for s in images.addressable_shards}
   assert rows == dict.fromkeys(jax.devices(), 2)

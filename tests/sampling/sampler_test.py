@@ -131,7 +131,7 @@ def test_each_bucket_is_traced_once_whatever_the_number(schedule):
 
 def flops(config):
   made = Experiment(config).sampler(DEVICES)
-  sliced = made.slice_params(noisy_params(config))
+  sliced = made.bucket_params(noisy_params(config))
   bucket, first, end = made.segments[0]
   x = jnp.zeros((4, 8, 8, 1))
   lowered = made.run_bucket[bucket].lower(
@@ -152,7 +152,7 @@ def test_a_lower_bucket_computes_less():
   made = Experiment(config).sampler(DEVICES)
   shapes = {
     bucket: sum(p.size for p in jax.tree.leaves(params))
-    for bucket, params in made.slice_params(noisy_params(config)).items()
+    for bucket, params in made.bucket_params(noisy_params(config)).items()
   }
   assert shapes[0] < shapes[1] < shapes[2]
 
