@@ -53,7 +53,7 @@ class Experiment:
 
   def __post_init__(self):
     """Compute what raises where fields do not fit each other."""
-    _ = self.plan, self.muon_options, self.solver_table
+    _ = self.shape, self.plan, self.muon_options, self.solver_table
 
   # The model.
 

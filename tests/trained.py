@@ -21,16 +21,18 @@ SHALLOW = {"model__depth": 1, "rank__dense_layers": ("patch_embed", "final_layer
 
 def noisy_params(config):
   """Parameters whose model has no zero output, as it has at initialization."""
-  return _noisy_params(Experiment(config).model().clone(dtype=jnp.float32))
+  return noisy_params_of(Experiment(config).model().clone(dtype=jnp.float32))
 
 
 @functools.cache
-def _noisy_params(model):
-  params = dit.init_params(model, jax.random.key(0))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  noisy = [p + 0.05 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-  return jax.tree.unflatten(tree, noisy)
+def noisy_params_of(model):
+  """As `noisy_params`; numpy's noise compiles nothing."""
+  params, rng = dit.init_params(model, jax.random.key(0)), np.random.default_rng(1)
+
+  def add_noise(p):
+    return np.asarray(p) + np.float32(0.05) * rng.standard_normal(p.shape, np.float32)
+
+  return jax.device_put(jax.tree.map(add_noise, params))
 
 
 def fresh_state(config, params=None):

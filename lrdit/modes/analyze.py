@@ -35,7 +35,7 @@ from lrdit.rank.plan import RankPlan
 from lrdit.runtime import parallel, store
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
-from lrdit.runtime.tables import format_table
+from lrdit.runtime.text import format_table
 from lrdit.train import checkpoints, run_files
 
 log = logging.getLogger("lrdit")
