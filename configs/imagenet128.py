@@ -7,9 +7,9 @@ python main.py --config=configs/imagenet128.py:method=adaptive,classes=400 \
   --config.vae.path=VAE --config.vae.latents_dir=data/imagenet128_latents
 bash launch/imagenet128.sh --config.vae.path=VAE   # both, for the four arms
 
-Arguments: method=full|narrow|static|adaptive, variant=B/2 (or another size and patch),
-classes=1000, or
-fewer for the first ones, such as the dissertation's 400. Latents of all classes serve any number.
+Arguments: method=full|narrow|static|adaptive, variant=B/2 (or another size and patch), and
+classes=1000, or fewer for the first ones, such as the dissertation's 400. Latents of all classes
+serve any number.
 
 VAE is stabilityai/sd-vae-ft-mse or another diffusers AutoencoderKL. tensorflow-datasets prepares
 the images in ~/tensorflow_datasets or --config.data.data_dir. Put ILSVRC2012_img_train.tar and

@@ -1,10 +1,12 @@
 """Train, sample and evaluate several arms, one after another, and report them on one page.
 
-Usage: [RUNS=DIR] bash launch/NAME.sh [--config.GROUP.FIELD=VALUE ...]
-where NAME is digits, schedules, cifar10, celeba or imagenet128.
+Usage: [RUNS=DIR] bash launch/NAME.sh [STUDY] [--config.GROUP.FIELD=VALUE ...]
+where NAME is digits, cifar10, celeba or imagenet128. Studies of the digits are arms (the default),
+adamw (the same by AdamW), schedules, rates (learning rates), frontier (ratios) and ablation.
 
 RUNS       directory of the workdirs NAME_METHOD and the page NAME_report (default runs)
-SEEDS      digits and schedules: the seeds of the runs digits_METHOD_SEED (default "0 1 2")
+SEEDS      digits: the seeds of the runs digits_ARM_SEED, reported in digits_STUDY (default "0 1 2";
+           frontier "0 1", rates and ablation "0")
 LATENTS    celeba and imagenet128: directory of the latents (default data/NAME_latents), which are
            encoded first unless they are there; --config.vae.path=VAE names the VAE
 CLASSES    imagenet128: train on the first N classes (default 1000), in other RUNS for each N
@@ -21,13 +23,39 @@ import pathlib
 import signal
 import subprocess
 import sys
+from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 METHODS = ("full", "narrow", "static", "adaptive")
-# Fields that the commands set themselves.
-SET_BY_ALL = ("method=", "vae.latents_dir=")
-SET_BY_DIGITS = (*SET_BY_ALL, "seed=", "evaluation.features_dir=")
-SET_BY_SCHEDULES = (*SET_BY_DIGITS, "rank.schedule=", "rank.analysis=", "rank.measured_")
+# The studies of the digits with their seeds.
+STUDIES = {
+  "arms": "0 1 2",
+  "adamw": "0 1 2",
+  "schedules": "0 1 2",
+  "rates": "0",
+  "frontier": "0 1",
+  "ablation": "0",
+}
+RATES, RATIOS = (0.002, 0.004, 0.008, 0.016), (0.25, 0.35, 0.7)
+# Each changes one choice of the adaptive arm.
+ABLATION = {
+  "bands": "optimizer.factor_update=bands",
+  "lora_muon": "optimizer.factor_update=lora_muon",
+  "spectron": "optimizer.factor_update=spectron",
+  "fan_in": "optimizer.factor_rates=fan_in",
+  "dense_adaln": (
+    "rank.dense_layers=('patch_embed','blocks_0/mlp','final_layer','t_embedder','blocks_*/adaln')"
+  ),
+}
+# Fields that the commands set themselves, beside those of a study's arms.
+SET_BY_ALL, SET_BY_DIGITS = ("method", "vae.latents_dir"), ("seed", "evaluation.features_dir")
+
+
+class Arm(NamedTuple):
+  """An arm of the digits: its method, perhaps with more of the recipe's arguments, and fields."""
+
+  argument: str
+  fields: tuple[str, ...] = ()  # FIELD=VALUE
 
 
 def fail(message: str) -> None:
@@ -73,42 +101,75 @@ def run_dataset(name: str, runs: pathlib.Path, overrides: list[str]) -> None:
   run_main(name, "report", f"--output={runs}/{name}_report", f"--workdirs={','.join(workdirs)}")
 
 
-def run_digits(name: str, runs: pathlib.Path, overrides: list[str]) -> None:
-  """Run the arms on the digits with several seeds; of "schedules", an arm for each r(t) too."""
-  seeds = (os.environ.get("SEEDS") or "0 1 2").split()
-  # One classifier for all, so that their metrics can be compared, and one r(t) for all seeds.
-  overrides = [*overrides, f"--config.evaluation.features_dir={runs / 'digits_features'}"]
+def arms_of(study: str, analysis: pathlib.Path) -> dict[str, Arm]:
+  """Return the arms of a study of the digits by name.
+
+  An arm has one name in all studies, so that studies share its runs. `analysis` determines the
+  measured schedule.
+  """
+  methods = {method: Arm(method) for method in METHODS}
+  if study == "schedules":
+    own = {name: (f"rank.schedule={name}",) for name in ("measured", "increasing", "constant")}
+    own["measured"] += (f"rank.analysis={analysis}",)
+    return methods | {name: Arm("adaptive", fields) for name, fields in own.items()}
+  if study == "adamw":
+    return {f"{m}_adamw": Arm(f"{m},recipe=dissertation") for m in METHODS}
+  if study == "rates":
+    pairs = itertools.product(RATES, METHODS)
+    return {f"{m}_rate{r}": Arm(m, (f"optimizer.learning_rate={r}",)) for r, m in pairs}
+  if study == "frontier":
+    pairs = itertools.product(RATIOS, ("narrow", "adaptive"))
+    return methods | {f"{m}_ratio{r}": Arm(m, (f"rank.ratio={r}",)) for r, m in pairs}
+  if study == "ablation":
+    choices = {name: Arm("adaptive", (field,)) for name, field in ABLATION.items()}
+    return {"adaptive": methods["adaptive"]} | choices
+  return methods
+
+
+def run_digits(study: str, runs: pathlib.Path, overrides: list[str]) -> None:
+  """Run the arms of a study of the digits with several seeds."""
+  seeds = (os.environ.get("SEEDS") or STUDIES[study]).split()
   first = runs / f"digits_full_{seeds[0]}"
-  arms: dict[str, list[str]] = {method: [] for method in METHODS}
-  if name == "schedules":
-    for schedule in ("measured", "increasing", "constant"):
-      arms[schedule] = [f"--config.rank.schedule={schedule}"]
-    arms["measured"] += [f"--config.rank.analysis={first / 'analysis' / 'truncation.json'}"]
+  arms = arms_of(study, first / "analysis" / "truncation.json")
+  fields = [field.partition("=")[0] for arm in arms.values() for field in arm.fields]
+  check_overrides(overrides, *SET_BY_ALL, *SET_BY_DIGITS, *fields)
+  # One classifier for all, so that their metrics can be compared.
+  overrides = [*overrides, f"--config.evaluation.features_dir={runs / 'digits_features'}"]
   workdirs = []
-  for seed, arm in itertools.product(seeds, arms):
-    title, method = f"digits, {arm}, seed {seed}", arm if arm in METHODS else "adaptive"
-    config = f"--config={ROOT / 'configs' / 'digits.py'}:method={method}"
-    flags, workdir = [config, *overrides, f"--config.seed={seed}"], runs / f"digits_{arm}_{seed}"
-    workdirs.append(run_arm(title, workdir, *flags, *arms[arm]))
-    if name == "schedules" and workdir == first:
+  for seed, (name, arm) in itertools.product(seeds, arms.items()):
+    title, workdir = f"digits, {name}, seed {seed}", runs / f"digits_{name}_{seed}"
+    config = f"--config={ROOT / 'configs' / 'digits.py'}:method={arm.argument}"
+    flags = [config, *overrides, f"--config.seed={seed}", *(f"--config.{f}" for f in arm.fields)]
+    workdirs.append(run_arm(title, workdir, *flags))
+    if study == "schedules" and workdir == first:
       run_main(title, "analyze", *flags, f"--workdir={first}")
-  page = "digits_report" if name == "digits" else "digits_schedules"
-  run_main(name, "report", f"--output={runs / page}", f"--workdirs={','.join(workdirs)}")
+  page = f"--output={runs / f'digits_{study}'}"
+  run_main("digits", "report", page, f"--workdirs={','.join(workdirs)}")
 
 
-def main(name: str, *overrides: str) -> None:
-  """Run what a launch script names."""
-  if {"-h", "--help"} & set(overrides):
-    print(__doc__.strip())
-    return
-  fields = {"digits": SET_BY_DIGITS, "schedules": SET_BY_SCHEDULES}.get(name, SET_BY_ALL)
+def check_overrides(overrides: list[str], *own: str) -> None:
+  """Fail for an override that is no config field, or one of the command's own fields."""
   for argument in overrides:
     if not argument.startswith("--config.") or "=" not in argument:
       fail(f"{argument!r} is not of the form --config.GROUP.FIELD=VALUE")
-    if argument.removeprefix("--config.").startswith(fields):
+    if argument.removeprefix("--config.").partition("=")[0] in own:
       fail(f"{argument}: this command sets the field itself")
-  run = run_digits if name in ("digits", "schedules") else run_dataset
-  run(name, pathlib.Path(os.environ.get("RUNS") or "runs").resolve(), list(overrides))
+
+
+def main(name: str, *arguments: str) -> None:
+  """Run what a launch script names."""
+  if {"-h", "--help"} & set(arguments):
+    print(__doc__.strip())
+    return
+  runs, overrides = pathlib.Path(os.environ.get("RUNS") or "runs").resolve(), list(arguments)
+  if name != "digits":
+    check_overrides(overrides, *SET_BY_ALL)
+    run_dataset(name, runs, overrides)
+    return
+  study = overrides.pop(0) if overrides and not overrides[0].startswith("-") else "arms"
+  if study not in STUDIES:
+    fail(f"{study!r} is no study of the digits: use one of {', '.join(STUDIES)}")
+  run_digits(study, runs, overrides)
 
 
 if __name__ == "__main__":

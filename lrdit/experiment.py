@@ -20,7 +20,7 @@ from lrdit.config.checks import require
 from lrdit.config.schema import get
 from lrdit.data import images, latents, pipeline
 from lrdit.data.source import DataOptions, Source
-from lrdit.evaluation import classifier, features, inception
+from lrdit.evaluation import classifier, efficientnet, features, inception
 from lrdit.model import dit, vae, vae_weights
 from lrdit.rank.strata import uniform_strata
 from lrdit.runtime import parallel
@@ -334,6 +334,7 @@ class Experiment:
     make = {
       "pixel": lambda: features.PixelExtractor(data.image_size, data.num_channels),
       "classifier": lambda: self._classifier(directory),
+      "efficientnet": efficientnet.open_efficientnet,
       "inception": lambda: inception.open_inception(e.inception_weights),
     }
     return [make[name]() for name in e.extractors]

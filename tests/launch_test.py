@@ -7,11 +7,15 @@ import signal
 import numpy as np
 import pytest
 
+from launch import arms as launch_arms
+from lrdit.config.flags import parse_flags
+from lrdit.config.resolve import resolve
 from tests import scripts, tiny
 
 METHODS = ("full", "narrow", "static", "adaptive")
 MODES = ("train", "sample", "evaluate")
-SCRIPTS = ("cifar10", "celeba", "imagenet128", "digits", "schedules")
+SCRIPTS = ("cifar10", "celeba", "imagenet128", "digits")
+STUDIES = ("arms", "adamw", "schedules", "rates", "frontier", "ablation")
 
 
 @pytest.fixture
@@ -64,7 +68,7 @@ def test_latents_are_encoded_once_and_serve_every_number_of_classes(stand_in, tm
 
 
 def test_schedules_share_one_analysis(stand_in, tmp_path):
-  done = stand_in.run(command("schedules"), SEEDS="3 4")
+  done = stand_in.run(command("digits", "schedules"), SEEDS="3 4")
   assert done[0] == 0, done
   names = (*METHODS, "measured", "increasing", "constant")
   starts = started(stand_in)
@@ -77,6 +81,21 @@ def test_schedules_share_one_analysis(stand_in, tmp_path):
   analysis = tmp_path / "runs" / "digits_full_3" / "analysis" / "truncation.json"
   assert {"--config.seed=4", f"--config.rank.analysis={analysis}"} <= set(argv)
   assert f"--config.evaluation.features_dir={tmp_path}/runs/digits_features" in argv
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_arms_of_a_study_share_runs_and_resolve(study, tmp_path):
+  """Every arm's recipe, arguments and fields are what main.py takes."""
+  seen = {}
+  for name, arm in launch_arms.arms_of(study, tmp_path / "truncation.json").items():
+    fields = [f"--config.{field}" for field in arm.fields if not field.startswith("rank.analysis")]
+    fields = [field.replace("schedule=measured", "schedule=midpeak") for field in fields]
+    config = f"--config={tiny.ROOT}/configs/digits.py:method={arm.argument}"
+    flags = parse_flags(["main.py", config, f"--workdir={tmp_path}", *fields])
+    seen[name] = resolve(flags.config).to_json()
+  assert len(set(seen.values())) == len(seen)
+  everything = launch_arms.arms_of("arms", tmp_path)
+  assert all(launch_arms.Arm(method) == arm for method, arm in everything.items())
 
 
 @pytest.mark.parametrize("status", [1, 2, 75])
@@ -105,7 +124,13 @@ def test_a_signal_to_the_group_stops_it_once(stand_in, number, handler, status):
     ("cifar10", ["--workdir=x"], {}, "'--workdir=x' is not of the form --config.GROUP.FIELD=VALUE"),
     ("cifar10", ["--config.method=full"], {}, "--config.method=full: this command sets the field"),
     ("digits", ["--config.seed=1"], {}, "--config.seed=1: this command sets the field"),
-    ("schedules", ["--config.rank.schedule=constant"], {}, "this command sets the field itself"),
+    ("digits", ["schedules", "--config.rank.schedule=constant"], {}, "this command sets the field"),
+    (
+      "digits",
+      ["widths"],
+      {},
+      f"'widths' is no study of the digits: use one of {', '.join(STUDIES)}",
+    ),
     *(("imagenet128", [], {"CLASSES": n}, f"CLASSES={n} is not") for n in ("1001", "0", "4x")),
   ],
 )
@@ -130,9 +155,11 @@ def checkout(tmp_path):
   return scripts.copy_checkout(tmp_path / "checkout", "configs", "launch", "lrdit", "main.py")
 
 
-def start(checkout, name, fields, **environment):
+def start(checkout, name, fields, *study, **environment):
   flags = [f"--config.{field}={value}" for field, value in (tiny.OVERRIDES | fields).items()]
-  return scripts.start(command(name, *flags), checkout.parent, tiny.environment(**environment))
+  return scripts.start(
+    command(name, *study, *flags), checkout.parent, tiny.environment(**environment)
+  )
 
 
 @pytest.mark.slow
@@ -158,7 +185,7 @@ def test_digits_go_on_where_they_were_stopped_and_repeat_nothing(checkout, tmp_p
     assert evaluation["checkpoint_step"] == 100
     assert evaluation["samples"]["default"]["metadata"]["method"] == method
     assert not (workdir / "features").exists()
-  report = json.loads((tmp_path / "runs" / "digits_report" / "report.json").read_text())
+  report = json.loads((tmp_path / "runs" / "digits_arms" / "report.json").read_text())
   assert [arm["method"] for arm in report["arms"]] == list(METHODS)
 
   all_arms = finished_files(tmp_path / "runs")
@@ -204,7 +231,7 @@ def test_celeba_runs_the_arms_on_latents(checkout, tmp_path):
 @pytest.mark.slow
 def test_schedules_are_reported_as_arms(checkout, tmp_path):
   fields = {"training.num_steps": 20}
-  status, _, stderr = scripts.finish(start(checkout, "schedules", fields, SEEDS="3"))
+  status, _, stderr = scripts.finish(start(checkout, "digits", fields, "schedules", SEEDS="3"))
   assert status == 0, stderr
   report = json.loads((tmp_path / "runs" / "digits_schedules" / "report.json").read_text())
   schedules = ("logistic_decreasing", "measured", "increasing", "constant")

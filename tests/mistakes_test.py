@@ -95,6 +95,11 @@ MISTAKES = {
   "a colon too many": ([f"{DIGITS}:method=full:variant=T/2"], 2, "has a colon too many"),
   "config at an address": (["--config=gs://bucket/c.py"], 2, "is an address, not a path"),
   "config of nobody": (["--config=~no_such_user/c.py"], 2, "has no home directory"),
+  "unknown recipe": (
+    [f"{DIGITS}:recipe=sgd"],
+    2,
+    "config argument 'recipe=sgd': use one of muon, dissertation",
+  ),
   "empty arguments": ([f"{DIGITS}:,,"], 2, "config argument '' is unknown"),
   "argument without a key": ([f"{DIGITS}:=T/2"], 2, "config argument '=T/2' is unknown"),
   "argument twice": ([f"{DIGITS}:method=full,method=static"], 2, "method is given twice"),

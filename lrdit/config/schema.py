@@ -311,15 +311,21 @@ def upgrade(stored: dict[str, Any]) -> dict[str, Any]:
   return config
 
 
-def parse_arg(arg: str, **defaults: str) -> dict[str, str]:
-  """Parse "key=value,..." for a recipe's `get_config`; `defaults` has every allowed key."""
+def parse_arg(arg: str, **allowed: str | tuple[str, ...]) -> dict[str, str]:
+  """Parse "key=value,..." for a recipe's `get_config`.
+
+  `allowed` has every key with its default, or with its values, of which the first is the default.
+  """
+  values = {key: (own,) if isinstance(own, str) else own for key, own in allowed.items()}
   given: dict[str, str] = {}
   for item in arg.split(",") if arg else ():
     key, equals, value = item.partition("=")
     if key in given:
       raise UserError(f"config argument {key} is given twice: leave one out", 2)
-    if not equals or key not in defaults:
-      fix = f"after the colon of --config write KEY=VALUE with KEY one of {', '.join(defaults)}"
+    if not equals or key not in values:
+      fix = f"after the colon of --config write KEY=VALUE with KEY one of {', '.join(values)}"
       raise UserError(f"config argument {item!r} is unknown: {fix}", 2)
+    if value not in values[key] and len(values[key]) > 1:
+      raise UserError(f"config argument {item!r}: use one of {', '.join(values[key])}", 2)
     given[key] = value
-  return defaults | given
+  return {key: given.get(key, own[0]) for key, own in values.items()}

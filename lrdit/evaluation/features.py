@@ -19,7 +19,7 @@ from lrdit.data.source import Source
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.store import digest
 
-EXTRACTORS = ("classifier", "inception", "pixel")
+EXTRACTORS = ("classifier", "efficientnet", "inception", "pixel")
 MAX_PIXEL_VALUES = 4096
 
 
@@ -89,7 +89,7 @@ class PixelExtractor:
       raise UserError(
         f"the extractor 'pixel' takes at most {MAX_PIXEL_VALUES} values an image, as a covariance "
         f"of raw pixels has that number squared, and {image_size}x{image_size}x{num_channels} has "
-        f"{self.num_features}: use the extractor 'classifier' or 'inception'"
+        f"{self.num_features}: use the extractor 'classifier' or 'efficientnet'"
       )
     self._image_size, self._num_channels = image_size, num_channels
     shape = [image_size, image_size, num_channels]

@@ -2,20 +2,17 @@
 
 import os
 import pickle
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
-from jaxtyping import UInt8
-
-from lrdit.evaluation.features import Extracted, digest_of
+from lrdit.evaluation.torch_network import TorchExtractor
 from lrdit.runtime.errors import UserError
-from lrdit.runtime.store import DAMAGE, check_finite
+from lrdit.runtime.store import DAMAGE
 
 # torch raises these for a damaged file, other pickles than of tensors, and another network.
 UNREADABLE_WEIGHTS = (pickle.UnpicklingError, *DAMAGE)
 
 
-class InceptionExtractor:
+class InceptionExtractor(TorchExtractor):
   """The 2,048 pooled features of FID's Inception-v3 (Heusel et al. 2017).
 
   The network, its resizing to 299x299 and its weights (converted from the TensorFlow file of
@@ -25,31 +22,13 @@ class InceptionExtractor:
   """
 
   name = "inception"
-  batch_size = 64
   num_features = 2048
-  held_out_accuracy = None
+  preprocessing: ClassVar = {"resize": "tensorflow 1 to 299"}
+  fix = "download them again, to config.evaluation.inception_weights"
 
-  def __init__(self, network: Any):
-    """Move the network from `open_inception` to the device; refuse weights that are not finite."""
-    import torch
-
-    self._device = "cuda" if torch.cuda.is_available() else "cpu"
-    weights = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
-    fix = "download them again, to config.evaluation.inception_weights"
-    check_finite(f"the extractor {self.name!r}", weights, fix)
-    self.digest = digest_of({"extractor": self.name, "resize": "tensorflow 1 to 299"}, weights)
-    self._network = network.to(self._device)
-
-  def extract(self, images: UInt8[np.ndarray, "B H W 3"]) -> Extracted:
-    """Return the (B, 2048) features of images of any size, and no predictions."""
-    import torch
-
-    batch = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    # Benchmarks or TF32 would make metrics irreproducible.
-    options = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": False}
-    with torch.inference_mode(), torch.backends.cudnn.flags(**options):
-      (features,) = self._network(batch.to(self._device))
-    return Extracted(features.cpu().numpy(), None)
+  def _features(self, batch: Any) -> Any:
+    (features,) = self._network(batch)
+    return features
 
 
 def open_inception(weights_path: str) -> InceptionExtractor:

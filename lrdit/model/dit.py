@@ -29,9 +29,11 @@ MLP_RATIO = 4
 LAYER_NORM_EPSILON = 1e-6
 POSITION_PARTS = 4  # of the position embedding, which divide the width
 
-# name: (hidden_size, depth, num_heads) from table 1 of the paper; "T" (tiny) is for 8x8 digits.
+# name: (hidden_size, depth, num_heads) from table 1 of the paper. "T" is for 8x8 digits, and "XS"
+# for photographs on a CPU.
 SIZES = {
   "T": (128, 4, 4),
+  "XS": (192, 6, 6),
   "S": (384, 12, 6),
   "B": (768, 12, 12),
   "L": (1024, 24, 16),

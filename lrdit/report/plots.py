@@ -19,6 +19,7 @@ from lrdit.report.fields import differing_fields
 
 INK = "#010203"  # placeholder for the page's text color
 WIDTH, HEIGHT = 4.3, 3.1  # inches, about a phone's width, where text keeps its size
+MAX_IN_COLUMN = 18  # characters of an arm's name in one of two columns of a legend
 MARKERS = "osD^vP"
 FEW_POINTS = 30  # a curve with fewer points marks each one
 MAX_POINTS = 600  # a longer curve shows means of neighbors
@@ -50,7 +51,8 @@ def draw(name: str, paint: Callable[[Any], bool], **axes_settings: Any) -> str |
   plot_style.add_grid(axes)
   handles, labels = axes.get_legend_handles_labels()
   if handles:
-    figure.legend(handles, labels, loc="outside upper left", ncols=2, handlelength=2.4)
+    columns = 2 if max(map(len, labels)) <= MAX_IN_COLUMN else 1
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=2.4)
   file = io.StringIO()
   FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
   svg = file.getvalue()
@@ -85,7 +87,8 @@ def quality_over(arms: Sequence[Arm], cost: Row, quality: Row) -> str | None:
     axes.xaxis.set_major_formatter(EngFormatter())
     return shown
 
-  labels = {"xlabel": cost.label, "ylabel": quality.label}
+  unit = ", s" if cost.format == "seconds" else ""
+  labels = {"xlabel": cost.label + unit, "ylabel": quality.label}
   return draw(f"{quality.key}-over-{cost.key}", paint, xlim=(0, None), **labels)
 
 

@@ -1,6 +1,7 @@
 """The rows of the report's tables, one for each quantity."""
 
 import itertools
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ def measure_rows(arms: Sequence[Arm]) -> list[Row]:
   for i, (quantity, _) in enumerate(measured[0][0]):
     cells = [summarize(itertools.chain(*(run[i][1] for run in arm))) for arm in measured]
     rows.append(Row(**vars(quantity), cells=cells))
-  rows += _sample_rows(arms)
+  rows += [*_target_rows(arms), *_sample_rows(arms)]
   for row in rows:
     mark_protocols(row)
   return rows
@@ -103,6 +104,37 @@ def _final_loss(run: Run) -> list[Measurement]:
   protocol = {"step": lines[-1]["step"], "steps averaged": window}
   protocol["diffusion"] = run.config.get("diffusion")
   return _measure(lines[-1]["train/loss"], run, protocol)
+
+
+def _target_rows(arms: Sequence[Arm]) -> Iterator[Row]:
+  """Yield the steps and the time until the held-out loss that the first full arm ends with."""
+  full = next((arm for arm in arms if arm.method == "full"), None)
+  ends = [losses[-1] for run in full.runs if (losses := run.curves["eval/loss"][1])] if full else []
+  if not ends or None in ends:
+    return
+  target, steps, seconds = statistics.fmean(ends), [], []
+  for arm in arms:
+    reached = [(run, _first_step(run, target)) for run in arm.runs]
+    protocol = {"loss to reach": target}
+    steps.append(summarize(m for run, step in reached for m in _measure(step, run, protocol)))
+    times = [(run, _seconds(run, step)) for run, step in reached]
+    seconds.append(summarize(m for run, time in times for m in _measure(time, run, protocol)))
+  label = f"until the held-out loss that {full.name} ends with, {target:.4f} in training"
+  yield Row("Loss", "steps_to_full", f"steps {label}", "count", "ratio", None, steps)
+  yield Row("Loss", "seconds_to_full", f"training time {label}", "seconds", "ratio", None, seconds)
+
+
+def _first_step(run: Run, target: float) -> int | None:
+  """Return the first evaluated step whose held-out loss is at most `target`, if there is one."""
+  steps, losses = run.curves["eval/loss"]
+  found = (s for s, loss in zip(steps, losses, strict=True) if loss is not None and loss <= target)
+  return next(found, None)
+
+
+def _seconds(run: Run, step: int | None) -> float | None:
+  batch_size = finite(as_dict(run.config.get("training")).get("batch_size"))
+  known = None not in (step, batch_size, run.images_per_second)
+  return step * batch_size / run.images_per_second if known else None
 
 
 def _sample_rows(arms: Sequence[Arm]) -> Iterator[Row]:

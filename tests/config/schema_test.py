@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from configs import cifar10, digits
 from lrdit.config import docs, run_config, schema
 from lrdit.config.flags import parse_flags
+from lrdit.config.resolve import resolve
 from lrdit.config.schema import FIELDS, Role, fields_of, upgrade
 from lrdit.experiment import Experiment
 from lrdit.runtime.store import flatten
@@ -92,6 +94,21 @@ def test_every_field_has_one_line_and_its_default_fits():
       field.check(name, schema.get(config, name))
   roles = [fields_of(role) for role in Role]
   assert sum(map(len, roles)) == len(FIELDS)
+
+
+@pytest.mark.parametrize(
+  ("recipe", "arg", "name"),
+  [
+    (digits, "", "muon"),
+    (digits, "recipe=dissertation", "adamw"),
+    (cifar10, "", "adamw"),
+    (cifar10, "variant=XS/4", "muon"),
+    (cifar10, "variant=S/4,recipe=muon", "muon"),
+    (cifar10, "variant=XS/4,recipe=dissertation", "adamw"),
+  ],
+)
+def test_recipes_choose_the_optimizer(recipe, arg, name):
+  assert resolve(recipe.get_config(arg)).optimizer.name == name
 
 
 def test_constants_of_one_s_own_reach_the_run():

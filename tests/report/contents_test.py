@@ -162,31 +162,6 @@ def test_adaptive_arms_are_compared_with_the_first_of_them(tmp_path):
   assert comparison_of(made, 2)["held_out_loss_ema"].value == pytest.approx(0.22 / 0.2)
 
 
-def test_accuracy_is_compared_in_points():
-  def compared_by(how, values, baseline):
-    cells = [
-      compare.summarize(compare.Measurement(v, str(i), i, {}) for i, v in enumerate(own))
-      for own in (values, baseline)
-    ]
-    return compare.compare_cells(compare.Quantity("", "", "", "", how), *cells)
-
-  compared = compared_by("points", (0.95, 0.97), (0.98, 0.99))
-  assert compared.value == pytest.approx(-2.5)
-  assert compared.by_seed == pytest.approx([-3, -2])
-  assert compared.standard_error == pytest.approx(0.5)  # of the differences by seed
-  unpaired = compared_by("points", (0.95, 0.97), (0.98, 0.99, 0.985))
-  error = 100 * np.hypot(0.01, 0.005 / 3**0.5)
-  assert unpaired.standard_error == pytest.approx(error)
-  assert unpaired.by_seed == pytest.approx([-3, -2])
-  ratios = compared_by("ratio", (0.5, 0.6), (1.0, 1.0))
-  assert ratios.by_seed == pytest.approx([0.5, 0.6])
-  assert ratios.standard_error == pytest.approx(0.05)
-  assert compared.spread == pytest.approx(0.02 / 2**0.5)
-  # 0.3 and 0.1 + 0.2 are equal but for rounding, and no spread is larger than none.
-  equal = compared_by("points", (0.3, 0.3), (0.1 + 0.2, 0.1 + 0.2))
-  assert equal.verdict == "within the seeds' spread"
-
-
 def test_samples_of_another_seed_count_as_further_samples(tmp_path, render_text):
   path = tmp_path / "run"
   samples = {
