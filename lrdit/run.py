@@ -26,12 +26,12 @@ class Run:
   """A trained run: its config, rank plan, parameters and samples."""
 
   workdir: pathlib.Path
-  config: ConfigDict  # resolved, as the run was trained with it
+  experiment: Experiment  # the model, objective, data and sampler that the config describes
 
-  @functools.cached_property
-  def experiment(self) -> Experiment:
-    """The model, objective, data and sampler that the config describes."""
-    return Experiment(self.config)
+  @property
+  def config(self) -> ConfigDict:
+    """The resolved config that the run was trained with."""
+    return self.experiment.config
 
   @property
   def plan(self) -> RankPlan:
@@ -105,4 +105,4 @@ def open_run(workdir: str | pathlib.Path) -> Run:
   """Open a trained run's workdir; raise a UserError if it is none or its config is damaged."""
   logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns about read-only checkpoints
   path = pathlib.Path(workdir).expanduser()
-  return Run(path, resolve_for_run(stored_config(path), str(path)))
+  return Run(path, Experiment(resolve_for_run(stored_config(path), str(path))))

@@ -277,7 +277,7 @@ def test_a_killed_command_resumes_to_the_byte(tmp_path, capsys, monkeypatch):
   assert resumed.returncode == 0, resumed.stderr
   assert f"train: {done} of" in resumed.stderr
   undisturbed = tmp_path / "undisturbed"
-  encode.encode(make_config(images), str(undisturbed), one_device())
+  assert run(command("encode", images, f"--output={undisturbed}")).returncode == 0
   assert contents(output) == contents(undisturbed)
 
 
