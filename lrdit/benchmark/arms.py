@@ -119,6 +119,8 @@ class TrainingArm:
   """One arm's training step with its state, donated from step to step."""
 
   def __init__(self, experiment: Experiment, devices: parallel.Devices):
+    batch_size = experiment.config.training.batch_size
+    experiment = experiment.for_examples(batch_size)  # their number does not change the speed
     config, objective = experiment.config, experiment.objective(devices)
     optimizer, curriculum = experiment.optimizer, experiment.curriculum
     self._step = experiment.train_step(devices, len(curriculum.stages) - 1)
@@ -129,7 +131,7 @@ class TrainingArm:
     self._state = parallel.make_replicated(
       lambda: create_train_state(random_params(template), optimizer, curriculum.num_groups), devices
     )
-    local = config.training.batch_size // len(devices)
+    local = batch_size // len(devices)
     # (examples, rank bucket) of one device, and the FLOPs of one step over all devices.
     self.rank_groups = loss.select_ranks(objective, jnp.zeros(local, jnp.int32)).groups
     shape, plan = objective.model.shape, objective.model.plan

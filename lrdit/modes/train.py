@@ -45,12 +45,12 @@ def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = N
   Return the exit status: `RESTART_STATUS` if the run was stopped before its last step, else 0.
   """
   trainer = Trainer(config, workdir, devices or parallel.all_devices())
-  num_steps = config.training.num_steps
+  num_steps = trainer.config.training.num_steps
   with contextlib.closing(trainer.files), StopRequest() as stop:
     state = trainer.initial_state()
     first_step = int(state.step)
     if cluster.is_first():
-      begin_config(trainer.workdir, config, first_step)
+      begin_config(trainer.workdir, trainer.config, first_step)
     trainer.files.begin(first_step)
     state, step = run_steps(trainer, parallel.replicate(state, trainer.devices), first_step, stop)
     if step not in (first_step, num_steps):
@@ -130,16 +130,17 @@ def due_after(config: ConfigDict, step: int) -> set[str]:
 
 
 class Trainer:
-  """One run's compiled steps, data and files."""
+  """One run's compiled steps, data and files; its `config` has the number of steps."""
 
   def __init__(self, config: ConfigDict, workdir: str, devices: parallel.Devices):
     """Build everything but the state, with all checks before the first file is written."""
     check_same_on_all("config", config.to_dict())
-    self.config, self.workdir, self.devices = config, pathlib.Path(workdir), devices
-    self.experiment = Experiment(config)
+    self.workdir, self.devices = pathlib.Path(workdir), devices
+    self.source = Experiment(config).source("train")
+    self.experiment = Experiment(config).for_examples(len(self.source))
+    self.config = config = self.experiment.config
     self.curriculum = self.experiment.curriculum
     warn_of_too_few_steps(self.curriculum, config.training.num_steps)
-    self.source = self.experiment.source("train")
     self.eval_source = self.experiment.source("eval")
     self.optimizer = self.experiment.optimizer
     self.grids = Grids(self.experiment, devices, self.source.fingerprint.get("vae", ""))

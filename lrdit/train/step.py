@@ -51,6 +51,7 @@ def train_step(
   curriculum: Curriculum,
   stage: int,
   ema_decay: float,
+  ema_power: float | None,
   log_every_steps: int,
 ) -> tuple[TrainState, WindowMetrics]:
   """Apply one update.
@@ -61,6 +62,7 @@ def train_step(
     key: the run's key, the same on every device.
     objective: the loss; the stage replaces its strata.
     optimizer: optax chain for a learning rate of 1.
+    learning_rate: the stage's schedule.
     stage: the state's own `stage.number`, static because its strata are.
 
   Returns:
@@ -73,7 +75,8 @@ def train_step(
     state.params, objective, step_key, batch, curriculum.boundaries
   )
   warmup_start = state.stage.first_step if curriculum.restart_optimizer else 0
-  rate = learning_rate(state.step, warmup_start)
+  decay_start = state.stage.first_step if curriculum.restart_decay else 0
+  rate = learning_rate(state.step, warmup_start, decay_start)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   updates = jax.tree.map(lambda update: rate * update, updates)
   params = optax.apply_updates(state.params, updates)
@@ -86,7 +89,7 @@ def train_step(
   new_state = TrainState(
     step=step,
     params=params,
-    ema_params=update_ema(state.ema_params, params, state.step, ema_decay),
+    ema_params=update_ema(state.ema_params, params, state.step, ema_decay, ema_power),
     opt_state=optax.tree.where(restart, optimizer.init(params), opt_state),
     window=window,
     stage=progress,

@@ -36,10 +36,11 @@ def make_step(config, devices, stage=0, **changes):
   settings = dict(
     objective=Experiment(config).objective(devices),
     optimizer=Experiment(config).optimizer,
-    learning_rate=Experiment(config).learning_rate,
+    learning_rate=Experiment(config).learning_rate(stage),
     curriculum=Experiment(config).curriculum,
     stage=stage,
     ema_decay=config.optimizer.ema_decay,
+    ema_power=config.optimizer.ema_power,
     log_every_steps=config.training.log_every_steps,
   )
   return parallel.pmap(functools.partial(step_module.train_step, **(settings | changes)), devices)
@@ -159,7 +160,7 @@ def test_losses_by_group_are_means_over_their_examples():
   config = shallow_config(curriculum__boundaries=boundaries, training__log_every_steps=3)
   devices = jax.devices()[:2]
   # Parameters stay: the learning rate is zero.
-  step = make_step(config, devices, learning_rate=lambda step, start: jnp.float32(0))
+  step = make_step(config, devices, learning_rate=lambda *_: jnp.float32(0))
   state = make_state(config, devices, noisy_params(config))
   objective = Experiment(config).objective(devices)
   evaluate = parallel.pmap(lambda p, b, k: loss_module.batch_losses(p, objective, k, b), devices)
@@ -363,7 +364,7 @@ def test_min_snr_reweights_each_example():
 def step_of_rate(rate):
   """A step on two devices, compiled once."""
   constant = jnp.float32(rate)
-  return make_step(shallow_config(), jax.devices()[:2], learning_rate=lambda step, start: constant)
+  return make_step(shallow_config(), jax.devices()[:2], learning_rate=lambda *_: constant)
 
 
 @pytest.mark.parametrize("quantity", [None, *NON_FINITE_QUANTITIES])
