@@ -22,7 +22,7 @@ from lrdit.data import images, latents, pipeline
 from lrdit.data.source import DataOptions, Source
 from lrdit.evaluation import classifier, efficientnet, features, inception
 from lrdit.model import dit, vae, vae_weights
-from lrdit.rank.strata import uniform_strata
+from lrdit.rank.strata import independent, uniform_strata
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.sampling.sampler import Sampler, SamplerSettings, bucket_segments
@@ -30,6 +30,7 @@ from lrdit.train import loss, step
 from lrdit.train.curriculum import Curriculum, make_stages, stage_order
 from lrdit.train.muon import MuonOptions, newton_schulz_macs
 from lrdit.train.optimizer import Schedule, learning_rate_schedule, make_optimizer
+from lrdit.train.state import TrainState, create_train_state
 
 log = logging.getLogger("lrdit")
 
@@ -92,6 +93,8 @@ class Experiment:
     c = self.config.curriculum
     order = stage_order(c.start, len(c.boundaries) - 1, c.middle_group) if c.enabled else ()
     stages = make_stages(c.boundaries, order, self.config.training.batch_size)
+    if self.config.diffusion.timesteps == "iid":
+      stages = tuple(dataclasses.replace(s, strata=independent(s.strata)) for s in stages)
     names = ("patience", "check_every_steps", "restart_optimizer", "restart_decay")
     fields = {name: c[name] for name in (*names, "warmup_ratio", "learning_rate_decay")}
     return Curriculum(boundaries=c.boundaries, stages=stages, **fields)
@@ -149,6 +152,8 @@ class Experiment:
     """Return the training objective, with its batch spread over `devices`."""
     config, batch_size = self.config, self.config.training.batch_size
     parallel.check_divisible("config.training.batch_size", batch_size, devices)
+    microbatch = config.training.microbatch or batch_size
+    parallel.check_divisible("config.training.microbatch", microbatch, devices)
     return loss.Objective(
       model=self.model(devices),
       alphas_cumprod=self.alphas_cumprod,
@@ -159,7 +164,19 @@ class Experiment:
       compute=config.rank.compute,
       strata=uniform_strata(batch_size, config.diffusion.num_train_timesteps),
       num_devices=len(devices),
+      microbatches=batch_size // microbatch,
     )
+
+  @property
+  def regularizers(self) -> tuple[tuple[str, float], ...]:
+    """The (name, weight) of the penalties on the factors; () for a dense arm."""
+    weights = self.config.regularizer.to_dict().items() if self.plan.layers else ()
+    return tuple((name, weight) for name, weight in weights if weight)
+
+  def fresh_state(self, params: Any) -> TrainState:
+    """Return the state of training before the first update of the parameters."""
+    penalties = [name for name, _ in self.regularizers]
+    return create_train_state(params, self.optimizer, self.curriculum.num_groups, penalties)
 
   def train_step(self, devices: parallel.Devices, stage: int) -> Callable:
     """Return the pmapped step of a curriculum stage, which donates its state."""
@@ -169,6 +186,7 @@ class Experiment:
       optimizer=self.optimizer,
       learning_rate=self.learning_rate(stage),
       curriculum=self.curriculum,
+      regularizers=self.regularizers,
       stage=stage,
       ema_decay=self.config.optimizer.ema_decay,
       ema_power=self.config.optimizer.ema_power,

@@ -107,7 +107,7 @@ def _check_sampling(config: ConfigDict) -> None:
 
 
 def _check_stages(config: ConfigDict) -> None:
-  """Check what depends on the number of the curriculum's stages, and what ends training."""
+  """Check what depends on the number of the curriculum's stages, and the steps of training."""
   c, num_groups = config.curriculum, len(config.curriculum.boundaries) - 1
   field, fix = "curriculum.middle_group", "is not used by config.curriculum.start"
   unused = c.middle_group is not None and c.start != "middle"
@@ -118,6 +118,8 @@ def _check_stages(config: ConfigDict) -> None:
   lasts = not c.enabled or c.learning_rate_decay * num_groups < 1
   require(lasts, "curriculum.learning_rate_decay", c.learning_rate_decay, rule)
   t = config.training
+  rule = f"does not divide config.training.batch_size={t.batch_size}: use a divisor, or None"
+  require(t.batch_size % (t.microbatch or 1) == 0, "training.microbatch", t.microbatch, rule)
   rule = "needs config.training.num_epochs: set one of them"
   require(bool(t.num_steps or t.num_epochs), "training.num_steps", t.num_steps, rule)
 

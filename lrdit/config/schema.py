@@ -78,7 +78,7 @@ def _is_name(value: str) -> bool:
 
 
 _SEED, _BATCH, _FLOAT = whole(0, LARGEST_SEED), whole(1, LARGEST_BATCH), number(FLOAT32)
-_SHARE = number("(0, 1]")
+_SHARE, _WEIGHT = number("(0, 1]"), number("[0, 1e30)")
 _NAME = "the name of a directory to make, without '/', of at most 100 printable characters"
 _VARIANT, _BETA2 = "the variant's", "0.999 for adamw, 0.99 for lion"
 _SECTIONS = ("flops", "weights", "gradients", "truncation")
@@ -173,6 +173,12 @@ FIELDS: dict[str, Field] = {
     loss_weighting=Field(
       "uniform", "Weight of a timestep's loss", choice(names="diffusion.process.LOSS_WEIGHTINGS")
     ),
+    timesteps=Field(
+      "stratified",
+      "Training's timesteps: `stratified` over the batch, or `iid` as a control, which computes "
+      "every slot at the largest rank",
+      choice(names="rank.strata.TIMESTEPS"),
+    ),
     min_snr_gamma=Field(5.0, "Cap of the signal-to-noise ratio in `min_snr`", _FLOAT),
   ),
   **_group("curriculum", Role.RUN)(
@@ -240,8 +246,20 @@ FIELDS: dict[str, Field] = {
       "(1 + s) / (10 + s)",
     ),
   ),
+  **_group("regularizer", Role.TUNABLE)(
+    frobenius=Field(0.0, "Weight of half the squared norm of down @ up", _WEIGHT),
+    nuclear=Field(0.0, "Weight of the nuclear norm of down @ up; an SVD a step", _WEIGHT),
+    orthogonality=Field(0.0, "Weight of products of different components of a factor", _WEIGHT),
+  ),
   **_group("training", Role.WATCH)(
     batch_size=Field(256, "Examples in a step over all devices", _BATCH, role=Role.RUN),
+    microbatch=Field(
+      None,
+      "Examples in flight over all devices, a divisor of `batch_size`; saves memory",
+      _BATCH,
+      "the batch",
+      role=Role.PROCESS,
+    ),
     num_steps=Field(
       100_000,
       "Updates; a larger number prolongs a run",

@@ -30,7 +30,6 @@ from lrdit.train.state import (
   StageProgress,
   TrainState,
   WindowMetrics,
-  create_train_state,
 )
 from lrdit.train.stop import StopRequest
 
@@ -142,7 +141,6 @@ class Trainer:
     self.curriculum = self.experiment.curriculum
     warn_of_too_few_steps(self.curriculum, config.training.num_steps)
     self.eval_source = self.experiment.source("eval")
-    self.optimizer = self.experiment.optimizer
     self.grids = Grids(self.experiment, devices, self.source.fingerprint.get("vae", ""))
     self.slots = parallel.batch_slots(config.training.batch_size, devices)
     self.key = jax.random.key(config.seed)
@@ -156,14 +154,13 @@ class Trainer:
 
   def initial_state(self) -> TrainState:
     """Return the first process's newest checkpoint, or a fresh state, on the host."""
-    num_groups = self.curriculum.num_groups
 
     def fresh() -> TrainState:
-      return create_train_state(self.experiment.initial_params(), self.optimizer, num_groups)
+      return self.experiment.fresh_state(self.experiment.initial_params())
 
-    template = jax.eval_shape(fresh).replace(
-      window=WindowMetrics.empty(num_groups), stage=StageProgress.begin(0, 0)
-    )
+    template = jax.eval_shape(fresh)
+    window = WindowMetrics.empty(self.curriculum.num_groups, [*template.window.penalties])
+    template = template.replace(window=window, stage=StageProgress.begin(0, 0))
     state = self.files.restore_state(template)
     if state is None:
       state = fresh()
