@@ -23,10 +23,8 @@ a tiny VAE. The published archive was not read.
 
 from ml_collections import ConfigDict
 
+from lrdit.config import dissertation
 from lrdit.config.schema import get_default_config, parse_arg
-
-EPOCHS = 200
-TRAIN_IMAGES = 162_770
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -39,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
   # There are no classes for a classifier. FID: --config.evaluation.extractors="('inception',)"
   config.evaluation.extractors = ()
   config.vae.downsample_factor = 8
-  config.training.num_steps = EPOCHS * TRAIN_IMAGES // config.training.batch_size
+  dissertation.set_training(config)
   config.sampling.num_samples = 50_000
   config.sampling.clip_x_0 = False
   return config.lock()

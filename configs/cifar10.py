@@ -18,10 +18,9 @@ docs/results.md has what was run.
 
 from ml_collections import ConfigDict
 
+from lrdit.config import dissertation
 from lrdit.config.schema import get_default_config, parse_arg
 
-EPOCHS = 200
-TRAIN_IMAGES = 50_000
 SMALL = "XS/4"
 
 
@@ -35,23 +34,33 @@ def get_config(arg: str = "") -> ConfigDict:
   config.data.num_classes = 10
   config.data.flip = True
   config.curriculum.check_every_steps = 200
-  config.training.num_steps = EPOCHS * TRAIN_IMAGES // config.training.batch_size
   config.sampling.num_samples = 50_000
   config.sampling.guidance_scale = 2.0
-  if (args["recipe"] or ("muon" if args["variant"] == SMALL else "dissertation")) == "muon":
-    config.diffusion.prediction = "v"
-    config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 4e-3
-    config.optimizer.decay = "cosine"
-    config.optimizer.warmup_steps = 250
-    config.optimizer.weight_decay = 0.01
-    config.optimizer.grad_clip_norm = 1.0
-    config.optimizer.ema_decay = 0.999
+  recipe = args["recipe"] or ("muon" if args["variant"] == SMALL else "dissertation")
+  {"muon": set_muon, "dissertation": dissertation.set_training}[recipe](config)
   if args["variant"] == SMALL:
     config.training.batch_size = 128
+    config.training.num_epochs = None
     config.training.num_steps = 5000
     config.training.eval_every_steps = 500
     config.training.sample_every_steps = 1000
     config.checkpoint.every_steps = 250
     config.sampling.num_samples = 5000
+    config.optimizer.warmup_steps = 250
+    if config.curriculum.enabled:  # its stages fit into 5,000 steps
+      config.curriculum.check_every_steps = 40
   return config.lock()
+
+
+def set_muon(config: ConfigDict) -> None:
+  """Set the training of docs/results.md."""
+  config.training.num_epochs = dissertation.EPOCHS
+  config.training.num_steps = None
+  config.diffusion.prediction = "v"
+  config.optimizer.name = "muon"
+  config.optimizer.learning_rate = 4e-3
+  config.optimizer.decay = "cosine"
+  config.optimizer.warmup_steps = 250
+  config.optimizer.weight_decay = 0.01
+  config.optimizer.grad_clip_norm = 1.0
+  config.optimizer.ema_decay = 0.999

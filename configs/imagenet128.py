@@ -27,11 +27,10 @@ a tiny VAE. The published archives were not read.
 
 from ml_collections import ConfigDict
 
+from lrdit.config import dissertation
 from lrdit.config.schema import get_default_config, parse_arg
 from lrdit.runtime.errors import UserError
 
-EPOCHS = 200
-TRAIN_IMAGES = 1_281_167
 CLASSES = 1000
 
 
@@ -49,9 +48,7 @@ def get_config(arg: str = "") -> ConfigDict:
   # A classifier takes long to train. FID: --config.evaluation.extractors="('inception',)"
   config.evaluation.extractors = ()
   config.vae.downsample_factor = 8
-  # Fewer classes have proportionally fewer images, so that an epoch stays an epoch.
-  train_images = TRAIN_IMAGES * classes // CLASSES
-  config.training.num_steps = EPOCHS * train_images // config.training.batch_size
+  dissertation.set_training(config)
   config.sampling.num_samples = 50_000
   config.sampling.guidance_scale = 2.0
   config.sampling.clip_x_0 = False

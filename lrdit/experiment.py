@@ -16,13 +16,13 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from lrdit.config import derive, sample_settings
-from lrdit.config.checks import require
+from lrdit.config.checks import INT32_MAX, require
 from lrdit.config.schema import get
 from lrdit.data import images, latents, pipeline
 from lrdit.data.source import DataOptions, Source
 from lrdit.evaluation import classifier, efficientnet, features, inception
 from lrdit.model import dit, vae, vae_weights
-from lrdit.rank.strata import uniform_strata
+from lrdit.rank.strata import independent, uniform_strata
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.sampling.sampler import Sampler, SamplerSettings, bucket_segments
@@ -30,6 +30,7 @@ from lrdit.train import loss, step
 from lrdit.train.curriculum import Curriculum, make_stages, stage_order
 from lrdit.train.muon import MuonOptions, newton_schulz_macs
 from lrdit.train.optimizer import Schedule, learning_rate_schedule, make_optimizer
+from lrdit.train.state import TrainState, create_train_state
 
 log = logging.getLogger("lrdit")
 
@@ -90,14 +91,13 @@ class Experiment:
   def curriculum(self) -> Curriculum:
     """The stages of training; without a curriculum, a single one over all timesteps."""
     c = self.config.curriculum
-    order = stage_order(c.start, len(c.boundaries) - 1) if c.enabled else ()
-    return Curriculum(
-      boundaries=c.boundaries,
-      stages=make_stages(c.boundaries, order, self.config.training.batch_size),
-      patience=c.patience,
-      check_every_steps=c.check_every_steps,
-      restart_optimizer=c.restart_optimizer,
-    )
+    order = stage_order(c.start, len(c.boundaries) - 1, c.middle_group) if c.enabled else ()
+    stages = make_stages(c.boundaries, order, self.config.training.batch_size)
+    if self.config.diffusion.timesteps == "iid":
+      stages = tuple(dataclasses.replace(s, strata=independent(s.strata)) for s in stages)
+    names = ("patience", "check_every_steps", "restart_optimizer", "restart_decay")
+    fields = {name: c[name] for name in (*names, "warmup_ratio", "learning_rate_decay")}
+    return Curriculum(boundaries=c.boundaries, stages=stages, **fields)
 
   @functools.cached_property
   def muon_options(self) -> MuonOptions:
@@ -123,16 +123,37 @@ class Experiment:
       **{name: o[name] for name in names}, plan=self.plan, muon=self.muon_options
     )
 
-  @functools.cached_property
-  def learning_rate(self) -> Schedule:
-    """The learning rate at (step, first step of the warm-up)."""
-    o, num_steps = self.config.optimizer, self.config.training.num_steps
-    return learning_rate_schedule(o.learning_rate, o.warmup_steps, num_steps, o.decay)
+  def learning_rate(self, stage: int) -> Schedule:
+    """Return the learning rate of a curriculum stage, for `train_step`."""
+    o, curriculum = self.config.optimizer, self.curriculum
+    peak = curriculum.peak(stage, o.learning_rate)
+    warmup_steps = curriculum.warmup_steps(stage, o.warmup_steps)
+    return learning_rate_schedule(peak, warmup_steps, self.config.training.num_steps, o.decay)
+
+  def for_examples(self, num_examples: int) -> "Experiment":
+    """Return the experiment on so many training examples, with `num_epochs` as `num_steps`.
+
+    `training.num_steps` is the first of both to end.
+
+    Raises:
+      UserError: neither is given, or the epochs are less than one step or too many.
+    """
+    t = self.config.training
+    if t.num_epochs is None:
+      return self
+    limit = t.num_epochs * num_examples // t.batch_size
+    rule = f"of {num_examples} examples are {limit} steps of {t.batch_size}: use "
+    require(limit > 0, "training.num_epochs", t.num_epochs, f"{rule}more, or a smaller batch")
+    config = ConfigDict(self.config.to_dict())
+    config.training.num_steps = min(limit, t.num_steps or limit, INT32_MAX)
+    return Experiment(config.lock())
 
   def objective(self, devices: parallel.Devices) -> loss.Objective:
     """Return the training objective, with its batch spread over `devices`."""
     config, batch_size = self.config, self.config.training.batch_size
     parallel.check_divisible("config.training.batch_size", batch_size, devices)
+    microbatch = config.training.microbatch or batch_size
+    parallel.check_divisible("config.training.microbatch", microbatch, devices)
     return loss.Objective(
       model=self.model(devices),
       alphas_cumprod=self.alphas_cumprod,
@@ -143,7 +164,19 @@ class Experiment:
       compute=config.rank.compute,
       strata=uniform_strata(batch_size, config.diffusion.num_train_timesteps),
       num_devices=len(devices),
+      microbatches=batch_size // microbatch,
     )
+
+  @property
+  def regularizers(self) -> tuple[tuple[str, float], ...]:
+    """The (name, weight) of the penalties on the factors; () for a dense arm."""
+    weights = self.config.regularizer.to_dict().items() if self.plan.layers else ()
+    return tuple((name, weight) for name, weight in weights if weight)
+
+  def fresh_state(self, params: Any) -> TrainState:
+    """Return the state of training before the first update of the parameters."""
+    penalties = [name for name, _ in self.regularizers]
+    return create_train_state(params, self.optimizer, self.curriculum.num_groups, penalties)
 
   def train_step(self, devices: parallel.Devices, stage: int) -> Callable:
     """Return the pmapped step of a curriculum stage, which donates its state."""
@@ -151,10 +184,12 @@ class Experiment:
       step.train_step,
       objective=self.objective(devices),
       optimizer=self.optimizer,
-      learning_rate=self.learning_rate,
+      learning_rate=self.learning_rate(stage),
       curriculum=self.curriculum,
+      regularizers=self.regularizers,
       stage=stage,
       ema_decay=self.config.optimizer.ema_decay,
+      ema_power=self.config.optimizer.ema_power,
       log_every_steps=self.config.training.log_every_steps,
     )
     return parallel.pmap(train_step, devices, donate_argnums=(0,))

@@ -12,7 +12,6 @@ from lrdit.model import dit
 from lrdit.modes import train
 from lrdit.runtime import parallel
 from lrdit.train.checkpoints import Checkpoints
-from lrdit.train.state import create_train_state
 from tests import tiny
 
 # One block whose every kind of layer is factorized: it compiles in half the time.
@@ -39,7 +38,7 @@ def fresh_state(config, params=None):
   """The state before the first step, from the initial parameters or the ones given."""
   experiment = Experiment(config)
   params = experiment.initial_params() if params is None else params
-  return create_train_state(params, experiment.optimizer, experiment.curriculum.num_groups)
+  return experiment.fresh_state(params)
 
 
 def save_checkpoint(workdir, config, step=8, scale=1.0):

@@ -20,7 +20,6 @@ from lrdit.model.dit import DiTShape
 from lrdit.runtime import parallel
 from lrdit.runtime.progress import make_bar
 from lrdit.train import loss
-from lrdit.train.state import create_train_state
 
 log = logging.getLogger("lrdit")
 
@@ -119,21 +118,26 @@ class TrainingArm:
   """One arm's training step with its state, donated from step to step."""
 
   def __init__(self, experiment: Experiment, devices: parallel.Devices):
+    batch_size = experiment.config.training.batch_size
+    experiment = experiment.for_examples(batch_size)  # their number does not change the speed
     config, objective = experiment.config, experiment.objective(devices)
-    optimizer, curriculum = experiment.optimizer, experiment.curriculum
-    self._step = experiment.train_step(devices, len(curriculum.stages) - 1)
+    last = len(experiment.curriculum.stages) - 1
+    objective = objective.with_strata(experiment.curriculum.stages[last].strata)
+    self._step = experiment.train_step(devices, last)
     self._count = config.benchmark.steps
     self._key = jax.random.key(config.seed)
     self._batch = random_batch(experiment, devices)
     template = experiment.params_template
     self._state = parallel.make_replicated(
-      lambda: create_train_state(random_params(template), optimizer, curriculum.num_groups), devices
+      lambda: experiment.fresh_state(random_params(template)), devices
     )
-    local = config.training.batch_size // len(devices)
-    # (examples, rank bucket) of one device, and the FLOPs of one step over all devices.
+    local = batch_size // objective.num_shares
+    # (examples, rank bucket) of one microbatch of one device, the whole share by default, and the
+    # FLOPs of one step over all devices.
     self.rank_groups = loss.select_ranks(objective, jnp.zeros(local, jnp.int32)).groups
     shape, plan = objective.model.shape, objective.model.plan
-    macs = flops.training_macs(shape, plan, self.rank_groups) + experiment.update_macs
+    macs = objective.microbatches * flops.training_macs(shape, plan, self.rank_groups)
+    macs += experiment.update_macs
     self.flops = flops.FLOPS_PER_MAC * len(devices) * macs
     self.num_parameters = flops.num_parameters(shape, plan)
     self.compile_seconds, self._compiled = seconds_of(self._compile)

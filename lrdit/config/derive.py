@@ -6,9 +6,11 @@ import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
+from lrdit.config.schema import get
 from lrdit.diffusion import process, solvers
 from lrdit.model import dit, flops
 from lrdit.rank import measured, plan, schedules
+from lrdit.runtime.errors import UserError
 
 METHODS = ("full", "narrow", "static", "adaptive")
 DENSE_METHODS = ("full", "narrow")
@@ -45,6 +47,16 @@ def factorized_layers(config: ConfigDict) -> list[str]:
   return plan.select_layers(shapes, rank.dense_layers, first, last, config.model.depth)
 
 
+def _adaptive_layers(config: ConfigDict) -> list[str]:
+  """Return the names of the low-rank layers whose rank follows the schedule."""
+  names = ("rank.adaptive_first_n_blocks", "rank.adaptive_last_n_blocks")
+  limits = {name: get(config, name) for name in names}
+  layers = plan.layers_of_blocks(factorized_layers(config), limits, config.model.depth)
+  if not layers:
+    raise UserError(f"{' and '.join(names)} leave no low-rank layer to adapt: raise one of them")
+  return layers
+
+
 def _static_plan(config: ConfigDict) -> plan.RankPlan:
   steps = config.diffusion.num_train_timesteps
   fields = dict(min_ratio=1.0, match="total", num_buckets=1, multiple_of=1)
@@ -55,6 +67,7 @@ def _adaptive_plan(config: ConfigDict) -> plan.RankPlan:
   rank, steps = config.rank, config.diffusion.num_train_timesteps
   names = ("min_ratio", "match", "num_buckets", "multiple_of")
   fields = {name: rank[name] for name in names}
+  fields["adaptive_layers"] = _adaptive_layers(config)
   if rank.schedule == MEASURED:
     height, fields["min_ratio"] = measured.height(rank.measured_shares, rank.measured_boundaries)
   else:

@@ -32,6 +32,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
   _check_model(config)
   _check_sampling(config)
   _check_boundaries(config)
+  _check_stages(config)
   config.curriculum.boundaries = curriculum.scale_boundaries(
     config.curriculum.boundaries, config.diffusion.num_train_timesteps
   )
@@ -96,9 +97,31 @@ def _check_sampling(config: ConfigDict) -> None:
   rule = "would cut latents, which are not bounded by 1 as pixels are: use False"
   clips = s.clip_x_0 and config.vae.downsample_factor
   require(not clips, "sampling.clip_x_0", s.clip_x_0, rule)
+  channels = derive.full_shape(config).channels
+  rule = f"must be at most {channels}, the channels there are, or None for all"
+  fits = (s.guidance_channels or 1) <= channels
+  require(fits, "sampling.guidance_channels", s.guidance_channels, rule)
   is_class = s.labels.isdecimal() and int(s.labels) < max(classes, 1)
   rule = f"is unknown: use balanced, random or 0 to {classes - 1}"
   require(is_class or s.labels in ("balanced", "random"), "sampling.labels", s.labels, rule)
+
+
+def _check_stages(config: ConfigDict) -> None:
+  """Check what depends on the number of the curriculum's stages, and the steps of training."""
+  c, num_groups = config.curriculum, len(config.curriculum.boundaries) - 1
+  field, fix = "curriculum.middle_group", "is not used by config.curriculum.start"
+  unused = c.middle_group is not None and c.start != "middle"
+  require(not unused, field, c.middle_group, f"{fix}={c.start!r}: use start=middle, or None")
+  rule = f"must be below {num_groups}, the number of timestep groups"
+  require((c.middle_group or 0) < num_groups, field, c.middle_group, rule)
+  rule = f"leaves no learning rate to the last of {num_groups} stages: use less than 1/{num_groups}"
+  lasts = not c.enabled or c.learning_rate_decay * num_groups < 1
+  require(lasts, "curriculum.learning_rate_decay", c.learning_rate_decay, rule)
+  t = config.training
+  rule = f"does not divide config.training.batch_size={t.batch_size}: use a divisor, or None"
+  require(t.batch_size % (t.microbatch or 1) == 0, "training.microbatch", t.microbatch, rule)
+  rule = "needs config.training.num_epochs: set one of them"
+  require(bool(t.num_steps or t.num_epochs), "training.num_steps", t.num_steps, rule)
 
 
 def _check_boundaries(config: ConfigDict) -> None:

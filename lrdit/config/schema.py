@@ -28,7 +28,8 @@ from lrdit.runtime.paths import local_path
 
 LARGEST_SEED = 2**32 - 1
 LARGEST_BATCH = 2**20
-NEVER_ZERO = ("optimizer.beta2",)  # fields that may be None, where an old 0 does not stand for it
+# Fields that may be None, where an old 0 does not stand for it.
+NEVER_ZERO = ("optimizer.beta2", "curriculum.middle_group")
 FLOAT32 = "(1e-37, 1e30)"  # numbers that stay finite and above 0 in float32
 
 
@@ -77,7 +78,7 @@ def _is_name(value: str) -> bool:
 
 
 _SEED, _BATCH, _FLOAT = whole(0, LARGEST_SEED), whole(1, LARGEST_BATCH), number(FLOAT32)
-_SHARE = number("(0, 1]")
+_SHARE, _WEIGHT = number("(0, 1]"), number("[0, 1e30)")
 _NAME = "the name of a directory to make, without '/', of at most 100 printable characters"
 _VARIANT, _BETA2 = "the variant's", "0.999 for adamw, 0.99 for lion"
 _SECTIONS = ("flops", "weights", "gradients", "truncation")
@@ -139,8 +140,18 @@ FIELDS: dict[str, Field] = {
     ),
     num_buckets=Field(4, "Levels of the quantized schedule", whole(1, 1000)),
     multiple_of=Field(8, "Active ranks are multiples of this", whole()),
-    first_n_blocks=Field(None, "Factorize only layers of the first blocks", whole(), "all"),
-    last_n_blocks=Field(None, "Factorize only layers of the last blocks", whole(), "all"),
+    first_n_blocks=Field(
+      None, "Factorize only layers of the first blocks; others are dense", whole(), "all"
+    ),
+    last_n_blocks=Field(
+      None, "Factorize only layers of the last blocks; others are dense", whole(), "all"
+    ),
+    adaptive_first_n_blocks=Field(
+      None, "Adapt only layers of the first blocks; others keep the static rank", whole(), "all"
+    ),
+    adaptive_last_n_blocks=Field(
+      None, "Adapt only layers of the last blocks; others keep the static rank", whole(), "all"
+    ),
     dense_layers=Field(
       ("patch_embed", "blocks_0/mlp", "final_layer/linear"),
       "Patterns of layers that stay dense",
@@ -162,11 +173,20 @@ FIELDS: dict[str, Field] = {
     loss_weighting=Field(
       "uniform", "Weight of a timestep's loss", choice(names="diffusion.process.LOSS_WEIGHTINGS")
     ),
+    timesteps=Field(
+      "stratified",
+      "Training's timesteps: `stratified` over the batch, or `iid` as a control, which computes "
+      "every slot at the largest rank",
+      choice(names="rank.strata.TIMESTEPS"),
+    ),
     min_snr_gamma=Field(5.0, "Cap of the signal-to-noise ratio in `min_snr`", _FLOAT),
   ),
   **_group("curriculum", Role.RUN)(
     enabled=Field(False, "Train on a growing set of timestep groups"),
     start=Field("high", "First group", choice(names="train.curriculum.STARTS")),
+    middle_group=Field(
+      None, "First group of `start=middle`, from 0", whole(0), "the lower of the middle ones"
+    ),
     boundaries=Field(
       (0, 44, 123, 234, 371, 520, 667, 796, 897, 966, 1000),
       "Timestep groups of the curriculum and of losses; scaled to T without a curriculum",
@@ -174,6 +194,19 @@ FIELDS: dict[str, Field] = {
     patience=Field(5, "Checks without improvement that end a stage", whole(), role=Role.TUNABLE),
     check_every_steps=Field(1000, "Steps between checks", whole(), role=Role.TUNABLE),
     restart_optimizer=Field(False, "Begin each stage with fresh moments and a new warm-up"),
+    restart_decay=Field(False, "Begin each stage with a new decay, which ends with the run"),
+    warmup_ratio=Field(
+      1.0,
+      "Warm-up of the stages after the first, over `optimizer.warmup_steps`",
+      number("[0, 1]"),
+      role=Role.TUNABLE,
+    ),
+    learning_rate_decay=Field(
+      0.0,
+      "Stage s, from 0, has 1 - s times this of the peak learning rate",
+      number("[0, 1)"),
+      role=Role.TUNABLE,
+    ),
   ),
   **_group("optimizer", Role.TUNABLE)(
     name=Field("adamw", "Optimizer", choice(names="train.optimizer.OPTIMIZERS"), role=Role.RUN),
@@ -206,10 +239,41 @@ FIELDS: dict[str, Field] = {
     ),
     grad_clip_norm=Field(5.0, "Largest norm of the gradient", _FLOAT, "no clipping"),
     ema_decay=Field(0.9999, "Decay of the averaged parameters", number("[0, 1)")),
+    ema_power=Field(
+      None,
+      "After s updates the decay is at most 1 - (1 + s)^-power",
+      number("(0, 10]"),
+      "(1 + s) / (10 + s)",
+    ),
+  ),
+  **_group("regularizer", Role.TUNABLE)(
+    frobenius=Field(0.0, "Weight of half the squared norm of down @ up", _WEIGHT),
+    nuclear=Field(0.0, "Weight of the nuclear norm of down @ up; an SVD a step", _WEIGHT),
+    orthogonality=Field(0.0, "Weight of products of different components of a factor", _WEIGHT),
   ),
   **_group("training", Role.WATCH)(
     batch_size=Field(256, "Examples in a step over all devices", _BATCH, role=Role.RUN),
-    num_steps=Field(100_000, "Updates; a larger number prolongs a run", whole(), role=Role.FREE),
+    microbatch=Field(
+      None,
+      "Examples in flight over all devices, a divisor of `batch_size`; saves memory",
+      _BATCH,
+      "the batch",
+      role=Role.PROCESS,
+    ),
+    num_steps=Field(
+      100_000,
+      "Updates; a larger number prolongs a run",
+      whole(),
+      "`num_epochs` alone ends it",
+      role=Role.FREE,
+    ),
+    num_epochs=Field(
+      None,
+      "Passes over the training data, if they end before `num_steps`",
+      whole(),
+      "`num_steps` alone ends it",
+      role=Role.FREE,
+    ),
     log_every_steps=Field(100, "Steps between lines of metrics", whole()),
     eval_every_steps=Field(5000, "Steps between held-out losses", whole(), "never"),
     sample_every_steps=Field(10_000, "Steps between grids of samples", whole(), "never"),
@@ -227,6 +291,9 @@ FIELDS: dict[str, Field] = {
     num_steps=Field(50, "Solver steps, at most T", whole()),
     eta=Field(0.0, "Noise of ddim", number("[0, 1]")),
     guidance_scale=Field(1.0, "Scale of classifier-free guidance", number("[0, 1000]")),
+    guidance_channels=Field(
+      None, "Guide only the first channels; the published DiT has 3", whole(), "all"
+    ),
     clip_x_0=Field(True, "Clip the predicted image to [-1, 1]; for pixels only"),
     seed=Field(0, "Seed of the noise and of random labels", _SEED),
     labels=Field("balanced", "Labels: `balanced`, `random` or a class index"),
@@ -287,8 +354,9 @@ def get_default_config(method: str, variant: str) -> ConfigDict:
   for name, field in FIELDS.items():
     group, _, key = name.rpartition(".")
     values = nested.setdefault(group, {}) if group else nested
-    is_none = field.default is None
-    values[key] = config_dict.placeholder(field.allowed.kind) if is_none else field.default
+    values[key] = field.default
+    if field.none or field.default is None:  # keeps its type while it is None
+      values[key] = config_dict.FieldReference(field.default, field_type=field.allowed.kind)
   config = ConfigDict(nested)
   config.method, config.model.variant = method, variant
   return config.lock()

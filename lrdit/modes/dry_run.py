@@ -38,6 +38,7 @@ def dry_run(mode: str, config: ConfigDict, path: str) -> None:
   for group in _batch_groups(mode, config):
     parallel.check_divisible(f"config.{group}.batch_size", config[group].batch_size, devices)
   counts = _count_data(mode, experiment)
+  named = [f"{split} {count}" for split, count in counts.items()]
   shape, plan = experiment.shape, experiment.plan
   sampling = flops.sampling_macs(shape, plan, experiment.solver_table.t, 1, s.guidance_scale)
   buckets = flops.describe_buckets(shape, plan)
@@ -56,8 +57,14 @@ def dry_run(mode: str, config: ConfigDict, path: str) -> None:
     "rank buckets": ", ".join(f"{b['timesteps']} timesteps" for b in buckets),
   }
   lines |= {f"  {kind}": ranks for kind, ranks in _plan_by_kind(experiment).items()}
+  if mode == "train":
+    experiment = experiment.for_examples(counts["train"])
+    training = experiment.config.training
+    epochs = training.num_steps * training.batch_size / counts["train"]
+    text = f"{training.num_steps:,} steps of {training.batch_size} examples, {epochs:.1f} epochs"
+    lines["training"] = text
   lines |= {
-    "data": f"{config.data.name}: {', '.join(counts) or 'not read'}",
+    "data": f"{config.data.name}: {', '.join(named) or 'not read'}",
     "devices": f"{len(devices)} x {devices[0].device_kind}",
     "writes": f"below {pathlib.Path(path)}: {_writes(mode, config)}",
   }
@@ -78,8 +85,8 @@ def _batch_groups(mode: str, config: ConfigDict) -> tuple[str, ...]:
   return groups.get(mode, ("training",))
 
 
-def _count_data(mode: str, experiment: Experiment) -> list[str]:
-  """Return each split that the mode reads, with its number of examples."""
+def _count_data(mode: str, experiment: Experiment) -> dict[str, int]:
+  """Return the number of examples of each split that the mode reads."""
   config = experiment.config
   splits = {"train": ("train", "eval"), "encode": ("train", "eval"), "evaluate": ("eval",)}
   read = splits.get(mode, ())
@@ -87,10 +94,10 @@ def _count_data(mode: str, experiment: Experiment) -> list[str]:
     by_section = {"gradients": "train", "truncation": "eval"}
     read = [by_section[name] for name in by_section if name in _sections(config)]
   source = experiment.image_source if mode == "encode" else experiment.source
-  counts = [f"{split} {len(source(split))}" for split in read]
+  counts = {split: len(source(split)) for split in read}
   if mode == "evaluate" and config.evaluation.extractors:
     split = config.evaluation.reference_split
-    counts.append(f"images of {split} {len(experiment.image_source(split))}")
+    counts[f"images of {split}"] = len(experiment.image_source(split))
   return counts
 
 

@@ -30,7 +30,6 @@ from lrdit.train.state import (
   StageProgress,
   TrainState,
   WindowMetrics,
-  create_train_state,
 )
 from lrdit.train.stop import StopRequest
 
@@ -45,12 +44,12 @@ def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = N
   Return the exit status: `RESTART_STATUS` if the run was stopped before its last step, else 0.
   """
   trainer = Trainer(config, workdir, devices or parallel.all_devices())
-  num_steps = config.training.num_steps
+  num_steps = trainer.config.training.num_steps
   with contextlib.closing(trainer.files), StopRequest() as stop:
     state = trainer.initial_state()
     first_step = int(state.step)
     if cluster.is_first():
-      begin_config(trainer.workdir, config, first_step)
+      begin_config(trainer.workdir, trainer.config, first_step)
     trainer.files.begin(first_step)
     state, step = run_steps(trainer, parallel.replicate(state, trainer.devices), first_step, stop)
     if step not in (first_step, num_steps):
@@ -130,18 +129,18 @@ def due_after(config: ConfigDict, step: int) -> set[str]:
 
 
 class Trainer:
-  """One run's compiled steps, data and files."""
+  """One run's compiled steps, data and files; its `config` has the number of steps."""
 
   def __init__(self, config: ConfigDict, workdir: str, devices: parallel.Devices):
     """Build everything but the state, with all checks before the first file is written."""
     check_same_on_all("config", config.to_dict())
-    self.config, self.workdir, self.devices = config, pathlib.Path(workdir), devices
-    self.experiment = Experiment(config)
+    self.workdir, self.devices = pathlib.Path(workdir), devices
+    self.source = Experiment(config).source("train")
+    self.experiment = Experiment(config).for_examples(len(self.source))
+    self.config = config = self.experiment.config
     self.curriculum = self.experiment.curriculum
     warn_of_too_few_steps(self.curriculum, config.training.num_steps)
-    self.source = self.experiment.source("train")
     self.eval_source = self.experiment.source("eval")
-    self.optimizer = self.experiment.optimizer
     self.grids = Grids(self.experiment, devices, self.source.fingerprint.get("vae", ""))
     self.slots = parallel.batch_slots(config.training.batch_size, devices)
     self.key = jax.random.key(config.seed)
@@ -155,14 +154,13 @@ class Trainer:
 
   def initial_state(self) -> TrainState:
     """Return the first process's newest checkpoint, or a fresh state, on the host."""
-    num_groups = self.curriculum.num_groups
 
     def fresh() -> TrainState:
-      return create_train_state(self.experiment.initial_params(), self.optimizer, num_groups)
+      return self.experiment.fresh_state(self.experiment.initial_params())
 
-    template = jax.eval_shape(fresh).replace(
-      window=WindowMetrics.empty(num_groups), stage=StageProgress.begin(0, 0)
-    )
+    template = jax.eval_shape(fresh)
+    window = WindowMetrics.empty(self.curriculum.num_groups, [*template.window.penalties])
+    template = template.replace(window=window, stage=StageProgress.begin(0, 0))
     state = self.files.restore_state(template)
     if state is None:
       state = fresh()

@@ -170,6 +170,27 @@ def check_patterns(field: str, patterns: Sequence[str], layers: Collection[str])
       raise UserError(f"{field} entry {pattern!r} fits no layer: {fix}")
 
 
+def layers_of_blocks(
+  layers: Sequence[str], limits: Mapping[str, int | None], depth: int
+) -> list[str]:
+  """Return the layers in the first or last blocks, or all layers if no limit is set.
+
+  Args:
+    limits: the numbers of first and of last blocks by config field; None sets no limit.
+
+  Raises:
+    UserError: a limit is above `depth`, the number of blocks.
+  """
+  for field, n in limits.items():
+    if n is not None and n > depth:
+      raise UserError(f"{field}={n} must be at most {depth}, the blocks there are")
+  if set(limits.values()) == {None}:
+    return [*layers]
+  first, last = (n or 0 for n in limits.values())
+  blocks = {f"blocks_{i}" for i in (*range(first), *range(depth - last, depth))}
+  return [name for name in layers if name.split("/")[0] in blocks]
+
+
 def select_layers(
   layer_shapes: Mapping[str, tuple[int, int]],
   dense_layers: Sequence[str],
@@ -189,17 +210,10 @@ def select_layers(
   Raises:
     UserError: a pattern matches no layer, there are too few blocks, or no layer is left.
   """
-  limits = {"first_n_blocks": first_n_blocks, "last_n_blocks": last_n_blocks}
-  counts = {field: n for field, n in limits.items() if n is not None}
-  for field, n in counts.items():
-    if n > depth:
-      raise UserError(f"rank.{field}={n} must be at most {depth}, the blocks there are")
   check_patterns("rank.dense_layers", dense_layers, layer_shapes)
   chosen = [n for n in layer_shapes if not any(covers(pattern, n) for pattern in dense_layers)]
-  if counts:
-    first, last = (counts.get(field, 0) for field in limits)
-    blocks = {*range(first), *range(depth - last, depth)}
-    chosen = [name for name in chosen if name.split("/")[0] in {f"blocks_{i}" for i in blocks}]
+  limits = {"rank.first_n_blocks": first_n_blocks, "rank.last_n_blocks": last_n_blocks}
+  chosen = layers_of_blocks(chosen, limits, depth)
   if not chosen:
     raise UserError(
       "rank.dense_layers with the choice of blocks leaves no layer to factorize: use method=full "
@@ -217,6 +231,7 @@ def make_plan(
   match: str,
   num_buckets: int,
   multiple_of: int,
+  adaptive_layers: Collection[str] | None = None,
 ) -> RankPlan:
   """Return the rank plan of a low-rank model.
 
@@ -230,6 +245,8 @@ def make_plan(
     match: whether the mean active rank (`activated`) or the max rank (`total`) is the static rank.
     multiple_of: active ranks are multiples of this, except for a max rank that is the static rank
       (`total`) or min(D_in, D_out).
+    adaptive_layers: names of the layers whose rank follows the schedule, all by default; the others
+      have the static rank in every bucket.
 
   Raises:
     UserError: `multiple_of` is above a layer's static rank, or no rank meets the mean to within it.
@@ -238,8 +255,10 @@ def make_plan(
   counts = np.bincount(RankPlan(len(height), segments, ()).bucket_of_timestep)
 
   @functools.cache  # blocks repeat the same few shapes
-  def layer_ranks(dim_in: int, dim_out: int) -> LayerRanks:
+  def layer_ranks(dim_in: int, dim_out: int, adapts: bool) -> LayerRanks:
     target = static_rank(ratio, dim_in, dim_out)
+    if not adapts:
+      return LayerRanks(target, (target,) * len(levels))
     if multiple_of > target:
       raise UserError(
         f"rank.multiple_of={multiple_of} is above the static rank {target} of a {dim_in} x "
@@ -258,5 +277,6 @@ def make_plan(
       )
     return LayerRanks(target, active)
 
-  layers = tuple((name, layer_ranks(*dims)) for name, dims in layer_shapes.items())
+  adaptive = layer_shapes if adaptive_layers is None else adaptive_layers
+  layers = tuple((name, layer_ranks(*d, name in adaptive)) for name, d in layer_shapes.items())
   return RankPlan(len(height), segments, layers)

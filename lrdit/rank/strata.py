@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from lrdit.rank.plan import RankPlan
 
 COMPUTES = ("masked", "grouped")
+TIMESTEPS = ("stratified", "iid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Strata:
   """How the slots of a global batch are spread over timesteps; hashable.
 
   Attributes:
-    ranges: ((low, high, count), ...), ascending and disjoint: `count` slots share [low, high).
-      Widths and counts are at least 1.
+    ranges: ((low, high, count), ...), ascending and disjoint, or equal with one slot each: `count`
+      slots share [low, high). Widths and counts are at least 1.
   """
 
   ranges: tuple[tuple[int, int, int], ...]
@@ -40,6 +41,15 @@ class Strata:
 def uniform_strata(batch_size: int, num_train_timesteps: int) -> Strata:
   """Return the strata of the one range [0, T)."""
   return Strata(((0, num_train_timesteps, batch_size),))
+
+
+def independent(strata: Strata) -> Strata:
+  """Return strata whose slots each sample their whole range, independently of the others.
+
+  Every slot can need its range's largest rank, so that grouped compute has one group per range.
+  """
+  slots = ((low, high, 1) for low, high, count in strata.ranges for _ in range(count))
+  return Strata(tuple(slots))
 
 
 def _slot_table(strata: Strata) -> Int[np.ndarray, "4 B"]:
@@ -81,19 +91,21 @@ def stratified_timesteps(
 
 
 def rank_groups(
-  plan: RankPlan, compute: str, strata: Strata, num_devices: int
+  plan: RankPlan, compute: str, strata: Strata, num_shares: int
 ) -> tuple[tuple[int, int], ...]:
-  """Return the static (group size, rank bucket) pairs of a device's B / num_devices slots.
+  """Return the static (group size, rank bucket) pairs of a share's B / num_shares slots.
 
   Args:
     compute: `masked` makes one group at the largest bucket that any slot can need; `grouped` makes
-      runs of slots, each at the largest bucket that it can need on any device.
-    strata: of the global batch B, divisible by `num_devices`.
+      runs of slots, each at the largest bucket that it can need in any share.
+    strata: of the global batch B, divisible by `num_shares`.
+    num_shares: how many interleaved parts of the batch run this program: devices, times the
+      microbatches of each.
   """
   first, last = stratum_bounds(strata)
   table = plan.bucket_of_timestep
   need = np.array([table[a : b + 1].max() for a, b in zip(first, last, strict=True)])
-  need = need.reshape(-1, num_devices).max(axis=1)
+  need = need.reshape(-1, num_shares).max(axis=1)
   if compute == "masked":
     need = np.full_like(need, need.max())
   starts = np.flatnonzero(np.diff(need, prepend=-1))

@@ -40,6 +40,7 @@ class SamplerSettings:
   Attributes:
     prediction: what the model predicts, one of `process.PREDICTIONS`.
     guidance_scale: of classifier-free guidance; 1 turns it, and its cost, off.
+    guidance_channels: how many channels it changes, from the first; None is all of the prediction.
     clip_x_0: keep the predicted x_0 in [-1, 1] (pixels, not latents).
     seed: of the noise.
     batch_size: images in flight, B.
@@ -47,6 +48,7 @@ class SamplerSettings:
 
   prediction: str
   guidance_scale: float
+  guidance_channels: int | None
   clip_x_0: bool
   seed: int
   batch_size: int
@@ -128,14 +130,16 @@ def guided_output(
   t: Int[Array, ""],
   y: Int[Array, " B"] | None,
   scale: float,
+  guided_channels: int | None = None,
 ) -> Float[Array, "B H W C_out"]:
   """Return the model's output under classifier-free guidance (Ho and Salimans 2022, eq. 6).
 
-  That is null + scale (conditional - null) on the prediction's channels, from one forward pass over
-  2 B images; at scale 1, it is the conditional pass alone. A learned variance, which doubles the
-  channels, is always the conditional one. The model has one bucket; `scale` is static.
+  That is null + scale (conditional - null) on the prediction's first `guided_channels`, all of them
+  by default, from one forward pass over 2 B images; at scale 1, it is the conditional pass alone.
+  Other channels, and a learned variance, which doubles the channels, are the conditional ones. The
+  model has one bucket; `scale` is static.
   """
-  batch, channels = x_t.shape[0], model.shape.channels
+  batch, channels = x_t.shape[0], guided_channels or model.shape.channels
   if scale == 1.0 or y is None:
     selection = low_rank.uniform_selection(batch)
     return model.apply({"params": params}, x_t, jnp.full(batch, t), y, selection)
@@ -168,7 +172,8 @@ def solver_step(
   x_t, x_0_last = carry
   row = {name: jnp.asarray(column)[i] for name, column in table.float32_columns().items()}
   channels = model.shape.channels
-  output = guided_output(model, params, x_t, jnp.asarray(table.t)[i], y, settings.guidance_scale)
+  guidance = settings.guidance_scale, settings.guidance_channels
+  output = guided_output(model, params, x_t, jnp.asarray(table.t)[i], y, *guidance)
   x_0, eps = process.predict_x_0_eps(
     settings.prediction, output[..., :channels], x_t, row["signal"], row["noise"]
   )

@@ -32,6 +32,17 @@ class Curriculum:
   patience: int  # number of checks without a better loss that end a stage
   check_every_steps: int  # number of steps whose mean loss one check compares
   restart_optimizer: bool  # begin each stage with fresh moments and a new warm-up
+  restart_decay: bool  # begin each stage with a new decay of the learning rate
+  warmup_ratio: float = 1.0  # warm-up of stages after the first, over that of the first
+  learning_rate_decay: float = 0.0  # what each stage takes off the peak, as a share of it
+
+  def warmup_steps(self, stage: int, of_run: int) -> int:
+    """Return the length of a stage's warm-up, where the run's is `of_run`."""
+    return int(self.warmup_ratio * of_run) if stage else of_run
+
+  def peak(self, stage: int, of_run: float) -> float:
+    """Return a stage's peak learning rate, where the run's is `of_run`."""
+    return (1 - self.learning_rate_decay * stage) * of_run if stage else of_run
 
   @property
   def num_groups(self) -> int:
@@ -44,13 +55,15 @@ class Curriculum:
     return self.boundaries[first], self.boundaries[end]
 
 
-def stage_order(start: str, num_groups: int) -> tuple[int, ...]:
+def stage_order(start: str, num_groups: int, middle: int | None = None) -> tuple[int, ...]:
   """Return the groups in the order in which training enters them.
 
   The order leads outward from the group at `start`, alternating between lower and higher
-  neighbors until one side is exhausted. "middle" is the lower of two middle groups.
+  neighbors until one side is exhausted. "middle" is the group `middle`, or the lower of two middle
+  groups.
   """
-  first = {"high": num_groups - 1, "low": 0, "middle": (num_groups - 1) // 2}[start]
+  middle = (num_groups - 1) // 2 if middle is None else middle
+  first = {"high": num_groups - 1, "low": 0, "middle": middle}[start]
   lower, higher = range(first - 1, -1, -1), range(first + 1, num_groups)
   pairs = itertools.zip_longest(lower, higher)
   return (first, *(group for pair in pairs for group in pair if group is not None))

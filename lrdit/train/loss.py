@@ -34,10 +34,16 @@ class Objective:
   compute: str  # one of `strata.COMPUTES`
   strata: Strata  # timesteps of the global batch's slots
   num_devices: int  # number of devices that share the batch
+  microbatches: int = 1  # parts of a device's share whose gradients are computed one by one
+
+  @property
+  def num_shares(self) -> int:
+    """The number of equal parts of the global batch that are each computed at once."""
+    return self.num_devices * self.microbatches
 
   def without_augmentation(self) -> "Objective":
-    """Return the objective for evaluation, which keeps every label."""
-    return dataclasses.replace(self, class_dropout_rate=0.0)
+    """Return the objective for evaluation, which keeps every label and splits no batch."""
+    return dataclasses.replace(self, class_dropout_rate=0.0, microbatches=1)
 
   def with_strata(self, strata: Strata) -> "Objective":
     """Return the objective on a stage's timesteps, for the same global batch."""
@@ -75,7 +81,7 @@ def draw_step_noise(
 def select_ranks(objective: Objective, t: Int[Array, " b"]) -> RankSelection:
   """Return the static rank groups, and each example's bucket if the plan has several."""
   plan = objective.model.plan
-  groups = rank_groups(plan, objective.compute, objective.strata, objective.num_devices)
+  groups = rank_groups(plan, objective.compute, objective.strata, objective.num_shares)
   if plan.num_buckets == 1:
     return RankSelection(groups)
   return RankSelection(groups, jnp.asarray(plan.bucket_of_timestep)[t])
@@ -134,9 +140,13 @@ def example_losses(
 
 
 def batch_losses(
-  params: Any, objective: Objective, key: Key[Array, ""], batch: dict[str, Array]
+  params: Any,
+  objective: Objective,
+  key: Key[Array, ""],
+  batch: dict[str, Array],
+  microbatch: Int[Array, ""] | int = 0,
 ) -> tuple[Float[Array, " b"], Int[Array, " b"]]:
-  """Return the float32 losses and int32 timesteps of a device's share of a batch.
+  """Return the float32 losses and int32 timesteps of a microbatch of a device's share of a batch.
 
   Runs under an axis named `parallel.AXIS`.
 
@@ -144,10 +154,12 @@ def batch_losses(
     key: key of the step.
     batch: "image" (b, H, W, C) float32 and "label" (b,) int32. With "std" (b, H, W, C), images
       are latent means and x_0 is sampled.
+    microbatch: its number. Microbatches interleave their slots as devices do, so that all of them
+      have the same static rank groups, and each counts as a device of its own.
   """
   x_0, y = batch["image"], batch["label"]
-  device = jax.lax.axis_index(parallel.AXIS)
-  index = parallel.global_index(device, x_0.shape[0], objective.num_devices)
+  share = microbatch * objective.num_devices + jax.lax.axis_index(parallel.AXIS)
+  index = parallel.global_index(share, x_0.shape[0], objective.num_shares)
   noise = draw_step_noise(key, index, x_0.shape[1:], objective)
   if "std" in batch:
     x_0 = x_0 + batch["std"] * noise.posterior_noise

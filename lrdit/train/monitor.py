@@ -82,6 +82,8 @@ def window_scalars(window: WindowMetrics, curriculum: Curriculum, stage: int) ->
     "train/grad_norm": float(window.grad_norm) / count,
     "train/learning_rate": float(window.learning_rate),
   }
+  for name, value in window.penalties.items():
+    scalars[f"train/penalty_{name}"] = float(value) / count
   if len(curriculum.stages) > 1:
     scalars["train/stage"] = stage + 1
   groups = itertools.pairwise(curriculum.boundaries)

@@ -13,8 +13,8 @@ from lrdit.rank.plan import RankPlan
 from lrdit.train.muon import MuonOptions
 from lrdit.train.muon import muon as make_muon
 
-# The float32 learning rate as a function of (step, step at which the warm-up began).
-Schedule = Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike], Float[Array, ""]]
+# The float32 learning rate as a function of (step, the steps at which warm-up and decay began).
+Schedule = Callable[..., Float[Array, ""]]
 
 OPTIMIZERS = ("adamw", "lion", "muon")
 FACTOR_RATES = ("equal", "fan_in")
@@ -27,18 +27,22 @@ def learning_rate_schedule(
   """Return a linear warm-up to `learning_rate`, then the `decay`: cosine to 0, or constant.
 
   The first step already has a rate above 0; a cosine reaches 0 after `num_steps`. The result is a
-  function of (step, start): `step` updates precede this one, and the warm-up, but not the decay,
-  counts from step `start`.
+  function of (step, warmup_start, decay_start): `step` updates precede this one, and a warm-up
+  and a decay after `warmup_steps` more begin at the others.
   """
-  if decay == "cosine":
-    share = optax.cosine_decay_schedule(1.0, max(1, num_steps - warmup_steps))
-  else:
-    share = optax.constant_schedule(1.0)
   first = learning_rate / max(1, warmup_steps)
   warmup = optax.linear_schedule(first, learning_rate, max(1, warmup_steps - 1))
 
-  def rate(step: jax.typing.ArrayLike, start: jax.typing.ArrayLike) -> Float[Array, ""]:
-    return warmup(step - start) * share(jnp.maximum(step - warmup_steps, 0))
+  def rate(
+    step: jax.typing.ArrayLike,
+    warmup_start: jax.typing.ArrayLike,
+    decay_start: jax.typing.ArrayLike = 0,
+  ) -> Float[Array, ""]:
+    start = decay_start + warmup_steps
+    length = jnp.maximum(1, num_steps - start).astype(jnp.float32)
+    done = jnp.minimum(jnp.maximum(step - start, 0), length)
+    share = 0.5 * (1 + jnp.cos(jnp.pi * done / length)) if decay == "cosine" else 1.0
+    return warmup(step - warmup_start) * share
 
   return rate
 
@@ -100,11 +104,14 @@ def scale_by_fan_in(plan: RankPlan) -> optax.GradientTransformation:
   return optax.stateless(update)
 
 
-def update_ema(ema_params: Any, params: Any, step: jax.Array, ema_decay: float) -> Any:
+def update_ema(
+  ema_params: Any, params: Any, step: jax.Array, ema_decay: float, power: float | None = None
+) -> Any:
   """Return the average moved towards `params`, with warm-up.
 
-  The decay is min(ema_decay, (1 + step) / (10 + step)), so that the initial parameters do not
-  dominate an early average. `step` updates precede this one.
+  The decay is at most (1 + step) / (10 + step), or 1 - (1 + step)^-power, so that the initial
+  parameters do not dominate an early average. `step` updates precede this one.
   """
-  decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
+  warm = (1.0 + step) / (10.0 + step) if power is None else 1.0 - (1.0 + step) ** -power
+  decay = jnp.minimum(ema_decay, warm)
   return jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema_params, params)

@@ -3,6 +3,7 @@
 Axes: G timestep groups.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax
@@ -32,10 +33,11 @@ class WindowMetrics:
   group_count: Int[Array, " G"]  # examples of each group
   # Of the last step: 0, or 1 + the index of the first of `NON_FINITE_QUANTITIES` to be non-finite.
   non_finite: Int[Array, ""]
+  penalties: dict[str, Float[Array, ""]] = flax.struct.field(default_factory=dict)  # by name
 
   @classmethod
-  def empty(cls, num_groups: int) -> "WindowMetrics":
-    """Return the window before any step."""
+  def empty(cls, num_groups: int, penalties: Sequence[str] = ()) -> "WindowMetrics":
+    """Return the window before any step, with the names of the run's penalties."""
     return cls(
       loss=jnp.zeros((), jnp.float32),
       grad_norm=jnp.zeros((), jnp.float32),
@@ -44,6 +46,7 @@ class WindowMetrics:
       group_loss=jnp.zeros(num_groups, jnp.float32),
       group_count=jnp.zeros(num_groups, jnp.int32),
       non_finite=jnp.zeros((), jnp.int32),
+      penalties={name: jnp.zeros((), jnp.float32) for name in penalties},
     )
 
   def add(
@@ -54,10 +57,9 @@ class WindowMetrics:
     The first step after a multiple of `log_every_steps` starts new sums.
     """
     goes_on = (step - 1) % log_every_steps != 0
-    summed = ("loss", "grad_norm", "count", "group_loss", "group_count")
-    return new.replace(
-      **{name: jnp.where(goes_on, getattr(self, name), 0) + getattr(new, name) for name in summed}
-    )
+    summed = ("loss", "grad_norm", "count", "group_loss", "group_count", "penalties")
+    old, own = ({name: getattr(window, name) for name in summed} for window in (self, new))
+    return new.replace(**jax.tree.map(lambda a, b: jnp.where(goes_on, a, 0) + b, old, own))
 
 
 @flax.struct.dataclass
@@ -122,17 +124,20 @@ class TrainState:
 
 
 def create_train_state(
-  params: Any, optimizer: optax.GradientTransformation, num_groups: int
+  params: Any,
+  optimizer: optax.GradientTransformation,
+  num_groups: int,
+  penalties: Sequence[str] = (),
 ) -> TrainState:
   """Return the state before the first update, for `num_groups` timestep groups.
 
-  The moving average starts at `params`.
+  The moving average starts at `params`. `penalties` are the names of the run's regularizers.
   """
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     ema_params=jax.tree.map(jnp.copy, params),
     opt_state=optimizer.init(params),
-    window=WindowMetrics.empty(num_groups),
+    window=WindowMetrics.empty(num_groups, penalties),
     stage=StageProgress.begin(number=0, first_step=0),
   )

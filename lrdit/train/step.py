@@ -3,6 +3,8 @@
 Axes: b local batch, G timestep groups.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ from lrdit.runtime.parallel import AXIS
 from lrdit.train.curriculum import Curriculum
 from lrdit.train.loss import Objective, batch_losses, group_sums
 from lrdit.train.optimizer import Schedule, update_ema
+from lrdit.train.regularizers import Weights, add_penalties
 from lrdit.train.state import TrainState, WindowMetrics
 
 
@@ -29,15 +32,36 @@ def mean_gradient(
   The arguments are those of `batch_losses` and `group_sums`.
   """
 
-  def mean_loss(params):
-    losses, t = batch_losses(params, objective, key, batch)
+  def mean_loss(params, part, microbatch):
+    losses, t = batch_losses(params, objective, key, part, microbatch)
     return losses.mean(), group_sums(losses, t, jnp.ones_like(t, bool), boundaries)
 
-  (loss, groups), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
+  gradient = functools.partial(jax.value_and_grad(mean_loss, has_aux=True), params)
+  if objective.microbatches == 1:
+    (loss, groups), grads = gradient(batch, 0)
+  else:
+    (loss, groups), grads = _sum_over_microbatches(gradient, batch, objective.microbatches)
+    loss, grads = jax.tree.map(lambda x: x / objective.microbatches, (loss, grads))
   loss, grads = jax.lax.pmean((loss, grads), AXIS)
   is_bad = ~jnp.stack([jnp.isfinite(values).all() for values in batch.values()]).all()
   groups, num_bad = jax.lax.psum((groups, is_bad.astype(jnp.int32)), AXIS)
   return loss, groups, grads, num_bad == 0
+
+
+def _sum_over_microbatches(
+  function: Callable[[dict[str, Array], Int[Array, ""] | int], Any],
+  batch: dict[str, Array],
+  microbatches: int,
+) -> Any:
+  """Return the sum of the outputs for each part of a device's batch; slot i is of part i % M."""
+  parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+  def add(total: Any, numbered: tuple[dict[str, Array], Int[Array, ""]]) -> tuple[Any, None]:
+    return jax.tree.map(jnp.add, total, function(*numbered)), None
+
+  shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts), 0)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  return jax.lax.scan(add, zeros, (parts, jnp.arange(microbatches)))[0]
 
 
 def train_step(
@@ -49,8 +73,10 @@ def train_step(
   optimizer: optax.GradientTransformation,
   learning_rate: Schedule,
   curriculum: Curriculum,
+  regularizers: Weights,
   stage: int,
   ema_decay: float,
+  ema_power: float | None,
   log_every_steps: int,
 ) -> tuple[TrainState, WindowMetrics]:
   """Apply one update.
@@ -61,6 +87,8 @@ def train_step(
     key: the run's key, the same on every device.
     objective: the loss; the stage replaces its strata.
     optimizer: optax chain for a learning rate of 1.
+    learning_rate: the stage's schedule.
+    regularizers: of the factors of `objective.model`; () for a dense model.
     stage: the state's own `stage.number`, static because its strata are.
 
   Returns:
@@ -72,13 +100,16 @@ def train_step(
   loss, (group_loss, group_count), grads, is_batch_finite = mean_gradient(
     state.params, objective, step_key, batch, curriculum.boundaries
   )
+  penalties, grads = add_penalties(grads, state.params, objective.model.plan, regularizers)
   warmup_start = state.stage.first_step if curriculum.restart_optimizer else 0
-  rate = learning_rate(state.step, warmup_start)
+  decay_start = state.stage.first_step if curriculum.restart_decay else 0
+  rate = learning_rate(state.step, warmup_start, decay_start)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   updates = jax.tree.map(lambda update: rate * update, updates)
   params = optax.apply_updates(state.params, updates)
   step = state.step + 1
-  metrics = step_metrics(loss, grads, updates, rate, group_loss, group_count, is_batch_finite)
+  sums = loss, group_loss, group_count, penalties
+  metrics = step_metrics(*sums, grads, updates, rate, is_batch_finite)
   window = state.window.add(metrics, step, log_every_steps)
   own = slice(*curriculum.stages[stage].groups)
   progress = state.stage.add(group_loss[own].sum(), group_count[own].sum(), step, curriculum)
@@ -86,7 +117,7 @@ def train_step(
   new_state = TrainState(
     step=step,
     params=params,
-    ema_params=update_ema(state.ema_params, params, state.step, ema_decay),
+    ema_params=update_ema(state.ema_params, params, state.step, ema_decay, ema_power),
     opt_state=optax.tree.where(restart, optimizer.init(params), opt_state),
     window=window,
     stage=progress,
@@ -96,11 +127,12 @@ def train_step(
 
 def step_metrics(
   loss: Float[Array, ""],
+  group_loss: Float[Array, " G"],
+  group_count: Int[Array, " G"],
+  penalties: dict[str, Float[Array, ""]],
   grads: Any,
   updates: Any,
   learning_rate: Float[Array, ""],
-  group_loss: Float[Array, " G"],
-  group_count: Int[Array, " G"],
   is_batch_finite: Bool[Array, ""],
 ) -> WindowMetrics:
   """Return the window of a single step.
@@ -118,6 +150,7 @@ def step_metrics(
     learning_rate=learning_rate,
     group_loss=group_loss,
     group_count=group_count,
+    penalties=penalties,
     non_finite=jnp.where(flags.all(), 0, 1 + flags.argmin()).astype(jnp.int32),
   )
 

@@ -21,7 +21,6 @@ from lrdit.benchmark import arms
 from lrdit.config.resolve import resolve
 from lrdit.experiment import Experiment
 from lrdit.runtime import cluster, parallel, startup
-from lrdit.train.state import create_train_state
 
 
 def make_experiment(args: argparse.Namespace) -> Experiment:
@@ -54,7 +53,7 @@ class Worker:
     curriculum = experiment.curriculum
     self._step = experiment.train_step(devices, len(curriculum.stages) - 1)
     params = arms.random_params(experiment.params_template)
-    state = create_train_state(params, experiment.optimizer, curriculum.num_groups)
+    state = experiment.fresh_state(params)
     self._state = parallel.replicate(parallel.to_host(state), devices)
     self._batches: Iterator[Any] = parallel.prefetch(
       itertools.repeat(own_batch(experiment, devices)), devices

@@ -170,6 +170,31 @@ MISTAKES = {
     1,
     "needs a null class",
   ),
+  "guidance of more channels than there are": (
+    ["--config.sampling.guidance_channels=3"],
+    1,
+    "guidance_channels=3 must be at most 1, the channels there are",
+  ),
+  "no end of training": (
+    ["--config.training.num_steps=None"],
+    1,
+    "training.num_steps=None needs config.training.num_epochs",
+  ),
+  "middle group of another start": (
+    ["--config.curriculum.middle_group=0"],
+    1,
+    "middle_group=0 is not used by config.curriculum.start='high'",
+  ),
+  "middle group that is not there": (
+    ["--config.curriculum.middle_group=10", "--config.curriculum.start=middle"],
+    1,
+    "middle_group=10 must be below 10",
+  ),
+  "last stage without a rate": (
+    ["--config.curriculum.learning_rate_decay=0.1", "--config.curriculum.enabled=True"],
+    1,
+    "learning_rate_decay=0.1 leaves no learning rate to the last",
+  ),
   "negative guidance": (["--config.sampling.guidance_scale=-1"], 1, "guidance_scale=-1.0 must be"),
   "unknown label": (["--config.sampling.labels=10"], 1, "sampling.labels='10' is unknown"),
   "unknown label rule": (["--config.sampling.labels=all"], 1, "use balanced, random or 0 to 9"),

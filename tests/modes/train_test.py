@@ -355,3 +355,14 @@ def test_the_learning_rate_in_the_metrics_is_the_one_applied(undisturbed):
     assert line["train/learning_rate"] == pytest.approx(
       float(schedule(line["step"] - 1, 0)), rel=1e-6
     )
+
+
+def test_penalties_microbatches_and_iid_timesteps_of_a_run_of_one_epoch(tmp_path):
+  fields = {f"regularizer__{name}": 1e-4 for name in ("frobenius", "nuclear", "orthogonality")}
+  fields |= {"training__num_epochs": 1, "training__num_steps": 2, "diffusion__timesteps": "iid"}
+  train_one_device(tmp_path, **SHALLOW, **fields, training__microbatch=8, optimizer__ema_power=0.75)
+  lines = tiny.read_metrics(tmp_path)
+  assert len(lines) == 2
+  for name in ("frobenius", "nuclear"):
+    assert lines[0][f"train/penalty_{name}"] > lines[1][f"train/penalty_{name}"] > 0
+  assert lines[1]["train/penalty_orthogonality"] > lines[0]["train/penalty_orthogonality"]

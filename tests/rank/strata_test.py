@@ -5,7 +5,14 @@ import pytest
 
 from lrdit.rank import schedules
 from lrdit.rank.plan import RankPlan, quantize
-from lrdit.rank.strata import rank_groups, stratified_timesteps, stratum_bounds, uniform_strata
+from lrdit.rank.strata import (
+  Strata,
+  independent,
+  rank_groups,
+  stratified_timesteps,
+  stratum_bounds,
+  uniform_strata,
+)
 from lrdit.runtime import parallel
 
 
@@ -80,3 +87,14 @@ def test_groups_cost_little_more_than_the_mean_rank():
   mean = levels[plan.bucket_of_timestep].mean()
   grouped = sum(size * levels[b] for size, b in groups) / 128
   assert mean <= grouped <= mean + 0.02
+
+
+def test_independent_timesteps_cover_their_ranges_whatever_the_slot():
+  strata = independent(Strata(((0, 400, 2), (400, 1000, 3))))
+  assert strata.batch_size == 5
+  first, last = stratum_bounds(strata)
+  assert (first.tolist(), last.tolist()) == ([0, 0, 400, 400, 400], [399, 399, 999, 999, 999])
+  uniform = jnp.float32([0, 0.5, 0, 0.5, 1 - 2**-24])
+  assert stratified_timesteps(uniform, jnp.arange(5), strata).tolist() == [0, 200, 400, 700, 999]
+  plan, _ = make_plan("logistic_decreasing", 3)
+  assert rank_groups(plan, "grouped", independent(uniform_strata(6, 1000)), 2) == ((3, 2),)

@@ -172,6 +172,20 @@ def test_guidance_is_the_extrapolation_from_the_null_class():
   )
 
 
+def test_guidance_may_be_of_the_first_channels_alone():
+  """A stand-in model: its output is the label, in every channel."""
+  shape = mock.Mock(channels=4, num_classes=9)
+
+  def apply(_params, x, _t, y, _selection):
+    return jnp.ones_like(x) * y[:, None, None, None]
+
+  model = mock.Mock(spec=dit.DiT, shape=shape, apply=apply)
+  x, y = jnp.zeros((1, 2, 2, 4)), jnp.array([1])
+  for channels, expected in ((None, [-15] * 4), (3, [-15, -15, -15, 1])):
+    got = sampler.guided_output(model, {}, x, jnp.int32(5), y, 3.0, channels)
+    np.testing.assert_allclose(got[0, 0, 0], expected)
+
+
 def test_learned_variance_replaces_the_posterior_s():
   """At coordinate -1 (posterior) and +1 (beta) the step's noise is known."""
   config = tiny_config(model__learn_sigma=True, sampling__solver="ddpm")

@@ -35,6 +35,12 @@ def test_order_of_the_groups(start, expected):
   assert curriculum.stage_order(start, 1) == (0,)
 
 
+def test_the_middle_group_may_be_named():
+  assert curriculum.stage_order("middle", 5, 0) == (0, 1, 2, 3, 4)
+  assert curriculum.stage_order("middle", 5, 3) == (3, 2, 4, 1, 0)
+  assert curriculum.stage_order("low", 5, 3) == (0, 1, 2, 3, 4)
+
+
 @pytest.mark.parametrize("start", curriculum.STARTS)
 @pytest.mark.parametrize("batch_size", [1, 2, 16, 128, 3000])
 def test_a_stage_trains_its_group_and_replays_what_is_finished(start, batch_size):

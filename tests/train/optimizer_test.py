@@ -38,6 +38,13 @@ def test_a_new_warm_up_leaves_the_cosine_alone():
     assert float(schedule(step, 40)) == pytest.approx(share * float(schedule(step, 0)))
 
 
+def test_a_new_cosine_of_a_stage_ends_with_the_run():
+  schedule = optimizer.learning_rate_schedule(1.0, 10, 110, "cosine")
+  rates = jax.jit(jax.vmap(lambda step: schedule(step, 40, 40)))(jnp.arange(40, 111))
+  assert float(rates[0]) == pytest.approx(0.1)
+  np.testing.assert_allclose(np.asarray(rates)[[9, 10, 40, 70]], [1, 1, 0.5, 0], atol=1e-6)
+
+
 def test_only_matrices_decay():
   tx = make_optimizer("adamw", 0.5, None)
   params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
@@ -93,3 +100,9 @@ def test_average_warms_up_then_keeps_its_decay():
   late = optimizer.update_ema(ema, params, jnp.int32(10**6), 0.999)["w"]
   assert float(late) == pytest.approx(0.001, rel=1e-4)
   assert float(optimizer.update_ema(params, params, jnp.int32(5), 0.9)["w"]) == pytest.approx(1)
+
+
+def test_the_average_follows_a_power_of_the_steps_if_given():
+  one, zero = {"w": jnp.array(1.0)}, {"w": jnp.array(0.0)}
+  moved = [optimizer.update_ema(zero, one, jnp.int32(s), 0.9, 0.75)["w"] for s in (0, 15, 10**6)]
+  np.testing.assert_allclose(moved, [1, 16**-0.75, 0.1], rtol=1e-5)

@@ -11,7 +11,7 @@ BOUNDARIES = (0, 300, 700, 1000)
 
 def make_curriculum(order=(2, 1, 0), patience=2, check_every_steps=3):
   stages = make_stages(BOUNDARIES, order, 8)
-  return Curriculum(BOUNDARIES, stages, patience, check_every_steps, False)
+  return Curriculum(BOUNDARIES, stages, patience, check_every_steps, False, False)
 
 
 def follow(curriculum, check_means, example_count=4):

@@ -36,10 +36,12 @@ def make_step(config, devices, stage=0, **changes):
   settings = dict(
     objective=Experiment(config).objective(devices),
     optimizer=Experiment(config).optimizer,
-    learning_rate=Experiment(config).learning_rate,
+    learning_rate=Experiment(config).learning_rate(stage),
     curriculum=Experiment(config).curriculum,
+    regularizers=Experiment(config).regularizers,
     stage=stage,
     ema_decay=config.optimizer.ema_decay,
+    ema_power=config.optimizer.ema_power,
     log_every_steps=config.training.log_every_steps,
   )
   return parallel.pmap(functools.partial(step_module.train_step, **(settings | changes)), devices)
@@ -125,6 +127,31 @@ def test_grouped_gradients_are_masked_gradients(schedule, num_devices):
   assert_same_gradients(gradients("grouped", num_devices, schedule), masked)
 
 
+@pytest.mark.parametrize(("num_devices", "microbatch"), [(1, 4), (2, 8)])
+def test_microbatches_give_the_gradient_of_the_batch(num_devices, microbatch):
+  """Each keeps the groups of its slots, and every example its timestep and noise."""
+  config = shallow_config(training__microbatch=microbatch)
+  devices = jax.devices()[:num_devices]
+  experiment = Experiment(config)
+  objective = experiment.objective(devices)
+  groups = loss_module.select_ranks(objective, jnp.zeros(microbatch // num_devices, int)).groups
+  assert len(groups) > 1
+  slots = parallel.batch_slots(16, devices)
+  batch = next(pipeline.train_batches(experiment.source("train"), 0, slots, 16, range(1), False))
+
+  def gradient(params, batch, key):
+    boundaries = experiment.curriculum.boundaries
+    return step_module.mean_gradient(params, objective, key, batch, boundaries)
+
+  params = parallel.replicate(noisy_params(config), devices)
+  outputs = parallel.unreplicate(parallel.pmap(gradient, devices)(params, batch, KEY))
+  _, (_, group_count), grads, is_finite = outputs
+  whole = gradients("grouped")
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(b).max() + 1e-9)
+  assert (int(group_count.sum()), bool(is_finite)) == (16, True)
+
+
 # Two stages of a curriculum from high, then everything; a stage ends at its second check.
 CURRICULUM = {
   "curriculum__enabled": True,
@@ -159,7 +186,7 @@ def test_losses_by_group_are_means_over_their_examples():
   config = shallow_config(curriculum__boundaries=boundaries, training__log_every_steps=3)
   devices = jax.devices()[:2]
   # Parameters stay: the learning rate is zero.
-  step = make_step(config, devices, learning_rate=lambda step, start: jnp.float32(0))
+  step = make_step(config, devices, learning_rate=lambda *_: jnp.float32(0))
   state = make_state(config, devices, noisy_params(config))
   objective = Experiment(config).objective(devices)
   evaluate = parallel.pmap(lambda p, b, k: loss_module.batch_losses(p, objective, k, b), devices)
@@ -363,7 +390,7 @@ def test_min_snr_reweights_each_example():
 def step_of_rate(rate):
   """A step on two devices, compiled once."""
   constant = jnp.float32(rate)
-  return make_step(shallow_config(), jax.devices()[:2], learning_rate=lambda step, start: constant)
+  return make_step(shallow_config(), jax.devices()[:2], learning_rate=lambda *_: constant)
 
 
 @pytest.mark.parametrize("quantity", [None, *NON_FINITE_QUANTITIES])
