@@ -34,6 +34,7 @@ class Objective:
   compute: str  # one of `strata.COMPUTES`
   strata: Strata  # timesteps of the global batch's slots
   num_devices: int  # number of devices that share the batch
+  variance_floor: str = "beta"  # one of `process.VARIANCE_FLOORS`
 
   def without_augmentation(self) -> "Objective":
     """Return the objective for evaluation, which keeps every label."""
@@ -120,7 +121,7 @@ def example_losses(
     objective.prediction, jax.lax.stop_gradient(prediction), x_t, signal, sigma
   )
   q = process.posterior(alphas_cumprod, np.append(1.0, alphas_cumprod[:-1]))
-  low, high = (at_t(bound) for bound in q.log_variance_range)
+  low, high = (at_t(bound) for bound in q.log_variance_range(objective.variance_floor))
   share = (coordinate + 1) / 2
   bound = process.variational_bound(
     true_mean=at_t(q.on_x_0) * x_0 + at_t(q.on_x_t) * x_t,
