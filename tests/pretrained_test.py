@@ -133,13 +133,19 @@ def test_a_path_without_weights_is_refused(tmp_path):
       open_pretrained(config, Experiment(config).shape)
 
 
-def test_training_starts_from_the_trained_parameters(full_run, tmp_path):
-  fields = trained.SHALLOW | {"training__num_steps": 1, "checkpoint__keep_every": 1}
-  trained.train_one_device(tmp_path, init__from_=str(full_run), **fields)
+@pytest.mark.parametrize("num_steps", [0, 1])
+def test_training_starts_from_the_trained_parameters(full_run, tmp_path, num_steps):
+  fields = trained.SHALLOW | {"training__num_steps": num_steps, "init__from_": str(full_run)}
+  trained.train_one_device(tmp_path, checkpoint__keep_every=1, **fields)
   with contextlib.closing(Checkpoints(tmp_path)) as opened:
-    assert opened.steps() == [1, 0]
+    assert opened.steps() == [1, 0][1 - num_steps :]
     template = Experiment(tiny.tiny_config(**fields)).params_template
     _, found = opened.restore_params(template, ["raw", "ema"], step=0)
-  start_params = start(config_of(full_run, "", **fields))
+  start_params = start(tiny.tiny_config(**fields))
   for weights in found.values():
     assert_equal(layouts.flat(weights), start_params)
+
+
+def test_no_steps_need_trained_parameters():
+  with pytest.raises(UserError, match=r"num_steps=0 needs trained parameters"):
+    tiny.tiny_config(training__num_steps=0)

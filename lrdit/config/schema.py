@@ -234,7 +234,12 @@ FIELDS: dict[str, Field] = {
   ),
   **_group("training", Role.WATCH)(
     batch_size=Field(256, "Examples in a step over all devices", _BATCH, role=Role.RUN),
-    num_steps=Field(100_000, "Updates; a larger number prolongs a run", whole(), role=Role.FREE),
+    num_steps=Field(
+      100_000,
+      "Updates; a larger number prolongs a run, and 0 only reads what `init.from_` names",
+      whole(0),
+      role=Role.FREE,
+    ),
     log_every_steps=Field(100, "Steps between lines of metrics", whole()),
     eval_every_steps=Field(5000, "Steps between held-out losses", whole(), "never"),
     sample_every_steps=Field(10_000, "Steps between grids of samples", whole(), "never"),

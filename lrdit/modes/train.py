@@ -311,5 +311,5 @@ def warn_of_too_few_steps(curriculum: Curriculum, num_steps: int) -> None:
     "the curriculum takes at least %d steps to reach all timesteps, and config.training.num_steps "
     "is %d: lower config.curriculum.check_every_steps or patience"
   )
-  if least >= num_steps:
+  if 0 < num_steps <= least:
     log.warning(text, least, num_steps)

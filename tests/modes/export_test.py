@@ -1,6 +1,8 @@
 """`--mode=export`, and the modes on a chosen checkpoint."""
 
+import importlib.util
 import json
+import os
 import pathlib
 
 import jax
@@ -37,6 +39,7 @@ def outputs(config, params, bucket=0):
   x = jax.random.normal(jax.random.key(3), (3, shape.image_size, shape.image_size, shape.channels))
   t, y = jnp.array([0, 400, 999]), jnp.array([1, 0, shape.num_classes])
   selection = low_rank.uniform_selection(3, bucket)
+  params = jax.tree.map(jnp.asarray, params)
   return experiment.model().apply({"params": params}, x, t, y, selection)
 
 
@@ -54,6 +57,53 @@ def test_an_exported_full_arm_comes_back_with_the_same_outputs(tmp_path, layout)
   other = tiny.tiny_config("method=full", init__from_=str(tmp_path / "out"), **LAYERS)
   with pytest.raises(UserError, match=r"frequency_shift=0 is not what .*: use 1"):
     open_pretrained(other, Experiment(other).shape)
+
+
+def exported_and_inputs(tmp_path, frequency_shift):
+  """A full arm's directory in diffusers' layout, its config, and inputs of its model (NHWC)."""
+  config = save(tmp_path / "run", "method=full", model__frequency_shift=frequency_shift)
+  export.export(config, str(tmp_path / "run"), str(tmp_path / "out"), "diffusers")
+  shape, rng = Experiment(config).shape, np.random.default_rng(5)
+  size = (4, shape.image_size, shape.image_size, shape.channels)
+  x = rng.standard_normal(size, np.float32)
+  return tmp_path / "out", config, (x, np.array([0, 17, 500, 999]), np.array([0, 3, 9, 10]))
+
+
+def own_outputs(config, inputs):
+  params = jax.tree.map(jnp.asarray, layouts.nest(trained.random_params(config)))
+  x, t, y = (jnp.asarray(array) for array in inputs)
+  selection = low_rank.uniform_selection(len(x))
+  ids = (t.astype(jnp.int32), y.astype(jnp.int32))
+  return np.asarray(Experiment(config).model().apply({"params": params}, x, *ids, selection))
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_diffusers_computes_what_we_do_with_an_export(tmp_path, shift):
+  """`LRDIT_WRITE_GOLDEN=1` writes what diffusers computes where it is installed."""
+  golden = tiny.GOLDEN / "exported_dit.npz"
+  directory, config, inputs = exported_and_inputs(tmp_path, shift)
+  outputs = dict(np.load(golden)) if golden.exists() else {}
+  if importlib.util.find_spec("diffusers") and importlib.util.find_spec("torch"):
+    found = outputs_of_diffusers(directory, inputs, shift)
+    if os.environ.get("LRDIT_WRITE_GOLDEN"):
+      np.savez(golden, **outputs | {f"shift_{shift}": found})
+    outputs[f"shift_{shift}"] = found
+  assert np.abs(outputs[f"shift_{shift}"]).max() > 0.1
+  np.testing.assert_allclose(own_outputs(config, inputs), outputs[f"shift_{shift}"], atol=1e-5)
+
+
+def outputs_of_diffusers(directory, inputs, shift):
+  """What diffusers computes as the model card has it, NHWC."""
+  import diffusers
+  import torch
+
+  model = diffusers.DiTTransformer2DModel.from_pretrained(directory)
+  for block in model.transformer_blocks:
+    block.norm1.emb.time_proj.downscale_freq_shift = shift
+  x, t, y = (torch.from_numpy(array) for array in inputs)
+  with torch.no_grad():
+    out = model.eval()(x.permute(0, 3, 1, 2), timestep=t, class_labels=y).sample
+  return out.permute(0, 2, 3, 1).numpy()
 
 
 @pytest.mark.parametrize("bucket", [0, None])
