@@ -38,10 +38,13 @@ class Run:
     """The rank of every layer at every timestep."""
     return self.experiment.plan
 
-  def params(self, weights: str = "ema") -> Any:
-    """Return the newest intact checkpoint's parameters on the host: "ema" (averaged) or "raw"."""
+  def params(self, weights: str = "ema", step: int | None = None) -> Any:
+    """Return a checkpoint's parameters on the host: "ema" (averaged) or "raw".
+
+    It is the checkpoint of `step`, or else the newest intact one.
+    """
     template = self.experiment.params_template
-    return restore_params(self.workdir, template, [weights])[1][weights]
+    return restore_params(self.workdir, template, [weights], step)[1][weights]
 
   def sample(
     self,

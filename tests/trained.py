@@ -8,7 +8,7 @@ import numpy as np
 
 from lrdit.config.run_config import store_config
 from lrdit.experiment import Experiment
-from lrdit.model import dit
+from lrdit.model import dit, layouts
 from lrdit.modes import train
 from lrdit.runtime import parallel
 from lrdit.train.checkpoints import Checkpoints
@@ -41,11 +41,17 @@ def fresh_state(config, params=None):
   return experiment.fresh_state(params)
 
 
-def save_checkpoint(workdir, config, step=8, scale=1.0):
-  """Write a checkpoint of noisy parameters."""
-  params = jax.tree.map(lambda x: scale * x, noisy_params(config))
+def random_params(config):
+  """Parameters by path, without compiling their initialization."""
+  rng, template = np.random.default_rng(0), layouts.flat(Experiment(config).params_template)
+  return {path: 0.1 * rng.standard_normal(x.shape, np.float32) for path, x in template.items()}
+
+
+def save_checkpoint(workdir, config, step=8, scale=1.0, params=None, keep=1):
+  """Write a checkpoint of noisy parameters, or the ones given."""
+  params = jax.tree.map(lambda x: scale * x, noisy_params(config) if params is None else params)
   state = parallel.to_host(fresh_state(config, params))
-  opened = Checkpoints(workdir, keep=1)
+  opened = Checkpoints(workdir, keep)
   opened.save(state.replace(step=np.asarray(step, np.int32)), config.to_dict())
   opened.wait()
   opened.close()

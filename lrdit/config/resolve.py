@@ -33,6 +33,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
   _check_sampling(config)
   _check_boundaries(config)
   _check_stages(config)
+  steps, rule = config.training.num_steps, "needs trained parameters: set config.init.from_"
+  require(steps != 0 or bool(config.init.from_), "training.num_steps", steps, rule)
   config.curriculum.boundaries = curriculum.scale_boundaries(
     config.curriculum.boundaries, config.diffusion.num_train_timesteps
   )
@@ -121,7 +123,7 @@ def _check_stages(config: ConfigDict) -> None:
   rule = f"does not divide config.training.batch_size={t.batch_size}: use a divisor, or None"
   require(t.batch_size % (t.microbatch or 1) == 0, "training.microbatch", t.microbatch, rule)
   rule = "needs config.training.num_epochs: set one of them"
-  require(bool(t.num_steps or t.num_epochs), "training.num_steps", t.num_steps, rule)
+  require(t.num_steps is not None or bool(t.num_epochs), "training.num_steps", t.num_steps, rule)
 
 
 def _check_boundaries(config: ConfigDict) -> None:
