@@ -57,6 +57,10 @@ def _items(state: TrainState) -> dict[str, Any]:
   return {name: fields.pop(name) for name in TREES} | {"progress": fields}
 
 
+def _without_empty_dicts(tree: dict[str, Any]) -> dict[str, Any]:
+  return flax.traverse_util.unflatten_dict(flax.traverse_util.flatten_dict(tree))
+
+
 def _first_line(error: Exception) -> str:
   return (str(error) or type(error).__name__).splitlines()[0][:200]
 
@@ -114,7 +118,8 @@ class Checkpoints:
     step = int(state.step)
     if step == self._last_step:
       return
-    items = _items(state)
+    # Orbax would record dicts without arrays, such as the penalties of a run that has none.
+    items = {name: _without_empty_dicts(tree) for name, tree in _items(state).items()}
     arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     arguments["config"] = ocp.args.JsonSave(config)
     arguments["manifest"] = ocp.args.JsonSave(manifest.make_manifest(step, items))
