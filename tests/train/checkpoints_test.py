@@ -9,12 +9,14 @@ import jax
 import numpy as np
 import pytest
 
+from lrdit.rank.plan import dense_plan
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.train import checkpoints as checkpoints_module
 from lrdit.train import manifest as manifest_module
 from lrdit.train import optimizer as optimizer_module
 from lrdit.train.checkpoints import Checkpoints
+from lrdit.train.muon import MuonOptions
 from lrdit.train.state import create_train_state
 
 CONFIG = {"seed": 0}
@@ -22,7 +24,8 @@ CONFIG = {"seed": 0}
 
 def make_state(step=0):
   """A small state of the real structure, different at every step."""
-  optimizer = optimizer_module.make_optimizer("adamw", 0.0, 1.0)
+  needs = {"plan": dense_plan(10), "muon": MuonOptions(layers=())}
+  optimizer = optimizer_module.make_optimizer("adamw", 0.0, 1.0, **needs)
   params = {"a": {"down": np.ones((40, 8), np.float32), "bias": np.zeros(30, np.float32)}}
   state = parallel.to_host(create_train_state(params, optimizer, num_groups=3))
   rng = np.random.default_rng(step)
