@@ -24,8 +24,8 @@ CONFIG = {"seed": 0}
 
 def make_state(step=0):
   """A small state of the real structure, different at every step."""
-  needs = {"plan": dense_plan(10), "muon": MuonOptions(layers=())}
-  optimizer = optimizer_module.make_optimizer("adamw", 0.0, 1.0, **needs)
+  fixed = dict(plan=dense_plan(10), muon=MuonOptions(()))
+  optimizer = optimizer_module.make_optimizer("adamw", 0.0, 1.0, **fixed)
   params = {"a": {"down": np.ones((40, 8), np.float32), "bias": np.zeros(30, np.float32)}}
   state = parallel.to_host(create_train_state(params, optimizer, num_groups=3))
   rng = np.random.default_rng(step)
@@ -59,6 +59,26 @@ def test_a_restored_state_is_the_saved_one_to_the_bit(tmp_path):
 def test_only_the_newest_are_kept(tmp_path):
   save(tmp_path, 1, 2, 3, 4, keep=2)
   assert Checkpoints(tmp_path, 2).steps() == [4, 3]
+
+
+def test_multiples_of_keep_every_are_kept_and_any_step_can_be_read(tmp_path):
+  checkpoints = Checkpoints(tmp_path, 1, keep_every=3)
+  for step in (0, 1, 2, 3, 4, 5):
+    checkpoints.save(make_state(step), CONFIG | {"at": step})
+  checkpoints.wait()
+  checkpoints.close()
+  reader = Checkpoints(tmp_path)
+  assert reader.steps() == [5, 3, 0]
+  step, params = reader.restore_params(TEMPLATE.params, ["raw"], 3)
+  assert step == 3
+  assert_equal(params["raw"], make_state(3).params)
+  assert reader.read_config(3) == CONFIG | {"at": 3}
+  with pytest.raises(UserError, match=r"no checkpoint of step 4 .* the steps kept are 0, 3, 5"):
+    reader.restore_params(TEMPLATE.params, ["raw"], 4)
+  for file in all_files(tmp_path, "3/params"):
+    truncate(file)
+  with pytest.raises(UserError, match=r"checkpoint .*/3 is damaged .*use another step"):
+    reader.restore_params(TEMPLATE.params, ["raw"], 3)
 
 
 def test_raw_and_averaged_weights_are_told_apart(tmp_path):
