@@ -31,6 +31,7 @@ from lrdit.train.curriculum import Curriculum, make_stages, stage_order
 from lrdit.train.muon import MuonOptions, newton_schulz_macs
 from lrdit.train.optimizer import Schedule, learning_rate_schedule, make_optimizer
 from lrdit.train.state import TrainState, create_train_state
+from lrdit.train.step import PROJECTION_LOSS
 
 log = logging.getLogger("lrdit")
 
@@ -119,6 +120,7 @@ class Experiment:
     """The optimizer, for a learning rate of 1."""
     o = self.config.optimizer
     names = ("name", "weight_decay", "grad_clip_norm", "beta1", "beta2", "epsilon", "factor_rates")
+    names += ("galore_rank", "galore_gap")
     return make_optimizer(
       **{name: o[name] for name in names}, plan=self.plan, muon=self.muon_options
     )
@@ -133,19 +135,20 @@ class Experiment:
   def for_examples(self, num_examples: int) -> "Experiment":
     """Return the experiment on so many training examples, with `num_epochs` as `num_steps`.
 
-    `training.num_steps` is the first of both to end.
-
     Raises:
-      UserError: neither is given, or the epochs are less than one step or too many.
+      UserError: the epochs are less than one step or too many.
     """
     t = self.config.training
     if t.num_epochs is None:
       return self
-    limit = t.num_epochs * num_examples // t.batch_size
-    rule = f"of {num_examples} examples are {limit} steps of {t.batch_size}: use "
-    require(limit > 0, "training.num_epochs", t.num_epochs, f"{rule}more, or a smaller batch")
+    num_steps = t.num_epochs * num_examples // t.batch_size
+    rule = (
+      f"of {num_examples} examples are {num_steps} steps of {t.batch_size}, and must be from 1 "
+    )
+    fits = 0 < num_steps <= INT32_MAX
+    require(fits, "training.num_epochs", t.num_epochs, f"{rule}to {INT32_MAX}")
     config = ConfigDict(self.config.to_dict())
-    config.training.num_steps = min(limit, t.num_steps or limit, INT32_MAX)
+    config.training.num_steps, config.training.num_epochs = num_steps, None
     return Experiment(config.lock())
 
   def objective(self, devices: parallel.Devices) -> loss.Objective:
@@ -176,8 +179,9 @@ class Experiment:
 
   def fresh_state(self, params: Any) -> TrainState:
     """Return the state of training before the first update of the parameters."""
-    penalties = [name for name, _ in self.regularizers]
-    return create_train_state(params, self.optimizer, self.curriculum.num_groups, penalties)
+    extra = [f"penalty_{name}" for name, _ in self.regularizers]
+    extra += [PROJECTION_LOSS] if self.config.optimizer.name == "galore" else []
+    return create_train_state(params, self.optimizer, self.curriculum.num_groups, extra)
 
   def train_step(self, devices: parallel.Devices, stage: int) -> Callable:
     """Return the pmapped step of a curriculum stage, which donates its state."""
@@ -194,6 +198,12 @@ class Experiment:
       log_every_steps=self.config.training.log_every_steps,
     )
     return parallel.pmap(train_step, devices, donate_argnums=(0,))
+
+  def gradient_norms(self, devices: parallel.Devices, stage: int) -> Callable:
+    """Return the pmapped gradient norms of single examples on a curriculum stage's timesteps."""
+    objective = self.objective(devices).with_strata(self.curriculum.stages[stage].strata)
+    fixed = dict(objective=objective, boundaries=self.curriculum.boundaries)
+    return parallel.pmap(functools.partial(step.gradient_norms, **fixed), devices)
 
   def eval_step(self, devices: parallel.Devices) -> Callable:
     """Return the pmapped evaluation step, for `held_out.held_out_losses`."""
@@ -259,6 +269,11 @@ class Experiment:
       require(asked == value, field, asked, f"does not fit the VAE: use {value}")
     return vae.VaeRunner(read, devices, self.config.vae.batch_size)
 
+  @functools.cached_property
+  def _local_vae(self) -> vae.VaeRunner:
+    """The VAE on this process's devices, shared by the splits that it encodes."""
+    return self.vae_runner(jax.local_devices())
+
   def to_pixels(self, devices: parallel.Devices, vae_digest: str) -> ToPixels:
     """Return a function from the model's (B, H, W, C) samples to (pixels, are_finite).
 
@@ -305,6 +320,8 @@ class Experiment:
     """
     if not self.config.vae.downsample_factor:
       return self.image_source(split)
+    if self.config.vae.encode_on_the_fly:
+      return latents.encode_on_the_fly(self.image_source(split), self._local_vae)
     directory, shape = os.path.expanduser(self.config.vae.latents_dir), self.shape
     fix = "make it by --mode=encode --output=DIR --config.vae.path=VAE"
     rule = f"must name the directory that --mode=encode wrote: {fix}"

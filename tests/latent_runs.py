@@ -31,6 +31,8 @@ def fields_for(images, **fields):
     "vae.batch_size": 8,
     "sampling.clip_x_0": False,
     "optimizer.warmup_steps": 0,
+    "curriculum.enabled": False,
+    "training.num_epochs": None,
   }
   fields = {name.replace("__", "."): value for name, value in fields.items()}
   return tiny.OVERRIDES | changed | fields

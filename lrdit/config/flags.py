@@ -8,7 +8,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from lrdit.config import recipe
-from lrdit.config.schema import FIELDS
+from lrdit.config.schema import FIELDS, get
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.paths import local_path
 from lrdit.runtime.store import flatten
@@ -22,6 +22,8 @@ MODES["export"] = ("config", "workdir", "output")
 OPTIONAL = dict.fromkeys(("sample", "evaluate", "analyze"), ("checkpoint",))
 OPTIONAL["export"] = ("checkpoint", "format")
 FORMATS = ("safetensors", "diffusers")
+
+LENGTHS = ("training.num_steps", "training.num_epochs")  # one on the command line unsets the other
 
 
 def parse_flags(argv: list[str]) -> flags.FlagValues:
@@ -135,6 +137,10 @@ def _override(values: flags.FlagValues, config: ConfigDict | None, rest: list[st
     raise UserError(message, 2) from error
   if words:
     raise UserError(f"{words[0]!r} is not a flag: write --name=value", 2)
+  lengths = [name for name in LENGTHS if f"config.{name}" in fields]
+  if len(lengths) == 1 and get(config, lengths[0]) is not None:
+    (other,) = {*LENGTHS} - {*lengths}
+    config.update_from_flattened_dict({other: None})
 
 
 class _OrNone(flags.ArgumentParser):

@@ -66,9 +66,12 @@ def resolve_for_run(config: ConfigDict, run: str) -> ConfigDict:
 
 def _check_vae(config: ConfigDict) -> None:
   size, factor = config.data.image_size, config.vae.downsample_factor
-  for field in () if factor else ("vae.path", "vae.latents_dir"):
+  for field in () if factor else ("vae.path", "vae.latents_dir", "vae.encode_on_the_fly"):
     rule = "is not used by a model on pixels, which config.vae.downsample_factor=None makes"
     require(not get(config, field), field, get(config, field), f"{rule}: leave it out")
+  rule = "is not read with config.vae.encode_on_the_fly=True: leave one of them out"
+  on_the_fly, latents_dir = config.vae.encode_on_the_fly, config.vae.latents_dir
+  require(not (on_the_fly and latents_dir), "vae.latents_dir", latents_dir, rule)
   rule = f"is not a multiple of config.vae.downsample_factor={factor}"
   require(size % (factor or 1) == 0, "data.image_size", size, rule)
 
@@ -122,8 +125,12 @@ def _check_stages(config: ConfigDict) -> None:
   t = config.training
   rule = f"does not divide config.training.batch_size={t.batch_size}: use a divisor, or None"
   require(t.batch_size % (t.microbatch or 1) == 0, "training.microbatch", t.microbatch, rule)
-  rule = "needs config.training.num_epochs: set one of them"
-  require(t.num_steps is not None or bool(t.num_epochs), "training.num_steps", t.num_steps, rule)
+  rule = "measures by config.evaluation.extractors, and it is (): name some, or use None"
+  measures = not t.metrics_every_steps or config.evaluation.extractors
+  require(bool(measures), "training.metrics_every_steps", t.metrics_every_steps, rule)
+  rule = f"beside config.training.num_epochs={t.num_epochs}: set one of them, the other None"
+  is_one = (t.num_steps is None) != (t.num_epochs is None)
+  require(is_one, "training.num_steps", t.num_steps, rule)
 
 
 def _check_boundaries(config: ConfigDict) -> None:

@@ -104,6 +104,7 @@ FIELDS: dict[str, Field] = {
     path=Field("", "AutoencoderKL of diffusers: directory or safetensors", PATH, role=Role.FREE),
     latents_dir=Field("", "Directory that `--mode=encode` wrote", PATH, role=Role.FREE),
     batch_size=Field(32, "Images in flight over all devices", _BATCH, role=Role.FREE),
+    encode_on_the_fly=Field(False, "Encode images as they are read, instead of `latents_dir`"),
   ),
   **_group("model", Role.RUN)(
     variant=Field("S/2", "Size and patch; docs/running.md lists the sizes"),
@@ -242,6 +243,10 @@ FIELDS: dict[str, Field] = {
     factor_update=Field(
       "whole", "Muon's rule for a layer's factors", choice(names="train.muon.FACTOR_UPDATES")
     ),
+    galore_rank=Field(
+      128, "Rank that `galore` projects a matrix's gradient to", whole(), role=Role.RUN
+    ),
+    galore_gap=Field(200, "Steps between new projections of `galore`", whole(), role=Role.RUN),
     factor_rates=Field(
       "equal",
       "Learning rates of the factors: `equal`, or `fan_in` for up's times D_in / R",
@@ -288,19 +293,32 @@ FIELDS: dict[str, Field] = {
       100_000,
       "Updates; a larger number prolongs a run, and 0 only reads what `init.from_` names",
       whole(0),
-      "`num_epochs` alone ends it",
+      "those of `num_epochs`",
       role=Role.FREE,
     ),
     num_epochs=Field(
       None,
-      "Passes over the training data, if they end before `num_steps`",
+      "Passes over the training data, instead of `num_steps`, which the command line unsets then",
       whole(),
-      "`num_steps` alone ends it",
+      "`num_steps` counts",
       role=Role.FREE,
     ),
     log_every_steps=Field(100, "Steps between lines of metrics", whole()),
     eval_every_steps=Field(5000, "Steps between held-out losses", whole(), "never"),
     sample_every_steps=Field(10_000, "Steps between grids of samples", whole(), "never"),
+    gradient_norms_every_steps=Field(
+      None,
+      "Steps between means and variances of single examples' gradient norms by timestep group",
+      whole(),
+      "never",
+    ),
+    metrics_every_steps=Field(
+      None,
+      "Steps between metrics of samples of the averaged weights, by `evaluation.extractors`",
+      whole(),
+      "never",
+    ),
+    metrics_samples=Field(1000, "Images that those metrics are over", whole()),
     tensorboard=Field(True, "Write TensorBoard events if tensorboard is installed"),
     profile_steps=Field((), "(first, last) steps to trace; () traces none", span(1)),
   ),

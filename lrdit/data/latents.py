@@ -17,15 +17,52 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float32, Int
 
 from lrdit.data.source import Source
-from lrdit.model.vae import VaeConfig, scale_latents
+from lrdit.model.vae import VaeConfig, VaeRunner, scale_latents
 from lrdit.runtime import store
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import lock_path
 
 SPLITS = ("train", "eval")
+
+
+def scaled_posterior(
+  vae_config: VaeConfig, moments: Float32[np.ndarray, "b 2 h w c"]
+) -> dict[str, np.ndarray]:
+  """Return "image" and "std", the scaled mean and standard deviation of the VAE's posterior."""
+  return {
+    "image": scale_latents(vae_config, moments[:, 0]),
+    "std": np.exp(0.5 * moments[:, 1]) * vae_config.scaling_factor,
+  }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedSource(Source):
+  """A split of images that are encoded whenever they are read; `images` are the images."""
+
+  runner: VaeRunner
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """Return (h, w, c)."""
+    factor, config = self.runner.config.downsample_factor, self.runner.config
+    height, width = self.images.shape[1:3]
+    return height // factor, width // factor, config.latent_channels
+
+  def gather(self, index: Int[np.ndarray, " b"], flip: Bool[np.ndarray, " b"]) -> dict[str, Any]:
+    """Encode images, mirrored where `flip` is set; the result is that of `LatentSource`."""
+    batch = super().gather(index, flip)
+    moments = self.runner.encode(np.ascontiguousarray(batch["image"]))
+    return scaled_posterior(self.runner.config, moments) | {"label": batch["label"]}
+
+
+def encode_on_the_fly(source: Source, runner: VaeRunner) -> EncodedSource:
+  """Return the latents of a split of images, none of which are kept."""
+  fields = {field.name: getattr(source, field.name) for field in dataclasses.fields(Source)}
+  fields["fingerprint"] = source.fingerprint | {"vae": runner.digest, "encoded": "on the fly"}
+  return EncodedSource(**fields, runner=runner)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,11 +84,7 @@ class LatentSource(Source):
       float32, and "label" (b,) int32. Rows with `flip` are of the stored mirrored image.
     """
     moments = self.images[index, flip.astype(np.intp)]
-    return {
-      "image": scale_latents(self.vae_config, moments[:, 0]),
-      "std": np.exp(0.5 * moments[:, 1]) * self.vae_config.scaling_factor,
-      "label": self.labels[index],
-    }
+    return scaled_posterior(self.vae_config, moments) | {"label": self.labels[index]}
 
 
 def _row_files(

@@ -12,15 +12,17 @@ from ml_collections import ConfigDict
 from lrdit.data import images, latents, pipeline
 from lrdit.data.source import Source, report_classes
 from lrdit.experiment import Experiment
-from lrdit.model.vae import VaeRunner
+from lrdit.model.vae import VaeRunner, unscale_latents
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from lrdit.runtime.progress import make_bar
+from lrdit.runtime.store import write_json
 
 log = logging.getLogger("lrdit")
 
 KEEP_EVERY_IMAGES = 1024  # a kill loses the work on about this many images at most
+STATISTICS_EXAMPLES, ROUND_TRIP_EXAMPLES, PICTURES = 4096, 64, 10
 
 
 def describe(config: ConfigDict, runner: VaeRunner, sources: dict[str, Source]) -> dict[str, Any]:
@@ -82,6 +84,8 @@ def encode(config: ConfigDict, output: str, devices: parallel.Devices | None = N
   directory.mkdir(parents=True, exist_ok=True)
   with owned(directory, "encode"):
     _encode_into(directory, config, runner, sources)
+    if not (directory / "statistics.json").exists():
+      describe_latents(directory, runner, sources["eval"])
   log.info("train on these latents with --config.vae.latents_dir=%s", directory)
 
 
@@ -99,3 +103,39 @@ def _encode_into(
     if writer.num_done(split) < len(source):
       encode_split(config, runner, source, split, writer)
   writer.finish()
+
+
+def _spread(source: Source, count: int) -> dict[str, Any]:
+  """Return at most `count` examples of a source, evenly spread over it."""
+  index = np.unique(np.linspace(0, len(source) - 1, count).astype(np.int64))
+  return source.gather(index, np.zeros(len(index), bool))
+
+
+def describe_latents(directory: pathlib.Path, runner: VaeRunner, eval_images: Source) -> None:
+  """Write statistics.json and round_trip.png of finished latents.
+
+  The first has mean and standard deviation of the model's x_0, over all and by channel, and the
+  error of decoding held-out latents. The second shows held-out images above their decoded latents.
+  """
+  train = _spread(latents.open_latents(str(directory), "train"), STATISTICS_EXAMPLES)
+  mean = train["image"].mean(axis=(0, 1, 2))
+  second = (np.square(train["image"]) + np.square(train["std"])).mean(axis=(0, 1, 2))
+  held_out = _spread(latents.open_latents(str(directory), "eval"), ROUND_TRIP_EXAMPLES)
+  decoded = runner.decode(unscale_latents(runner.config, held_out["image"]))
+  pixels = _spread(eval_images, ROUND_TRIP_EXAMPLES)["image"]
+  error = float(np.square(np.clip(decoded, -1, 1) - pixels).mean())
+  statistics = {
+    "train_examples": len(train["image"]),
+    "mean": float(mean.mean()),
+    "std": float(np.sqrt(second.mean() - mean.mean() ** 2)),
+    "channel_means": mean.tolist(),
+    "channel_stds": np.sqrt(second - np.square(mean)).tolist(),
+    "round_trip_examples": len(pixels),
+    "round_trip_psnr": float(10 * np.log10(4 / max(error, 1e-10))),
+  }
+  rows = np.concatenate([pixels[:PICTURES], decoded[:PICTURES]])
+  columns = min(PICTURES, len(pixels))
+  images.write_grid(directory / "round_trip.png", images.to_uint8(rows), columns)
+  write_json(directory / "statistics.json", statistics)
+  text = "latents as the model sees them: mean %.3f, std %.3f; the VAE's round trip: PSNR %.1f dB"
+  log.info(text, *(statistics[name] for name in ("mean", "std", "round_trip_psnr")))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import pathlib
 from collections.abc import Callable
@@ -14,10 +15,11 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from lrdit.config.run_config import begin_config, open_workdir
-from lrdit.data import pipeline
+from lrdit.data import images, pipeline
 from lrdit.data.source import report_classes
+from lrdit.evaluation import references
 from lrdit.evaluation.held_out import held_out_losses
-from lrdit.experiment import Experiment
+from lrdit.experiment import Experiment, ToPixels
 from lrdit.pretrained import starting_params
 from lrdit.runtime import cluster, parallel
 from lrdit.runtime.errors import RESTART_STATUS, UserError
@@ -25,7 +27,13 @@ from lrdit.runtime.progress import make_bar
 from lrdit.sampling import sampler
 from lrdit.train.checkpoints import directory_of
 from lrdit.train.curriculum import Curriculum
-from lrdit.train.monitor import Profiler, Stopwatch, advice_on_non_finite, window_scalars
+from lrdit.train.monitor import (
+  Profiler,
+  Stopwatch,
+  advice_on_non_finite,
+  gradient_norm_scalars,
+  window_scalars,
+)
 from lrdit.train.run_files import RunFiles, check_same_on_all
 from lrdit.train.state import (
   NON_FINITE_QUANTITIES,
@@ -53,6 +61,7 @@ def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = N
     if cluster.is_first():
       begin_config(trainer.workdir, trainer.config, first_step)
     trainer.files.begin(first_step)
+    trainer.prepare_quality()
     state = parallel.replicate(state, trainer.devices)
     if first_step == 0 and config.init.from_:
       trainer.report_start(state)
@@ -91,12 +100,14 @@ def run_steps(
   with contextlib.closing(batches), contextlib.closing(profiler), bar:
     while step < last and not stop.is_due():
       profiler.before(step + 1, state, watch)
-      state, window = train_step(state, next(on_devices), trainer.key)
+      batch = next(on_devices)
+      state, window = train_step(state, batch, trainer.key)
       step += 1
       if pending:
         trainer.log_step(pending, watch, bar)
       watch.tick()
-      pending = FinishedStep(step, stage, window, due_after(trainer.config, step))
+      due = due_after(trainer.config, step)
+      pending = FinishedStep(step, stage, window, due, batch if "norms" in due else None)
       profiler.after(step, state, watch)
       if pending.due - {"log"}:  # reads the state, which the next step donates
         trainer.finish_step(pending, state, watch, bar)
@@ -118,14 +129,17 @@ class FinishedStep:
   stage: int  # the step's stage of the curriculum
   window: WindowMetrics  # the step's second output
   due: set[str]  # work after the step, from `due_after`
+  batch: Any  # the step's, if its gradient norms are due
 
 
 def due_after(config: ConfigDict, step: int) -> set[str]:
-  """Return which of "log", "eval", "grid" and "save" are due after `step` updates."""
+  """Return the work that is due after `step` updates: the keys of `every`."""
   training = config.training
   every = {
     "log": training.log_every_steps,
     "eval": training.eval_every_steps,
+    "norms": training.gradient_norms_every_steps,
+    "metrics": training.metrics_every_steps,
     "grid": training.sample_every_steps,
     "save": config.checkpoint.every_steps,
   }
@@ -146,10 +160,14 @@ class Trainer:
     self.curriculum = self.experiment.curriculum
     warn_of_too_few_steps(self.curriculum, config.training.num_steps)
     self.eval_source = self.experiment.source("eval")
+    self.quality: Quality | None = None
     self.grids = Grids(self.experiment, devices, self.source.fingerprint.get("vae", ""))
     self.slots = parallel.batch_slots(config.training.batch_size, devices)
     self.key = jax.random.key(config.seed)
     self.eval_step = self.experiment.eval_step(devices)
+    self.norm_step = functools.cache(
+      functools.partial(self.experiment.gradient_norms, self.devices)
+    )
     fingerprint = {"train": self.source.fingerprint, "eval": self.eval_source.fingerprint}
     check_same_on_all("data", fingerprint)
     if cluster.is_first():
@@ -157,12 +175,20 @@ class Trainer:
     self.files = RunFiles(config, workdir, fingerprint)
     report_classes(self.source, config.data.num_classes)
 
+  def prepare_quality(self) -> None:
+    """Prepare the metrics of samples, if any are asked for, in the first process.
+
+    This can train a classifier and reads real images.
+    """
+    if self.config.training.metrics_every_steps and cluster.is_first():
+      self.quality = Quality(self.experiment, self.devices, self.workdir, self.grids.to_pixels)
+
   def initial_state(self) -> TrainState:
     """Return the first process's newest checkpoint, or a fresh state, on the host."""
 
     fresh = self.experiment.fresh_state
     template = jax.eval_shape(fresh, self.experiment.params_template)
-    window = WindowMetrics.empty(self.curriculum.num_groups, [*template.window.penalties])
+    window = WindowMetrics.empty(self.curriculum.num_groups, [*template.window.extra])
     template = template.replace(window=window, stage=StageProgress.begin(0, 0))
     state = self.files.restore_state(template)
     if state is None:
@@ -251,6 +277,10 @@ class Trainer:
     extra = {}
     if "eval" in finished.due:
       extra["eval/loss"] = self._held_out_loss(state)
+    if "norms" in finished.due:
+      extra |= self.gradient_norms(finished, state)
+    if "metrics" in finished.due and self.quality:
+      extra |= self.quality.measure(parallel.unreplicate(state.ema_params))
     self.log_step(finished, watch, bar, extra)
     watch.pause()
     if "grid" in finished.due and cluster.is_first():
@@ -260,6 +290,12 @@ class Trainer:
       self.files.save(state)
     watch.resume()
 
+  def gradient_norms(self, finished: FinishedStep, state: TrainState) -> dict[str, float]:
+    """Return the gradient norms after a step, on its batch with the next step's noise."""
+    key = jax.random.fold_in(self.key, finished.step)
+    sums = parallel.read(self.norm_step(finished.stage)(state.params, finished.batch, key))
+    return gradient_norm_scalars(sums, self.curriculum.boundaries)
+
   def _refuse_non_finite(self, step: int, quantity: str) -> None:
     saved = (*self.files.finish_saves(), 0, 0)[:2]
     newest, before = (int(s) for s in cluster.from_first(np.array(saved, np.int32)))
@@ -268,6 +304,43 @@ class Trainer:
       f"the {quantity} of step {step} is not finite, the first quantity that is not; nothing was "
       f"saved after it. {advice}"
     )
+
+
+class Quality:
+  """Measures samples by the config's extractors, on the devices of this process."""
+
+  def __init__(
+    self,
+    experiment: Experiment,
+    devices: parallel.Devices,
+    workdir: pathlib.Path,
+    to_pixels: ToPixels,
+  ):
+    """Build the sampler and the references, which are kept as `--mode=evaluate` keeps them."""
+    e, own = experiment.config.evaluation, parallel.own_devices(devices)
+    self._count = experiment.config.training.metrics_samples
+    self._label_rule = experiment.label_rule
+    batch_size = -(-experiment.config.sampling.batch_size // len(own)) * len(own)
+    self._sampler, self._to_pixels = experiment.sampler(own, batch_size), to_pixels
+    features = pathlib.Path(e.features_dir).expanduser() if e.features_dir else workdir / "features"
+    source, self._references = experiment.image_source(e.reference_split), []
+    for extractor in experiment.extractors(features):
+      path = features / f"reference_{extractor.name}_{e.reference_split}.npz"
+      reference = references.open_reference(path, source, extractor, e.max_features)
+      self._references.append((extractor, reference))
+
+  def measure(self, params: Any) -> dict[str, float]:
+    """Return the metrics of samples of the parameters, by name."""
+    parts = self._sampler.sample(params, self._label_rule, self._count)
+    pixels = images.to_rgb(np.concatenate([self._to_pixels(part)[0] for part in parts]))
+    labels = self._label_rule(np.arange(self._count)) if self._label_rule else None
+    scalars = {}
+    for extractor, reference in self._references:
+      size = extractor.batch_size
+      rows = [slice(start, start + size) for start in range(0, self._count, size)]
+      batches = ((pixels[r], None if labels is None else labels[r]) for r in rows)
+      scalars |= references.measure(batches, extractor, reference)
+    return {f"eval/{name}": float(value) for name, value in scalars.items()}
 
 
 class Grids:
@@ -280,8 +353,9 @@ class Grids:
     own = parallel.own_devices(devices)
     batch_size = -(-GRID_ROWS * GRID_COLUMNS // len(own)) * len(own)
     self._sampler = experiment.sampler(own, batch_size)
-    if config.training.sample_every_steps or config.vae.path:
-      self._to_pixels = experiment.to_pixels(devices, vae_digest)
+    training = config.training
+    if training.sample_every_steps or training.metrics_every_steps or config.vae.path:
+      self.to_pixels = experiment.to_pixels(devices, vae_digest)
 
   def sample(self, params: Any, step: int) -> np.ndarray:
     """Return (rows * columns, H, W, C) uint8 samples of the parameters after `step` updates."""
@@ -291,7 +365,7 @@ class Grids:
 
     count, label_rule = GRID_ROWS * GRID_COLUMNS, label_of_column if self._num_classes else None
     samples = np.concatenate(list(self._sampler.sample(params, label_rule, count)))
-    pixels, are_finite = self._to_pixels(samples)
+    pixels, are_finite = self.to_pixels(samples)
     if not are_finite.all():
       text = "%d of the %d samples of step %d are not finite: they are black in the grid"
       log.warning(text, np.count_nonzero(~are_finite), count, step)

@@ -118,7 +118,7 @@ class Checkpoints:
     step = int(state.step)
     if step == self._last_step:
       return
-    # Orbax would record dicts without arrays, such as the penalties of a run that has none.
+    # Orbax would record dicts without arrays, such as the sums of a run without penalties.
     items = {name: _without_empty_dicts(tree) for name, tree in _items(state).items()}
     arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     arguments["config"] = ocp.args.JsonSave(config)

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 
 from lrdit.runtime import cluster
 from lrdit.train.curriculum import Curriculum
@@ -82,14 +83,31 @@ def window_scalars(window: WindowMetrics, curriculum: Curriculum, stage: int) ->
     "train/grad_norm": float(window.grad_norm) / count,
     "train/learning_rate": float(window.learning_rate),
   }
-  for name, value in window.penalties.items():
-    scalars[f"train/penalty_{name}"] = float(value) / count
+  for name, value in window.extra.items():
+    scalars[f"train/{name}"] = float(value) / count
   if len(curriculum.stages) > 1:
     scalars["train/stage"] = stage + 1
   groups = itertools.pairwise(curriculum.boundaries)
   for (low, high), total, n in zip(groups, window.group_loss, window.group_count, strict=True):
     if n:
       scalars[f"train/loss_t{low:04d}-{high - 1:04d}"] = float(total) / int(n)
+  return scalars
+
+
+def gradient_norm_scalars(
+  sums: tuple[np.ndarray, np.ndarray, np.ndarray], boundaries: tuple[int, ...]
+) -> dict[str, float]:
+  """Return the mean and variance of the gradient norms of each timestep group, by name.
+
+  `sums` are host arrays from `step.gradient_norms`; groups without an example are left out.
+  """
+  scalars = {}
+  for (low, high), total, squares, n in zip(itertools.pairwise(boundaries), *sums, strict=True):
+    if n:
+      group, mean = f"t{low:04d}-{high - 1:04d}", float(total) / int(n)
+      scalars[f"train/example_grad_norm_mean_{group}"] = mean
+      variance = max(0.0, float(squares) / int(n) - mean**2)
+      scalars[f"train/example_grad_norm_variance_{group}"] = variance
   return scalars
 
 

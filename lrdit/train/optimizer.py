@@ -16,7 +16,7 @@ from lrdit.train.muon import muon as make_muon
 # The float32 learning rate as a function of (step, the steps at which warm-up and decay began).
 Schedule = Callable[..., Float[Array, ""]]
 
-OPTIMIZERS = ("adamw", "lion", "muon")
+OPTIMIZERS = ("adamw", "lion", "muon", "galore")
 FACTOR_RATES = ("equal", "fan_in")
 DECAYS = ("cosine", "constant")
 
@@ -58,6 +58,8 @@ def make_optimizer(
   beta2: float | None = None,
   epsilon: float | None = None,
   factor_rates: str = "equal",
+  galore_rank: int = 128,
+  galore_gap: int = 200,
 ) -> optax.GradientTransformation:
   """Return the optimizer `name` after clipping of the global gradient norm.
 
@@ -72,8 +74,9 @@ def make_optimizer(
     beta1, beta2: decay rates of the moments; None is (0.9, 0.999) for adamw, (0.9, 0.99) for lion.
     epsilon: term in adamw's denominator; None is 1e-8. lion has none.
     factor_rates: one of `FACTOR_RATES`; "fan_in" multiplies the updates of `up` by D_in / R.
+    galore_rank, galore_gap: of `galore`, which applies to matrices; adamw updates all else.
   """
-  make = {"adamw": optax.adamw, "muon": optax.adamw, "lion": optax.lion}[name]
+  make = optax.lion if name == "lion" else optax.adamw
   constants = {"b1": beta1, "b2": beta2} | ({} if name == "lion" else {"eps": epsilon})
   update = make(
     learning_rate=1.0,
@@ -83,9 +86,49 @@ def make_optimizer(
   )
   if name == "muon":
     update = make_muon(plan, muon, weight_decay, update)
+  if name == "galore":
+    moments = {key: value for key, value in constants.items() if value is not None}
+    projected = galore(galore_rank, galore_gap, weight_decay, optax.scale_by_adam(**moments))
+    update = optax.partition({"matrix": projected, "other": update}, _matrices)
   clip = optax.identity() if grad_clip_norm is None else optax.clip_by_global_norm(grad_clip_norm)
   rates = () if factor_rates == "equal" else (scale_by_fan_in(plan),)
   return optax.chain(clip, update, *rates)
+
+
+def _matrices(params: Any) -> Any:
+  return jax.tree.map(lambda p: "matrix" if p.ndim == 2 else "other", params)
+
+
+def galore(
+  rank: int, gap: int, weight_decay: float, moments: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """Return GaLore for a learning rate of 1 (Zhao et al. 2024, arXiv 2403.03507), of matrices only.
+
+  Each matrix's gradient is projected to the leading singular vectors, `rank` at most, that its own
+  gradient had at the last multiple of `gap` steps; `moments` are of the projection. They are kept
+  when the projection changes, as there. Fresh moments begin with a new projection.
+  """
+  return optax.chain(
+    optax.contrib.scale_by_galore(rank, gap, base_optimizer=moments),
+    optax.add_decayed_weights(weight_decay),
+    optax.scale(-1.0),
+  )
+
+
+def projection_loss(grads: Any, opt_state: Any) -> Float[Array, ""]:
+  """Return the share of the matrices' squared gradient that GaLore's projections leave out.
+
+  `opt_state` is the state after the update by `grads`, which may be scaled.
+  """
+  total = kept = jnp.zeros(())
+  by_path = dict(jax.tree_util.tree_leaves_with_path(grads))
+  projections = optax.tree.get(opt_state, "projector")
+  for path, projection in jax.tree_util.tree_leaves_with_path(projections):
+    gradient = by_path[path]
+    tall = gradient if gradient.shape[0] >= gradient.shape[1] else gradient.T
+    total += jnp.square(tall).sum()
+    kept += jnp.square(projection.T @ tall).sum()
+  return jnp.maximum(0.0, 1 - kept / total)
 
 
 def scale_by_fan_in(plan: RankPlan) -> optax.GradientTransformation:

@@ -79,7 +79,8 @@ def add_penalties(
 ) -> tuple[dict[str, Float[Array, ""]], Any]:
   """Return the penalties, not weighted, and `grads` plus the gradient of their weighted sum.
 
-  Without weights there are none, and `grads` stay. With weights, `plan` has low-rank layers.
+  The names of the penalties, as in metrics, have "penalty_" in front. Without weights there are
+  none, and `grads` stay. With weights, `plan` has low-rank layers.
   """
   if not weights:
     return {}, grads
@@ -89,4 +90,5 @@ def add_penalties(
     return sum(weight * values[name] for name, weight in weights), values
 
   added, values = jax.grad(weighted, has_aux=True)(params)
-  return values, jax.tree.map(jnp.add, grads, added)
+  named = {f"penalty_{name}": value for name, value in values.items()}
+  return named, jax.tree.map(jnp.add, grads, added)

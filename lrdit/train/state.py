@@ -33,11 +33,11 @@ class WindowMetrics:
   group_count: Int[Array, " G"]  # examples of each group
   # Of the last step: 0, or 1 + the index of the first of `NON_FINITE_QUANTITIES` to be non-finite.
   non_finite: Int[Array, ""]
-  penalties: dict[str, Float[Array, ""]] = flax.struct.field(default_factory=dict)  # by name
+  extra: dict[str, Float[Array, ""]] = flax.struct.field(default_factory=dict)  # by name
 
   @classmethod
-  def empty(cls, num_groups: int, penalties: Sequence[str] = ()) -> "WindowMetrics":
-    """Return the window before any step, with the names of the run's penalties."""
+  def empty(cls, num_groups: int, extra: Sequence[str] = ()) -> "WindowMetrics":
+    """Return the window before any step, with the names of the run's own sums."""
     return cls(
       loss=jnp.zeros((), jnp.float32),
       grad_norm=jnp.zeros((), jnp.float32),
@@ -46,7 +46,7 @@ class WindowMetrics:
       group_loss=jnp.zeros(num_groups, jnp.float32),
       group_count=jnp.zeros(num_groups, jnp.int32),
       non_finite=jnp.zeros((), jnp.int32),
-      penalties={name: jnp.zeros((), jnp.float32) for name in penalties},
+      extra={name: jnp.zeros((), jnp.float32) for name in extra},
     )
 
   def add(
@@ -57,7 +57,7 @@ class WindowMetrics:
     The first step after a multiple of `log_every_steps` starts new sums.
     """
     goes_on = (step - 1) % log_every_steps != 0
-    summed = ("loss", "grad_norm", "count", "group_loss", "group_count", "penalties")
+    summed = ("loss", "grad_norm", "count", "group_loss", "group_count", "extra")
     old, own = ({name: getattr(window, name) for name in summed} for window in (self, new))
     return new.replace(**jax.tree.map(lambda a, b: jnp.where(goes_on, a, 0) + b, old, own))
 
@@ -127,17 +127,17 @@ def create_train_state(
   params: Any,
   optimizer: optax.GradientTransformation,
   num_groups: int,
-  penalties: Sequence[str] = (),
+  extra: Sequence[str] = (),
 ) -> TrainState:
   """Return the state before the first update, for `num_groups` timestep groups.
 
-  The moving average starts at `params`. `penalties` are the names of the run's regularizers.
+  The moving average starts at `params`. `extra` are the names of further sums in the window.
   """
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     ema_params=jax.tree.map(jnp.copy, params),
     opt_state=optimizer.init(params),
-    window=WindowMetrics.empty(num_groups, penalties),
+    window=WindowMetrics.empty(num_groups, extra),
     stage=StageProgress.begin(number=0, first_step=0),
   )

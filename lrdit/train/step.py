@@ -3,6 +3,7 @@
 Axes: b local batch, G timestep groups.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +16,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from lrdit.runtime.parallel import AXIS
 from lrdit.train.curriculum import Curriculum
 from lrdit.train.loss import Objective, batch_losses, group_sums
-from lrdit.train.optimizer import Schedule, update_ema
+from lrdit.train.optimizer import Schedule, projection_loss, update_ema
 from lrdit.train.regularizers import Weights, add_penalties
 from lrdit.train.state import TrainState, WindowMetrics
+
+PROJECTION_LOSS = "projection_loss"  # in the window's `extra` if the optimizer is galore
 
 
 def mean_gradient(
@@ -93,14 +96,14 @@ def train_step(
 
   Returns:
     The state after the update, and a copy of its window that outlives the state's donation to
-    the next step. Both are equal on every device.
+    the next step, equal on every device.
   """
   step_key = jax.random.fold_in(key, state.step)
   objective = objective.with_strata(curriculum.stages[stage].strata)
   loss, (group_loss, group_count), grads, is_batch_finite = mean_gradient(
     state.params, objective, step_key, batch, curriculum.boundaries
   )
-  penalties, grads = add_penalties(grads, state.params, objective.model.plan, regularizers)
+  extra, grads = add_penalties(grads, state.params, objective.model.plan, regularizers)
   warmup_start = state.stage.first_step if curriculum.restart_optimizer else 0
   decay_start = state.stage.first_step if curriculum.restart_decay else 0
   rate = learning_rate(state.step, warmup_start, decay_start)
@@ -108,9 +111,10 @@ def train_step(
   updates = jax.tree.map(lambda update: rate * update, updates)
   params = optax.apply_updates(state.params, updates)
   step = state.step + 1
-  sums = loss, group_loss, group_count, penalties
-  metrics = step_metrics(*sums, grads, updates, rate, is_batch_finite)
-  window = state.window.add(metrics, step, log_every_steps)
+  if PROJECTION_LOSS in state.window.extra:
+    extra[PROJECTION_LOSS] = projection_loss(grads, opt_state)
+  sums = loss, group_loss, group_count, extra, grads, updates, rate, is_batch_finite
+  window = state.window.add(step_metrics(*sums), step, log_every_steps)
   own = slice(*curriculum.stages[stage].groups)
   progress = state.stage.add(group_loss[own].sum(), group_count[own].sum(), step, curriculum)
   restart = (progress.number != stage) & curriculum.restart_optimizer
@@ -129,7 +133,7 @@ def step_metrics(
   loss: Float[Array, ""],
   group_loss: Float[Array, " G"],
   group_count: Int[Array, " G"],
-  penalties: dict[str, Float[Array, ""]],
+  extra: dict[str, Float[Array, ""]],
   grads: Any,
   updates: Any,
   learning_rate: Float[Array, ""],
@@ -150,9 +154,42 @@ def step_metrics(
     learning_rate=learning_rate,
     group_loss=group_loss,
     group_count=group_count,
-    penalties=penalties,
+    extra=extra,
     non_finite=jnp.where(flags.all(), 0, 1 + flags.argmin()).astype(jnp.int32),
   )
+
+
+def gradient_norms(
+  params: Any,
+  batch: dict[str, Array],
+  key: Key[Array, ""],
+  *,
+  objective: Objective,
+  boundaries: tuple[int, ...],
+) -> tuple[Float[Array, " G"], Float[Array, " G"], Int[Array, " G"]]:
+  """Return the sums of single examples' gradient norms and of their squares, and the counts.
+
+  They are of each timestep group, over all devices, and equal on every device. `batch` and `key`
+  are as in `batch_losses`. The gradients are of one example at a time, so that memory does not
+  grow, and at the largest rank with a mask.
+  """
+  size = len(batch["label"])
+  single = dataclasses.replace(objective, microbatches=size)
+
+  def norm(numbered: tuple[Int[Array, ""], dict[str, Array]]) -> tuple[Array, Array]:
+    def loss(params: Any) -> tuple[Array, Array]:
+      losses, t = batch_losses(params, single, key, numbered[1], numbered[0])
+      return losses[0], t[0]
+
+    grads, t = jax.grad(loss, has_aux=True)(params)
+    return optax.tree.norm(grads), t
+
+  examples = jax.tree.map(lambda x: x[:, None], batch)
+  norms, t = jax.lax.map(norm, (jnp.arange(size), examples))
+  is_one = jnp.ones_like(t, bool)
+  total, count = group_sums(norms, t, is_one, boundaries)
+  squares, _ = group_sums(jnp.square(norms), t, is_one, boundaries)
+  return jax.lax.psum((total, squares, count), AXIS)
 
 
 def eval_step(

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import celeba, cifar10, imagenet128
+from lrdit.config.flags import parse_flags
 from lrdit.config.resolve import resolve
 from lrdit.experiment import Experiment
 from lrdit.runtime.errors import UserError
@@ -45,9 +46,25 @@ def test_epochs_follow_the_batch_size_and_the_data():
   assert steps_of(1000, **fields) == 187
   assert steps_of(1000, **fields, training__batch_size=32) == 93
   assert steps_of(500, **fields) == 93
-  # The first of both ends training.
-  assert steps_of(1000, training__num_epochs=3, training__num_steps=50) == 50
-  assert steps_of(1000, training__num_epochs=3, training__num_steps=500) == 187
   assert steps_of(1000, training__num_steps=500) == 500
-  with pytest.raises(UserError, match=r"num_epochs=3 of 5 examples are 0 steps of 16"):
+  with pytest.raises(UserError, match=r"num_epochs=3 of 5 examples are 0 steps of 16, and must be"):
     steps_of(5, **fields)
+  with pytest.raises(UserError, match=r"num_steps=8 beside config.training.num_epochs=3: set one"):
+    steps_of(1000, training__num_epochs=3)
+
+
+@pytest.mark.parametrize(
+  ("recipe", "flags", "expected"),
+  [
+    ("cifar10", (), (None, 200)),
+    ("cifar10", ("num_steps=50",), (50, None)),
+    ("digits", ("num_epochs=3",), (None, 3)),
+    ("digits", ("num_epochs=None",), (2000, None)),
+    ("cifar10", ("num_steps=50", "num_epochs=3"), (50, 3)),
+  ],
+)
+def test_on_the_command_line_steps_replace_epochs(recipe, flags, expected, monkeypatch):
+  monkeypatch.chdir(tiny.ROOT)
+  argv = ["main.py", f"--config=configs/{recipe}.py", "--workdir=w"]
+  training = parse_flags([*argv, *(f"--config.training.{flag}" for flag in flags)]).config.training
+  assert (training.num_steps, training.num_epochs) == expected

@@ -178,7 +178,7 @@ MISTAKES = {
   "no end of training": (
     ["--config.training.num_steps=None"],
     1,
-    "training.num_steps=None needs config.training.num_epochs",
+    "training.num_steps=None beside config.training.num_epochs=None: set one of them",
   ),
   "middle group of another start": (
     ["--config.curriculum.middle_group=0"],

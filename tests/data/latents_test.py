@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from lrdit.data import latents
+from lrdit.experiment import Experiment
 from lrdit.model.vae import VaeConfig
 from lrdit.runtime.errors import UserError
+from tests import latent_runs
 
 COUNTS = {"train": 7, "eval": 3}
 VAE = VaeConfig(
@@ -225,3 +227,20 @@ def test_a_directory_of_something_else_is_refused(tmp_path, field, value, finish
   with pytest.raises(UserError, match=f"holds other latents: {field}.*there"):
     latents.LatentWriter(tmp_path, DESCRIPTION | {field: value}, COUNTS)
   assert contents(tmp_path) == before
+
+
+def test_images_may_be_encoded_as_they_are_read(tmp_path):
+  """Mirrored images too: what is encoded is the mirrored image, not its latent."""
+  images = latent_runs.write_images(tmp_path / "images.npz", 40)
+  experiment = Experiment(latent_runs.make_config(images, vae__encode_on_the_fly=True))
+  read, plain = experiment.source("train"), experiment.image_source("train")
+  runner = experiment.vae_runner(latent_runs.one_device())
+  assert (len(read), read.image_shape, read.num_classes) == (len(plain), (4, 4, 4), 10)
+  assert read.fingerprint == plain.fingerprint | {"vae": runner.digest, "encoded": "on the fly"}
+  index, flip = np.array([5, 2, 11]), np.array([False, True, True])
+  got, pixels = read.gather(index, flip), plain.gather(index, flip)
+  moments = runner.encode(pixels["image"])
+  assert got["label"].tolist() == pixels["label"].tolist()
+  np.testing.assert_allclose(got["image"], latent_runs.SCALE * moments[:, 0], rtol=1e-4, atol=1e-5)
+  std = latent_runs.SCALE * np.exp(0.5 * moments[:, 1])
+  np.testing.assert_allclose(got["std"], std, rtol=1e-4, atol=1e-6)

@@ -357,12 +357,22 @@ def test_the_learning_rate_in_the_metrics_is_the_one_applied(undisturbed):
     )
 
 
-def test_penalties_microbatches_and_iid_timesteps_of_a_run_of_one_epoch(tmp_path):
+def test_what_a_run_may_watch_and_regularize(tmp_path):
+  """Penalties, GaLore, microbatches, independent timesteps, gradient norms and sample metrics."""
   fields = {f"regularizer__{name}": 1e-4 for name in ("frobenius", "nuclear", "orthogonality")}
-  fields |= {"training__num_epochs": 1, "training__num_steps": 2, "diffusion__timesteps": "iid"}
-  train_one_device(tmp_path, **SHALLOW, **fields, training__microbatch=8, optimizer__ema_power=0.75)
-  lines = tiny.read_metrics(tmp_path)
-  assert len(lines) == 2
+  fields |= {"training__num_steps": 2, "diffusion__timesteps": "iid"}
+  fields |= {"optimizer__name": "galore", "optimizer__galore_rank": 4, "training__microbatch": 8}
+  fields |= {f"training__{name}_every_steps": 2 for name in ("gradient_norms", "metrics")}
+  fields |= {"training__metrics_samples": 8, "curriculum__boundaries": (0, 400, 1000)}
+  fields |= {"optimizer__ema_power": 0.75, "sampling__num_steps": 2}
+  train_one_device(tmp_path, **SHALLOW, **fields)
+  first, last = tiny.read_metrics(tmp_path)
   for name in ("frobenius", "nuclear"):
-    assert lines[0][f"train/penalty_{name}"] > lines[1][f"train/penalty_{name}"] > 0
-  assert lines[1]["train/penalty_orthogonality"] > lines[0]["train/penalty_orthogonality"]
+    assert first[f"train/penalty_{name}"] > last[f"train/penalty_{name}"] > 0
+  assert last["train/penalty_orthogonality"] > first["train/penalty_orthogonality"]
+  assert 0 < first["train/projection_loss"] < 1
+  for group in ("t0000-0399", "t0400-0999"):
+    assert last[f"train/example_grad_norm_mean_{group}"] > 0
+    assert last[f"train/example_grad_norm_variance_{group}"] > 0
+  assert last["eval/pixel_frechet_distance"] > 0
+  assert not any(name.startswith(("eval/", "train/example_grad")) for name in first)

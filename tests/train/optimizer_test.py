@@ -106,3 +106,26 @@ def test_the_average_follows_a_power_of_the_steps_if_given():
   one, zero = {"w": jnp.array(1.0)}, {"w": jnp.array(0.0)}
   moved = [optimizer.update_ema(zero, one, jnp.int32(s), 0.9, 0.75)["w"] for s in (0, 15, 10**6)]
   np.testing.assert_allclose(moved, [1, 16**-0.75, 0.1], rtol=1e-5)
+
+
+def test_galore_steps_within_the_leading_singular_vectors_of_its_gradient():
+  """The first update by Adam is the sign of the projected gradient, projected back."""
+  rng = np.random.default_rng(0)
+  gradient = rng.standard_normal((6, 4)).astype(np.float32)
+  params = {"fc": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}}
+  grads = {"fc": {"kernel": jnp.asarray(gradient), "bias": jnp.full(4, 2.0)}}
+  tx = make_optimizer("galore", 0.5, None, galore_rank=2, galore_gap=3)
+  updates, state = tx.update(grads, tx.init(params), params)
+  leading = np.linalg.svd(gradient)[0][:, :2]
+  expected = -leading @ np.sign(leading.T @ gradient) - 0.5
+  np.testing.assert_allclose(updates["fc"]["kernel"], expected, atol=1e-5)
+  np.testing.assert_allclose(updates["fc"]["bias"], -1, atol=1e-5)
+  lost = 1 - np.square(leading.T @ gradient).sum() / np.square(gradient).sum()
+  assert float(optimizer.projection_loss(grads, state)) == pytest.approx(lost, rel=1e-4)
+  # The projection stays for three steps, and so does what it leaves out.
+  other = jax.tree.map(lambda g: g[::-1], grads)
+  for step in range(1, 4):
+    _, state = tx.update(other, state, params)
+    projector = optax.tree.get(state, "projector")["fc"]["kernel"]
+    is_first = bool(np.allclose(np.abs(projector.T @ leading), np.eye(2), atol=1e-4))
+    assert is_first == (step < 3)

@@ -59,7 +59,7 @@ def test_weights_multiply_and_layers_add():
   zeros = jax.tree.map(jnp.zeros_like, params)
   weights = (("frobenius", 0.5), ("orthogonality", 2.0))
   values, grads = regularizers.add_penalties(zeros, params, plan, weights)
-  assert float(values["frobenius"]) == pytest.approx(2 * regularizers.frobenius(DOWN, UP))
+  assert float(values["penalty_frobenius"]) == pytest.approx(2 * regularizers.frobenius(DOWN, UP))
   of_pair = [jax.grad(p, 1)(DOWN, UP) for p in (regularizers.frobenius, regularizers.orthogonality)]
   np.testing.assert_allclose(grads["b"]["up"], 0.5 * of_pair[0] + 2 * of_pair[1], rtol=1e-5)
   assert (grads["a"]["bias"] == 0).all()
