@@ -22,6 +22,7 @@ from lrdit.data import images, latents, pipeline
 from lrdit.data.source import DataOptions, Source
 from lrdit.evaluation import classifier, efficientnet, features, inception
 from lrdit.model import dit, vae, vae_weights
+from lrdit.rank.plan import dense_plan
 from lrdit.rank.strata import independent, uniform_strata
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
@@ -74,6 +75,10 @@ class Experiment:
     attention = dit.choose_attention(devices, self.dtype, self.shape.head_size)
     settings = {name: m[name] for name in ("remat", "scan_blocks", "frequency_shift")}
     return dit.DiT(self.shape, self.plan, self.dtype, attention=attention, **settings)
+
+  def dense_model(self, devices: parallel.Devices = ()) -> dit.DiT:
+    """Return the DiT of the same sizes without factors, such as a teacher."""
+    return self.model(devices).clone(plan=dense_plan(self.plan.num_train_timesteps))
 
   def initial_params(self) -> Any:
     """Return initial float32 parameters, which the seed determines."""
@@ -183,11 +188,17 @@ class Experiment:
     extra += [PROJECTION_LOSS] if self.config.optimizer.name == "galore" else []
     return create_train_state(params, self.optimizer, self.curriculum.num_groups, extra)
 
-  def train_step(self, devices: parallel.Devices, stage: int) -> Callable:
-    """Return the pmapped step of a curriculum stage, which donates its state."""
+  def train_step(
+    self, devices: parallel.Devices, stage: int, teacher: dit.DiT | None = None
+  ) -> Callable:
+    """Return the pmapped step of a curriculum stage, which donates its state.
+
+    With a teacher, it distils from it, and takes its replicated parameters as a fourth argument.
+    """
+    fields = dict(teacher=teacher, distillation=self.config.init.distillation)
     train_step = functools.partial(
       step.train_step,
-      objective=self.objective(devices),
+      objective=dataclasses.replace(self.objective(devices), **fields),
       optimizer=self.optimizer,
       learning_rate=self.learning_rate(stage),
       curriculum=self.curriculum,
@@ -197,7 +208,8 @@ class Experiment:
       ema_power=self.config.optimizer.ema_power,
       log_every_steps=self.config.training.log_every_steps,
     )
-    return parallel.pmap(train_step, devices, donate_argnums=(0,))
+    num_more = 0 if teacher is None else 1
+    return parallel.pmap(train_step, devices, donate_argnums=(0,), num_more=num_more)
 
   def gradient_norms(self, devices: parallel.Devices, stage: int) -> Callable:
     """Return the pmapped gradient norms of single examples on a curriculum stage's timesteps."""

@@ -25,8 +25,7 @@ from lrdit.config.schema import get, upgrade
 from lrdit.data.source import Source
 from lrdit.experiment import Experiment
 from lrdit.model import dit, factors, layouts, tensor_files
-from lrdit.rank.plan import dense_plan
-from lrdit.runtime import store
+from lrdit.runtime import cluster, store
 from lrdit.runtime.errors import UserError
 from lrdit.train.checkpoints import Checkpoints, directory_of
 from lrdit.train.moments import input_moments
@@ -155,6 +154,26 @@ def starting_params(experiment: Experiment, source: Source) -> Any:
   return layouts.nest(params)
 
 
+def teacher_params(experiment: Experiment) -> Any:
+  """Return the tree of the dense model that `init` names, float32, on every process.
+
+  Raises:
+    UserError: it is not dense, or cannot be read.
+  """
+  shapes = layouts.dense_shapes(experiment.shape)
+  params = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
+  if cluster.is_first():
+    trained = open_pretrained(experiment.config, experiment.shape)
+    factorized = sorted(trained.params.keys() - shapes.keys())
+    if factorized:
+      raise UserError(
+        f"config.init.distillation needs a dense teacher, and {trained.source} has "
+        f"{factorized[0]}: name a dense model, or use 0"
+      )
+    params = trained.params
+  return cluster.from_first(layouts.nest(params))
+
+
 def _roots(
   experiment: Experiment, params: dict[str, np.ndarray], source: Source, names: Sequence[str]
 ) -> Iterator[tuple[str, list[np.ndarray] | None]]:
@@ -166,9 +185,7 @@ def _roots(
   if config.init.compression != "whitened":
     yield from ((name, None) for name in names)
     return
-  model = experiment.model().clone(
-    plan=dense_plan(plan.num_train_timesteps), dtype=jnp.float32, remat=False, scan_blocks=False
-  )
+  model = experiment.dense_model().clone(dtype=jnp.float32, remat=False, scan_blocks=False)
   objective = dataclasses.replace(experiment.objective(jax.local_devices()[:1]), model=model)
   dense = jax.device_put(layouts.nest(factors.merged(params)))
   timesteps = [np.flatnonzero(plan.bucket_of_timestep == b) for b in range(plan.num_buckets)]

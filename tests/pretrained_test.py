@@ -1,16 +1,20 @@
 """Runs that start from trained parameters."""
 
 import contextlib
+import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lrdit.config.run_config import store_config
 from lrdit.experiment import Experiment
-from lrdit.model import factors, layouts, tensor_files
-from lrdit.pretrained import open_pretrained, starting_params
+from lrdit.model import factors, layouts, low_rank, tensor_files
+from lrdit.pretrained import open_pretrained, starting_params, teacher_params
 from lrdit.runtime.errors import UserError
+from lrdit.train import loss
 from lrdit.train.checkpoints import Checkpoints
 from tests import tiny, trained
 
@@ -136,6 +140,7 @@ def test_a_path_without_weights_is_refused(tmp_path):
 @pytest.mark.parametrize("num_steps", [0, 1])
 def test_training_starts_from_the_trained_parameters(full_run, tmp_path, num_steps):
   fields = trained.SHALLOW | {"training__num_steps": num_steps, "init__from_": str(full_run)}
+  fields["init__distillation"] = 0.5
   trained.train_one_device(tmp_path, checkpoint__keep_every=1, **fields)
   with contextlib.closing(Checkpoints(tmp_path)) as opened:
     assert opened.steps() == [1, 0][1 - num_steps :]
@@ -144,6 +149,49 @@ def test_training_starts_from_the_trained_parameters(full_run, tmp_path, num_ste
   start_params = start(tiny.tiny_config(**fields))
   for weights in found.values():
     assert_equal(layouts.flat(weights), start_params)
+
+
+def test_distillation_adds_the_distance_from_the_teacher_to_the_loss(full_run):
+  config = config_of(full_run, "", init__distillation=0.5)
+  experiment = Experiment(config)
+  objective = experiment.objective(jax.devices()[:1])
+  given = dict(teacher=experiment.dense_model(), distillation=config.init.distillation)
+  objective = dataclasses.replace(objective, **given)
+  teacher = jax.tree.map(jnp.asarray, teacher_params(experiment))
+  params = jax.tree.map(jnp.asarray, layouts.nest(trained.random_params(config)))
+  size, rng = config.training.batch_size, np.random.default_rng(0)
+  x_0, eps = (jnp.asarray(rng.standard_normal((size, 8, 8, 1), np.float32)) for _ in range(2))
+  y = jnp.arange(size, dtype=jnp.int32) % 10
+  t = jnp.arange(size, dtype=jnp.int32) * (1000 // size)
+  noise = loss.StepNoise(t, eps, jnp.zeros(size, bool), eps)
+
+  @jax.jit
+  def measure(params, teacher):
+    alone, taught = (
+      loss.example_losses(params, objective, x_0, y, noise, given) for given in (None, teacher)
+    )
+    signal, sigma = (
+      jnp.asarray(x**0.5, jnp.float32)[t][:, None, None, None]
+      for x in (experiment.alphas_cumprod, 1 - experiment.alphas_cumprod)
+    )
+    x_t = signal * x_0 + sigma * eps
+    outputs = [
+      experiment.model().apply({"params": params}, x_t, t, y, loss.select_ranks(objective, t)),
+      objective.teacher.apply({"params": teacher}, x_t, t, y, low_rank.uniform_selection(size)),
+    ]
+    return taught - alone, 0.5 * jnp.square(outputs[0] - outputs[1]).mean((1, 2, 3))
+
+  added, expected = measure(params, teacher)
+  assert expected.min() > 1e-3
+  np.testing.assert_allclose(added, expected, rtol=1e-3)
+
+
+def test_distillation_needs_a_dense_teacher(tmp_path):
+  save(tmp_path, tiny.tiny_config(ADAPTIVE, **trained.SHALLOW))
+  with pytest.raises(UserError, match=r"needs a dense teacher, and .* has blocks_0/adaln/down"):
+    teacher_params(Experiment(config_of(tmp_path, ADAPTIVE, init__distillation=1.0)))
+  with pytest.raises(UserError, match=r"init\.distillation=1\.0 needs trained parameters"):
+    tiny.tiny_config(init__distillation=1.0)
 
 
 def test_no_steps_need_trained_parameters():

@@ -279,6 +279,11 @@ FIELDS: dict[str, Field] = {
       choice(names="model.factors.COMPRESSIONS"),
     ),
     whitening_examples=Field(1024, "Training examples in each bucket's second moments", whole()),
+    distillation=Field(
+      0.0,
+      "Weight in the loss of the squared distance from the trained model's output",
+      number("[0, 1e30)"),
+    ),
   ),
   **_group("training", Role.WATCH)(
     batch_size=Field(256, "Examples in a step over all devices", _BATCH, role=Role.RUN),

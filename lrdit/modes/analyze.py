@@ -95,10 +95,11 @@ class Analysis:
     self,
     experiment: Experiment,
     path: pathlib.Path,
-    chosen: run_files.ChosenCheckpoint,
     devices: parallel.Devices,
+    checkpoint: str = "",
   ):
-    """Read the chosen checkpoint of the trained run in workdir `path`."""
+    """Read a checkpoint of the trained run in workdir `path`."""
+    chosen = run_files.choose_checkpoint(path, checkpoint)
     self.experiment, self.devices, self._workdir = experiment, devices, path
     self.config, self._directory = experiment.config, chosen.output / "analysis"
     config = self.config
@@ -273,11 +274,11 @@ def analyze(
   )
   sections = [by_name[name] for name in by_name if name in config.analysis.sections]
   path = open_trained(workdir, config) if sections else open_workdir(workdir, config, create=True)
-  chosen = run_files.choose_checkpoint(path, checkpoint)
-  directory, devices = chosen.output / "analysis", devices or parallel.all_devices()
+  directory = run_files.choose_checkpoint(path, checkpoint).output / "analysis"
+  devices = devices or parallel.all_devices()
   directory.mkdir(parents=True, exist_ok=True)
   with owned(directory, "analyze"):
-    run = Analysis(experiment, path, chosen, devices) if sections else None
+    run = Analysis(experiment, path, devices, checkpoint) if sections else None
     if "flops" in config.analysis.sections:
       arms = count_flops(config)
       print(format_flops(arms))

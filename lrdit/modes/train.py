@@ -20,7 +20,7 @@ from lrdit.data.source import report_classes
 from lrdit.evaluation import references
 from lrdit.evaluation.held_out import held_out_losses
 from lrdit.experiment import Experiment, ToPixels
-from lrdit.pretrained import starting_params
+from lrdit.pretrained import starting_params, teacher_params
 from lrdit.runtime import cluster, parallel
 from lrdit.runtime.errors import RESTART_STATUS, UserError
 from lrdit.runtime.progress import make_bar
@@ -204,6 +204,11 @@ class Trainer:
       return jax.tree.map(jnp.asarray, starting_params(self.experiment, self.source))
     return self.experiment.initial_params()
 
+  @functools.cached_property
+  def teacher_params(self) -> Any:
+    """The replicated parameters of the teacher of distillation."""
+    return parallel.replicate(teacher_params(self.experiment), self.devices)
+
   def report_start(self, state: TrainState) -> None:
     """Save the trained parameters that the run starts from, and log their held-out loss."""
     self.files.save(state)
@@ -231,7 +236,11 @@ class Trainer:
       low, high = self.curriculum.timesteps_of(stage)
       text = "stage %d/%d: timesteps %d to %d, from step %d"
       log.info(text, stage + 1, count, low, high - 1, progress.first_step)
-    return stage, self.experiment.train_step(self.devices, stage)
+    if not self.config.init.distillation:
+      return stage, self.experiment.train_step(self.devices, stage)
+    teacher = self.experiment.dense_model(self.devices)
+    distil = self.experiment.train_step(self.devices, stage, teacher)
+    return stage, lambda *arguments: distil(*arguments, self.teacher_params)
 
   def has_left_stage(self, stage: int, state: TrainState, step: int) -> bool:
     """Return whether the state after `step` updates is in a later stage.

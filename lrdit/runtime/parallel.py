@@ -53,11 +53,15 @@ def check_divisible(field: str, size: int, devices: Devices) -> None:
     raise UserError(f"{field}={size} is not divisible by the {n} devices: use a multiple of {n}")
 
 
-def pmap(function: Callable, devices: Devices, donate_argnums: tuple[int, ...] = ()) -> Callable:
-  """Return the pmapped step of (replicated state, batch with a device axis, shared key)."""
-  mapped = jax.pmap(
-    function, AXIS, in_axes=(0, 0, None), devices=devices, donate_argnums=donate_argnums
-  )
+def pmap(
+  function: Callable, devices: Devices, donate_argnums: tuple[int, ...] = (), num_more: int = 0
+) -> Callable:
+  """Return the pmapped step of (replicated state, batch with a device axis, shared key).
+
+  It takes `num_more` further replicated arguments.
+  """
+  in_axes = (0, 0, None, *[0] * num_more)
+  mapped = jax.pmap(function, AXIS, in_axes=in_axes, devices=devices, donate_argnums=donate_argnums)
   if jax.process_count() == 1 or devices[0].platform != "cpu":
     return mapped
   # With several steps in flight on several processes' CPU devices, gloo deadlocks.

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lrdit.diffusion import process
 from lrdit.model.dit import DiT
-from lrdit.model.low_rank import RankSelection
+from lrdit.model.low_rank import RankSelection, uniform_selection
 from lrdit.rank.strata import Strata, rank_groups, stratified_timesteps
 from lrdit.runtime import parallel
 
@@ -35,13 +35,14 @@ class Objective:
   strata: Strata  # timesteps of the global batch's slots
   num_devices: int  # number of devices that share the batch
   microbatches: int = 1  # parts of a device's share whose gradients are computed one by one
+  variance_floor: str = "beta"  # one of `process.VARIANCE_FLOORS`
+  teacher: DiT | None = None  # the dense model of distillation
+  distillation: float = 0.0  # weight of the squared distance from its output
 
   @property
   def num_shares(self) -> int:
     """The number of equal parts of the global batch that are each computed at once."""
     return self.num_devices * self.microbatches
-
-  variance_floor: str = "beta"  # one of `process.VARIANCE_FLOORS`
 
   def without_augmentation(self) -> "Objective":
     """Return the objective for evaluation, which keeps every label and splits no batch."""
@@ -95,8 +96,11 @@ def example_losses(
   x_0: Float[Array, "b H W C"],
   y: Int[Array, " b"] | None,
   noise: StepNoise,
+  teacher_params: Any = None,
 ) -> Float[Array, " b"]:
   """Return the weighted loss of each example: squared error, plus L_vlb with learn_sigma.
+
+  With `teacher_params`, the squared distance from the teacher's output is added to the error.
 
   The hybrid objective is eq. 16 of Nichol and Dhariwal 2021, with the bound rescaled by T / 1000
   as in that paper's code.
@@ -117,6 +121,11 @@ def example_losses(
   prediction, coordinate = output[..., : shape.channels], output[..., shape.channels :]
   target = process.training_target(objective.prediction, x_0, noise.eps, signal, sigma)
   losses = jnp.square(prediction - target).mean(axis=(1, 2, 3))
+  if teacher_params is not None:
+    whole = uniform_selection(len(x_t))
+    taught = objective.teacher.apply({"params": teacher_params}, x_t, noise.t, y, whole)
+    distance = jnp.square(output - taught).mean(axis=(1, 2, 3))
+    losses = losses + objective.distillation * distance
   weights = process.loss_weights(
     objective.loss_weighting, objective.prediction, alphas_cumprod, objective.min_snr_gamma
   )
@@ -147,6 +156,7 @@ def batch_losses(
   key: Key[Array, ""],
   batch: dict[str, Array],
   microbatch: Int[Array, ""] | int = 0,
+  teacher_params: Any = None,
 ) -> tuple[Float[Array, " b"], Int[Array, " b"]]:
   """Return the float32 losses and int32 timesteps of a microbatch of a device's share of a batch.
 
@@ -158,6 +168,7 @@ def batch_losses(
       are latent means and x_0 is sampled.
     microbatch: its number. Microbatches interleave their slots as devices do, so that all of them
       have the same static rank groups, and each counts as a device of its own.
+    teacher_params: those of `objective.teacher`; None leaves distillation out.
   """
   x_0, y = batch["image"], batch["label"]
   share = microbatch * objective.num_devices + jax.lax.axis_index(parallel.AXIS)
@@ -167,7 +178,7 @@ def batch_losses(
     x_0 = x_0 + batch["std"] * noise.posterior_noise
   num_classes = objective.model.shape.num_classes
   y = jnp.where(noise.drop, num_classes, y) if num_classes else None
-  return example_losses(params, objective, x_0, y, noise), noise.t
+  return example_losses(params, objective, x_0, y, noise, teacher_params), noise.t
 
 
 def group_sums(

@@ -29,6 +29,7 @@ def mean_gradient(
   key: Key[Array, ""],
   batch: dict[str, Array],
   boundaries: tuple[int, ...],
+  teacher_params: Any = None,
 ) -> tuple[Float[Array, ""], tuple[Float[Array, " G"], Int[Array, " G"]], Any, Bool[Array, ""]]:
   """Return the loss, `group_sums`, gradient and finiteness of the global batch.
 
@@ -36,7 +37,7 @@ def mean_gradient(
   """
 
   def mean_loss(params, part, microbatch):
-    losses, t = batch_losses(params, objective, key, part, microbatch)
+    losses, t = batch_losses(params, objective, key, part, microbatch, teacher_params)
     return losses.mean(), group_sums(losses, t, jnp.ones_like(t, bool), boundaries)
 
   gradient = functools.partial(jax.value_and_grad(mean_loss, has_aux=True), params)
@@ -71,6 +72,7 @@ def train_step(
   state: TrainState,
   batch: dict[str, Array],
   key: Key[Array, ""],
+  teacher_params: Any = None,
   *,
   objective: Objective,
   optimizer: optax.GradientTransformation,
@@ -88,6 +90,7 @@ def train_step(
     state: replicated state.
     batch: this device's share, as in `batch_losses`.
     key: the run's key, the same on every device.
+    teacher_params: replicated, as in `batch_losses`.
     objective: the loss; the stage replaces its strata.
     optimizer: optax chain for a learning rate of 1.
     learning_rate: the stage's schedule.
@@ -101,7 +104,7 @@ def train_step(
   step_key = jax.random.fold_in(key, state.step)
   objective = objective.with_strata(curriculum.stages[stage].strata)
   loss, (group_loss, group_count), grads, is_batch_finite = mean_gradient(
-    state.params, objective, step_key, batch, curriculum.boundaries
+    state.params, objective, step_key, batch, curriculum.boundaries, teacher_params
   )
   extra, grads = add_penalties(grads, state.params, objective.model.plan, regularizers)
   warmup_start = state.stage.first_step if curriculum.restart_optimizer else 0
