@@ -118,8 +118,9 @@ class Checkpoints:
     step = int(state.step)
     if step == self._last_step:
       return
+    items = _items(state)
     # Orbax would record dicts without arrays, such as the sums of a run without penalties.
-    items = {name: _without_empty_dicts(tree) for name, tree in _items(state).items()}
+    items["progress"] = _without_empty_dicts(items["progress"])
     arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     arguments["config"] = ocp.args.JsonSave(config)
     arguments["manifest"] = ocp.args.JsonSave(manifest.make_manifest(step, items))
