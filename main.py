@@ -10,7 +10,7 @@ from lrdit.runtime import malloc
 if __name__ == "__main__":  # this may start the program again, so it comes first
   malloc.restart_tuned()
 
-from lrdit.config.flags import MODES, SHARED_BY_PROCESSES, parse_flags, wants_tracebacks
+from lrdit.config.flags import SHARED_BY_PROCESSES, arguments_of, parse_flags, wants_tracebacks
 from lrdit.runtime import startup
 from lrdit.runtime.errors import UserError, print_error
 
@@ -42,17 +42,17 @@ def run(argv: list[str]) -> int:
     progress.start_logging(debug, who, cluster.is_first())
     for note in notes:
       logging.getLogger("lrdit").warning(note)
-    arguments = [values[name].value for name in MODES[values.mode]]
+    arguments, named = arguments_of(values)
     if values.config is not None:
       config, run = values.config, values.workdir
       arguments[0] = resolve_for_run(config, run) if run else resolve(config)
     if values.dry_run:
       from lrdit.modes.dry_run import dry_run
 
-      dry_run(values.mode, *arguments)
+      dry_run(values.mode, *arguments, **named)
       return 0
     mode = importlib.import_module(f"lrdit.modes.{values.mode}")
-    return getattr(mode, values.mode)(*arguments) or 0
+    return getattr(mode, values.mode)(*arguments, **named) or 0
   except (Exception, KeyboardInterrupt) as error:
     status = print_error(error, debug, who)
     if who:  # at a normal exit, jax would wait for the other processes, which wait for this one

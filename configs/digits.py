@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.optimizer.learning_rate = 2e-3
   if args["recipe"] == "muon":
     config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 4e-3
+    config.optimizer.learning_rate = 8e-3
   config.optimizer.decay = "cosine"
   config.optimizer.warmup_steps = 100
   config.optimizer.weight_decay = 0.01

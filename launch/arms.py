@@ -36,16 +36,18 @@ STUDIES = {
   "frontier": "0 1",
   "ablation": "0",
 }
-RATES, RATIOS = (0.002, 0.004, 0.008, 0.016), (0.25, 0.35, 0.7)
+RATES, RATIOS = (0.002, 0.004, 0.016), (0.1, 0.25, 0.35, 0.7)
 # Each changes one choice of the adaptive arm.
 ABLATION = {
-  "bands": "optimizer.factor_update=bands",
-  "lora_muon": "optimizer.factor_update=lora_muon",
-  "spectron": "optimizer.factor_update=spectron",
-  "fan_in": "optimizer.factor_rates=fan_in",
+  "bands": ("optimizer.factor_update=bands",),
+  "lora_muon": ("optimizer.factor_update=lora_muon",),
+  "spectron": ("optimizer.factor_update=spectron",),
+  "fan_in": ("optimizer.factor_rates=fan_in",),
+  "adamw_rate": ("optimizer.learning_rate=0.002", "optimizer.muon_learning_rate_ratio=4.0"),
   "dense_adaln": (
-    "rank.dense_layers=('patch_embed','blocks_0/mlp','final_layer','t_embedder','blocks_*/adaln')"
+    "rank.dense_layers=('patch_embed','blocks_0/mlp','final_layer','t_embedder','blocks_*/adaln')",
   ),
+  "wide": ("model.hidden_size=160", "rank.ratio=0.25"),
 }
 # Fields that the commands set themselves, beside those of a study's arms.
 SET_BY_ALL, SET_BY_DIGITS = ("method", "vae.latents_dir"), ("seed", "evaluation.features_dir")
@@ -116,12 +118,13 @@ def arms_of(study: str, analysis: pathlib.Path) -> dict[str, Arm]:
     return {f"{m}_adamw": Arm(f"{m},recipe=dissertation") for m in METHODS}
   if study == "rates":
     pairs = itertools.product(RATES, METHODS)
-    return {f"{m}_rate{r}": Arm(m, (f"optimizer.learning_rate={r}",)) for r, m in pairs}
+    own = {f"{m}_rate{r}": Arm(m, (f"optimizer.learning_rate={r}",)) for r, m in pairs}
+    return methods | own
   if study == "frontier":
-    pairs = itertools.product(RATIOS, ("narrow", "adaptive"))
+    pairs = itertools.product(RATIOS, METHODS[1:])
     return methods | {f"{m}_ratio{r}": Arm(m, (f"rank.ratio={r}",)) for r, m in pairs}
   if study == "ablation":
-    choices = {name: Arm("adaptive", (field,)) for name, field in ABLATION.items()}
+    choices = {name: Arm("adaptive", fields) for name, fields in ABLATION.items()}
     return {"adaptive": methods["adaptive"]} | choices
   return methods
 

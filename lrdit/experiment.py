@@ -55,7 +55,7 @@ class Experiment:
 
   def __post_init__(self):
     """Compute what raises where fields do not fit each other."""
-    _ = self.plan, self.muon_options, self.solver_table
+    _ = self.shape, self.plan, self.muon_options, self.solver_table
 
   # The model.
 
@@ -72,8 +72,8 @@ class Experiment:
     """Return the DiT, with the attention that the devices compute fastest."""
     m = self.config.model
     attention = dit.choose_attention(devices, self.dtype, self.shape.head_size)
-    settings = dict(remat=m.remat, scan_blocks=m.scan_blocks, attention=attention)
-    return dit.DiT(self.shape, self.plan, self.dtype, **settings)
+    settings = {name: m[name] for name in ("remat", "scan_blocks", "frequency_shift")}
+    return dit.DiT(self.shape, self.plan, self.dtype, attention=attention, **settings)
 
   def initial_params(self) -> Any:
     """Return initial float32 parameters, which the seed determines."""
@@ -168,6 +168,7 @@ class Experiment:
       strata=uniform_strata(batch_size, config.diffusion.num_train_timesteps),
       num_devices=len(devices),
       microbatches=batch_size // microbatch,
+      variance_floor=config.diffusion.variance_floor,
     )
 
   @property

@@ -26,22 +26,25 @@ class Run:
   """A trained run: its config, rank plan, parameters and samples."""
 
   workdir: pathlib.Path
-  config: ConfigDict  # resolved, as the run was trained with it
+  experiment: Experiment  # the model, objective, data and sampler that the config describes
 
-  @functools.cached_property
-  def experiment(self) -> Experiment:
-    """The model, objective, data and sampler that the config describes."""
-    return Experiment(self.config)
+  @property
+  def config(self) -> ConfigDict:
+    """The resolved config that the run was trained with."""
+    return self.experiment.config
 
   @property
   def plan(self) -> RankPlan:
     """The rank of every layer at every timestep."""
     return self.experiment.plan
 
-  def params(self, weights: str = "ema") -> Any:
-    """Return the newest intact checkpoint's parameters on the host: "ema" (averaged) or "raw"."""
+  def params(self, weights: str = "ema", step: int | None = None) -> Any:
+    """Return a checkpoint's parameters on the host: "ema" (averaged) or "raw".
+
+    It is the checkpoint of `step`, or else the newest intact one.
+    """
     template = self.experiment.params_template
-    return restore_params(self.workdir, template, [weights])[1][weights]
+    return restore_params(self.workdir, template, [weights], step)[1][weights]
 
   def sample(
     self,
@@ -105,4 +108,4 @@ def open_run(workdir: str | pathlib.Path) -> Run:
   """Open a trained run's workdir; raise a UserError if it is none or its config is damaged."""
   logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns about read-only checkpoints
   path = pathlib.Path(workdir).expanduser()
-  return Run(path, resolve_for_run(stored_config(path), str(path)))
+  return Run(path, Experiment(resolve_for_run(stored_config(path), str(path))))

@@ -19,7 +19,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 # What an inline code span may name: a file of the repository, or a field of the config.
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 FILE = re.compile(r"(?:lrdit|tests|docs|launch|configs)/[\w/.-]+\.(?:py|sh|md|txt|yaml|sbatch|png)")
-OWN_FILE = re.compile(r"\.(?:py|json|npz|jsonl|html|md|png|npy|part|log)$")
+OWN_FILE = re.compile(r"\.(?:py|json|npz|jsonl|html|md|png|npy|part|log|safetensors)$")
 FIELD = re.compile(r"\"?(?:--config\.)?([a-z_]+\.[a-z_0-9]+)(?:[=(].*)?")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

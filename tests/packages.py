@@ -11,5 +11,6 @@ MAY_IMPORT = {
   "sampling": ("data", "model", "diffusion", "runtime"),
   "evaluation": ("data", "runtime"),
 }
-for name in ("config", "experiment", "benchmark", "run", "__init__", "analysis", "report", "modes"):
+ALL_ABOVE = ("config", "experiment", "pretrained", "benchmark", "run", "__init__", "analysis")
+for name in (*ALL_ABOVE, "report", "modes"):
   MAY_IMPORT[name] = tuple(MAY_IMPORT)

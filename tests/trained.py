@@ -8,7 +8,7 @@ import numpy as np
 
 from lrdit.config.run_config import store_config
 from lrdit.experiment import Experiment
-from lrdit.model import dit
+from lrdit.model import dit, layouts
 from lrdit.modes import train
 from lrdit.runtime import parallel
 from lrdit.train.checkpoints import Checkpoints
@@ -20,16 +20,18 @@ SHALLOW = {"model__depth": 1, "rank__dense_layers": ("patch_embed", "final_layer
 
 def noisy_params(config):
   """Parameters whose model has no zero output, as it has at initialization."""
-  return _noisy_params(Experiment(config).model().clone(dtype=jnp.float32))
+  return noisy_params_of(Experiment(config).model().clone(dtype=jnp.float32))
 
 
 @functools.cache
-def _noisy_params(model):
-  params = dit.init_params(model, jax.random.key(0))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  noisy = [p + 0.05 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-  return jax.tree.unflatten(tree, noisy)
+def noisy_params_of(model):
+  """As `noisy_params`; numpy's noise compiles nothing."""
+  params, rng = dit.init_params(model, jax.random.key(0)), np.random.default_rng(1)
+
+  def add_noise(p):
+    return np.asarray(p) + np.float32(0.05) * rng.standard_normal(p.shape, np.float32)
+
+  return jax.device_put(jax.tree.map(add_noise, params))
 
 
 def fresh_state(config, params=None):
@@ -39,11 +41,17 @@ def fresh_state(config, params=None):
   return experiment.fresh_state(params)
 
 
-def save_checkpoint(workdir, config, step=8, scale=1.0):
-  """Write a checkpoint of noisy parameters."""
-  params = jax.tree.map(lambda x: scale * x, noisy_params(config))
+def random_params(config):
+  """Parameters by path, without compiling their initialization."""
+  rng, template = np.random.default_rng(0), layouts.flat(Experiment(config).params_template)
+  return {path: 0.1 * rng.standard_normal(x.shape, np.float32) for path, x in template.items()}
+
+
+def save_checkpoint(workdir, config, step=8, scale=1.0, params=None, keep=1):
+  """Write a checkpoint of noisy parameters, or the ones given."""
+  params = jax.tree.map(lambda x: scale * x, noisy_params(config) if params is None else params)
   state = parallel.to_host(fresh_state(config, params))
-  opened = Checkpoints(workdir, keep=1)
+  opened = Checkpoints(workdir, keep)
   opened.save(state.replace(step=np.asarray(step, np.int32)), config.to_dict())
   opened.wait()
   opened.close()

@@ -40,7 +40,7 @@ from jaxtyping import Array, Float, Int
 from lrdit.analysis import gradient_batches, spectra
 from lrdit.analysis.gradient_batches import CONDITIONS
 from lrdit.analysis.unit_cache import UnitCache
-from lrdit.analysis.weight_spectra import layer_kind, normalised
+from lrdit.analysis.weight_spectra import layer_kind, mean_by_kind, mean_tables, normalised
 from lrdit.data.source import Source
 from lrdit.model.dit import DiT, layer_shapes
 from lrdit.model.low_rank import uniform_selection
@@ -205,23 +205,6 @@ def overlap(
   return float(np.square(cosines).mean()), float(np.degrees(np.arccos(cosines.min())))
 
 
-def _mean_tables(tables: Sequence[Any]) -> Any:
-  """Average equally nested lists and dicts of numbers, ignoring None unless all are."""
-  if isinstance(tables[0], dict):
-    return {key: _mean_tables([table[key] for table in tables]) for key in tables[0]}
-  if isinstance(tables[0], list):
-    return [_mean_tables(rows) for rows in zip(*tables, strict=True)]
-  known = [value for value in tables if value is not None]
-  return float(np.mean(known)) if known else None
-
-
-def _mean_by_kind(layers: Mapping[str, Any]) -> dict[str, Any]:
-  kinds: dict[str, list[Any]] = {}
-  for name, tables in layers.items():
-    kinds.setdefault(layer_kind(name), []).append(tables)
-  return {kind: _mean_tables(tables) for kind, tables in kinds.items()}
-
-
 def _layer_overlap(bases: Sequence[Mapping[str, np.ndarray]], name: str) -> dict[str, Any]:
   groups, tables, halves = range(len(bases)), {}, {}
 
@@ -235,7 +218,7 @@ def _layer_overlap(bases: Sequence[Mapping[str, np.ndarray]], name: str) -> dict
     tables[side] = [[share for share, _ in row] for row in pairs]
     tables[f"{side}_degrees"] = [[degrees for _, degrees in row] for row in pairs]
     halves[side] = [[share for share, _ in row] for row in compare("first", "second", side)]
-  split_half = [_mean_tables([halves[side][i][i] for side in SIDES]) for i in groups]
+  split_half = [mean_tables([halves[side][i][i] for side in SIDES]) for i in groups]
   return tables | {"split_half": split_half, "cross_half": halves}
 
 
@@ -258,8 +241,8 @@ def _summarize(
     rank = min(subspace_rank, *dims)
     random = {f"random_{side}": rank / dim for side, dim in zip(SIDES, dims, strict=True)}
     overlaps[name] = _layer_overlap(bases, name) | random
-  by_rank = {"layers": ranks, "kinds": _mean_by_kind(shares)}
-  return by_rank, {"kinds": _mean_by_kind(overlaps), "layers": overlaps}
+  by_rank = {"layers": ranks, "kinds": mean_by_kind(shares)}
+  return by_rank, {"kinds": mean_by_kind(overlaps), "layers": overlaps}
 
 
 def analyze_gradients(

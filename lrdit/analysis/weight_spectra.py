@@ -34,11 +34,20 @@ def normalised(values: Mapping[str, float], dim_in: int, dim_out: int) -> dict[s
   return {name: value / min(dim_in, dim_out) for name, value in values.items()}
 
 
-def mean_measures(entries: Sequence[Mapping[str, float]], weights: Any = None) -> dict[str, float]:
-  """Average each measure over entries, optionally weighted."""
-  return {
-    name: float(np.average([e[name] for e in entries], weights=weights)) for name in entries[0]
-  }
+def mean_tables(tables: Sequence[Any]) -> Any:
+  """Average equally nested lists and dicts of numbers, ignoring None unless all are."""
+  if isinstance(tables[0], dict):
+    return {key: mean_tables([table[key] for table in tables]) for key in tables[0]}
+  if isinstance(tables[0], list):
+    return [mean_tables(rows) for rows in zip(*tables, strict=True)]
+  known = [value for value in tables if value is not None]
+  return float(np.mean(known)) if known else None
+
+
+def mean_by_kind(layers: Mapping[str, Any]) -> dict[str, Any]:
+  """Return the mean of the layers' tables for each of `KINDS` that there is."""
+  by_kind = {k: [own for name, own in layers.items() if layer_kind(name) == k] for k in KINDS}
+  return {kind: mean_tables(tables) for kind, tables in by_kind.items() if tables}
 
 
 def analyze_layer(
@@ -98,12 +107,17 @@ def analyze_weights(
   names = list(dit.layer_shapes(shape))
   cache.fill(names, "layer", make)
   layers = {name: cache.load(name)[0] for name in names}
-  shares = bucket_shares(plan, boundaries)
+  shares, normalised_ranks = bucket_shares(plan, boundaries), {}
   for name, layer in layers.items():
-    by_bucket = [entry["normalised"] for entry in _every_bucket(layer, plan)]
+    entries = [entry["normalised"] for entry in layer["buckets"]]
+    # A dense layer repeats its one entry.
+    by_bucket = entries if len(entries) == plan.num_buckets else entries * plan.num_buckets
     layer["kind"] = layer_kind(name)
-    layer["groups"] = [mean_measures(by_bucket, share) for share in shares]
-  kinds = {kind: [x for x in layers.values() if x["kind"] == kind] for kind in KINDS}
+    layer["groups"] = [
+      {m: float(np.average([entry[m] for entry in by_bucket], weights=share)) for m in entries[0]}
+      for share in shares
+    ]
+    normalised_ranks[name] = {"buckets": by_bucket, "groups": layer["groups"]}
   starts = [start for start, _ in plan.segments] + [plan.num_train_timesteps]
   return {
     "groups": [
@@ -115,19 +129,5 @@ def analyze_weights(
       for (start, bucket), end in zip(plan.segments, starts[1:], strict=True)
     ],
     "layers": layers,
-    "kinds": {kind: _mean_layer(members, plan) for kind, members in kinds.items() if members},
-  }
-
-
-def _every_bucket(layer: Mapping[str, Any], plan: RankPlan) -> list[dict[str, Any]]:
-  """Return a layer's entry at each bucket of the plan; a dense layer repeats its one entry."""
-  entries = layer["buckets"]
-  return entries if len(entries) == plan.num_buckets else entries * plan.num_buckets
-
-
-def _mean_layer(layers: Sequence[dict[str, Any]], plan: RankPlan) -> dict[str, Any]:
-  buckets = [[e["normalised"] for e in _every_bucket(layer, plan)] for layer in layers]
-  return {
-    "buckets": [mean_measures(entries) for entries in zip(*buckets, strict=True)],
-    "groups": [mean_measures(g) for g in zip(*(layer["groups"] for layer in layers), strict=True)],
+    "kinds": mean_by_kind(normalised_ranks),
   }

@@ -11,7 +11,7 @@ import jax
 from lrdit.benchmark.arms import Arms, MatmulPeak, SamplingArm
 from lrdit.experiment import Experiment
 from lrdit.runtime import parallel
-from lrdit.runtime.tables import format_table
+from lrdit.runtime.text import format_table
 
 MEMORY_MEANING = (
   "arguments + outputs + temporaries - donated arguments of the compiled training step, per device"
@@ -107,27 +107,20 @@ def sampling_results(arms: Arms, seconds: Seconds, peak: float) -> dict[str, dic
 def describe(full: Experiment, devices: parallel.Devices) -> dict[str, Any]:
   """Return the settings of the full arm, and the software, that the results depend on."""
   config = full.config
-  s, b = config.sampling, config.benchmark
-  return {
+  fields = {"model": ("variant", "dtype", "remat", "scan_blocks")}
+  fields["sampling"] = ("solver", "num_steps", "guidance_scale")
+  fields["benchmark"] = ("steps", "sampling_runs", "compile_threads")
+  settings = {name: config[group][name] for group, names in fields.items() for name in names}
+  return settings | {
     "jax": jax.__version__,
     "backend": devices[0].platform,
     "device_kind": devices[0].device_kind,
     "num_devices": len(devices),
     "cpu_count": os.cpu_count(),
-    "variant": config.model.variant,
     "model": dataclasses.asdict(full.shape),
-    "dtype": config.model.dtype,
-    "remat": config.model.remat,
-    "scan_blocks": config.model.scan_blocks,
     "rank": config.rank.to_dict(),
     "batch_size": config.training.batch_size,
-    "sampling_batch_size": s.batch_size,
-    "solver": s.solver,
-    "num_steps": s.num_steps,
-    "guidance_scale": s.guidance_scale,
-    "steps": b.steps,
-    "sampling_runs": b.sampling_runs,
-    "compile_threads": b.compile_threads,
+    "sampling_batch_size": config.sampling.batch_size,
     "memory_bytes_are": MEMORY_MEANING,
   }
 

@@ -17,6 +17,11 @@ from lrdit.runtime.store import flatten
 SHARED_BY_PROCESSES = ("train", "sample", "evaluate")
 MODES = dict.fromkeys((*SHARED_BY_PROCESSES, "analyze", "benchmark"), ("config", "workdir"))
 MODES |= {"encode": ("config", "output"), "report": ("workdirs", "output")}
+MODES["export"] = ("config", "workdir", "output")
+# Flags that a mode takes by keyword where they are given.
+OPTIONAL = dict.fromkeys(("sample", "evaluate", "analyze"), ("checkpoint",))
+OPTIONAL["export"] = ("checkpoint", "format")
+FORMATS = ("safetensors", "diffusers")
 
 LENGTHS = ("training.num_steps", "training.num_epochs")  # one on the command line unsets the other
 
@@ -50,6 +55,13 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
   return values
 
 
+def arguments_of(values: flags.FlagValues) -> tuple[list[Any], dict[str, Any]]:
+  """Return the positional and keyword arguments of a mode's function."""
+  given = {name: values[name].value for name in OPTIONAL.get(values.mode, ())}
+  named = {name: value for name, value in given.items() if value is not None}
+  return [values[name].value for name in MODES[values.mode]], named
+
+
 def wants_tracebacks(argv: list[str]) -> bool:
   """Return whether --debug is given, even if the rest of the command line is wrong."""
   values = flags.FlagValues()
@@ -69,7 +81,10 @@ def _define() -> flags.FlagValues:
   flags.DEFINE_string("config", None, "FILE[:ARGUMENTS].", values, allow_overwrite=False)
   flags.DEFINE_string("workdir", None, "Directory of the run.", values)
   flags.DEFINE_list("workdirs", None, "Runs to compare (report).", values)
-  flags.DEFINE_string("output", None, "Directory to create (encode, report).", values)
+  flags.DEFINE_string("output", None, "Directory to create (encode, export, report).", values)
+  chosen = "STEP or WORKDIR/checkpoints/STEP; the newest by default."
+  flags.DEFINE_string("checkpoint", None, chosen, values)
+  flags.DEFINE_enum("format", None, FORMATS, "Layout of the files (export).", flag_values=values)
   flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", values)
   flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.", values)
   flags.DEFINE_integer("num_processes", None, "1 runs alone on any cluster.", flag_values=values)
@@ -89,6 +104,7 @@ def _check_needed(values: flags.FlagValues) -> None:
   # Every mode but report accepts a config and a workdir, though encode ignores the latter.
   others = ("config", "workdir") if mode == "report" else ("workdirs",)
   others += () if "output" in MODES[mode] else ("output",)
+  others += tuple({"checkpoint", "format"} - {*OPTIONAL.get(mode, ())})
   others += () if "config" in MODES[mode] else ("dry_run",)
   needless = [name for name in others if values[name].value]
   if needless:

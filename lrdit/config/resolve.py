@@ -33,6 +33,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
   _check_sampling(config)
   _check_boundaries(config)
   _check_stages(config)
+  steps, rule = config.training.num_steps, "needs trained parameters: set config.init.from_"
+  require(steps != 0 or bool(config.init.from_), "training.num_steps", steps, rule)
   config.curriculum.boundaries = curriculum.scale_boundaries(
     config.curriculum.boundaries, config.diffusion.num_train_timesteps
   )

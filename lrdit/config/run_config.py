@@ -1,6 +1,7 @@
 """A run's config.json and changes.jsonl, and which fields may change in its workdir."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -19,6 +20,19 @@ from lrdit.train.run_files import check_same_on_all
 CHANGES = "changes.jsonl"
 
 log = logging.getLogger("lrdit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+  """A change of one field of a run's config."""
+
+  step: int  # updates applied before it
+  field: str
+  before: Any
+  after: Any
+
+  def __str__(self) -> str:
+    return f"config.{self.field} is {self.after!r}, and was {self.before!r}"
 
 
 def open_trained(path: str, config: ConfigDict) -> pathlib.Path:
@@ -82,64 +96,56 @@ def begin_config(workdir: pathlib.Path, config: ConfigDict, first_step: int) -> 
     UserError: it is another run's workdir, or tunable fields of a finished run have changed.
   """
   check_workdir(workdir, config, create=True)  # again, now that the workdir is locked
-  history = [record for record in read_changes(workdir) if record["step"] < first_step]
+  history = [change for change in read_changes(workdir) if change.step < first_step]
   new = _changes_since(workdir, config, first_step)
   finished = first_step >= config.training.num_steps
-  tuned = [record for record in new if record["field"] in fields_of(Role.TUNABLE)]
+  tuned = [change for change in new if change.field in fields_of(Role.TUNABLE)]
   if finished and tuned:
     raise UserError(
       f"{workdir} holds a run that is finished, after {first_step} steps, with "
-      f"{'; '.join(_describe(record) for record in tuned)}. Raise config.training.num_steps to go "
-      "on, or use another --workdir"
+      f"{'; '.join(map(str, tuned))}. Raise config.training.num_steps to go on, or use another "
+      "--workdir"
     )
   stored = ConfigDict(config.to_dict())
   if finished:
-    stored.update_from_flattened_dict({record["field"]: record["before"] for record in new})
+    stored.update_from_flattened_dict({change.field: change.before for change in new})
     new = []
-  for record in new:
-    log.info("from step %d on: %s", first_step, _describe(record))
+  for change in new:
+    log.info("from step %d on: %s", first_step, change)
   if history or new or (workdir / CHANGES).exists():
     with atomic_path(workdir / CHANGES) as temporary:
-      temporary.write_text("".join(json.dumps(record) + "\n" for record in history + new))
+      lines = [json.dumps(dataclasses.asdict(change)) + "\n" for change in history + new]
+      temporary.write_text("".join(lines))
   store_config(workdir, stored)
 
 
-def read_changes(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """Return "step", "field", "before" and "after" of each change of a run's config, in order.
-
-  The step is the number of updates applied before the change. Damaged lines are skipped.
-  """
-  records = []
+def read_changes(workdir: pathlib.Path) -> list[Change]:
+  """Return the changes of a run's config, in order; damaged lines are skipped."""
+  found = []
   with contextlib.suppress(FileNotFoundError):
     for line in (workdir / CHANGES).read_text(errors="replace").splitlines():
       with contextlib.suppress(ValueError, KeyError, TypeError):
         record = json.loads(line)
-        fields = {name: record[name] for name in ("field", "before", "after")}
-        records.append({"step": int(record["step"])} | fields)
-  return records
+        values = (record[name] for name in ("field", "before", "after"))
+        found.append(Change(int(record["step"]), *values))
+  return found
 
 
-def _changes_since(
-  workdir: pathlib.Path, config: ConfigDict, first_step: int
-) -> list[dict[str, Any]]:
+def _changes_since(workdir: pathlib.Path, config: ConfigDict, first_step: int) -> list[Change]:
   """Return the differences from the config that the last step before `first_step` had."""
   if first_step == 0 or not (workdir / "config.json").exists():
     return []
   before, after = flatten(read_config(workdir)), flatten(config.to_dict())
   # Changes at steps that were lost do not count.
-  for record in reversed(read_changes(workdir)):
-    if record["step"] >= first_step:
-      before[record["field"]] = record["before"]
+  for change in reversed(read_changes(workdir)):
+    if change.step >= first_step:
+      before[change.field] = change.before
   noted = fields_of(Role.PROCESS, Role.TUNABLE)
   return [
-    {"step": first_step, "field": field, "before": before.get(field), "after": value}
+    Change(first_step, field, before.get(field), value)
     for field, value in after.items()
     if field in noted and before.get(field) != value
   ]
-
-
-def _describe(record: dict[str, Any]) -> str:
-  return f"config.{record['field']} is {record['after']!r}, and was {record['before']!r}"
 
 
 def store_config(workdir: pathlib.Path, config: ConfigDict) -> None:

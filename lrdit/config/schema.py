@@ -29,7 +29,7 @@ from lrdit.runtime.paths import local_path
 LARGEST_SEED = 2**32 - 1
 LARGEST_BATCH = 2**20
 # Fields that may be None, where an old 0 does not stand for it.
-NEVER_ZERO = ("optimizer.beta2", "curriculum.middle_group")
+NEVER_ZERO = ("optimizer.beta2", "curriculum.middle_group", "training.num_steps", "export.bucket")
 FLOAT32 = "(1e-37, 1e30)"  # numbers that stay finite and above 0 in float32
 
 
@@ -119,6 +119,11 @@ FIELDS: dict[str, Field] = {
     scan_blocks=Field(False, "Compile equal blocks once (slower on CPUs)", role=Role.PROCESS),
     class_dropout_rate=Field(0.1, "Share of labels replaced by the null class", number("[0, 1]")),
     learn_sigma=Field(False, "Learn the reverse process's variance"),
+    frequency_shift=Field(
+      0,
+      "Timestep frequencies are 10000^(-i / (128 - shift)): 0 as published, 1 as in diffusers",
+      whole(0, 1),
+    ),
   ),
   **_group("rank", Role.RUN)(
     ratio=Field(0.5, "Share of a dense layer's parameters that the static arm keeps", _SHARE),
@@ -181,6 +186,11 @@ FIELDS: dict[str, Field] = {
       choice(names="rank.strata.TIMESTEPS"),
     ),
     min_snr_gamma=Field(5.0, "Cap of the signal-to-noise ratio in `min_snr`", _FLOAT),
+    variance_floor=Field(
+      "beta",
+      "Least learned variance at t = 0: 0.01 beta_0, or the `posterior`'s at t = 1 as published",
+      choice(names="diffusion.process.VARIANCE_FLOORS"),
+    ),
   ),
   **_group("curriculum", Role.RUN)(
     enabled=Field(False, "Train on a growing set of timestep groups"),
@@ -256,6 +266,20 @@ FIELDS: dict[str, Field] = {
     nuclear=Field(0.0, "Weight of the nuclear norm of down @ up; an SVD a step", _WEIGHT),
     orthogonality=Field(0.0, "Weight of products of different components of a factor", _WEIGHT),
   ),
+  **_group("init", Role.RUN)(
+    from_=Field(
+      "",
+      "Trained parameters to start from: a workdir, its checkpoint or a file; `{seed}` is the seed",
+      PATH,
+    ),
+    weights=Field("ema", "Averaged or raw parameters, where there are both", choice("ema", "raw")),
+    compression=Field(
+      "svd",
+      "How dense kernels become factors: by their SVD, or by that `whitened` by the inputs",
+      choice(names="model.factors.COMPRESSIONS"),
+    ),
+    whitening_examples=Field(1024, "Training examples in each bucket's second moments", whole()),
+  ),
   **_group("training", Role.WATCH)(
     batch_size=Field(256, "Examples in a step over all devices", _BATCH, role=Role.RUN),
     microbatch=Field(
@@ -267,8 +291,8 @@ FIELDS: dict[str, Field] = {
     ),
     num_steps=Field(
       100_000,
-      "Updates; a larger number prolongs a run",
-      whole(),
+      "Updates; a larger number prolongs a run, and 0 only reads what `init.from_` names",
+      whole(0),
       "those of `num_epochs`",
       role=Role.FREE,
     ),
@@ -301,6 +325,7 @@ FIELDS: dict[str, Field] = {
   **_group("checkpoint", Role.FREE)(
     every_steps=Field(5000, "Steps between checkpoints", whole()),
     keep=Field(2, "Number of newest checkpoints to keep", whole()),
+    keep_every=Field(None, "Keep every checkpoint whose step this divides", whole(), "none"),
   ),
   **_group("sampling", Role.SAMPLES)(
     num_samples=Field(1000, "Images in a sample set", whole(), role=Role.FREE),
@@ -341,6 +366,14 @@ FIELDS: dict[str, Field] = {
     microbatch=Field(16, "Examples in flight", _BATCH),
     seed=Field(0, "Seed of the gradients' examples, noise and timesteps", _SEED),
     ranks=Field((), "Ranks to truncate all layers to; (): ten shares of the largest", rising(1)),
+  ),
+  **_group("export", Role.FREE)(
+    bucket=Field(
+      None,
+      "Merge factors at this rank bucket to dense kernels",
+      whole(0, 999),
+      "keep them; the last bucket in the layout of diffusers",
+    ),
   ),
   **_group("benchmark", Role.FREE)(
     rounds=Field(10, "Rounds that medians are taken over", whole()),

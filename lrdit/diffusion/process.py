@@ -22,6 +22,9 @@ AnyArray = np.ndarray | np.floating | float | Array
 
 PREDICTIONS = ("epsilon", "v")
 LOSS_WEIGHTINGS = ("uniform", "min_snr")
+# Lower bounds of a learned variance at t = 0, where the posterior's is 0: 0.01 beta_0, or the
+# posterior's variance at t = 1 as in the published code of Nichol and Dhariwal 2021 and of DiT.
+VARIANCE_FLOORS = ("beta", "posterior")
 
 MAX_BETA = 0.999
 LINEAR_BETAS = (1e-4, 0.02)  # at T = 1000; scaled by 1000 / T as in ADM
@@ -105,11 +108,18 @@ class Posterior:
   variance: Float[np.ndarray, " S"]
   beta: Float[np.ndarray, " S"]
 
-  @property
-  def log_variance_range(self) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
-    """The bounds of a learned log-variance (Nichol and Dhariwal 2021, eq. 15)."""
-    low = np.where(self.variance > 0, self.variance, 1e-2 * self.beta)  # 0 has no logarithm
-    return np.log(low), np.log(self.beta)
+  def log_variance_range(
+    self, variance_floor: str = "beta"
+  ) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
+    """Return the bounds of a learned log-variance (Nichol and Dhariwal 2021, eq. 15).
+
+    A variance of 0 has no logarithm: `variance_floor` is one of `VARIANCE_FLOORS`.
+    """
+    positive = self.variance > 0
+    floor = 1e-2 * self.beta
+    if variance_floor == "posterior":  # the variance rises with t
+      floor = np.min(self.variance, where=positive, initial=1.0)
+    return np.log(np.where(positive, self.variance, floor)), np.log(self.beta)
 
 
 def posterior(

@@ -175,7 +175,7 @@ def solver_table(
   names = ("on_x_t", "on_x_0", "on_eps", "on_x_0_last", "on_noise")
   coefficients = dict.fromkeys(names, np.zeros(num_steps))
   coefficients |= SOLVERS[solver](alpha_bar, alpha_bar_prev, eta)
-  low, high = posterior(alpha_bar, alpha_bar_prev).log_variance_range
+  low, high = posterior(alpha_bar, alpha_bar_prev).log_variance_range()  # no noise at t = 0
   return SolverTable(
     t=t,
     signal=alpha_bar**0.5,

@@ -24,7 +24,7 @@ from lrdit.data.images import to_uint8
 from lrdit.data.source import Source
 from lrdit.evaluation.features import Extracted, check_size, digest_of, read_images
 from lrdit.evaluation.metrics import recognition_accuracy
-from lrdit.runtime import store
+from lrdit.runtime import parallel, store
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.progress import make_bar
 
@@ -208,14 +208,9 @@ class ClassifierExtractor:
     depend on the number of others.
     """
     check_size(images, self.name, self._image_size)
-    images = images[..., : self._num_channels]
-    parts = []
-    for start in range(0, len(images), self.batch_size):
-      batch = images[start : start + self.batch_size]
-      padding = ((0, self.batch_size - len(batch)), (0, 0), (0, 0), (0, 0))
-      results = jax.device_get(self._apply(self.params, np.pad(batch, padding)))
-      parts.append([result[: len(batch)] for result in results])
-    features, predictions = (np.concatenate(part) for part in zip(*parts, strict=True))
+    run = functools.partial(self._apply, self.params)
+    batches = images[..., : self._num_channels], self.batch_size
+    features, predictions = parallel.run_batches(run, *batches)
     return Extracted(features, predictions.astype(np.int32))
 
 

@@ -110,10 +110,14 @@ def layer_shapes(shape: DiTShape) -> dict[str, tuple[int, int]]:
   }
 
 
-def timestep_embedding(t: Int[Array, " B"]) -> Float[Array, "B 256"]:
-  """Return sinusoidal features of t, (B, 256) float32, cosines first."""
+def timestep_embedding(t: Int[Array, " B"], shift: int = 0) -> Float[Array, "B 256"]:
+  """Return sinusoidal features of t, (B, 256) float32, cosines first.
+
+  Frequency i is 10000^(-i / (128 - shift)); the published models have a shift of 0, and diffusers
+  computes with 1.
+  """
   half = FREQUENCY_DIM // 2
-  frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+  frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
   angles = t.astype(jnp.float32)[:, None] * frequencies
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
@@ -231,12 +235,14 @@ class TimestepEmbedder(nn.Module):
   hidden_size: int
   plan: RankPlan
   dtype: Any
+  frequency_shift: int
 
   @nn.compact
   def __call__(self, t: Int[Array, " B"], selection: RankSelection) -> Float[Array, "B D"]:
     """Embed the timesteps."""
     init = nn.initializers.normal(0.02)
-    x = make_dense(self, "fc1", self.hidden_size, init)(timestep_embedding(t), selection)
+    x = timestep_embedding(t, self.frequency_shift)
+    x = make_dense(self, "fc1", self.hidden_size, init)(x, selection)
     return make_dense(self, "fc2", self.hidden_size, init)(nn.silu(x), selection)
 
 
@@ -319,6 +325,7 @@ class DiT(nn.Module):
     remat: recompute each block in the backward pass instead of storing its activations.
     scan_blocks: compile equal blocks once and loop over them; parameters do not change.
     attention: from `choose_attention`.
+    frequency_shift: of `timestep_embedding`.
   """
 
   shape: DiTShape
@@ -327,12 +334,13 @@ class DiT(nn.Module):
   remat: bool = False
   scan_blocks: bool = False
   attention: AttentionFunction = plain_attention
+  frequency_shift: int = 0
 
   def setup(self):
     """Create the submodules, whose names are the parameters' paths."""
     s, common = self.shape, (self.plan, self.dtype)
     self.patch_embed = make_dense(self, "patch_embed", s.hidden_size)
-    self.t_embedder = TimestepEmbedder(s.hidden_size, *common)
+    self.t_embedder = TimestepEmbedder(s.hidden_size, *common, self.frequency_shift)
     if s.num_classes:
       init = nn.initializers.normal(0.02)
       self.y_embedder = nn.Embed(s.num_classes + 1, s.hidden_size, self.dtype, embedding_init=init)

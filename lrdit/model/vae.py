@@ -220,45 +220,25 @@ class VaeRunner:
       UserError: the VAE cannot encode this size or number of channels.
     """
     _, height, width, channels = images.shape
-    factor, config = self.config.downsample_factor, self.config
-    if channels != config.in_channels:
+    factor, wanted = self.config.downsample_factor, self.config.in_channels
+    if channels != wanted:
       raise UserError(
-        f"the images have {channels} channels and the VAE encodes {config.in_channels}: use other "
-        "data or another VAE"
+        f"the images have {channels} channels and the VAE encodes {wanted}: use other data or "
+        "another VAE"
       )
     if height % factor or width % factor:
       raise UserError(
         f"images of {height} x {width} pixels cannot be encoded: the VAE needs sides that are "
         f"multiples of {factor}"
       )
-    shape = (2, height // factor, width // factor, config.latent_channels)
-    return self._run(self._encode, self._params["encoder"], images, shape)
+    return self._run(self._encode, self._params["encoder"], images)
 
   def decode(self, latents: Float32[np.ndarray, "N h w c"]) -> Float32[np.ndarray, "N H W C"]:
     """Return the images, not clipped, of unscaled latents."""
-    _, height, width, _ = latents.shape
-    factor = self.config.downsample_factor
-    shape = (height * factor, width * factor, self.config.out_channels)
-    return self._run(self._decode, self._params["decoder"], latents, shape)
+    return self._run(self._decode, self._params["decoder"], latents)
 
-  def _run(
-    self, function: Callable, params: Any, inputs: np.ndarray, shape: tuple[int, ...]
-  ) -> np.ndarray:
-    """Return (N, *shape) outputs; each batch is fetched while the next one is computed."""
-    outputs = np.empty((len(inputs), *shape), np.float32)
-    pending: list[tuple[int, Array]] = []
+  def _run(self, function: Callable, params: Any, inputs: np.ndarray) -> np.ndarray:
+    def run(batch: np.ndarray) -> Array:
+      return function(params, jax.device_put(batch, self._batch_sharding))
 
-    def fetch() -> None:
-      start, batch = pending.pop(0)
-      outputs[start : start + self.batch_size] = np.asarray(batch)[: len(inputs) - start]
-
-    for start in range(0, len(inputs), self.batch_size):
-      batch = inputs[start : start + self.batch_size]
-      padded = np.zeros((self.batch_size, *inputs.shape[1:]), np.float32)
-      padded[: len(batch)] = batch
-      pending.append((start, function(params, jax.device_put(padded, self._batch_sharding))))
-      if start:
-        fetch()
-    if pending:
-      fetch()
-    return outputs
+    return parallel.run_batches(run, inputs, self.batch_size)

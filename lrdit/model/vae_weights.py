@@ -10,18 +10,13 @@ import re
 from typing import Any
 
 import flax
-import jax.numpy as jnp
 import numpy as np
-import safetensors
 
-from lrdit.model import vae
+from lrdit.model import tensor_files, vae
+from lrdit.model.tensor_files import PICKLE_SUFFIXES, WEIGHTS_NAME
 from lrdit.runtime import store
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.text import name_some
-
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
-DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
 # The only supported values of the fields of config.json that are not in `vae.VaeConfig`.
 SUPPORTED = {
@@ -205,22 +200,12 @@ def stored_layout(config: vae.VaeConfig) -> dict[str, tuple[tuple[str, ...], tup
 
 def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   """Return every tensor of a file by its current key, in the stored dtype."""
-  try:
-    # safetensors' own loaders do not name a tensor of an unsupported dtype.
-    stored = dict(safetensors.deserialize(path.read_bytes()))
-  except safetensors.SafetensorError as error:
-    raise UserError(
-      f"{path} is not a safetensors file, or is damaged ({error}): copy or download it again"
-    ) from error
+  stored = tensor_files.read_safetensors(path)
   tensors: dict[str, np.ndarray] = {}
-  for key, entry in stored.items():
-    dtype = entry["dtype"]
-    if dtype not in DTYPES:
-      raise UserError(f"{path} has {key} in {dtype}: give weights in one of {', '.join(DTYPES)}")
+  for key, tensor in stored.items():
     current = OLD_KEY.sub(lambda match: OLD_NAMES[match[1]], key)
     if current != key and current in stored:
       raise UserError(f"{path} has both {key} and {current}: save the VAE again with diffusers")
-    tensor = np.frombuffer(entry["data"], DTYPES[dtype]).reshape(entry["shape"])
     # Older files store the attention's layers as 1x1 convolutions.
     is_convolution = ".attentions.0.to_" in current and tensor.shape[2:] == (1, 1)
     tensors[current] = tensor[:, :, 0, 0] if is_convolution else tensor
@@ -237,17 +222,8 @@ def _to_params(
       f"{list(config.block_out_channels)}: put the VAE's own config.json beside its weights"
     )
   layout = stored_layout(config)
-  faults = {
-    "missing": sorted(layout.keys() - tensors.keys()),
-    "unknown": sorted(tensors.keys() - layout.keys()),
-    "of another shape": [
-      f"{key} {tensors[key].shape} instead of {shape}"
-      for key, (_, shape) in layout.items()
-      if key in tensors and tensors[key].shape != shape
-    ],
-  }
-  if any(faults.values()):
-    named = "; ".join(f"{len(k)} {kind}: {name_some(k)}" for kind, k in faults.items() if k)
+  expected = {key: shape for key, (_, shape) in layout.items()}
+  if named := tensor_files.differences(expected, tensors):
     raise UserError(
       f"{source} does not have the weights of its config ({named}): put config.json and weights "
       "of the same VAE together, as save_pretrained of diffusers writes them"

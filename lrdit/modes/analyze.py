@@ -35,7 +35,7 @@ from lrdit.rank.plan import RankPlan
 from lrdit.runtime import parallel, store
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
-from lrdit.runtime.tables import format_table
+from lrdit.runtime.text import format_table
 from lrdit.train import checkpoints, run_files
 
 log = logging.getLogger("lrdit")
@@ -91,13 +91,20 @@ def format_flops(arms: dict[str, Any]) -> str:
 class Analysis:
   """The parameters and files that the sections share."""
 
-  def __init__(self, experiment: Experiment, path: pathlib.Path, devices: parallel.Devices):
-    """Read the checkpoint of the trained run in workdir `path`."""
+  def __init__(
+    self,
+    experiment: Experiment,
+    path: pathlib.Path,
+    chosen: run_files.ChosenCheckpoint,
+    devices: parallel.Devices,
+  ):
+    """Read the chosen checkpoint of the trained run in workdir `path`."""
     self.experiment, self.devices, self._workdir = experiment, devices, path
-    self.config, self._directory = experiment.config, path / "analysis"
+    self.config, self._directory = experiment.config, chosen.output / "analysis"
     config = self.config
     weights = "ema" if config.sampling.use_ema else "raw"
-    step, restored = run_files.restore_params(path, self.experiment.params_template, [weights])
+    template = experiment.params_template
+    step, restored = run_files.restore_params(chosen.run, template, [weights], chosen.step)
     self.params = restored[weights]
     self.plan, self.boundaries = self.experiment.plan, self.experiment.curriculum.boundaries
     self.key = {
@@ -251,11 +258,14 @@ def schedule_on_map(
   return name, r * np.average(ranks, weights=widths) / r.mean()
 
 
-def analyze(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:
+def analyze(
+  config: ConfigDict, workdir: str, devices: parallel.Devices | None = None, checkpoint: str = ""
+) -> None:
   """Run `--mode=analyze`: write analysis/*.json and *.png.
 
   Results of earlier starts for the same checkpoint and settings are kept. The section "flops" alone
-  needs no trained run, and creates `workdir` if it is missing.
+  needs no trained run, and creates `workdir` if it is missing. `checkpoint` is that of
+  `run_files.choose_checkpoint`.
   """
   experiment = Experiment(config)
   by_name = dict(
@@ -263,10 +273,11 @@ def analyze(config: ConfigDict, workdir: str, devices: parallel.Devices | None =
   )
   sections = [by_name[name] for name in by_name if name in config.analysis.sections]
   path = open_trained(workdir, config) if sections else open_workdir(workdir, config, create=True)
-  directory = path / "analysis"
-  directory.mkdir(exist_ok=True)
+  chosen = run_files.choose_checkpoint(path, checkpoint)
+  directory, devices = chosen.output / "analysis", devices or parallel.all_devices()
+  directory.mkdir(parents=True, exist_ok=True)
   with owned(directory, "analyze"):
-    run = Analysis(experiment, path, devices or parallel.all_devices()) if sections else None
+    run = Analysis(experiment, path, chosen, devices) if sections else None
     if "flops" in config.analysis.sections:
       arms = count_flops(config)
       print(format_flops(arms))

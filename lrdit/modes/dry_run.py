@@ -1,7 +1,6 @@
 """Print the resolved run of a command without running it: `--dry_run`."""
 
 import collections
-import pathlib
 import re
 
 from ml_collections import ConfigDict
@@ -10,7 +9,10 @@ from lrdit.benchmark.arms import arm_experiments
 from lrdit.config.run_config import check_workdir
 from lrdit.experiment import Experiment
 from lrdit.model import dit, flops
+from lrdit.pretrained import open_pretrained
 from lrdit.runtime import parallel
+from lrdit.runtime.workdir import has_begun
+from lrdit.train import run_files
 
 # The files of each mode below --workdir, or --output.
 WRITES = {
@@ -20,12 +22,15 @@ WRITES = {
   "evaluate": "evaluation.json, features/",
   "analyze": "analysis/",
   "benchmark": "benchmark.json",
+  "export": "weights, config.json, README.md",
   "encode": "latents of both splits and their manifest",
 }
 
 
-def dry_run(mode: str, config: ConfigDict, path: str) -> None:
-  """Run `--dry_run`: print the resolved run of a mode; `path` is --workdir, or --output.
+def dry_run(
+  mode: str, config: ConfigDict, path: str, output: str = "", checkpoint: str = "", format: str = ""
+) -> None:
+  """Run `--dry_run`: print the resolved run of a mode; `path` is --workdir, or encode's --output.
 
   Raise a UserError where the mode itself would for its config, workdir, devices and data.
   """
@@ -35,6 +40,9 @@ def dry_run(mode: str, config: ConfigDict, path: str) -> None:
   if mode != "encode":
     needs_no_run = mode in ("train", "benchmark") or (mode == "analyze" and not _sections(config))
     check_workdir(path, config, create=needs_no_run)
+  chosen = run_files.choose_checkpoint(path, checkpoint)
+  if mode == "train" and config.init.from_ and not has_begun(chosen.run):
+    open_pretrained(config, experiment.shape)
   for group in _batch_groups(mode, config):
     parallel.check_divisible(f"config.{group}.batch_size", config[group].batch_size, devices)
   counts = _count_data(mode, experiment)
@@ -66,7 +74,7 @@ def dry_run(mode: str, config: ConfigDict, path: str) -> None:
   lines |= {
     "data": f"{config.data.name}: {', '.join(named) or 'not read'}",
     "devices": f"{len(devices)} x {devices[0].device_kind}",
-    "writes": f"below {pathlib.Path(path)}: {_writes(mode, config)}",
+    "writes": f"below {output or chosen.output}: {_writes(mode, config)}",
   }
   width = max(map(len, lines))
   print("\n".join(f"{key:{width}}  {value}" for key, value in lines.items()))

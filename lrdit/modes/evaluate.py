@@ -166,31 +166,40 @@ def _software() -> dict[str, str | None]:
   return {"python": platform.python_version(), "backend": jax.default_backend()} | versions
 
 
-def evaluate(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:
+def evaluate(
+  config: ConfigDict, workdir: str, devices: parallel.Devices | None = None, checkpoint: str = ""
+) -> None:
   """Run `--mode=evaluate`: write evaluation.json, unless it is complete already.
 
   `workdir` holds a trained run, with a sample set named `sampling.name` unless
   `evaluation.extractors` is empty. All processes measure held-out losses; the first one alone
   measures the samples. Metrics of the same checkpoint over other extractors, and of other sample
-  sets, stay in the file.
+  sets, stay in the file. `checkpoint` is that of `run_files.choose_checkpoint`.
   """
   experiment, path = Experiment(config), open_trained(workdir, config)
+  chosen = run_files.choose_checkpoint(path, checkpoint)
   with contextlib.ExitStack() as opened:
     if cluster.is_first():
-      opened.enter_context(owned(path, "evaluate"))
-      directory = path / "samples" / config.sampling.name
+      chosen.output.mkdir(parents=True, exist_ok=True)
+      opened.enter_context(owned(chosen.output, "evaluate"))
+      directory = chosen.output / "samples" / config.sampling.name
       if config.evaluation.extractors and directory.is_dir():
         opened.enter_context(owned(directory, "sample"))
-    _evaluate(experiment, path, devices or parallel.all_devices())
+    _evaluate(experiment, path, chosen, devices or parallel.all_devices())
 
 
-def _evaluate(experiment: Experiment, path: pathlib.Path, devices: parallel.Devices) -> None:
-  """Measure the newest checkpoint and its samples, both locked by the caller."""
+def _evaluate(
+  experiment: Experiment,
+  path: pathlib.Path,
+  chosen: run_files.ChosenCheckpoint,
+  devices: parallel.Devices,
+) -> None:
+  """Measure a checkpoint and its samples, both locked by the caller."""
   config = experiment.config
-  e, name, target = config.evaluation, config.sampling.name, path / "evaluation.json"
-  directory = path / "samples" / name
+  e, name, target = config.evaluation, config.sampling.name, chosen.output / "evaluation.json"
+  directory, template = chosen.output / "samples" / name, experiment.params_template
   features = pathlib.Path(e.features_dir).expanduser() if e.features_dir else path / "features"
-  step, weights = run_files.restore_params(path, experiment.params_template, ("raw", "ema"))
+  step, weights = run_files.restore_params(chosen.run, template, ("raw", "ema"), chosen.step)
   source = experiment.source("eval")
   run_files.check_run_data(path, "eval", source.fingerprint)
   vae_digest = run_files.read_vae_digest(path) if config.vae.downsample_factor else ""

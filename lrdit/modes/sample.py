@@ -135,16 +135,21 @@ def help_to_sample(batches: SampleBatches) -> None:
       pass
 
 
-def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = None) -> None:
+def sample(
+  config: ConfigDict, workdir: str, devices: parallel.Devices | None = None, checkpoint: str = ""
+) -> None:
   """Run `--mode=sample`: write exactly `sampling.num_samples` images of the run in `workdir`.
 
-  An unfinished sample set resumes; a finished one is left alone.
+  An unfinished sample set resumes; a finished one is left alone. `checkpoint` is that of
+  `run_files.choose_checkpoint`.
   """
   devices, s, experiment = devices or parallel.all_devices(), config.sampling, Experiment(config)
   sampler = experiment.sampler(devices)
   path = open_trained(workdir, config)
   weights = "ema" if s.use_ema else "raw"
-  step, restored = run_files.restore_params(path, experiment.params_template, [weights])
+  chosen = run_files.choose_checkpoint(path, checkpoint)
+  template = experiment.params_template
+  step, restored = run_files.restore_params(chosen.run, template, [weights], chosen.step)
   params = restored[weights]
   vae_digest = run_files.read_vae_digest(path) if config.vae.downsample_factor else ""
   to_pixels = experiment.to_pixels(devices, vae_digest)
@@ -154,7 +159,7 @@ def sample(config: ConfigDict, workdir: str, devices: parallel.Devices | None = 
     return
   software = {"backend": jax.default_backend(), "jax": jax.__version__}
   with SampleSetWriter(
-    path / "samples" / s.name,
+    chosen.output / "samples" / s.name,
     settings=experiment.sample_settings(step, checkpoints.digest(params), vae_digest),
     software=software | {"scan_blocks": config.model.scan_blocks},
     num_samples=s.num_samples,

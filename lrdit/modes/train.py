@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
@@ -19,6 +20,7 @@ from lrdit.data.source import report_classes
 from lrdit.evaluation import references
 from lrdit.evaluation.held_out import held_out_losses
 from lrdit.experiment import Experiment, ToPixels
+from lrdit.pretrained import starting_params
 from lrdit.runtime import cluster, parallel
 from lrdit.runtime.errors import RESTART_STATUS, UserError
 from lrdit.runtime.progress import make_bar
@@ -60,7 +62,10 @@ def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = N
       begin_config(trainer.workdir, trainer.config, first_step)
     trainer.files.begin(first_step)
     trainer.prepare_quality()
-    state, step = run_steps(trainer, parallel.replicate(state, trainer.devices), first_step, stop)
+    state = parallel.replicate(state, trainer.devices)
+    if first_step == 0 and config.init.from_:
+      trainer.report_start(state)
+    state, step = run_steps(trainer, state, first_step, stop)
     if step not in (first_step, num_steps):
       trainer.files.save(state)
     trainer.files.finish_saves()
@@ -181,19 +186,35 @@ class Trainer:
   def initial_state(self) -> TrainState:
     """Return the first process's newest checkpoint, or a fresh state, on the host."""
 
-    def fresh() -> TrainState:
-      return self.experiment.fresh_state(self.experiment.initial_params())
-
-    template = jax.eval_shape(fresh)
+    fresh = self.experiment.fresh_state
+    template = jax.eval_shape(fresh, self.experiment.params_template)
     window = WindowMetrics.empty(self.curriculum.num_groups, [*template.window.extra])
     template = template.replace(window=window, stage=StageProgress.begin(0, 0))
     state = self.files.restore_state(template)
     if state is None:
-      state = fresh()
+      state = fresh(self._first_params())
       log.info("%d parameters", parameter_overview.count_parameters(state.params))
     else:
       log.info("resuming from the checkpoint of step %d", state.step)
     return cluster.from_first(parallel.to_host(state))
+
+  def _first_params(self) -> Any:
+    """Return the parameters of step 0; only the first process reads trained ones."""
+    if self.config.init.from_ and cluster.is_first():
+      return jax.tree.map(jnp.asarray, starting_params(self.experiment, self.source))
+    return self.experiment.initial_params()
+
+  def report_start(self, state: TrainState) -> None:
+    """Save the trained parameters that the run starts from, and log their held-out loss."""
+    self.files.save(state)
+    if self.config.training.eval_every_steps:
+      text = "held-out loss %.5f before the first step"
+      log.info(text, self._held_out_loss(state))
+
+  def _held_out_loss(self, state: TrainState) -> float:
+    size, source = self.config.training.batch_size, self.eval_source
+    step = self.eval_step
+    return held_out_losses(step, state.ema_params, source, self.slots, size, draws=1).mean
 
   def batches(self, steps: range) -> Any:
     """Return an iterator that reads the training batches of `steps` ahead."""
@@ -255,9 +276,7 @@ class Trainer:
     watch.pause()
     extra = {}
     if "eval" in finished.due:
-      size, source = self.config.training.batch_size, self.eval_source
-      losses = held_out_losses(self.eval_step, state.ema_params, source, self.slots, size, draws=1)
-      extra["eval/loss"] = losses.mean
+      extra["eval/loss"] = self._held_out_loss(state)
     if "norms" in finished.due:
       extra |= self.gradient_norms(finished, state)
     if "metrics" in finished.due and self.quality:
@@ -362,5 +381,5 @@ def warn_of_too_few_steps(curriculum: Curriculum, num_steps: int) -> None:
     "the curriculum takes at least %d steps to reach all timesteps, and config.training.num_steps "
     "is %d: lower config.curriculum.check_every_steps or patience"
   )
-  if least >= num_steps:
+  if 0 < num_steps <= least:
     log.warning(text, least, num_steps)

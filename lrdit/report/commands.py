@@ -5,15 +5,13 @@ import shlex
 from typing import Any
 
 from lrdit.config import recipe
-from lrdit.config.resolve import resolve
 from lrdit.config.sample_settings import from_record
+from lrdit.model import dit
 from lrdit.report.runs import Run, as_dict
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.store import flatten
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
-# Fields that the variant sets where a config has None.
-SIZES = ("model.hidden_size", "model.depth", "model.num_heads", "model.patch_size")
 
 
 def _overrides(name: str, stored: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
@@ -21,13 +19,12 @@ def _overrides(name: str, stored: dict[str, Any]) -> tuple[str, dict[str, Any]] 
   arguments = f"method={stored.get('method')},variant={stored.get('model.variant')}"
   try:
     config = recipe.load_file(str(CONFIGS / f"{name}.py"), arguments)
-    ours = flatten(config.to_dict())
-    filled = flatten(resolve(config).to_dict())
+    ours, sizes = flatten(config.to_dict()), dit.decode_variant(config.model.variant)
   except UserError:
     return None
   if ours.keys() != stored.keys():
     return None
-  ours |= {field: filled[field] for field in SIZES}
+  ours |= {f"model.{key}": ours[f"model.{key}"] or size for key, size in sizes.items()}
   changed = {field: value for field, value in stored.items() if ours[field] != value}
   return f"--config=configs/{name}.py:{arguments}", changed
 

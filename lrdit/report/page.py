@@ -123,10 +123,12 @@ def _pictures(report: Report) -> dict[str, list[tuple[str | None, str]]]:
     row = max(distances, key=lambda row: sum(bool(cell.summaries) for cell in row.cells))
     measured.append((row, f"Samples: {describe_settings(row.settings)}"))
   quality = [(plots.quality_over(arms, c, row), text) for row, text in measured for c in costs]
-  by_layer = f"Layer {report.layer}; a dense arm has its largest rank"
+  r_label, ratio_label = "active rank r(t)", "active / dense parameters"
+  r = plots.over_t("rank", arms, lambda model: model.active_rank.get(report.layer), r_label)
+  ratio = plots.over_t("ratio", arms, lambda model: model.ratio, ratio_label)
   rank = [
-    (plots.rank_over_t(arms, report.layer), by_layer),
-    (plots.ratio_over_t(arms), "All factorized layers together; a dense arm has 1"),
+    (r, f"Layer {report.layer}; a dense arm has its largest rank"),
+    (ratio, "All factorized layers together; a dense arm has 1"),
   ]
   loss = [
     (plots.loss_over_t(arms, "held_out"), "Held-out split, EMA weights"),

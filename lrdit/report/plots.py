@@ -13,7 +13,7 @@ import numpy as np
 
 from lrdit.analysis import plot_style
 from lrdit.analysis.plot_style import LOSS_LABEL, T_LABEL, color_of, line_of
-from lrdit.report.arms import Arm, TimestepLoss
+from lrdit.report.arms import Arm, Model, TimestepLoss
 from lrdit.report.compare import Cell, Row
 from lrdit.report.fields import differing_fields
 
@@ -110,29 +110,19 @@ def _point(cell: Cell) -> tuple[float | None, float | None]:
   return (alike[0].mean, alike[0].std) if alike else (cell.exact, None)
 
 
-def rank_over_t(arms: Sequence[Arm], layer: str) -> str | None:
-  """Plot one layer's active rank over t; a dense layer has its full rank."""
-  ranks = [arm.model.active_rank.get(layer) if arm.model else None for arm in arms]
-  return _over_t("rank", arms, ranks, "active rank r(t)")
-
-
-def ratio_over_t(arms: Sequence[Arm]) -> str | None:
-  """Plot the factorized layers' active parameters over those of dense kernels, as t varies."""
-  ratios = [arm.model.ratio if arm.model else None for arm in arms]
-  return _over_t("ratio", arms, ratios, "active / dense parameters")
-
-
-def _over_t(
-  name: str, arms: Sequence[Arm], by_bucket: Sequence[Sequence[float] | None], label: str
+def over_t(
+  name: str, arms: Sequence[Arm], values_of: Callable[[Model], Sequence[float] | None], label: str
 ) -> str | None:
+  """Plot a quantity of each arm's model, which `values_of` returns by rank bucket, over t."""
+
   def paint(axes: Any) -> bool:
-    for number, (arm, of_arm) in enumerate(zip(arms, by_bucket, strict=True)):
-      if arm.model and of_arm:
+    for number, arm in enumerate(arms):
+      if arm.model and (by_bucket := values_of(arm.model)):
         edges = [start for start, _ in arm.model.segments] + [arm.model.num_train_timesteps]
-        values = [of_arm[bucket] for _, bucket in arm.model.segments]
+        values = [by_bucket[bucket] for _, bucket in arm.model.segments]
         style = line_of(number) | {"linewidth": 1.8}
         axes.stairs(values, edges, baseline=None, label=arm.name, **style)
-    return any(by_bucket)
+    return bool(axes.patches)
 
   return draw(name, paint, xlabel=T_LABEL, ylabel=label, ylim=(0, None))
 

@@ -31,19 +31,13 @@ METRICS = {
 # Metrics that describe the evaluation itself and are the same for every arm.
 SHARED_METRICS = ("recognition_accuracy_of_held_out_images", "num_samples", "num_subset_samples")
 
-MODEL_ROWS = (
+_ACTIVE = "active / dense parameters of factorized layers, mean over t"
+_BUCKETS = "each rank bucket: MACs of a forward pass, parameters"
+MODEL_ROWS = (  # by attribute of `arms.Model`
   Quantity("Model", "parameters", "parameters", "count", None),
-  Quantity(
-    "Model",
-    "mean_ratio",
-    "active / dense parameters of factorized layers, mean over t",
-    "ratio",
-    None,
-  ),
+  Quantity("Model", "mean_ratio", _ACTIVE, "ratio", None),
   Quantity("Model", "mean_forward_macs", "MACs of a forward pass, mean over t", "macs", "ratio"),
-  Quantity(
-    "Model", "buckets", "each rank bucket: MACs of a forward pass, parameters", "buckets", None
-  ),
+  Quantity("Model", "buckets", _BUCKETS, "buckets", None),
 )
 
 

@@ -6,7 +6,7 @@ import math
 import pathlib
 from typing import Any
 
-from lrdit.config.run_config import read_changes
+from lrdit.config.run_config import Change, read_changes
 from lrdit.config.sample_settings import record_names
 from lrdit.config.schema import Role, fields_of, upgrade
 from lrdit.runtime.errors import UserError
@@ -42,7 +42,7 @@ class Run:
   config: dict[str, Any]
   seed: Any
   data: dict[str, Any]
-  changes: list[dict[str, Any]]  # of the config during training
+  changes: list[Change]  # of the config during training
   step: int  # the newest one known
   num_steps: int | float | None
   images: int  # used in training so far
@@ -104,8 +104,8 @@ def read_run(name: str) -> Run:
   sample_sets = _read_sample_sets(path, evaluation, notes)
   changes = read_changes(path)
   for change in changes:
-    values = f"from {change['before']!r} to {change['after']!r}"
-    notes.append(f"{change['field']} changed {values} after step {change['step']}")
+    values = f"from {change.before!r} to {change.after!r}"
+    notes.append(f"{change.field} changed {values} after step {change.step}")
   training = as_dict(config.get("training"))
   images, rate = training_speed(lines, finite(training.get("batch_size")) or 0)
   steps = [int(p.name) for p in (path / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
@@ -212,7 +212,7 @@ def run_key(run: Run) -> dict[str, Any]:
   free = fields_of(*{*Role} - {Role.RUN, Role.TUNABLE}) - set(DEFINING) | {"seed"}
   kept = {field: value for field, value in flatten(run.config).items() if field not in free}
   for change in run.changes:
-    if change["field"] not in free:
-      name = f"changes.jsonl: {change['field']} at step {change['step']}"
-      kept[name] = f"{change['before']} to {change['after']}"
+    if change.field not in free:
+      name = f"changes.jsonl: {change.field} at step {change.step}"
+      kept[name] = f"{change.before} to {change.after}"
   return kept | {f"data.json: {split}": value for split, value in run.data.items()}

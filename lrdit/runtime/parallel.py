@@ -123,6 +123,22 @@ def global_index(
   return jnp.arange(local_batch, dtype=jnp.int32) * num_devices + device_index
 
 
+def run_batches(function: Callable[[np.ndarray], Any], rows: np.ndarray, batch_size: int) -> Any:
+  """Return the function's outputs for all rows, on the host.
+
+  The last batch is padded with zeros, so that the function compiles for one shape. Each batch is
+  fetched while the next one is computed.
+  """
+  outputs = []
+  for start in range(0, max(1, len(rows)), batch_size):  # no rows still have an output's shape
+    batch = rows[start : start + batch_size]
+    padding = ((0, batch_size - len(batch)), *[(0, 0)] * (rows.ndim - 1))
+    outputs.append(function(np.pad(batch, padding)))
+    outputs[-2:-1] = jax.device_get(outputs[-2:-1])
+  outputs[-1:] = jax.device_get(outputs[-1:])
+  return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(rows)], *outputs)
+
+
 def shardings(devices: Devices) -> tuple[NamedSharding, NamedSharding]:
   """Return (rows split over this process's devices, replicated) for `jax.jit`."""
   mesh = Mesh(np.asarray(own_devices(devices)), (AXIS,))

@@ -1,6 +1,7 @@
-"""File and field names as messages show them."""
+"""Names and tables as messages and standard output show them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 NAMED = 3  # A message lists at most this many names.
 
@@ -14,3 +15,22 @@ def name_some(names: Sequence[str]) -> str:
   """Return the first names and the number of the others, as in "a, b, c and 2 more"."""
   more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
   return ", ".join(map(printable, names[:NAMED])) + more
+
+
+def format_table(
+  title: str,
+  columns: Mapping[str, Callable[[Any], str]],
+  entries: Mapping[str, Mapping[str, Any]],
+) -> str:
+  """Return aligned columns of plain text, one line per entry.
+
+  `title` heads the entries' names, and `columns` maps each heading to its text of an entry.
+  """
+  rows = [[title, *columns]]
+  rows += [[name, *(text(entry) for text in columns.values())] for name, entry in entries.items()]
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = []
+  for name, *cells in rows:
+    cells = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+    lines.append("  ".join([f"{name:<{widths[0]}}", *cells]))
+  return "\n".join(lines)

@@ -271,16 +271,16 @@ class Sampler:
     return carry[0]
 
   def sample(
-    self, params: Any, label_rule: LabelRule | None, num_samples: int, first: int = 0
+    self, params: Any, label_rule: LabelRule | None, num_samples: int
   ) -> Iterator[Float[np.ndarray, "B H W C"]]:
-    """Yield the samples [first, num_samples) in index order, a batch at a time.
+    """Yield the samples in index order, a batch at a time.
 
     The last batch is padded with further indices, whose samples are dropped: the compiled shapes
     and every kept sample are the same for any number. The next batch is computed meanwhile.
     """
     size = self.settings.batch_size
-    batches = self.sample_rows(params, label_rule, range(first, num_samples, size), slice(size))
-    for start, images in batches:
+    starts = range(0, num_samples, size)
+    for start, images in self.sample_rows(params, label_rule, starts, slice(size)):
       yield images[: num_samples - start]
 
   def sample_rows(

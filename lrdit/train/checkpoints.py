@@ -12,8 +12,8 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import flax
 import jax
@@ -38,6 +38,8 @@ DESCRIPTORS = pathlib.Path("/proc/self/fd")  # where Linux gives any open direct
 
 log = logging.getLogger("lrdit")
 
+T = TypeVar("T")
+
 
 def directory_of(workdir: str | os.PathLike) -> pathlib.Path:
   """Return the directory of a run's checkpoints."""
@@ -55,6 +57,10 @@ def _items(state: TrainState) -> dict[str, Any]:
   return {name: fields.pop(name) for name in TREES} | {"progress": fields}
 
 
+def _without_empty_dicts(tree: dict[str, Any]) -> dict[str, Any]:
+  return flax.traverse_util.unflatten_dict(flax.traverse_util.flatten_dict(tree))
+
+
 def _first_line(error: Exception) -> str:
   return (str(error) or type(error).__name__).splitlines()[0][:200]
 
@@ -62,17 +68,20 @@ def _first_line(error: Exception) -> str:
 class Checkpoints:
   """The checkpoints of one workdir, for one process."""
 
-  def __init__(self, workdir: str | os.PathLike, keep: int | None = None):
+  def __init__(
+    self, workdir: str | os.PathLike, keep: int | None = None, keep_every: int | None = None
+  ):
     """Open `workdir`/checkpoints, of which the newest `keep` survive a save.
 
-    None opens them read-only and leaves another process's pending save alone.
+    So do those whose step `keep_every` divides. A `keep` of None opens them read-only and leaves
+    another process's pending save alone.
     """
     self.directory = directory_of(workdir).absolute()
-    self._last_step = 0  # the newest checkpoint that this run saved or restored
+    self._last_step: int | None = None  # the newest checkpoint that this run saved or restored
     access: dict[str, Any] = dict(read_only=True)
     if keep is not None:
       self.directory.mkdir(parents=True, exist_ok=True)
-      access = dict(max_to_keep=keep, cleanup_tmp_directories=True)
+      access = dict(max_to_keep=keep, keep_period=keep_every, cleanup_tmp_directories=True)
     # This process reads and writes alone, whatever other processes there are.
     alone = ocp.options.MultiprocessingOptions(
       primary_host=cluster.process_id(),
@@ -109,7 +118,8 @@ class Checkpoints:
     step = int(state.step)
     if step == self._last_step:
       return
-    items = _items(state)
+    # Orbax would record dicts without arrays, such as the sums of a run without penalties.
+    items = {name: _without_empty_dicts(tree) for name, tree in _items(state).items()}
     arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     arguments["config"] = ocp.args.JsonSave(config)
     arguments["manifest"] = ocp.args.JsonSave(manifest.make_manifest(step, items))
@@ -154,13 +164,18 @@ class Checkpoints:
     progress = items.pop("progress")
     return flax.serialization.from_state_dict(template, items | progress)
 
-  def restore_params(self, template: Any, weights: Sequence[str]) -> tuple[int, dict[str, Any]]:
-    """Return (step, parameters by name) of the newest checkpoint with all of `weights` intact.
+  def restore_params(
+    self, template: Any, weights: Sequence[str], step: int | None = None
+  ) -> tuple[int, dict[str, Any]]:
+    """Return (step, parameters by name) of a checkpoint with all of `weights` intact.
 
-    `template` has the parameters' shapes; `weights` are some of `WEIGHTS`. Raise a UserError if no
-    checkpoint is intact.
+    It is that of `step`, or else the newest intact one. `template` has the parameters' shapes;
+    `weights` are some of `WEIGHTS`. Raise a UserError if there is none.
     """
     templates = {WEIGHTS[name]: template for name in weights}
+    if step is not None:
+      items = self._intact(step, lambda: self._restore(step, templates))
+      return step, {name: items[WEIGHTS[name]] for name in weights}
     step, items = self._newest_intact(templates, move_damaged=False)
     if step is None:
       raise UserError(
@@ -168,6 +183,25 @@ class Checkpoints:
         "--workdir and --mode=train"
       )
     return step, {name: items[WEIGHTS[name]] for name in weights}
+
+  def read_config(self, step: int) -> dict[str, Any]:
+    """Return the config.json that a run had at a checkpoint; raise a UserError if there is none."""
+    return self._intact(step, lambda: self._read(step, config=ocp.args.JsonRestore())["config"])
+
+  def _intact(self, step: int, read: Callable[[], T]) -> T:
+    """Return `read()` of the checkpoint of `step`; raise a UserError unless it is there, intact."""
+    if step not in self.steps():
+      kept = ", ".join(map(str, self.steps()[::-1])) or "none"
+      raise UserError(
+        f"no checkpoint of step {step} under {self.directory}: the steps kept are {kept} "
+        "(config.checkpoint.keep and keep_every say which)"
+      )
+    try:
+      return read()
+    except DamagedCheckpoint as damage:
+      raise UserError(
+        f"checkpoint {self.directory}/{step} is damaged ({damage}): use another step"
+      ) from damage
 
   def _newest_intact(
     self, templates: dict[str, Any], move_damaged: bool

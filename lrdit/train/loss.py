@@ -41,6 +41,8 @@ class Objective:
     """The number of equal parts of the global batch that are each computed at once."""
     return self.num_devices * self.microbatches
 
+  variance_floor: str = "beta"  # one of `process.VARIANCE_FLOORS`
+
   def without_augmentation(self) -> "Objective":
     """Return the objective for evaluation, which keeps every label and splits no batch."""
     return dataclasses.replace(self, class_dropout_rate=0.0, microbatches=1)
@@ -126,7 +128,7 @@ def example_losses(
     objective.prediction, jax.lax.stop_gradient(prediction), x_t, signal, sigma
   )
   q = process.posterior(alphas_cumprod, np.append(1.0, alphas_cumprod[:-1]))
-  low, high = (at_t(bound) for bound in q.log_variance_range)
+  low, high = (at_t(bound) for bound in q.log_variance_range(objective.variance_floor))
   share = (coordinate + 1) / 2
   bound = process.variational_bound(
     true_mean=at_t(q.on_x_0) * x_0 + at_t(q.on_x_t) * x_t,

@@ -1,6 +1,7 @@
 """A run's files, which the first process alone reads and writes."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from lrdit.runtime.metric_writer import MetricWriter
 from lrdit.runtime.progress import log_to_file
 from lrdit.runtime.store import changes
 from lrdit.runtime.workdir import check_data, read_data
-from lrdit.train.checkpoints import Checkpoints
+from lrdit.train.checkpoints import Checkpoints, directory_of
 from lrdit.train.state import TrainState
 
 
@@ -39,7 +40,8 @@ class RunFiles:
         opened.enter_context(owned(self._workdir, "train"))
         check_data(self._workdir, fingerprint)
         (self._workdir / "samples").mkdir(exist_ok=True)
-        self._checkpoints = Checkpoints(self._workdir, config.checkpoint.keep)
+        keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
+        self._checkpoints = Checkpoints(self._workdir, keep, keep_every)
         opened.callback(self._checkpoints.close)
         opened.enter_context(log_to_file(self._workdir / "train.log"))
       self._opened = opened.pop_all()
@@ -112,22 +114,51 @@ def check_run_data(workdir: pathlib.Path, split: str, fingerprint: dict[str, Any
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class ChosenCheckpoint:
+  """A checkpoint that a mode reads, and the directory of what it writes."""
+
+  run: pathlib.Path  # workdir of the run that has it
+  step: int | None  # None is the newest intact one
+  output: pathlib.Path  # the workdir for the newest one, so that no other takes its place
+
+
+def choose_checkpoint(workdir: str | pathlib.Path, which: str) -> ChosenCheckpoint:
+  """Return the checkpoint that `which` names: "" (the newest), a step, or CHECKPOINTS/STEP.
+
+  Another one than the newest has its results under `workdir`/steps.
+
+  Raises:
+    UserError: it names neither.
+  """
+  workdir = pathlib.Path(workdir)
+  if not which:
+    return ChosenCheckpoint(workdir, None, workdir)
+  path = pathlib.Path(which).expanduser()
+  if which.isdecimal():
+    path = directory_of(workdir) / which
+  elif not (path.name.isdecimal() and path.parent.name == "checkpoints"):
+    raise UserError(f"--checkpoint={which} is neither a step nor WORKDIR/checkpoints/STEP", 2)
+  step, run = int(path.name), path.absolute().parents[1]
+  name = f"{step}" if run.resolve() == workdir.resolve() else f"{run.name}_{step}"
+  return ChosenCheckpoint(run, step, workdir / "steps" / name)
+
+
 def restore_params(
-  workdir: pathlib.Path, template: Any, weights: Sequence[str]
+  workdir: pathlib.Path, template: Any, weights: Sequence[str], step: int | None = None
 ) -> tuple[int, dict[str, Any]]:
-  """Return (step, host parameters by name) of the newest intact checkpoint, on every process.
+  """Return (step, host parameters by name) of a checkpoint, on every process.
 
   Arguments and errors are those of `Checkpoints.restore_params`.
   """
   if cluster.is_first():
-    checkpoints = Checkpoints(workdir)
-    step, params = checkpoints.restore_params(template, weights)
-    checkpoints.close()
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+      found, params = checkpoints.restore_params(template, weights, step)
   else:
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
-    step, params = 0, dict.fromkeys(weights, zeros)
-  step, params = cluster.from_first((np.int32(step), params))
-  return int(step), params
+    found, params = 0, dict.fromkeys(weights, zeros)
+  found, params = cluster.from_first((np.int32(found), params))
+  return int(found), params
 
 
 def read_vae_digest(workdir: pathlib.Path) -> str:

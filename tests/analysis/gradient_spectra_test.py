@@ -16,6 +16,7 @@ from lrdit.rank import plan as rank_schedule
 from lrdit.runtime.errors import UserError
 from lrdit.train import loss as loss_module
 from tests.tiny import load_digits, tiny_config
+from tests.trained import noisy_params_of
 
 BOUNDARIES = (0, 300, 650, 1000)
 BATCH_SIZES = (3, 8)
@@ -38,16 +39,6 @@ def make_objective(arm="adaptive", **overrides):
   return Experiment(config).objective(jax.devices()[:1]).without_augmentation()
 
 
-@functools.cache
-def make_params(objective):
-  """Away from the zero output of initialization."""
-  params = dit.init_params(objective.model, jax.random.key(0))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  noisy = [p + 0.05 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-  return jax.tree.unflatten(tree, noisy)
-
-
 def make_examples(size=8):
   return gradient_batches.sample_examples(load_digits("train"), size, 10, SEED)
 
@@ -63,7 +54,9 @@ def of_mixed_timesteps(size=8):
 
 
 def make_gradients(objective, microbatch=4):
-  return gradient_spectra.KernelGradients(objective.model, make_params(objective), microbatch)
+  return gradient_spectra.KernelGradients(
+    objective.model, noisy_params_of(objective.model), microbatch
+  )
 
 
 def add_rows(gradients, batch, rows):
@@ -95,7 +88,7 @@ def gradients_by_perturbation(objective, t, examples):
       return y
 
     with nn.intercept_methods(intercept):
-      return trainings_losses(make_params(objective), objective, t, examples).sum()
+      return trainings_losses(noisy_params_of(objective.model), objective, t, examples).sum()
 
   shapes = dit.layer_shapes(objective.model.shape)
   return jax.jit(jax.grad(loss))({name: jnp.zeros(dims) for name, dims in shapes.items()})
@@ -125,7 +118,7 @@ def test_gradients_of_the_full_arm_are_its_kernels_own():
   def loss(params):
     return trainings_losses(params, objective, t, examples).sum()
 
-  grads = jax.jit(jax.grad(loss))(make_params(objective))
+  grads = jax.jit(jax.grad(loss))(noisy_params_of(objective.model))
   expected = {
     name: functools.reduce(lambda tree, part: tree[part], [*name.split("/"), "kernel"], grads)
     for name in dit.layer_shapes(objective.model.shape)
@@ -249,7 +242,7 @@ def test_the_residual_null_passes_noise_back_in_place_of_each_error():
   np.testing.assert_array_equal(batch["target"], make_batch(objective, t)["target"])
   got = add_rows(make_gradients(objective), batch, np.arange(8))
   bucket = int(plan.bucket_of_timestep[400])
-  dense = gradient_spectra.dense_params(make_params(objective), plan, bucket)
+  dense = gradient_spectra.dense_params(noisy_params_of(objective.model), plan, bucket)
   model = dataclasses.replace(objective.model, plan=rank_schedule.dense_plan(1000))
 
   def predict(params):
@@ -295,7 +288,7 @@ def test_latents_are_sampled_from_their_distribution():
 
 def analyze(cache, objective, **changes):
   source = load_digits("train")
-  params = jax.device_get(make_params(objective))
+  params = jax.device_get(noisy_params_of(objective.model))
   settings = SETTINGS | changes
   return gradient_spectra.analyze_gradients(objective, params, source, **settings, cache=cache)
 

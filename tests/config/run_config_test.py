@@ -127,7 +127,7 @@ def test_training_may_go_on_at_another_rate_and_others_must_know_it(tmp_path, ch
   run_config.begin_config(tmp_path, changed, first_step=4)
   run_config.open_workdir(tmp_path, changed, create=False)
   (field,) = (name.replace("__", ".") for name in change)
-  assert [record["field"] for record in run_config.read_changes(tmp_path)] == [field]
+  assert [change.field for change in run_config.read_changes(tmp_path)] == [field]
 
 
 PROCESS = {
@@ -162,10 +162,8 @@ def test_changes_on_the_way_are_noted_as_long_as_their_steps_last(tmp_path):
   def go_on(first_step, **fields):
     config = tiny_config(training__num_steps=20, **fields)
     run_config.begin_config(tmp_path, config, first_step)
-    return [
-      (record["step"], record["before"], record["after"])
-      for record in run_config.read_changes(tmp_path)
-    ]
+    changes = run_config.read_changes(tmp_path)
+    return [(change.step, change.before, change.after) for change in changes]
 
   rate = "optimizer__learning_rate"
   assert go_on(0) == []

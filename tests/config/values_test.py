@@ -126,7 +126,7 @@ MISTAKES = {
   "zero steps": (
     ["--config.training.num_steps=0"],
     1,
-    "training.num_steps=0 must be a whole number from 1",
+    "training.num_steps=0 needs trained parameters: set config.init.from_",
   ),
   "zero batch": (
     ["--config.training.batch_size=0"],

@@ -85,7 +85,7 @@ def test_the_narrow_arm_is_the_widest_dense_model_of_at_most_the_static_arm_s_ma
 def test_a_narrow_arm_that_no_width_allows_is_refused():
   fields = dict(model__hidden_size=32, model__num_heads=32, rank__ratio=0.1, rank__multiple_of=1)
   with pytest.raises(UserError, match=r"no multiple of 32 .* is a width"):
-    tiny_config("method=narrow", **fields)
+    Experiment(tiny_config("method=narrow", **fields))
 
 
 # Giga-MACs at 32x32x4, from Peebles and Xie 2023, tables 1 and 4.

@@ -1,5 +1,6 @@
 """A tiny run of the real command line, results of made-up timings, and each arm. No speed."""
 
+import itertools
 import json
 import re
 import types
@@ -295,32 +296,32 @@ def test_every_round_times_every_task_once_in_turn():
   assert order == ["abc", "bca", "cab", "abc"]
 
 
-def test_the_parts_of_a_run_are_the_whole_run():
+@pytest.fixture(scope="module")
+def adaptive_sampler():
+  """The sampling arm of ten solver steps in three buckets."""
+  config = tiny_config(model__depth=1, sampling__num_steps=10)
+  return arms_module.SamplingArm(Experiment(config), jax.devices()[:1])
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 12])
+def test_the_parts_of_a_run_are_the_whole_run(rounds, adaptive_sampler, monkeypatch):
   """Rounds that do not divide the steps, and more rounds than steps."""
-  for rounds in (1, 3, 12):
-    config = tiny_config(benchmark__rounds=rounds, sampling__num_steps=10)
-    arm = arms_module.SamplingArm(Experiment(config), jax.devices()[:1])
-    ranges = []
-
-    def run_range(carry, first, end, ranges=ranges):
-      ranges.append((first, end))
-      return carry
-
-    arm._run_range = run_range
-    part = arm.make_run()
-    for number in range(rounds):
-      assert part(number) > 0
-    covered = [i for first, end in ranges for i in range(first, end)]
-    assert covered == list(range(10))
+  ranges = []
+  monkeypatch.setattr(adaptive_sampler, "_rounds", rounds)
+  monkeypatch.setattr(
+    adaptive_sampler, "_run_range", lambda carry, *steps: ranges.append(range(*steps)) or carry
+  )
+  part = adaptive_sampler.make_run()
+  for number in range(rounds):
+    assert part(number) > 0
+  assert [*itertools.chain(*ranges)] == list(range(10))
 
 
-def test_a_run_by_parts_ends_where_the_sampler_does():
-  config = tiny_config(benchmark__rounds=3)
-  arm = arms_module.SamplingArm(Experiment(config), jax.devices()[:1])
-  carry = arm._start
+def test_a_run_by_parts_ends_where_the_sampler_does(adaptive_sampler):
+  carry = adaptive_sampler._start
   for first, end in ((0, 4), (4, 5), (5, 10)):
-    carry = arm._run_range(carry, first, end)
-  whole = arm._run_range(arm._start, 0, 10)
+    carry = adaptive_sampler._run_range(carry, first, end)
+  whole = adaptive_sampler._run_range(adaptive_sampler._start, 0, 10)
   np.testing.assert_allclose(carry[0], whole[0], rtol=1e-5, atol=1e-6)
   assert np.abs(whole[0]).max() > 0
 
@@ -337,7 +338,7 @@ def test_gradients_of_the_random_parameters_are_not_zero():
     selection = low_rank.uniform_selection(4, 2)
     return jnp.square(model.apply({"params": params}, x, t, y, selection)).mean()
 
-  grads = jax.grad(loss)(params)
+  grads = jax.jit(jax.grad(loss))(params)
   assert all(np.count_nonzero(g) for g in jax.tree.leaves(grads))
 
 

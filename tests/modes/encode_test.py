@@ -26,6 +26,7 @@ from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from lrdit.train import loss as loss_module
 from tests import tiny
+from tests.command_line import assert_one_line, run_in_process
 from tests.latent_runs import (
   NUM_IMAGES,
   SCALE,
@@ -252,7 +253,7 @@ def wait_for_rows(process, output, at_least):
   raise AssertionError("the process ended or timed out first")
 
 
-def test_a_killed_command_resumes_to_the_byte(tmp_path):
+def test_a_killed_command_resumes_to_the_byte(tmp_path, capsys, monkeypatch):
   images = write_images(tmp_path / "many.npz", 2500)
   output = tmp_path / "killed"
   encoding = command("encode", images, f"--output={output}")
@@ -269,7 +270,8 @@ def test_a_killed_command_resumes_to_the_byte(tmp_path):
       file.write(b"a write that tore")
   workdir = tmp_path / "run"
   training = command("train", images, f"--workdir={workdir}", f"--config.vae.latents_dir={output}")
-  assert_refused(training, f"are unfinished ({done} train, 0 eval images so far)")
+  status, stderr = run_in_process(capsys, monkeypatch, training[2:])
+  assert_one_line(status, 1, stderr, f"are unfinished ({done} train, 0 eval images so far)")
   assert not workdir.exists()
   resumed = run(encoding)
   assert resumed.returncode == 0, resumed.stderr

@@ -26,7 +26,7 @@ def test_the_command_line_writes_both_files(tmp_path, capsys, monkeypatch):
   stored = json.loads((output / "report.json").read_text())
   assert stored["made"]["command"] == shlex.join(["python", "main.py", *flags])
   assert [arm["name"] for arm in stored["arms"]] == ["full", "adaptive"]
-  assert {row["key"]: row for row in stored["rows"]}["held_out_loss_ema"]["cells"][0]["groups"]
+  assert {row["key"]: row for row in stored["rows"]}["held_out_loss_ema"]["cells"][0]["summaries"]
   assert not {"image", "pixels"} & stored["grids"][0].keys()
   assert sorted(path.name for path in output.iterdir()) == ["report.html", "report.json"]
 

@@ -20,6 +20,7 @@ from PIL import Image
 from lrdit.modes import evaluate, sample, train
 from lrdit.train import muon, optimizer
 from tests import tiny
+from tests.command_line import run_in_process
 from tests.trained import SHALLOW, assert_same_run, final_state, train_one_device
 
 # Long enough to be interrupted, and with everything that happens on the way.
@@ -151,11 +152,13 @@ def test_a_checkpoint_of_four_devices_resumes_on_one(undisturbed, tmp_path):
     "adaptive",
   ],
 )
-def test_every_arm_trains_samples_and_is_evaluated(tmp_path, arm):
+def test_every_arm_trains_samples_and_is_evaluated(tmp_path, arm, capsys, monkeypatch):
   flags = ("--config.training.sample_every_steps=4", "--config.sampling.png_files=True")
   for mode in ("train", "sample", "evaluate"):
-    done = tiny.run_main(tmp_path, f"--mode={mode}", *flags, arg=f"method={arm}")
-  assert "pixel_frechet_distance" in done.stderr
+    argv = tiny.command(tmp_path, f"--mode={mode}", *flags, arg=f"method={arm}")[2:]
+    status, stderr = run_in_process(capsys, monkeypatch, argv)
+    assert status == 0, stderr
+  assert "pixel_frechet_distance" in stderr
   assert sorted(p.name for p in (tmp_path / "samples").glob("*.png")) == [
     "step_00000004.png",
     "step_00000008.png",

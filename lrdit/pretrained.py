@@ -1,0 +1,182 @@
+"""Trained parameters to start a run from: `init.from_`.
+
+They come from a workdir of ours, one of its checkpoints, an export, or a file in one of the
+`layouts`, and are fitted to the run's own layers (`factors.fit`).
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import pathlib
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from lrdit.config.checks import require
+from lrdit.config.resolve import resolve_for_run
+from lrdit.config.run_config import as_config
+from lrdit.config.schema import get, upgrade
+from lrdit.data.source import Source
+from lrdit.experiment import Experiment
+from lrdit.model import dit, factors, layouts, tensor_files
+from lrdit.rank.plan import dense_plan
+from lrdit.runtime import store
+from lrdit.runtime.errors import UserError
+from lrdit.train.checkpoints import Checkpoints, directory_of
+from lrdit.train.moments import input_moments
+
+# Fields without which trained parameters mean something else; "lrdit" in an export's config.json.
+TRAINED_WITH = (
+  "model.num_heads",
+  "model.frequency_shift",
+  "diffusion.num_train_timesteps",
+  "diffusion.noise_schedule",
+  "diffusion.prediction",
+)
+VARIANCE_FLOOR = "diffusion.variance_floor"
+OWN_WEIGHTS = "model.safetensors"  # of an export in our own layout
+DIRECTORY_WEIGHTS = (
+  tensor_files.WEIGHTS_NAME,
+  tensor_files.WEIGHTS_NAME + tensor_files.INDEX_SUFFIX,
+  OWN_WEIGHTS,
+  "diffusion_pytorch_model.bin",
+)
+MOMENT_BYTES = 2 << 30  # of the second moments that are held at once
+
+log = logging.getLogger("lrdit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+  """Trained parameters by path, as they were stored: layers have a kernel or factors."""
+
+  source: str  # names them in messages
+  params: dict[str, np.ndarray]  # float32
+
+
+def trained_with(config: ConfigDict) -> dict[str, Any]:
+  """Return the fields of a run that its parameters depend on, by name."""
+  names = (*TRAINED_WITH, VARIANCE_FLOOR) if config.model.learn_sigma else TRAINED_WITH
+  return {name: get(config, name) for name in names}
+
+
+def open_pretrained(config: ConfigDict, shape: dit.DiTShape) -> Pretrained:
+  """Read the parameters that `init` names, for a model of these sizes.
+
+  Raises:
+    UserError: there are none, they are damaged or of another model, or were trained with other
+      fields of `TRAINED_WITH`.
+  """
+  given = config.init.from_.replace("{seed}", str(config.seed))
+  path = pathlib.Path(os.path.expanduser(given))
+  require(path.exists(), "init.from_", str(path), "does not exist: name a workdir, or a file")
+  is_step = path.parent.name == "checkpoints" and path.name.isdecimal()
+  if is_step or directory_of(path).is_dir():
+    layout, tensors, fields = _read_run(path, is_step, config.init.weights)
+  else:
+    path = _find_weights(path)
+    tensors = tensor_files.read_tensors(path, config.init.weights)
+    layout = layouts.detect(tensors, str(path))
+    fields = _stored_fields(path, layout, shape)
+  for name, value in fields.items():
+    if value is not None and name in trained_with(config):
+      rule = f"is not what {path} was trained with: use {value!r}"
+      require(get(config, name) == value, name, get(config, name), rule)
+  return Pretrained(str(path), layouts.to_params(layout, tensors, shape, str(path)))
+
+
+def _read_run(
+  path: pathlib.Path, is_step: bool, weights: str
+) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
+  """Return the layout, tensors and fields of one of our workdirs or checkpoints."""
+  workdir = path.parents[1] if is_step else path
+  with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+    steps = [int(path.name)] if is_step else checkpoints.steps()[:1]
+    if not steps:
+      raise UserError(f"no checkpoint under {checkpoints.directory}: train that run first")
+    stored = as_config(upgrade(checkpoints.read_config(steps[0])))
+    made = Experiment(resolve_for_run(stored, str(workdir)))
+    _, found = checkpoints.restore_params(made.params_template, [weights], steps[0])
+  log.info("starting from step %d of %s, %s weights", steps[0], workdir, weights)
+  return layouts.OWN, layouts.flat(found[weights]), trained_with(made.config)
+
+
+def _find_weights(path: pathlib.Path) -> pathlib.Path:
+  """Return the file of weights that a path is or holds."""
+  if not path.is_dir():
+    return path
+  if (path / "model_index.json").is_file():  # a whole pipeline
+    path = path / "transformer"
+  found = [path / name for name in DIRECTORY_WEIGHTS if (path / name).is_file()]
+  if not found:
+    known = ", ".join(DIRECTORY_WEIGHTS)
+    raise UserError(
+      f"{path} has neither checkpoints nor weights: name a workdir, a file, or a directory with "
+      f"one of {known}"
+    )
+  return found[0]
+
+
+def _stored_fields(path: pathlib.Path, layout: str, shape: dit.DiTShape) -> dict[str, Any]:
+  """Return the fields that a file's parameters were trained with, as far as it tells."""
+  config, published = path.with_name("config.json"), {VARIANCE_FLOOR: "posterior"}
+  if layout == layouts.OFFICIAL:
+    return published | {"model.frequency_shift": 0}
+  if not config.is_file():
+    log.warning("no config.json beside %s: its number of heads is not compared", path)
+    return published if layout == layouts.DIFFUSERS else {}
+  if layout == layouts.DIFFUSERS:
+    return layouts.check_diffusers_config(config, shape).get("lrdit", published)
+  return store.read_json(config, "restore it").get("lrdit", {})
+
+
+def starting_params(experiment: Experiment, source: Source) -> Any:
+  """Return the parameters of `init` as the run's own tree, float32 on the host.
+
+  `source` is the training data, on which `init.compression="whitened"` measures the layers' inputs.
+  """
+  config, plan = experiment.config, experiment.plan
+  trained = open_pretrained(config, experiment.shape)
+  cut = [name for name, _ in plan.layers if f"{name}/kernel" in trained.params]
+  made: dict[str, factors.Factors] = {}
+  for name, roots in _roots(experiment, trained.params, source, cut):
+    kernel, ranks = trained.params[f"{name}/kernel"], plan.by_name[name].active
+    made[name] = factors.factorize(kernel, ranks, config.seed + zlib.crc32(name.encode()), roots)
+  if cut:
+    log.info("%d kernels became factors (%s)", len(cut), config.init.compression)
+  templates = layouts.flat(experiment.params_template)
+  params = factors.fit(trained.params, templates, lambda name, _: made[name], trained.source)
+  return layouts.nest(params)
+
+
+def _roots(
+  experiment: Experiment, params: dict[str, np.ndarray], source: Source, names: Sequence[str]
+) -> Iterator[tuple[str, list[np.ndarray] | None]]:
+  """Yield each layer with the roots of its inputs' second moments by rank bucket, or None.
+
+  Layers are measured a few at a time, as far as `MOMENT_BYTES` allows.
+  """
+  config, plan = experiment.config, experiment.plan
+  if config.init.compression != "whitened":
+    yield from ((name, None) for name in names)
+    return
+  model = experiment.model().clone(
+    plan=dense_plan(plan.num_train_timesteps), dtype=jnp.float32, remat=False, scan_blocks=False
+  )
+  objective = dataclasses.replace(experiment.objective(jax.local_devices()[:1]), model=model)
+  dense = jax.device_put(layouts.nest(factors.merged(params)))
+  timesteps = [np.flatnonzero(plan.bucket_of_timestep == b) for b in range(plan.num_buckets)]
+  shapes = dit.layer_shapes(experiment.shape)
+  size = max(4 * shapes[name][0] ** 2 for name in names) * plan.num_buckets if names else 1
+  count = max(1, MOMENT_BYTES // size)
+  for some in (names[first : first + count] for first in range(0, len(names), count)):
+    settings = (config.init.whitening_examples, config.training.batch_size, config.seed)
+    moments = [input_moments(objective, dense, source, some, t, *settings) for t in timesteps]
+    for name in some:
+      yield name, [factors.square_root(each[name]) for each in moments]
