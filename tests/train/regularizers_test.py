@@ -36,13 +36,14 @@ def test_a_norm_of_the_product_needs_no_product(name, of_kernel):
 
 
 def test_the_nuclear_norm_has_a_finite_gradient_where_it_has_corners():
-  """At a product of zero, as adaLN begins, and of a lower rank."""
+  """At a product of zero, as adaLN begins, where it is zero, and at one of a lower rank."""
   lower = DOWN.at[:, 3].set(DOWN[:, 2])
   for down, up in ((DOWN, jnp.zeros_like(UP)), (lower, UP)):
     value, grads = jax.value_and_grad(regularizers.nuclear, argnums=(0, 1))(down, up)
     exact = np.linalg.svd(np.asarray(down @ up), compute_uv=False).sum()
     assert float(value) == pytest.approx(exact, rel=1e-4, abs=1e-5)
     assert all(np.isfinite(grad).all() for grad in grads)
+    assert up.any() or not any(grad.any() for grad in grads)
 
 
 def test_orthogonality_is_zero_after_the_svd_whatever_the_lengths():
