@@ -58,7 +58,7 @@ def test_losses_are_evaluation_s_of_the_whole_model_and_of_the_cut_one(analyzed)
   config, workdir = analyzed
   found = read(workdir, "truncation")
   step = Experiment(config).eval_step(jax.devices()[:1])
-  run = analyze.Analysis(config, workdir, jax.devices()[:1])
+  run = analyze.Analysis(Experiment(config), workdir, jax.devices()[:1])
 
   def losses_of(params):
     return held_out.held_out_losses(
@@ -122,7 +122,7 @@ def test_other_data_than_the_run_s_is_refused(analyzed, monkeypatch, split):
   config, workdir = analyzed
   other = dataclasses.replace(tiny.load_digits(split), fingerprint={"name": "other"})
   monkeypatch.setattr(Experiment, "source", lambda *args: other)
-  run = analyze.Analysis(config, workdir, jax.devices()[:1])
+  run = analyze.Analysis(Experiment(config), workdir, jax.devices()[:1])
   with pytest.raises(UserError, match="holds a run on other data"):
     run.source(split)
 
