@@ -117,3 +117,22 @@ def losses(
   if len(found) > 1:
     figure.legend(loc="outside lower center", ncols=3)
   return figure
+
+
+@plot_style.styled()
+def loss_curves(curves: Mapping[str, Any], title: str) -> Any:
+  """Draw the held-out losses of averaged weights against the step, by timestep group.
+
+  `curves` has "steps", "groups" of (first, last) timesteps, and in "ema" the "loss" of each step
+  and its "groups".
+  """
+  steps, ema = curves["steps"], curves["ema"]
+  figure, ((panel,),) = plot_style.panels(1, 1, 7.2, 4.4, f"Held-out loss by step: {title}")
+  by_group = np.array(ema["groups"], np.float64)  # None becomes NaN
+  for i, (first, last) in enumerate(curves["groups"]):
+    label, line = f"t {first} to {last}", plot_style.line_of(i)
+    panel.plot(steps, by_group[:, i], label=label, marker=".", **line)
+  panel.plot(steps, ema["loss"], label="all", color="black", marker=".", linewidth=2.5)
+  panel.set(xlabel="step", ylabel=plot_style.LOSS_LABEL, yscale="log")
+  figure.legend(loc="outside right upper")
+  return figure

@@ -1,6 +1,7 @@
 """Measure a trained model's held-out loss and the quality of a sample set: `--mode=evaluate`."""
 
 import contextlib
+import functools
 import importlib.metadata
 import itertools
 import logging
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from lrdit.analysis import figures, plot_style
 from lrdit.config.run_config import open_trained
 from lrdit.data.source import Source
 from lrdit.evaluation import held_out, references
@@ -174,8 +176,12 @@ def evaluate(
   `workdir` holds a trained run, with a sample set named `sampling.name` unless
   `evaluation.extractors` is empty. All processes measure held-out losses; the first one alone
   measures the samples. Metrics of the same checkpoint over other extractors, and of other sample
-  sets, stay in the file. `checkpoint` is that of `run_files.choose_checkpoint`.
+  sets, stay in the file. `checkpoint` is that of `run_files.choose_checkpoint`, or
+  `run_files.ALL` for the held-out losses of all.
   """
+  if checkpoint == run_files.ALL:
+    _evaluate_all(config, workdir, devices)
+    return
   experiment, path = Experiment(config), open_trained(workdir, config)
   chosen = run_files.choose_checkpoint(path, checkpoint)
   with contextlib.ExitStack() as opened:
@@ -186,6 +192,29 @@ def evaluate(
       if config.evaluation.extractors and directory.is_dir():
         opened.enter_context(owned(directory, "sample"))
     _evaluate(experiment, path, chosen, devices or parallel.all_devices())
+
+
+def _evaluate_all(config: ConfigDict, workdir: str, devices: parallel.Devices | None) -> None:
+  """Write steps/losses.json and losses.png: held-out losses of every kept checkpoint."""
+  path, alone = open_trained(workdir, config), ConfigDict(config.to_dict())
+  alone.evaluation.extractors = ()
+  steps, directory = run_files.kept_steps(path), path / "steps"
+  for step in steps:
+    evaluate(alone, workdir, devices, str(step))
+  if not steps or not cluster.is_first():
+    return
+  read = functools.partial(store.read_json, fix="delete it to measure again")
+  found = [read(directory / f"{step}" / "evaluation.json")["held_out"] for step in steps]
+  groups = [[group["t_first"], group["t_last"]] for group in found[0]["ema"]["groups"]]
+  curves: dict[str, Any] = {"steps": steps, "groups": groups}
+  for weights in ("raw", "ema"):
+    one = [losses[weights] for losses in found]
+    by_group = [[group["loss"] for group in losses["groups"]] for losses in one]
+    curves[weights] = {"loss": [losses["loss"] for losses in one], "groups": by_group}
+  store.write_json(directory / "losses.json", curves)
+  title = f"{config.method} DiT-{config.model.variant} on {config.data.name}, averaged weights"
+  plot_style.write_png(directory / "losses.png", figures.loss_curves(curves, title))
+  log.info("wrote %s", directory / "losses.json")
 
 
 def _evaluate(

@@ -114,6 +114,9 @@ def check_run_data(workdir: pathlib.Path, split: str, fingerprint: dict[str, Any
     )
 
 
+ALL = "all"  # every checkpoint that is kept, for `--mode=evaluate`
+
+
 @dataclasses.dataclass(frozen=True)
 class ChosenCheckpoint:
   """A checkpoint that a mode reads, and the directory of what it writes."""
@@ -159,6 +162,16 @@ def restore_params(
     found, params = 0, dict.fromkeys(weights, zeros)
   found, params = cluster.from_first((np.int32(found), params))
   return int(found), params
+
+
+def kept_steps(workdir: pathlib.Path) -> list[int]:
+  """Return the ascending steps of the kept checkpoints, on every process."""
+  steps: list[int] = []
+  if cluster.is_first():
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+      steps = checkpoints.steps()[::-1]
+  count = int(cluster.from_first(np.int32(len(steps))))
+  return [int(s) for s in cluster.from_first(np.resize(np.array(steps or [0], np.int32), count))]
 
 
 def read_vae_digest(workdir: pathlib.Path) -> str:

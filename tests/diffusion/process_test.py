@@ -293,3 +293,12 @@ def test_variational_bound_is_zero_for_the_true_posterior():
     **args, mean=x, log_variance=jnp.zeros_like(x), is_last=~not_last
   )
   np.testing.assert_allclose(last, 0.5 * np.log2(2 * np.pi), rtol=1e-6)
+
+
+def test_the_floor_of_a_learned_variance_is_ours_or_the_published_one():
+  alphas_cumprod = process.make_alphas_cumprod("squaredcos_cap_v2", 1000)
+  q = process.posterior(alphas_cumprod, np.append(1.0, alphas_cumprod[:-1]))
+  ours, published = (q.log_variance_range(floor)[0] for floor in process.VARIANCE_FLOORS)
+  assert ours[0] == pytest.approx(-14.7, abs=0.01)
+  assert published[0] == published[1] == pytest.approx(-10.73, abs=0.01)
+  np.testing.assert_array_equal(ours[1:], published[1:])

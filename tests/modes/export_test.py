@@ -161,6 +161,11 @@ def test_a_chosen_checkpoint_is_measured_beside_the_newest(tmp_path):
   first = json.loads((tmp_path / "run" / "steps" / "4" / "evaluation.json").read_text())
   assert [newest["checkpoint_step"], first["checkpoint_step"]] == [8, 4]
   assert first["held_out"]["raw"]["loss"] != newest["held_out"]["raw"]["loss"]
+  evaluate.evaluate(config, workdir, devices, checkpoint="all")
+  curves = json.loads((tmp_path / "run" / "steps" / "losses.json").read_text())
+  assert curves["steps"] == [4, 8]
+  assert curves["raw"]["loss"] == [x["held_out"]["raw"]["loss"] for x in (first, newest)]
+  assert (tmp_path / "run" / "steps" / "losses.png").stat().st_size > 10_000
   other = pathlib.Path(save_other(tmp_path))
   evaluate.evaluate(config, workdir, devices, checkpoint=str(other / "checkpoints" / "4"))
   found = json.loads((tmp_path / "run" / "steps" / "other_4" / "evaluation.json").read_text())
