@@ -81,6 +81,8 @@ _SEED, _BATCH, _FLOAT = whole(0, LARGEST_SEED), whole(1, LARGEST_BATCH), number(
 _SHARE, _WEIGHT = number("(0, 1]"), number("[0, 1e30)")
 _NAME = "the name of a directory to make, without '/', of at most 100 printable characters"
 _VARIANT, _BETA2 = "the variant's", "0.999 for adamw, 0.99 for lion"
+_WARM = "(1 + s) / (10 + s), after s updates"
+_PATTERNS = rule(lambda names: all(isinstance(n, str) for n in names), "names of layers")
 _SECTIONS = ("flops", "weights", "gradients", "truncation")
 
 FIELDS: dict[str, Field] = {
@@ -159,9 +161,7 @@ FIELDS: dict[str, Field] = {
       None, "Adapt only layers of the last blocks; others keep the static rank", whole(), "all"
     ),
     dense_layers=Field(
-      ("patch_embed", "blocks_0/mlp", "final_layer/linear"),
-      "Patterns of layers that stay dense",
-      rule(lambda names: all(isinstance(name, str) for name in names), "names of layers"),
+      ("patch_embed", "blocks_0/mlp", "final_layer/linear"), "Patterns of dense layers", _PATTERNS
     ),
     compute=Field(
       "grouped",
@@ -181,8 +181,7 @@ FIELDS: dict[str, Field] = {
     ),
     timesteps=Field(
       "stratified",
-      "Training's timesteps: `stratified` over the batch, or `iid` as a control, which computes "
-      "every slot at the largest rank",
+      "Training's timesteps: `stratified` over the batch, or `iid`, all at the largest rank",
       choice(names="rank.strata.TIMESTEPS"),
     ),
     min_snr_gamma=Field(5.0, "Cap of the signal-to-noise ratio in `min_snr`", _FLOAT),
@@ -229,10 +228,7 @@ FIELDS: dict[str, Field] = {
     beta2=Field(None, "Decay of the second moment", number("[0, 1)"), _BETA2, role=Role.RUN),
     epsilon=Field(1e-8, "Epsilon of AdamW", _FLOAT, role=Role.RUN),
     muon_layers=Field(
-      ("blocks_*",),
-      "Patterns of layers whose matrices Muon updates; AdamW updates all else",
-      rule(lambda names: all(isinstance(name, str) for name in names), "names of layers"),
-      role=Role.RUN,
+      ("blocks_*",), "Patterns of layers whose matrices Muon updates", _PATTERNS, role=Role.RUN
     ),
     muon_momentum=Field(0.95, "Nesterov momentum of Muon", number("[0, 1)"), role=Role.RUN),
     muon_newton_schulz_steps=Field(5, "Newton-Schulz steps of Muon", whole(1, 100), role=Role.RUN),
@@ -254,12 +250,7 @@ FIELDS: dict[str, Field] = {
     ),
     grad_clip_norm=Field(5.0, "Largest norm of the gradient", _FLOAT, "no clipping"),
     ema_decay=Field(0.9999, "Decay of the averaged parameters", number("[0, 1)")),
-    ema_power=Field(
-      None,
-      "After s updates the decay is at most 1 - (1 + s)^-power",
-      number("(0, 10]"),
-      "(1 + s) / (10 + s)",
-    ),
+    ema_power=Field(None, "p in the decay's limit 1 - (1 + s)^-p", number("(0, 10]"), _WARM),
   ),
   **_group("regularizer", Role.TUNABLE)(
     frobenius=Field(0.0, "Weight of half the squared norm of down @ up", _WEIGHT),

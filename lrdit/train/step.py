@@ -93,13 +93,11 @@ def train_step(
     teacher_params: replicated, as in `batch_losses`.
     objective: the loss; the stage replaces its strata.
     optimizer: optax chain for a learning rate of 1.
-    learning_rate: the stage's schedule.
     regularizers: of the factors of `objective.model`; () for a dense model.
     stage: the state's own `stage.number`, static because its strata are.
 
   Returns:
-    The state after the update, and a copy of its window that outlives the state's donation to
-    the next step, equal on every device.
+    The next state, and a copy of its window that outlives its donation; equal on every device.
   """
   step_key = jax.random.fold_in(key, state.step)
   objective = objective.with_strata(curriculum.stages[stage].strata)
