@@ -120,7 +120,8 @@ def test_the_directory_holds_the_latents_of_every_image(images, encoded):
   assert description["vae_digest"] == runner.digest
   assert description["vae_config"]["scaling_factor"] == SCALE
   arrays = {f"{split}{part}.npy" for split in ("train", "eval") for part in ("", "_labels")}
-  assert {path.name for path in encoded.iterdir()} == arrays | {"manifest.json"}
+  described = {"manifest.json", "statistics.json", "round_trip.png"}
+  assert {path.name for path in encoded.iterdir()} == arrays | described
 
 
 def test_without_flip_there_is_one_copy_and_training_with_flip_is_refused(
@@ -437,7 +438,8 @@ def test_a_run_refuses_other_latents(images, other_encoded, trained):
 
 
 def test_a_directory_in_use_is_refused(images, tmp_path, monkeypatch):
-  monkeypatch.setattr(encode, "_encode_into", lambda *_: None)
+  for name in ("_encode_into", "describe_latents"):
+    monkeypatch.setattr(encode, name, lambda *_: None)
   with owned(tmp_path, "encode"):
     with pytest.raises(UserError, match=r"is in use by process \d+"):
       encode.encode(make_config(images), str(tmp_path), one_device())
