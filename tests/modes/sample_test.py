@@ -196,6 +196,7 @@ DEFINING = {
   "seed": 1,
   "labels": "random",
   "use_ema": False,
+  "guidance_channels": 1,
 }
 
 
