@@ -73,9 +73,7 @@ def test_components_that_a_kernel_lacks_still_learn(rank):
 def test_factors_are_cut_to_a_prefix_or_merged():
   down, up, bias = kernel_of(12, 8), kernel_of(8, 20), np.ones(20, np.float32)
   trained = {"a/down": down, "a/up": up, "a/bias": bias}
-  cut = factors.fit(
-    trained, {"a/down": down[:, :3], "a/up": up[:3], "a/bias": bias}, no_kernel, "x"
-  )
+  cut = factors.fit(trained, {"a/down": down[:, :3], "a/up": up[:3], "a/bias": bias}, "x")
   np.testing.assert_array_equal(cut["a/down"], down[:, :3])
   np.testing.assert_array_equal(cut["a/up"], up[:3])
   dense = factors.fit(trained, {"a/kernel": down @ up, "a/bias": bias}, "x")
