@@ -142,16 +142,16 @@ def starting_params(experiment: Experiment, source: Source) -> Any:
   """
   config, plan = experiment.config, experiment.plan
   trained = open_pretrained(config, experiment.shape)
-  cut = [name for name, _ in plan.layers if f"{name}/kernel" in trained.params]
-  made: dict[str, factors.Factors] = {}
-  for name, roots in _roots(experiment, trained.params, source, cut):
-    kernel, ranks = trained.params[f"{name}/kernel"], plan.by_name[name].active
-    made[name] = factors.factorize(kernel, ranks, config.seed + zlib.crc32(name.encode()), roots)
+  params = trained.params
+  cut = [name for name, _ in plan.layers if f"{name}/kernel" in params]
+  for name, roots in _roots(experiment, params, source, cut):
+    kernel, ranks = params.pop(f"{name}/kernel"), plan.by_name[name].active  # frees its memory
+    made = factors.factorize(kernel, ranks, config.seed + zlib.crc32(name.encode()), roots)
+    params |= dict(zip((f"{name}/down", f"{name}/up"), made, strict=True))
   if cut:
     log.info("%d kernels became factors (%s)", len(cut), config.init.compression)
   templates = layouts.flat(experiment.params_template)
-  params = factors.fit(trained.params, templates, lambda name, _: made[name], trained.source)
-  return layouts.nest(params)
+  return layouts.nest(factors.fit(params, templates, trained.source))
 
 
 def teacher_params(experiment: Experiment) -> Any:

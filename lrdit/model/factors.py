@@ -14,7 +14,7 @@ to equal norms. The columns are nested: the first r of them serve a timestep of 
 Axes: D_in, D_out widths, R rank.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,13 +97,11 @@ def factorize(
 def fit(
   trained: Mapping[str, np.ndarray],
   templates: Mapping[str, Any],
-  factorize_layer: Callable[[str, np.ndarray], Factors],
   source: str,
 ) -> dict[str, np.ndarray]:
   """Return trained parameters by path with the layers of a model, whose shapes are `templates`.
 
-  A kernel becomes factors by `factorize_layer` of its layer's name, factors become a kernel by
-  their product, and factors of a larger rank are cut to a prefix.
+  Factors become a kernel by their product, and factors of a larger rank are cut to a prefix.
 
   Raises:
     UserError: factors have a smaller rank than the model; `source` names them.
@@ -115,8 +113,6 @@ def fit(
       params[path] = trained[path]
     elif part == "kernel":
       params[path] = merge(trained[f"{name}/down"], trained[f"{name}/up"])
-    elif part == "down" and f"{name}/kernel" in trained:
-      params[path], params[f"{name}/up"] = factorize_layer(name, trained[f"{name}/kernel"])
     elif part == "down":
       rank, there = template.shape[1], trained[path].shape[1]
       if rank > there:
