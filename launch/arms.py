@@ -1,20 +1,18 @@
 """Train, sample and evaluate several arms, one after another, and report them on one page.
 
 Usage: [RUNS=DIR] bash launch/NAME.sh [STUDY] [--config.GROUP.FIELD=VALUE ...]
-where NAME is digits, cifar10, celeba or imagenet128. Studies of the digits are arms (the default),
-adamw (the same by AdamW), schedules, rates (learning rates), frontier (ratios) and ablation.
+where NAME is digits, cifar10, celeba or imagenet128
 
+STUDY      digits: arms (default), adamw, schedules, rates, frontier or ablation: configs/studies.py
 RUNS       directory of the workdirs NAME_METHOD and the page NAME_report (default runs)
-SEEDS      digits: the seeds of the runs digits_ARM_SEED, reported in digits_STUDY (default "0 1 2";
-           frontier "0 1", rates and ablation "0")
+SEEDS      digits: the seeds of the runs digits_ARM_SEED, which digits_STUDY reports
 LATENTS    celeba and imagenet128: directory of the latents (default data/NAME_latents), which are
            encoded first unless they are there; --config.vae.path=VAE names the VAE
 CLASSES    imagenet128: train on the first N classes (default 1000), in other RUNS for each N
 --config   overrides for the encoding and every arm
 
-Relative directories are relative to where you are. Each config's header says how to get its data.
-Ctrl-C or SIGTERM stops the command with status 75 or 143; started again, it goes on and repeats
-nothing. A mistake ends it with status 1 or 2. A higher training.num_steps prolongs finished arms.
+Relative directories are relative to where you are. Ctrl-C or SIGTERM stops the command with status
+75 or 143; started again, it goes on and repeats nothing. A mistake ends it with status 1 or 2.
 """
 
 import itertools
@@ -23,41 +21,12 @@ import pathlib
 import signal
 import subprocess
 import sys
-from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-METHODS = ("full", "narrow", "static", "adaptive")
-# The studies of the digits with their seeds.
-STUDIES = {
-  "arms": "0 1 2",
-  "adamw": "0 1 2",
-  "schedules": "0 1 2",
-  "rates": "0",
-  "frontier": "0 1",
-  "ablation": "0",
-}
-RATES, RATIOS = (0.002, 0.004, 0.016), (0.1, 0.25, 0.35, 0.7)
-# Each changes one choice of the adaptive arm.
-ABLATION = {
-  "bands": ("optimizer.factor_update=bands",),
-  "lora_muon": ("optimizer.factor_update=lora_muon",),
-  "spectron": ("optimizer.factor_update=spectron",),
-  "fan_in": ("optimizer.factor_rates=fan_in",),
-  "adamw_rate": ("optimizer.learning_rate=0.002", "optimizer.muon_learning_rate_ratio=4.0"),
-  "dense_adaln": (
-    "rank.dense_layers=('patch_embed','blocks_0/mlp','final_layer','t_embedder','blocks_*/adaln')",
-  ),
-  "wide": ("model.hidden_size=160", "rank.ratio=0.25"),
-}
-# Fields that the commands set themselves, beside those of a study's arms.
+sys.path.insert(0, str(ROOT))
+from configs.studies import METHODS, STUDIES, arms_of  # noqa: E402  a script finds only its own directory
+
 SET_BY_ALL, SET_BY_DIGITS = ("method", "vae.latents_dir"), ("seed", "evaluation.features_dir")
-
-
-class Arm(NamedTuple):
-  """An arm of the digits: its method, perhaps with more of the recipe's arguments, and fields."""
-
-  argument: str
-  fields: tuple[str, ...] = ()  # FIELD=VALUE
 
 
 def fail(message: str) -> None:
@@ -87,6 +56,7 @@ def run_arm(title: str, workdir: pathlib.Path, *flags: str) -> str:
 
 def run_dataset(name: str, runs: pathlib.Path, overrides: list[str]) -> None:
   """Run the four arms on a dataset, on its latents if it has any."""
+  check_overrides(overrides, *SET_BY_ALL)
   config, arguments = f"--config={ROOT / 'configs' / name}.py", ""
   if name == "imagenet128":
     classes = os.environ.get("CLASSES") or "1000"
@@ -103,42 +73,15 @@ def run_dataset(name: str, runs: pathlib.Path, overrides: list[str]) -> None:
   run_main(name, "report", f"--output={runs}/{name}_report", f"--workdirs={','.join(workdirs)}")
 
 
-def arms_of(study: str, analysis: pathlib.Path) -> dict[str, Arm]:
-  """Return the arms of a study of the digits by name.
-
-  An arm has one name in all studies, so that studies share its runs. `analysis` determines the
-  measured schedule.
-  """
-  methods = {method: Arm(method) for method in METHODS}
-  if study == "schedules":
-    own = {name: (f"rank.schedule={name}",) for name in ("measured", "increasing", "constant")}
-    own["measured"] += (f"rank.analysis={analysis}",)
-    return methods | {name: Arm("adaptive", fields) for name, fields in own.items()}
-  if study == "adamw":
-    return {f"{m}_adamw": Arm(f"{m},recipe=dissertation") for m in METHODS}
-  if study == "rates":
-    pairs = itertools.product(RATES, METHODS)
-    own = {f"{m}_rate{r}": Arm(m, (f"optimizer.learning_rate={r}",)) for r, m in pairs}
-    return methods | own
-  if study == "frontier":
-    pairs = itertools.product(RATIOS, METHODS[1:])
-    return methods | {f"{m}_ratio{r}": Arm(m, (f"rank.ratio={r}",)) for r, m in pairs}
-  if study == "ablation":
-    choices = {name: Arm("adaptive", fields) for name, fields in ABLATION.items()}
-    return {"adaptive": methods["adaptive"]} | choices
-  return methods
-
-
 def run_digits(study: str, runs: pathlib.Path, overrides: list[str]) -> None:
   """Run the arms of a study of the digits with several seeds."""
   seeds = (os.environ.get("SEEDS") or STUDIES[study]).split()
-  first = runs / f"digits_full_{seeds[0]}"
+  first, workdirs = runs / f"digits_full_{seeds[0]}", []
   arms = arms_of(study, first / "analysis" / "truncation.json")
   fields = [field.partition("=")[0] for arm in arms.values() for field in arm.fields]
   check_overrides(overrides, *SET_BY_ALL, *SET_BY_DIGITS, *fields)
   # One classifier for all, so that their metrics can be compared.
   overrides = [*overrides, f"--config.evaluation.features_dir={runs / 'digits_features'}"]
-  workdirs = []
   for seed, (name, arm) in itertools.product(seeds, arms.items()):
     title, workdir = f"digits, {name}, seed {seed}", runs / f"digits_{name}_{seed}"
     config = f"--config={ROOT / 'configs' / 'digits.py'}:method={arm.argument}"
@@ -146,8 +89,9 @@ def run_digits(study: str, runs: pathlib.Path, overrides: list[str]) -> None:
     workdirs.append(run_arm(title, workdir, *flags))
     if study == "schedules" and workdir == first:
       run_main(title, "analyze", *flags, f"--workdir={first}")
-  page = f"--output={runs / f'digits_{study}'}"
-  run_main("digits", "report", page, f"--workdirs={','.join(workdirs)}")
+  run_main(
+    "digits", "report", f"--output={runs}/digits_{study}", f"--workdirs={','.join(workdirs)}"
+  )
 
 
 def check_overrides(overrides: list[str], *own: str) -> None:
@@ -165,14 +109,10 @@ def main(name: str, *arguments: str) -> None:
     print(__doc__.strip())
     return
   runs, overrides = pathlib.Path(os.environ.get("RUNS") or "runs").resolve(), list(arguments)
-  if name != "digits":
-    check_overrides(overrides, *SET_BY_ALL)
-    run_dataset(name, runs, overrides)
-    return
-  study = overrides.pop(0) if overrides and not overrides[0].startswith("-") else "arms"
-  if study not in STUDIES:
+  is_study = name == "digits" and overrides and not overrides[0].startswith("-")
+  if (study := overrides.pop(0) if is_study else "arms") not in STUDIES:
     fail(f"{study!r} is no study of the digits: use one of {', '.join(STUDIES)}")
-  run_digits(study, runs, overrides)
+  run_digits(study, runs, overrides) if name == "digits" else run_dataset(name, runs, overrides)
 
 
 if __name__ == "__main__":

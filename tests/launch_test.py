@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 
-from launch import arms as launch_arms
+from configs import studies
 from lrdit.config.flags import parse_flags
 from lrdit.config.resolve import resolve
 from tests import scripts, tiny
@@ -87,15 +87,15 @@ def test_schedules_share_one_analysis(stand_in, tmp_path):
 def test_the_arms_of_a_study_share_runs_and_resolve(study, tmp_path):
   """Every arm's recipe, arguments and fields are what main.py takes."""
   seen = {}
-  for name, arm in launch_arms.arms_of(study, tmp_path / "truncation.json").items():
+  for name, arm in studies.arms_of(study, tmp_path / "truncation.json").items():
     fields = [f"--config.{field}" for field in arm.fields if not field.startswith("rank.analysis")]
     fields = [field.replace("schedule=measured", "schedule=midpeak") for field in fields]
     config = f"--config={tiny.ROOT}/configs/digits.py:method={arm.argument}"
     flags = parse_flags(["main.py", config, f"--workdir={tmp_path}", *fields])
     seen[name] = resolve(flags.config).to_json()
   assert len(set(seen.values())) == len(seen)
-  everything = launch_arms.arms_of("arms", tmp_path)
-  assert all(launch_arms.Arm(method) == arm for method, arm in everything.items())
+  everything = studies.arms_of("arms", tmp_path)
+  assert all(studies.Arm(method) == arm for method, arm in everything.items())
 
 
 @pytest.mark.parametrize("status", [1, 2, 75])

@@ -68,7 +68,7 @@ class StandIn:
   """A checkout whose main.py only records its starts and behaves as told."""
 
   def __init__(self, directory):
-    self.root = copy_checkout(directory / "checkout", "launch")
+    self.root = copy_checkout(directory / "checkout", "configs", "launch")
     (self.root / "main.py").write_text(STAND_IN)
     self.records = directory / "records"
     self.records.mkdir()

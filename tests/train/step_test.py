@@ -421,19 +421,11 @@ def test_golden_one_step_metrics():
   randomness, the loss, the optimizer or the rank plan. Never to quiet a change
   that should not have touched them.
   """
-
-  def start(config):
-    params = dit.init_params(Experiment(config).model(), jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [p + 0.05 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, noisy)
-
   golden = json.loads((GOLDEN / "one_step.json").read_text())
   got = {}
   for arm in ("full", "static", "adaptive"):
     config = tiny_config(f"method={arm}", optimizer__warmup_steps=0)
-    losses, state = run_steps(config, 1, 3, start(config))
+    losses, state = run_steps(config, 1, 3, noisy_params(config))
     norm = float(optax.tree.norm(state.ema_params))
     got[arm] = [*losses, norm]
   for arm, numbers in got.items():
