@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
 installed=$SECONDS
 for mode in train sample evaluate; do # a training that is stopped ends this with status 75
-  python main.py --config=configs/digits.py:method=adaptive --workdir="$workdir" --mode="$mode" --config.training.num_steps=900
+  python main.py --config=configs/digits.py:method=adaptive --workdir="$workdir" --mode="$mode" --config.training.num_steps=1200
 done
 echo "grid of samples: $workdir/samples/default/grid.png; metrics: $workdir/evaluation.json"
 echo "installed in $installed s; trained, sampled and evaluated in $((SECONDS - installed)) s"
