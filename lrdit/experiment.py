@@ -193,7 +193,7 @@ class Experiment:
   ) -> Callable:
     """Return the pmapped step of a curriculum stage, which donates its state.
 
-    With a teacher, it distils from it, and takes its replicated parameters as a fourth argument.
+    With a teacher, it distills from it, and takes its replicated parameters as a fourth argument.
     """
     fields = dict(teacher=teacher, distillation=self.config.init.distillation)
     train_step = functools.partial(

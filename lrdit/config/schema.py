@@ -237,7 +237,10 @@ FIELDS: dict[str, Field] = {
     ),
     muon_learning_rate_ratio=Field(1.0, "Muon's learning rate over AdamW's", _FLOAT),
     factor_update=Field(
-      "whole", "Muon's rule for a layer's factors", choice(names="train.muon.FACTOR_UPDATES")
+      "whole",
+      "Muon's rule for a layer's factors",
+      choice(names="train.muon.FACTOR_UPDATES"),
+      role=Role.RUN,
     ),
     galore_rank=Field(
       128, "Rank that `galore` projects a matrix's gradient to", whole(), role=Role.RUN

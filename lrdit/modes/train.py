@@ -185,7 +185,6 @@ class Trainer:
 
   def initial_state(self) -> TrainState:
     """Return the first process's newest checkpoint, or a fresh state, on the host."""
-
     fresh = self.experiment.fresh_state
     template = jax.eval_shape(fresh, self.experiment.params_template)
     window = WindowMetrics.empty(self.curriculum.num_groups, [*template.window.extra])

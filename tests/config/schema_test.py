@@ -12,6 +12,7 @@ from lrdit.config.flags import parse_flags
 from lrdit.config.resolve import resolve
 from lrdit.config.schema import FIELDS, Role, fields_of, upgrade
 from lrdit.experiment import Experiment
+from lrdit.runtime.errors import UserError
 from lrdit.runtime.store import flatten
 from tests import tiny
 
@@ -94,6 +95,15 @@ def test_every_field_has_one_line_and_its_default_fits():
       field.check(name, schema.get(config, name))
   roles = [fields_of(role) for role in Role]
   assert sum(map(len, roles)) == len(FIELDS)
+
+
+@pytest.mark.parametrize("field", ["muon_layers", "galore_rank", "factor_update"])
+def test_fields_that_shape_the_optimizer_s_state_cannot_change_in_a_run(tmp_path, field):
+  value = {"muon_layers": ("blocks_0",), "galore_rank": 4, "factor_update": "bands"}[field]
+  run_config.store_config(tmp_path, tiny.tiny_config(optimizer__name="muon"))
+  changed = tiny.tiny_config(optimizer__name="muon", **{f"optimizer__{field}": value})
+  with pytest.raises(UserError, match=rf"holds another run: optimizer\.{field}"):
+    run_config.check_workdir(tmp_path, changed, create=False)
 
 
 @pytest.mark.parametrize(
