@@ -101,9 +101,10 @@ def test_every_field_has_one_line_and_its_default_fits():
 def test_fields_that_shape_the_optimizer_s_state_cannot_change_in_a_run(tmp_path, field):
   value = {"muon_layers": ("blocks_0",), "galore_rank": 4, "factor_update": "bands"}[field]
   run_config.store_config(tmp_path, tiny.tiny_config(optimizer__name="muon"))
+  (tmp_path / "checkpoints" / "4").mkdir(parents=True)  # the run has begun
   changed = tiny.tiny_config(optimizer__name="muon", **{f"optimizer__{field}": value})
   with pytest.raises(UserError, match=rf"holds another run: optimizer\.{field}"):
-    run_config.check_workdir(tmp_path, changed, create=False)
+    run_config.check_workdir(tmp_path, changed, create=True)  # as training does
 
 
 @pytest.mark.parametrize(
