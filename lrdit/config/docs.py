@@ -3,7 +3,8 @@
 import itertools
 import pathlib
 
-from lrdit.config.schema import FIELDS, Field
+from lrdit.config.field import Field
+from lrdit.config.schema import FIELDS
 
 PATH = pathlib.Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lrdit.config.schema import Role, fields_of, upgrade
+from lrdit.config.field import Role
+from lrdit.config.schema import fields_of, upgrade
 from lrdit.runtime import cluster
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.store import atomic_path, changes, flatten, write_json

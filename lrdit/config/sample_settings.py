@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from lrdit.config.schema import FIELDS, Role
+from lrdit.config.field import Role
+from lrdit.config.schema import FIELDS
 from lrdit.sampling.sampler import LabelRule, balanced_labels, random_labels
 
 

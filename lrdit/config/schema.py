@@ -3,73 +3,20 @@
 Config files import this module before jax is set up, so it imports neither numpy nor jax.
 """
 
-import dataclasses
-import enum
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from lrdit.config.checks import (
-  PATH,
-  Check,
-  choice,
-  number,
-  require,
-  rising,
-  rule,
-  several,
-  span,
-  whole,
-)
+from lrdit.config.checks import PATH, choice, number, rising, rule, several, span, whole
+from lrdit.config.field import Field, Role, group
 from lrdit.runtime.errors import UserError
-from lrdit.runtime.paths import local_path
 
 LARGEST_SEED = 2**32 - 1
 LARGEST_BATCH = 2**20
 # Fields that may be None, where an old 0 does not stand for it.
 NEVER_ZERO = ("optimizer.beta2", "curriculum.middle_group", "training.num_steps", "export.bucket")
 FLOAT32 = "(1e-37, 1e30)"  # numbers that stay finite and above 0 in float32
-
-
-class Role(enum.Enum):
-  """Whether a field may change once a run has begun."""
-
-  RUN = "defines the run"
-  TUNABLE = "may change while training"
-  PROCESS = "choice of the process"
-  WATCH = "watches only"
-  SAMPLES = "defines a sample set"
-  FREE = "free"
-
-
-@dataclasses.dataclass(frozen=True)
-class Field:
-  """One field of the config."""
-
-  default: Any
-  meaning: str
-  allowed: Check | None = None  # None where the default's type is the only limit
-  none: str = ""  # what None stands for; "" where the field may not be None
-  role: Role | None = None  # None for the role of its group
-
-  def check(self, name: str, value: Any) -> None:
-    """Raise a UserError unless the field may have this value."""
-    if self.allowed and not (self.none and value is None):
-      rule = f"must be {self.allowed.words()}" + (f", or None ({self.none})" if self.none else "")
-      require(self.allowed.accepts(value), name, value, rule)
-    if self.allowed is PATH:
-      local_path(f"config.{name}", value)
-
-
-def _group(group: str, role: Role) -> Callable[..., dict[str, Field]]:
-  prefix = f"{group}." if group else ""
-
-  def fields_by_name(**fields: Field) -> dict[str, Field]:
-    return {prefix + k: dataclasses.replace(f, role=f.role or role) for k, f in fields.items()}
-
-  return fields_by_name
 
 
 def _is_name(value: str) -> bool:
@@ -86,11 +33,11 @@ _PATTERNS = rule(lambda names: all(isinstance(n, str) for n in names), "names of
 _SECTIONS = ("flops", "weights", "gradients", "truncation")
 
 FIELDS: dict[str, Field] = {
-  **_group("", Role.RUN)(
+  **group("", Role.RUN)(
     seed=Field(0, "Seed of the parameters, batches, noise and timesteps", _SEED),
     method=Field("adaptive", "Arm", choice(names="config.derive.METHODS")),
   ),
-  **_group("data", Role.RUN)(
+  **group("data", Role.RUN)(
     name=Field("", "Dataset", choice(names="data.pipeline.LOADERS")),
     data_dir=Field("", "Directory or file of the data", PATH, role=Role.FREE),
     image_size=Field(None, "Height and width in pixels", whole(1, 2**16)),
@@ -100,7 +47,7 @@ FIELDS: dict[str, Field] = {
     cache_gib=Field(4.0, "Largest decoded split to cache", number("[0, 1e6]"), role=Role.FREE),
     skip_unreadable=Field(False, "Leave out images of a folder that cannot be read"),
   ),
-  **_group("vae", Role.RUN)(
+  **group("vae", Role.RUN)(
     downsample_factor=Field(None, "Pixels along a latent's side", whole(), "pixels, no VAE"),
     latent_channels=Field(4, "Channels of a latent", whole()),
     path=Field("", "AutoencoderKL of diffusers: directory or safetensors", PATH, role=Role.FREE),
@@ -108,7 +55,7 @@ FIELDS: dict[str, Field] = {
     batch_size=Field(32, "Images in flight over all devices", _BATCH, role=Role.FREE),
     encode_on_the_fly=Field(False, "Encode images as they are read, instead of `latents_dir`"),
   ),
-  **_group("model", Role.RUN)(
+  **group("model", Role.RUN)(
     variant=Field("S/2", "Size and patch; docs/running.md lists the sizes"),
     hidden_size=Field(
       None, "Width; that of `narrow` is derived from it", whole(1, 2**16), _VARIANT
@@ -127,7 +74,7 @@ FIELDS: dict[str, Field] = {
       whole(0, 1),
     ),
   ),
-  **_group("rank", Role.RUN)(
+  **group("rank", Role.RUN)(
     ratio=Field(0.5, "Share of a dense layer's parameters that the static arm keeps", _SHARE),
     schedule=Field(
       "logistic_decreasing",
@@ -170,7 +117,7 @@ FIELDS: dict[str, Field] = {
       role=Role.PROCESS,
     ),
   ),
-  **_group("diffusion", Role.RUN)(
+  **group("diffusion", Role.RUN)(
     num_train_timesteps=Field(1000, "T", whole(2, 1_000_000)),
     noise_schedule=Field(
       "squaredcos_cap_v2", "Noise schedule", choice(names="diffusion.process.NOISE_SCHEDULES")
@@ -191,7 +138,7 @@ FIELDS: dict[str, Field] = {
       choice(names="diffusion.process.VARIANCE_FLOORS"),
     ),
   ),
-  **_group("curriculum", Role.RUN)(
+  **group("curriculum", Role.RUN)(
     enabled=Field(False, "Train on a growing set of timestep groups"),
     start=Field("high", "First group", choice(names="train.curriculum.STARTS")),
     middle_group=Field(
@@ -218,7 +165,7 @@ FIELDS: dict[str, Field] = {
       role=Role.TUNABLE,
     ),
   ),
-  **_group("optimizer", Role.TUNABLE)(
+  **group("optimizer", Role.TUNABLE)(
     name=Field("adamw", "Optimizer", choice(names="train.optimizer.OPTIMIZERS"), role=Role.RUN),
     learning_rate=Field(1e-4, "Peak learning rate", _FLOAT),
     decay=Field("constant", "After the warm-up", choice(names="train.optimizer.DECAYS")),
@@ -255,12 +202,12 @@ FIELDS: dict[str, Field] = {
     ema_decay=Field(0.9999, "Decay of the averaged parameters", number("[0, 1)")),
     ema_power=Field(None, "p in the decay's limit 1 - (1 + s)^-p", number("(0, 10]"), _WARM),
   ),
-  **_group("regularizer", Role.TUNABLE)(
+  **group("regularizer", Role.TUNABLE)(
     frobenius=Field(0.0, "Weight of half the squared norm of down @ up", _WEIGHT),
     nuclear=Field(0.0, "Weight of the nuclear norm of down @ up; an SVD a step", _WEIGHT),
     orthogonality=Field(0.0, "Weight of products of different components of a factor", _WEIGHT),
   ),
-  **_group("init", Role.RUN)(
+  **group("init", Role.RUN)(
     from_=Field(
       "",
       "Trained parameters to start from: a workdir, its checkpoint or a file; `{seed}` is the seed",
@@ -279,7 +226,7 @@ FIELDS: dict[str, Field] = {
       number("[0, 1e30)"),
     ),
   ),
-  **_group("training", Role.WATCH)(
+  **group("training", Role.WATCH)(
     batch_size=Field(256, "Examples in a step over all devices", _BATCH, role=Role.RUN),
     microbatch=Field(
       None,
@@ -321,12 +268,12 @@ FIELDS: dict[str, Field] = {
     tensorboard=Field(True, "Write TensorBoard events if tensorboard is installed"),
     profile_steps=Field((), "(first, last) steps to trace; () traces none", span(1)),
   ),
-  **_group("checkpoint", Role.FREE)(
+  **group("checkpoint", Role.FREE)(
     every_steps=Field(5000, "Steps between checkpoints", whole()),
     keep=Field(2, "Number of newest checkpoints to keep", whole()),
     keep_every=Field(None, "Keep every checkpoint whose step this divides", whole(), "none"),
   ),
-  **_group("sampling", Role.SAMPLES)(
+  **group("sampling", Role.SAMPLES)(
     num_samples=Field(1000, "Images in a sample set", whole(), role=Role.FREE),
     batch_size=Field(250, "Images in flight over all devices", _BATCH, role=Role.FREE),
     solver=Field("ddim", "Solver", choice(names="diffusion.solvers.SOLVERS")),
@@ -345,7 +292,7 @@ FIELDS: dict[str, Field] = {
     name=Field("default", "Name of the sample set", rule(_is_name, _NAME), role=Role.FREE),
     png_files=Field(False, "Write a PNG file for each image as well", role=Role.FREE),
   ),
-  **_group("evaluation", Role.FREE)(
+  **group("evaluation", Role.FREE)(
     extractors=Field(
       ("classifier",),
       "Features that samples are compared by; () measures only held-out losses",
@@ -358,7 +305,7 @@ FIELDS: dict[str, Field] = {
     classifier_steps=Field(None, "Updates of the classifier", whole(), "about 20 epochs"),
     inception_weights=Field("", "Inception's weights; empty: torch-fidelity's", PATH),
   ),
-  **_group("analysis", Role.FREE)(
+  **group("analysis", Role.FREE)(
     sections=Field(_SECTIONS, "Parts of the analysis", several(*_SECTIONS)),
     batch_sizes=Field((16, 64, 256), "Examples in a gradient; the last above 1", rising(1)),
     subspace_rank=Field(8, "Leading singular vectors of gradients to compare", whole()),
@@ -366,7 +313,7 @@ FIELDS: dict[str, Field] = {
     seed=Field(0, "Seed of the gradients' examples, noise and timesteps", _SEED),
     ranks=Field((), "Ranks to truncate all layers to; (): ten shares of the largest", rising(1)),
   ),
-  **_group("export", Role.FREE)(
+  **group("export", Role.FREE)(
     bucket=Field(
       None,
       "Merge factors at this rank bucket to dense kernels",
@@ -374,7 +321,7 @@ FIELDS: dict[str, Field] = {
       "keep them; the last bucket in the layout of diffusers",
     ),
   ),
-  **_group("benchmark", Role.FREE)(
+  **group("benchmark", Role.FREE)(
     rounds=Field(10, "Rounds that medians are taken over", whole()),
     steps=Field(1, "Steps timed together; more of them hide the time between steps", whole()),
     sampling_runs=Field(1, "Complete sampling runs of each arm", whole(), "sum of bucket times"),

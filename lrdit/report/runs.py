@@ -6,9 +6,10 @@ import math
 import pathlib
 from typing import Any
 
+from lrdit.config.field import Role
 from lrdit.config.run_config import Change, read_changes
 from lrdit.config.sample_settings import record_names
-from lrdit.config.schema import Role, fields_of, upgrade
+from lrdit.config.schema import fields_of, upgrade
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.store import flatten
 

@@ -6,7 +6,8 @@ import pytest
 
 from lrdit.config import run_config, sample_settings
 from lrdit.config.checks import whole
-from lrdit.config.schema import FIELDS, Field, Role
+from lrdit.config.field import Field, Role
+from lrdit.config.schema import FIELDS
 from lrdit.experiment import Experiment
 from lrdit.report.contents import make_report
 from tests import tiny

@@ -8,9 +8,10 @@ import pytest
 
 from configs import cifar10, digits
 from lrdit.config import docs, run_config, schema
+from lrdit.config.field import Role
 from lrdit.config.flags import parse_flags
 from lrdit.config.resolve import resolve
-from lrdit.config.schema import FIELDS, Role, fields_of, upgrade
+from lrdit.config.schema import FIELDS, fields_of, upgrade
 from lrdit.experiment import Experiment
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.store import flatten
