@@ -16,6 +16,7 @@ STUDIES = {
   "rates": "0",
   "frontier": "0 1",
   "ablation": "0",
+  "compression": "0 1 2",
 }
 RATES, RATIOS = (0.002, 0.004, 0.016), (0.1, 0.25, 0.35, 0.7)
 # Each changes one choice of the adaptive arm.
@@ -30,6 +31,8 @@ ABLATION = {
   ),
   "wide": ("model.hidden_size=160", "rank.ratio=0.25"),
 }
+# The trained full arm as an adaptive one, without fine-tuning and with 5 and 20 % of its steps.
+CUTS, FINE_TUNING_STEPS, DISTILLATION = ("svd", "whitened"), (100, 400), (0.0, 1.0)
 
 
 class Arm(NamedTuple):
@@ -39,14 +42,15 @@ class Arm(NamedTuple):
   fields: tuple[str, ...] = ()  # FIELD=VALUE
 
 
-def arms_of(study: str, analysis: pathlib.Path) -> dict[str, Arm]:
+def arms_of(study: str, runs: pathlib.Path, first_seed: str) -> dict[str, Arm]:
   """Return the arms of a study of the digits by name.
 
-  An arm has one name in all studies, so that studies share its runs. `analysis` determines the
-  measured schedule.
+  An arm has one name in all studies, so that studies share its runs. In `runs`, the full arm of
+  the first seed determines the measured schedule, and that of each seed is what is compressed.
   """
   methods = {method: Arm(method) for method in METHODS}
   if study == "schedules":
+    analysis = runs / f"digits_full_{first_seed}" / "analysis" / "truncation.json"
     own = {name: (f"rank.schedule={name}",) for name in ("measured", "increasing", "constant")}
     own["measured"] += (f"rank.analysis={analysis}",)
     return methods | {name: Arm("adaptive", fields) for name, fields in own.items()}
@@ -62,4 +66,19 @@ def arms_of(study: str, analysis: pathlib.Path) -> dict[str, Arm]:
   if study == "ablation":
     choices = {name: Arm("adaptive", fields) for name, fields in ABLATION.items()}
     return {"adaptive": methods["adaptive"]} | choices
+  if study == "compression":
+    return methods | compressed_arms(runs / "digits_full_{seed}")
   return methods
+
+
+def compressed_arms(full: pathlib.Path) -> dict[str, Arm]:
+  """Return the adaptive arms that start from a trained full arm, by name."""
+  arms = {}
+  for cut, steps, weight in itertools.product(CUTS, (0, *FINE_TUNING_STEPS), DISTILLATION):
+    if weight and not steps:
+      continue  # nothing is trained
+    name = f"{cut}_{steps}" + ("_distilled" if weight else "")
+    start = (f"init.from_={full}", f"init.compression={cut}", f"init.distillation={weight}")
+    length = (f"training.num_steps={steps}", f"optimizer.warmup_steps={steps // 10}")
+    arms[name] = Arm("adaptive", (*start, *length))
+  return arms

@@ -3,7 +3,7 @@
 Usage: [RUNS=DIR] bash launch/NAME.sh [STUDY] [--config.GROUP.FIELD=VALUE ...]
 where NAME is digits, cifar10, celeba or imagenet128
 
-STUDY      digits: arms (default), adamw, schedules, rates, frontier or ablation: configs/studies.py
+STUDY      digits: arms (default), adamw, schedules, rates, frontier, ablation or compression
 RUNS       directory of the workdirs NAME_METHOD and the page NAME_report (default runs)
 SEEDS      digits: the seeds of the runs digits_ARM_SEED, which digits_STUDY reports
 LATENTS    celeba and imagenet128: directory of the latents (default data/NAME_latents), which are
@@ -77,7 +77,7 @@ def run_digits(study: str, runs: pathlib.Path, overrides: list[str]) -> None:
   """Run the arms of a study of the digits with several seeds."""
   seeds = (os.environ.get("SEEDS") or STUDIES[study]).split()
   first, workdirs = runs / f"digits_full_{seeds[0]}", []
-  arms = arms_of(study, first / "analysis" / "truncation.json")
+  arms = arms_of(study, runs, seeds[0])
   fields = [field.partition("=")[0] for arm in arms.values() for field in arm.fields]
   check_overrides(overrides, *SET_BY_ALL, *SET_BY_DIGITS, *fields)
   # One classifier for all, so that their metrics can be compared.

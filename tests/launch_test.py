@@ -15,7 +15,7 @@ from tests import scripts, tiny
 METHODS = ("full", "narrow", "static", "adaptive")
 MODES = ("train", "sample", "evaluate")
 SCRIPTS = ("cifar10", "celeba", "imagenet128", "digits")
-STUDIES = ("arms", "adamw", "schedules", "rates", "frontier", "ablation")
+STUDIES = ("arms", "adamw", "schedules", "rates", "frontier", "ablation", "compression")
 
 
 @pytest.fixture
@@ -87,14 +87,14 @@ def test_schedules_share_one_analysis(stand_in, tmp_path):
 def test_the_arms_of_a_study_share_runs_and_resolve(study, tmp_path):
   """Every arm's recipe, arguments and fields are what main.py takes."""
   seen = {}
-  for name, arm in studies.arms_of(study, tmp_path / "truncation.json").items():
+  for name, arm in studies.arms_of(study, tmp_path, "0").items():
     fields = [f"--config.{field}" for field in arm.fields if not field.startswith("rank.analysis")]
     fields = [field.replace("schedule=measured", "schedule=midpeak") for field in fields]
     config = f"--config={tiny.ROOT}/configs/digits.py:method={arm.argument}"
     flags = parse_flags(["main.py", config, f"--workdir={tmp_path}", *fields])
     seen[name] = resolve(flags.config).to_json()
   assert len(set(seen.values())) == len(seen)
-  everything = studies.arms_of("arms", tmp_path)
+  everything = studies.arms_of("arms", tmp_path, "0")
   assert all(studies.Arm(method) == arm for method, arm in everything.items())
 
 
