@@ -1,6 +1,6 @@
 """Muon for hidden matrices, and its rules for the two factors of a low-rank layer.
 
-Muon replaces a matrix's momentum M = U S V^T by U V^T, which optax computes by Newton-Schulz steps
+Muon replaces a matrix's momentum M = U S V^T by U V^T, which Newton-Schulz steps compute
 (Jordan 2024). "Consistent RMS" scales that to the root mean square of AdamW's updates, so that both
 share a learning rate (Liu et al. 2025, equation 4). The other parameters are AdamW's.
 
@@ -19,6 +19,7 @@ Axes: D_in / D_out width, R rank.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,6 +32,7 @@ import optax
 from jaxtyping import Array, Float
 
 from lrdit.rank.plan import LayerRanks, RankPlan
+from lrdit.train import newton_schulz
 
 Pair = tuple[Any, Any]  # of (down, up), each a matrix or the matrices of its bands
 
@@ -162,8 +164,6 @@ def newton_schulz_macs(
 ) -> int:
   """Return the MACs of an update's Newton-Schulz steps on one device.
 
-  A step of an (m, n) matrix with m <= n costs m n m for each of two products, and m m m for one.
-
   Args:
     layer_shapes: (D_in, D_out) by layer name, from `dit.layer_shapes`.
   """
@@ -177,8 +177,8 @@ def newton_schulz_macs(
     of_bands = options.factor_update == "bands"
     for rank in np.diff(edges) if of_bands else edges[-1:]:
       matrices += [(dim_in, int(rank)), (int(rank), dim_out)]
-  small = [(min(matrix), max(matrix)) for matrix in matrices]
-  return options.newton_schulz_steps * sum(2 * m * m * n + m**3 for m, n in small)
+  steps = options.newton_schulz_steps
+  return sum(newton_schulz.macs(min(matrix), max(matrix), steps) for matrix in matrices)
 
 
 def in_stacks(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -209,13 +209,19 @@ def scale_by_muon(plan: RankPlan, options: MuonOptions) -> optax.GradientTransfo
   """Return the scaled and orthogonalized momentum of a tree of matrices, named as in `plan`."""
   rule = FACTOR_UPDATES[options.factor_update]
   last_two = optax.contrib.MuonDimensionNumbers(-2, -1)
-  inner = in_stacks(
-    optax.contrib.scale_by_muon(
-      ns_steps=options.newton_schulz_steps,
-      beta=options.momentum,
-      weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: last_two, tree),
-    )
+  # Without steps of its own, optax returns the momentum at a Frobenius norm of 1.
+  momentum = optax.contrib.scale_by_muon(
+    ns_steps=0,
+    beta=options.momentum,
+    weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: last_two, tree),
   )
+  orthogonalize = functools.partial(newton_schulz.orthogonalize, steps=options.newton_schulz_steps)
+
+  def update_stacks(updates: Any, state: Any, _params: Any = None) -> tuple[Any, Any]:
+    updates, state = momentum.update(updates, state)
+    return jax.tree.map(orthogonalize, updates), state
+
+  inner = in_stacks(optax.GradientTransformation(momentum.init, update_stacks))
 
   def factor_names(tree: dict[str, Any]) -> list[tuple[LayerRanks, tuple[str, str]]]:
     named = [(ranks, (f"{name}/down", f"{name}/up")) for name, ranks in plan.layers]
