@@ -35,6 +35,14 @@ def to_record(config: ConfigDict) -> dict[str, Any]:
   return {name: values[name] for name in record_names()}
 
 
+def upgrade(metadata: dict[str, Any]) -> dict[str, Any]:
+  """Return a sample set's metadata of any version, with the defaults of fields it lacks."""
+  fields = {f"sampling.{name}": name for name in record_names()}
+  return {
+    name: FIELDS[field].default for field, name in fields.items() if field in FIELDS
+  } | metadata
+
+
 def from_record(metadata: dict[str, Any]) -> dict[str, Any]:
   """Return the fields of `sampling` that a sample set's metadata has."""
   names = {name.rpartition(".")[2] for name in FIELDS if name.startswith("sampling.")}

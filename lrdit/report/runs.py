@@ -6,9 +6,9 @@ import math
 import pathlib
 from typing import Any
 
+from lrdit.config import sample_settings
 from lrdit.config.field import Role
 from lrdit.config.run_config import Change, read_changes
-from lrdit.config.sample_settings import record_names
 from lrdit.config.schema import fields_of, upgrade
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.store import flatten
@@ -31,8 +31,9 @@ class SampleSet:
 
   def __post_init__(self):
     """Take the settings from the metadata: what affects metrics beside training and seed."""
-    names = {*record_names(), "num_samples", "dtype"} - {"seed"}
-    self.settings = {name: value for name, value in self.metadata.items() if name in names}
+    names = {*sample_settings.record_names(), "num_samples", "dtype"} - {"seed"}
+    metadata = sample_settings.upgrade(self.metadata)
+    self.settings = {name: value for name, value in metadata.items() if name in names}
 
 
 @dataclasses.dataclass

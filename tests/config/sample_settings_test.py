@@ -31,6 +31,18 @@ def test_a_new_field_reaches_sample_sets_and_the_report(role, monkeypatch, tmp_p
   assert ["--config.sampling.new=2" in command for command in commands] == [False, True]
 
 
+def test_sets_of_earlier_versions_have_the_defaults_of_new_fields(monkeypatch, tmp_path):
+  """They are compared with sets of this version."""
+  monkeypatch.setitem(FIELDS, "sampling.new", Field(1, "A new one", whole(), role=Role.SAMPLES))
+  paths = [tmp_path / name for name in ("old", "today")]
+  fields = [{}, {"new": 1}]
+  for path, method, own in zip(paths, ("adaptive", "full"), fields, strict=True):
+    make_run(path, method, samples={"one": make_samples(path, "one", **own)})
+  made = make_report(list(map(str, paths)), "out")
+  accuracy = [row for row in made.rows if row.key == "classifier_recognition_accuracy"]
+  assert [row.settings["new"] for row in accuracy] == [1]
+
+
 def test_a_record_gives_the_fields_back():
   config = tiny.tiny_config(sampling__use_ema=False, sampling__eta=0.5, sampling__labels="3")
   record = json.loads(json.dumps(sample_settings.to_record(config)))
