@@ -25,20 +25,20 @@ def main(path: str) -> None:
   lines = [["arm", *(heading for _, heading in columns), "seeds"]]
   lines.append(["---"] * len(lines[0]))
   for number, arm in enumerate(report["arms"]):
-    cells = [(row["cells"][number], row["format"]) for row, _ in columns]
+    cells = [(row["cells"][number], row["format"], row["key"]) for row, _ in columns]
     lines.append(
       [f"`{arm['name']}`", *(format_cell(*cell) for cell in cells), str(len(arm["runs"]))]
     )
   print("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
-def format_cell(cell: dict, form: str) -> str:
+def format_cell(cell: dict, form: str, key: str) -> str:
   """Format an exact value, or the first summary of a cell."""
   if cell["exact"] is not None:
     return format_value(cell["exact"], form)
   for summary in cell["summaries"]:
     return format_pair(summary["mean"], summary["std"], form)
-  return "not reached"
+  return "not reached" if key == "steps_to_full" else "not measured"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -83,11 +84,23 @@ def group_arms(runs: Sequence[Run]) -> list[Arm]:
     # Runs without a valid seed come last.
     arm.runs.sort(key=lambda run: math.inf if finite(run.seed) is None else run.seed)
     alike = [other.key for other in arms if other.method == arm.method]
-    own = ", ".join(f"{f.rpartition('.')[2]} {arm.key.get(f)}" for f in _naming_fields(alike))
-    arm.name = f"{arm.method} ({own})" if own else arm.method
+    arm.name = _name(arm, _naming_fields(alike))
     arm.model = _describe_model(arm.runs[0])
   _add_losses(arms)
   return arms
+
+
+def _name(arm: Arm, fields: Iterable[str]) -> str:
+  """Return the method and the fields, those of `init` only for a start from trained parameters."""
+  if not arm.key.get("init.from_"):
+    fields = [field for field in fields if not field.startswith("init.")]
+  own = [f"{f.rpartition('.')[2].rstrip('_')} {_shown(arm.key.get(f))}" for f in fields]
+  return f"{arm.method} ({', '.join(own)})" if own else arm.method
+
+
+def _shown(value: Any) -> str:
+  """Return a value as text, and of a path its last part."""
+  return pathlib.PurePath(value).name if isinstance(value, str) else str(value)
 
 
 def _naming_fields(keys: Sequence[dict[str, Any]]) -> list[str]:
@@ -95,7 +108,7 @@ def _naming_fields(keys: Sequence[dict[str, Any]]) -> list[str]:
   fields = differing_fields(*keys)
 
   def longest(field: str) -> int:
-    return max(len(str(key.get(field))) for key in keys)
+    return max(len(_shown(key.get(field))) for key in keys)
 
   for field in sorted(fields, key=longest, reverse=True):
     rest = [other for other in fields if other != field]

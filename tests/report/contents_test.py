@@ -74,6 +74,18 @@ def test_arms_of_one_method_are_named_by_what_differs(tmp_path):
   assert name_arms(a=one, b=two) == [f"adaptive (measured_shares {own})" for own in shares]
 
 
+def test_a_start_from_trained_parameters_is_named_by_its_run(tmp_path):
+  starts = {"a": {}, "b": {"from_": "runs/digits_full_{seed}", "compression": "whitened"}}
+  for name, fields in starts.items():
+    make_run(tmp_path / name, "adaptive")
+    edit(tmp_path / name / "config.json", lambda config, f=fields: config["init"].update(f))
+  arms = group_arms([runs.read_run(str(tmp_path / name)) for name in starts])
+  assert [arm.name for arm in arms] == [
+    "adaptive",
+    "adaptive (compression whitened, from digits_full_{seed})",
+  ]
+
+
 def test_a_change_of_the_config_makes_another_arm_and_how_it_was_computed_does_not(tmp_path):
   paths = [tmp_path / name for name in "abcd"]
   for seed, path in enumerate(paths):
