@@ -31,8 +31,17 @@ ABLATION = {
   ),
   "wide": ("model.hidden_size=160", "rank.ratio=0.25"),
 }
-# The trained full arm as an adaptive one, without fine-tuning and with 5 and 20 % of its steps.
-CUTS, FINE_TUNING_STEPS, DISTILLATION = ("svd", "whitened"), (100, 400), (0.0, 1.0)
+# The trained full arm as a low-rank one, without fine-tuning and with 5 and 20 % of its steps. Rates
+# are the best of 0.0005 to 0.004, by cut and weight of distillation.
+FINE_TUNING_STEPS, DISTILLATION = (100, 400), 10.0
+FINE_TUNING_RATES = {
+  ("svd", 0.0): 0.002,
+  ("svd", DISTILLATION): 0.002,
+  ("whitened", 0.0): 0.0005,
+  ("whitened", DISTILLATION): 0.002,
+}
+# The training MACs of the full arm and its fine-tuning, spent on the narrow arm.
+STEPS_OF_EQUAL_COMPUTE = 3950
 
 
 class Arm(NamedTuple):
@@ -72,13 +81,20 @@ def arms_of(study: str, runs: pathlib.Path, first_seed: str) -> dict[str, Arm]:
 
 
 def compressed_arms(full: pathlib.Path) -> dict[str, Arm]:
-  """Return the adaptive arms that start from a trained full arm, by name."""
-  arms = {}
-  for cut, steps, weight in itertools.product(CUTS, (0, *FINE_TUNING_STEPS), DISTILLATION):
-    if weight and not steps:
-      continue  # nothing is trained
-    name = f"{cut}_{steps}" + ("_distilled" if weight else "")
-    start = (f"init.from_={full}", f"init.compression={cut}", f"init.distillation={weight}")
+  """Return the arms that start from a trained full arm, and the control of equal compute."""
+
+  def start(method: str, cut: str, weight: float, steps: int) -> Arm:
+    fields = (f"init.from_={full}", f"init.compression={cut}", f"init.distillation={weight}")
+    rate = f"optimizer.learning_rate={FINE_TUNING_RATES[cut, weight]}"
     length = (f"training.num_steps={steps}", f"optimizer.warmup_steps={steps // 10}")
-    arms[name] = Arm("adaptive", (*start, *length))
-  return arms
+    return Arm(method, (*fields, rate, *length))
+
+  arms = {f"{cut}_0": start("adaptive", cut, 0.0, 0) for cut in ("svd", "whitened")}
+  for (cut, weight), steps in itertools.product(FINE_TUNING_RATES, FINE_TUNING_STEPS):
+    name = f"{cut}_{steps}" + ("_distilled" if weight else "")
+    arms[name] = start("adaptive", cut, weight, steps)
+  arms["static_whitened_0"] = start("static", "whitened", 0.0, 0)
+  last = FINE_TUNING_STEPS[-1]
+  arms[f"static_whitened_{last}_distilled"] = start("static", "whitened", DISTILLATION, last)
+  longer = (f"training.num_steps={STEPS_OF_EQUAL_COMPUTE}",)
+  return arms | {"narrow_longer": Arm("narrow", longer)}
