@@ -31,8 +31,8 @@ ABLATION = {
   ),
   "wide": ("model.hidden_size=160", "rank.ratio=0.25"),
 }
-# The trained full arm as a low-rank one, without fine-tuning and with 5 and 20 % of its steps. Rates
-# are the best of 0.0005 to 0.004, by cut and weight of distillation.
+# The trained full arm as a low-rank one, without fine-tuning and with 5 and 20 % of its steps.
+# Rates are the best of 0.0005 to 0.004, by cut and weight of distillation.
 FINE_TUNING_STEPS, DISTILLATION = (100, 400), 10.0
 FINE_TUNING_RATES = {
   ("svd", 0.0): 0.002,
@@ -40,8 +40,8 @@ FINE_TUNING_RATES = {
   ("whitened", 0.0): 0.0005,
   ("whitened", DISTILLATION): 0.002,
 }
-# The training MACs of the full arm and its fine-tuning, spent on the narrow arm.
-STEPS_OF_EQUAL_COMPUTE = 3950
+# The narrow arm with the training MACs of the full arm, its fine-tuning and its outputs as teacher.
+STEPS_OF_EQUAL_COMPUTE = 4200
 
 
 class Arm(NamedTuple):
