@@ -40,6 +40,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
   config.curriculum.boundaries = curriculum.scale_boundaries(
     config.curriculum.boundaries, config.diffusion.num_train_timesteps
   )
+  if interval := config.sampling.guidance_interval:
+    config.sampling.guidance_interval = tuple(map(float, interval))
   sizes = config.analysis.batch_sizes
   require(bool(sizes) and sizes[-1] > 1, "analysis.batch_sizes", sizes, "must end above 1")
   measured_schedule.fill_in(config)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from lrdit.config.checks import PATH, choice, number, rising, rule, several, span, whole
+from lrdit.config.checks import PATH, choice, interval, number, rising, rule, several, span, whole
 from lrdit.config.field import Field, Role, group
 from lrdit.runtime.errors import UserError
 
@@ -282,6 +282,12 @@ FIELDS: dict[str, Field] = {
     guidance_scale=Field(1.0, "Scale of classifier-free guidance", number("[0, 1000]")),
     guidance_channels=Field(
       None, "Guide only the first channels; the published DiT has 3", whole(), "all"
+    ),
+    guidance_interval=Field(
+      None,
+      "Guide only at noise levels sqrt(1 / alphas_cumprod - 1) in (low, high]",
+      interval(0),
+      "all",
     ),
     clip_x_0=Field(True, "Clip the predicted image to [-1, 1]; for pixels only"),
     seed=Field(0, "Seed of the noise and of random labels", _SEED),

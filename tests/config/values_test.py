@@ -175,6 +175,11 @@ MISTAKES = {
     1,
     "guidance_channels=3 must be at most 1, the channels there are",
   ),
+  "a guidance interval that falls": (
+    ["--config.sampling.guidance_interval=(2, 0.5)"],
+    1,
+    "guidance_interval=(2, 0.5) must be (low, high), numbers with 0 <= low <= high, or None (all)",
+  ),
   "no end of training": (
     ["--config.training.num_steps=None"],
     1,
@@ -335,6 +340,7 @@ NEVER = {
   float: ("nan", "inf", "-inf", "-1", "1e400", "", "x"),
   int: ("-99999999999999999999", "99999999999999999999", "2147483648.5", "nan", "", "x"),
   bool: ("maybe", "2", ""),
+  tuple: ("()", "(1,)", "(1, 2, 3)", "(-1, 1)", "(1, 1e400)", "('a', 'b')", "1"),
 }
 NEVER_BY_FIELD = {
   name: NEVER[field.allowed.kind if field.default is None else type(field.default)]

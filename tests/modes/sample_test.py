@@ -197,6 +197,7 @@ DEFINING = {
   "labels": "random",
   "use_ema": False,
   "guidance_channels": 1,
+  "guidance_interval": (0.3, 5.0),
 }
 
 
