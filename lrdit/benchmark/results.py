@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from lrdit.benchmark import ratios
 from lrdit.benchmark.arms import Arms, MatmulPeak, SamplingArm
 from lrdit.experiment import Experiment
 from lrdit.runtime import parallel
@@ -139,7 +140,7 @@ def make_results(
   """Return the contents of `benchmark.json` after the rounds of the given seconds."""
   products = summarize(seconds["peak",])
   peak_rate = peak.flops / products["median"]
-  return describe(arms.experiments["full"], devices) | {
+  results = describe(arms.experiments["full"], devices) | {
     "rounds": len(products["rounds"]),
     "matmul_peak": {
       "size": peak.size,
@@ -151,6 +152,7 @@ def make_results(
     "training": training_results(arms, seconds, peak_rate),
     "sampling": sampling_results(arms, seconds, peak_rate),
   }
+  return results | {"ratios": ratios.ratios(results), "machine": ratios.machine(results)}
 
 
 # Maps the header of each column to a function that formats an entry of the results.
