@@ -16,7 +16,7 @@ GOLDEN = ROOT / "tests" / "golden"
 
 SHOWING_IMPORTS = {"PYTHONPROFILEIMPORTTIME": "1"}  # a variable of the environment
 # Packages that take long to import, and that neither training nor sampling needs.
-HEAVY = {"tensorflow", "tensorflow_datasets", "matplotlib", "pandas", "torch", "clu"}
+HEAVY = {"tensorflow", "tensorflow_datasets", "matplotlib", "torch"}
 
 # A model that compiles in seconds: two blocks of width 32 on the real digits.
 OVERRIDES = {

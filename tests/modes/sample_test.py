@@ -78,7 +78,7 @@ def test_a_killed_export_goes_on_to_the_byte(workdir, tmp_path):
   resumed = subprocess.run(
     command, cwd=tiny.ROOT, env=env, capture_output=True, text=True, check=True
   )
-  needless = {*tiny.HEAVY, "sklearn", "scipy", "tensorboard"}  # for data and metrics
+  needless = tiny.HEAVY | {"sklearn", "scipy", "tensorboard"}  # for data and metrics
   assert not needless & tiny.imported_packages(resumed.stderr)
   assert f"going on from {done} of 60 samples" in resumed.stderr
   undisturbed = export(tmp_path / "run", "undisturbed", **LONG)
