@@ -232,7 +232,8 @@ class Experiment:
   def num_passes(self) -> Int[np.ndarray, " S"]:
     """The model's passes over an image at every solver step: 2 where guided, else 1."""
     s, classes = self.config.sampling, self.shape.num_classes
-    return 1 + guided_steps(self.solver_table, s.guidance_scale, s.guidance_interval, classes)
+    guidance = s.guidance_scale, s.guidance_min_noise, s.guidance_max_noise
+    return 1 + guided_steps(self.solver_table, classes, *guidance)
 
   @property
   def sampling_macs(self) -> int:

@@ -74,8 +74,8 @@ def machine(results: Results) -> dict[str, Any]:
 def settings(results: Results) -> dict[str, Any]:
   """Return what was timed: sizes, dtype, batches, solver, ranks and the repetitions."""
   names = ("variant", "model", "dtype", "remat", "scan_blocks", "rank", "batch_size")
-  names += ("sampling_batch_size", "solver", "num_steps", "guidance_scale", "guidance_interval")
-  names += ("steps", "rounds")
+  names += ("sampling_batch_size", "solver", "num_steps", "guidance_scale")
+  names += ("guidance_min_noise", "guidance_max_noise", "steps", "rounds")
   return {name: results[name] for name in names if name in results}
 
 

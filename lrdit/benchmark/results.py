@@ -111,7 +111,8 @@ def describe(full: Experiment, devices: parallel.Devices) -> dict[str, Any]:
   """Return the settings of the full arm, and the software, that the results depend on."""
   config = full.config
   fields = {"model": ("variant", "dtype", "remat", "scan_blocks")}
-  fields["sampling"] = ("solver", "num_steps", "guidance_scale", "guidance_interval")
+  fields["sampling"] = ("solver", "num_steps", "guidance_scale")
+  fields["sampling"] += ("guidance_min_noise", "guidance_max_noise")
   fields["benchmark"] = ("steps", "sampling_runs", "compile_threads")
   settings = {name: config[group][name] for group, names in fields.items() for name in names}
   return settings | {

@@ -98,16 +98,5 @@ def span(low: int) -> Check:
   return Check(accepts, lambda: f"() or (first, last), {low} <= first <= last <= 2**31 - 1")
 
 
-def interval(low: float) -> Check:
-  """Return the check for (low, high), finite numbers from `low` that do not fall."""
-  is_number = number(f"[{low:g}, inf)").accepts
-
-  def accepts(value: Any) -> bool:
-    fits = isinstance(value, tuple) and len(value) == 2 and all(map(is_number, value))
-    return fits and value[0] <= value[1]
-
-  return Check(accepts, lambda: f"(low, high), numbers with {low:g} <= low <= high", tuple)
-
-
 # The check for a file or directory; `Field.check` also checks the path itself.
 PATH = rule(lambda value: isinstance(value, str), "a path on this machine, or empty")

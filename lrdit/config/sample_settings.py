@@ -41,5 +41,4 @@ def from_record(metadata: dict[str, Any]) -> dict[str, Any]:
   fields = {name: metadata[name] for name in names & metadata.keys()}
   if "weights" in metadata:
     fields["use_ema"] = metadata["weights"] == "ema"
-  fields = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}  # of JSON
   return {name: value for name, value in fields.items() if value is not None}

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from lrdit.config.checks import PATH, choice, interval, number, rising, rule, several, span, whole
+from lrdit.config.checks import PATH, choice, number, rising, rule, several, span, whole
 from lrdit.config.field import Field, Role, group
 from lrdit.runtime.errors import UserError
 
@@ -283,11 +283,14 @@ FIELDS: dict[str, Field] = {
     guidance_channels=Field(
       None, "Guide only the first channels; the published DiT has 3", whole(), "all"
     ),
-    guidance_interval=Field(
+    guidance_min_noise=Field(
+      None, "Guide only above this noise level sqrt(1 / alphas_cumprod - 1)", _WEIGHT, "no limit"
+    ),
+    guidance_max_noise=Field(
       None,
-      "Guide only at noise levels sqrt(1 / alphas_cumprod - 1) in (low, high]",
-      interval(0),
-      "all",
+      "Guide only up to this noise level; elsewhere, guidance costs nothing",
+      _FLOAT,
+      "no limit",
     ),
     clip_x_0=Field(True, "Clip the predicted image to [-1, 1]; for pixels only"),
     seed=Field(0, "Seed of the noise and of random labels", _SEED),

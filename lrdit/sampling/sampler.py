@@ -41,7 +41,7 @@ class SamplerSettings:
     prediction: what the model predicts, one of `process.PREDICTIONS`.
     guidance_scale: of classifier-free guidance; 1 turns it, and its cost, off.
     guidance_channels: how many channels it changes, from the first; None is all of the prediction.
-    guidance_interval: noise levels (low, high] that are guided; None is all of them.
+    guidance_min_noise, guidance_max_noise: interval of `guided_steps`.
     clip_x_0: keep the predicted x_0 in [-1, 1] (pixels, not latents).
     seed: of the noise.
     batch_size: images in flight, B.
@@ -50,7 +50,8 @@ class SamplerSettings:
   prediction: str
   guidance_scale: float
   guidance_channels: int | None
-  guidance_interval: tuple[float, float] | None
+  guidance_min_noise: float | None
+  guidance_max_noise: float | None
   clip_x_0: bool
   seed: int
   batch_size: int
@@ -132,18 +133,22 @@ def _initial_noise(
 
 
 def guided_steps(
-  table: solvers.SolverTable, scale: float, interval: tuple[float, float] | None, num_classes: int
+  table: solvers.SolverTable,
+  num_classes: int,
+  scale: float,
+  min_noise: float | None,
+  max_noise: float | None,
 ) -> Bool[np.ndarray, " S"]:
   """Return which solver steps are guided, and so take two passes.
 
   They are those whose noise level noise / signal, the sigma of a process that leaves the image
-  unscaled, lies in (low, high] of the interval (Kynkäänniemi et al. 2024, arXiv:2404.07724, eq. 5).
-  None is guided at scale 1 or without classes.
+  unscaled, lies in (min_noise, max_noise] (Kynkäänniemi et al. 2024, arXiv:2404.07724), where None
+  sets no limit. None is guided at scale 1 or without classes.
   """
-  if scale == 1.0 or not num_classes or interval is None:
-    return np.full(len(table.t), scale != 1.0 and num_classes > 0)
-  sigma, (low, high) = table.noise / table.signal, interval
-  return (low < sigma) & (sigma <= high)
+  sigma = table.noise / table.signal
+  low = -np.inf if min_noise is None else min_noise
+  high = np.inf if max_noise is None else max_noise
+  return (low < sigma) & (sigma <= high) & (scale != 1.0 and num_classes > 0)
 
 
 def make_segments(
@@ -238,8 +243,8 @@ class Sampler:
   ):
     """Prepare, without compiling, to sample batches that must divide over the devices."""
     self.model, self.table, self.settings = model, table, settings
-    scale, interval = settings.guidance_scale, settings.guidance_interval
-    is_guided = guided_steps(table, scale, interval, model.shape.num_classes)
+    limits = settings.guidance_min_noise, settings.guidance_max_noise
+    is_guided = guided_steps(table, model.shape.num_classes, settings.guidance_scale, *limits)
     self.segments = make_segments(model.plan.bucket_of_timestep[table.t], is_guided)
     self._batch_sharding, self._replicated = parallel.shardings(devices)
     jit = functools.partial(jax.jit, out_shardings=self._batch_sharding)

@@ -180,18 +180,19 @@ def xla_flops(function, args):
   return function.lower(*args).cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("interval", [(0, 0), None])
-def test_a_solver_step_of_each_bucket_matches_xla(interval):
+@pytest.mark.parametrize("is_guided", [False, True])
+def test_a_solver_step_of_each_bucket_matches_xla(is_guided):
   """XLA counts the body of the loop over solver steps once."""
-  guidance = dict(sampling__guidance_scale=2.0, sampling__guidance_interval=interval)
+  low = None if is_guided else 1e9
+  guidance = dict(sampling__guidance_scale=2.0, sampling__guidance_min_noise=low)
   config = tiny_config(**guidance, **WIDE)
   sampler, batch = Experiment(config).sampler(jax.devices()[:1]), 4
   template = Experiment(config).params_template
   plan, shape = sampler.model.plan, sampler.model.shape
   x = jax.ShapeDtypeStruct((batch, 32, 32, 1), jnp.float32)
   y, index = (jax.ShapeDtypeStruct((batch,), d) for d in (jnp.int32, jnp.uint32))
-  assert list(sampler.run_program) == [(bucket, interval is None) for bucket in range(3)]
-  for (bucket, is_guided), run in sampler.run_program.items():
+  assert list(sampler.run_program) == [(bucket, is_guided) for bucket in range(3)]
+  for (bucket, _), run in sampler.run_program.items():
     sliced = jax.eval_shape(lambda p, b=bucket: low_rank.slice_params(p, plan, b), template)
     step, passes = np.zeros(1, np.int32), np.array([1 + is_guided])
     counted = batch * flops.sampling_macs(shape, plan.at_bucket(bucket), step, passes)
@@ -200,8 +201,10 @@ def test_a_solver_step_of_each_bucket_matches_xla(interval):
 
 
 def test_sampling_macs_are_the_sum_over_steps():
-  interval = dict(sampling__guidance_scale=2.0, sampling__guidance_interval=(0.5, 2.0))
-  experiment = Experiment(tiny_config(sampling__num_steps=20, **interval))
+  limits = dict(sampling__guidance_min_noise=0.5, sampling__guidance_max_noise=2.0)
+  experiment = Experiment(
+    tiny_config(sampling__num_steps=20, sampling__guidance_scale=2.0, **limits)
+  )
   sampler = experiment.sampler(jax.devices()[:1])
   shape, plan, expected = sampler.model.shape, sampler.model.plan, 0
   for (bucket, is_guided), first, end in sampler.segments:

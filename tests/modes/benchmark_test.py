@@ -305,8 +305,8 @@ def test_every_round_times_every_task_once_in_turn():
 @pytest.fixture(scope="module")
 def adaptive_sampler():
   """The sampling arm of ten solver steps in three buckets, the noisier half of them guided."""
-  interval = dict(sampling__guidance_scale=2.0, sampling__guidance_interval=(1.0, 1e9))
-  config = tiny_config(model__depth=1, sampling__num_steps=10, **interval)
+  guidance = dict(sampling__guidance_scale=2.0, sampling__guidance_min_noise=1.0)
+  config = tiny_config(model__depth=1, sampling__num_steps=10, **guidance)
   return arms_module.SamplingArm(Experiment(config), jax.devices()[:1])
 
 

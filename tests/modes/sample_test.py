@@ -200,7 +200,8 @@ DEFINING = {
   "labels": "random",
   "use_ema": False,
   "guidance_channels": 1,
-  "guidance_interval": (0.3, 5.0),
+  "guidance_min_noise": 0.3,
+  "guidance_max_noise": 5.0,
 }
 
 

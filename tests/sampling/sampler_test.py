@@ -165,9 +165,10 @@ def test_guidance_in_an_interval_is_that_of_the_steps_within(solver):
   config = tiny_config(**GUIDED, sampling__solver=solver)
   alpha_bar = Experiment(config).alphas_cumprod[Experiment(config).solver_table.t]
   middle = np.sqrt(1 / alpha_bar[1:] - 1) * np.sqrt(1 / alpha_bar[:-1] - 1)
-  interval = tuple(np.sqrt(middle[[12, 3]]).tolist())  # between steps 12 and 13, 3 and 4
+  low, high = np.sqrt(middle[[12, 3]]).tolist()  # between steps 12 and 13, 3 and 4
   is_guided = [4 <= i < 13 for i in range(20)]
-  config = tiny_config(**GUIDED, sampling__solver=solver, sampling__guidance_interval=interval)
+  limits = dict(sampling__guidance_min_noise=low, sampling__guidance_max_noise=high)
+  config = tiny_config(**GUIDED, sampling__solver=solver, **limits)
   got, made = sample(config, 4)
   assert len(made.segments) == 3 + 2  # two more than buckets
   expected = masked_trajectory(config, 4, is_guided)
@@ -185,9 +186,9 @@ def test_an_interval_of_all_or_no_noise_levels_is_full_or_no_guidance():
 
   full, made = guided(num_steps=3)
   assert all(program.is_guided for program in made.run_program)
-  everything, _ = guided(num_steps=3, guidance_interval=(0, 1e9))
+  everything, _ = guided(num_steps=3, guidance_min_noise=0.0, guidance_max_noise=1e9)
   np.testing.assert_array_equal(everything, full)
-  empty, made = guided(num_steps=3, guidance_interval=(0.5, 0.5))
+  empty, made = guided(num_steps=3, guidance_min_noise=0.5, guidance_max_noise=0.5)
   assert not any(program.is_guided for program in made.run_program)
   np.testing.assert_array_equal(empty, guided(num_steps=3, guidance_scale=1.0)[0])
   assert np.abs(full - empty).max() > 1e-3
@@ -199,14 +200,15 @@ def test_an_interval_includes_its_upper_end_alone():
     spec=solvers.SolverTable, t=np.arange(4), signal=ones, noise=2.0 ** -np.arange(4)
   )
 
-  def guided(interval, scale=2.0, num_classes=10):
-    return sampler.guided_steps(table, scale, interval, num_classes).tolist()
+  def guided(low, high, scale=2.0, num_classes=10):
+    return sampler.guided_steps(table, num_classes, scale, low, high).tolist()
 
-  assert guided(None) == [True] * 4
-  assert guided((0.25, 1.0)) == [True, True, False, False]
-  assert guided((0.0, 0.5)) == [False, True, True, True]
-  assert guided((2.0, 3.0)) == guided((0.5, 0.5)) == [False] * 4
-  assert guided(None, scale=1.0) == guided(None, num_classes=0) == [False] * 4
+  assert guided(None, None) == [True] * 4
+  assert guided(0.25, 1.0) == [True, True, False, False]
+  assert guided(None, 0.5) == guided(0.0, 0.5) == [False, True, True, True]
+  assert guided(0.5, None) == [True, False, False, False]
+  assert guided(2.0, 3.0) == guided(0.5, 0.5) == [False] * 4
+  assert guided(None, None, scale=1.0) == guided(None, None, num_classes=0) == [False] * 4
 
 
 def test_a_lower_bucket_computes_less():
