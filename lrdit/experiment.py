@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from lrdit.config import derive, sample_settings
@@ -21,12 +21,12 @@ from lrdit.config.schema import get
 from lrdit.data import images, latents, pipeline
 from lrdit.data.source import DataOptions, Source
 from lrdit.evaluation import classifier, efficientnet, features, inception
-from lrdit.model import dit, vae, vae_weights
+from lrdit.model import dit, flops, vae, vae_weights
 from lrdit.rank.plan import dense_plan
 from lrdit.rank.strata import independent, uniform_strata
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
-from lrdit.sampling.sampler import Sampler, SamplerSettings, bucket_segments
+from lrdit.sampling.sampler import Sampler, SamplerSettings, guided_steps
 from lrdit.train import loss, step
 from lrdit.train.curriculum import Curriculum, make_stages, stage_order
 from lrdit.train.muon import MuonOptions, newton_schulz_macs
@@ -228,6 +228,18 @@ class Experiment:
   solver_table = _derived(derive.solver_table)
   label_rule = _derived(sample_settings.label_rule)
 
+  @functools.cached_property
+  def num_passes(self) -> Int[np.ndarray, " S"]:
+    """The model's passes over an image at every solver step: 2 where guided, else 1."""
+    s, classes = self.config.sampling, self.shape.num_classes
+    guidance = s.guidance_scale, s.guidance_min_noise, s.guidance_max_noise
+    return 1 + guided_steps(self.solver_table, classes, *guidance)
+
+  @property
+  def sampling_macs(self) -> int:
+    """The MACs of sampling one image."""
+    return flops.sampling_macs(self.shape, self.plan, self.solver_table.t, self.num_passes)
+
   def sampler(self, devices: parallel.Devices, batch_size: int | None = None) -> Sampler:
     """Return the sliced sampler; `batch_size` replaces the config's."""
     fields = self.config.sampling.to_dict() | {"prediction": self.config.diffusion.prediction}
@@ -244,7 +256,7 @@ class Experiment:
     decoding VAE or "".
     """
     config, plan, t = self.config, self.plan, self.solver_table.t
-    segments = bucket_segments(plan.bucket_of_timestep, t)
+    steps = np.bincount(plan.bucket_of_timestep[t], minlength=plan.num_buckets)
     return sample_settings.to_record(config) | {
       "checkpoint_step": step,
       "checkpoint_digest": digest,
@@ -255,10 +267,7 @@ class Experiment:
       "noise_schedule": config.diffusion.noise_schedule,
       "num_train_timesteps": config.diffusion.num_train_timesteps,
       "rank_table": {name: list(ranks.active) for name, ranks in plan.layers},
-      "solver_steps_per_bucket": [
-        sum(end - first for b, first, end in segments if b == bucket)
-        for bucket in range(plan.num_buckets)
-      ],
+      "solver_steps_per_bucket": steps.tolist(),
       "vae_digest": vae_digest or None,
     }
 

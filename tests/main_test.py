@@ -126,10 +126,12 @@ def test_the_shell_does_not_choose_what_a_run_computes(trained, tmp_path):
     "FLAX_FIX_RNG_SEPARATOR": "1",
     "FLAX_RETURN_FROZENDICT": "1",
   }
-  done = tiny.run_main(tmp_path / "run", **shell)
+  flag = "--config.training.tensorboard=True"
+  done = tiny.run_main(tmp_path / "run", flag, **shell, **tiny.SHOWING_IMPORTS)
   assert tiny.losses(tmp_path / "run") == tiny.losses(trained)
   for name in shell:
     assert sum(line.startswith(f"{name} is ignored") for line in done.stderr.splitlines()) == 1
+  assert not tiny.HEAVY & tiny.imported_packages(done.stderr)
 
 
 @pytest.fixture

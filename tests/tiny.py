@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,10 @@ from lrdit.experiment import Experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
+
+SHOWING_IMPORTS = {"PYTHONPROFILEIMPORTTIME": "1"}  # a variable of the environment
+# Packages that take long to import, and that neither training nor sampling needs.
+HEAVY = {"tensorflow", "tensorflow_datasets", "matplotlib", "torch"}
 
 # A model that compiles in seconds: two blocks of width 32 on the real digits.
 OVERRIDES = {
@@ -72,6 +77,13 @@ def run_main(workdir, *flags, arg="", num_devices=None, check=True, timeout=300,
   )
   assert not check or done.returncode == 0, done.stderr
   return done
+
+
+def imported_packages(stderr):
+  """The packages that a process imported which was started with `SHOWING_IMPORTS`."""
+  names = re.findall(r"^import time: .*\| +(\w+)", stderr, re.MULTILINE)
+  assert "jax" in names
+  return {*names}
 
 
 def load_digits(split):

@@ -19,6 +19,7 @@ from lrdit.model import flops
 from lrdit.model.dit import DiTShape
 from lrdit.runtime import parallel
 from lrdit.runtime.progress import make_bar
+from lrdit.sampling.sampler import Program
 from lrdit.train import loss
 
 log = logging.getLogger("lrdit")
@@ -175,7 +176,8 @@ class SamplingArm:
 
   def __init__(self, experiment: Experiment, devices: parallel.Devices):
     config, self.sampler = experiment.config, experiment.sampler(devices)
-    self.buckets = sorted(self.sampler.run_bucket)  # that the solver visits
+    self.programs = list(self.sampler.run_program)  # that the solver visits, by bucket
+    self._num_passes = experiment.num_passes
     params = jax.jit(functools.partial(random_params, experiment.params_template))()
     self._sliced_params = self.sampler.bucket_params(params)
     size, classes = self.sampler.settings.batch_size, config.data.num_classes
@@ -186,43 +188,43 @@ class SamplingArm:
     self._start = jax.device_put((noise, np.zeros_like(noise)), split)
     self._count = min(config.benchmark.steps, config.sampling.num_steps)
     self._rounds = config.benchmark.rounds
-    self.compile_seconds, self._programs = seconds_of(self._compile)
+    self.compile_seconds, self._compiled = seconds_of(self._compile)
 
-  def _compile(self) -> dict[int, Any]:
+  def _compile(self) -> dict[Program, Any]:
     return {
-      bucket: run.lower(*self._arguments(bucket, self._start, 0, 1)).compile()
-      for bucket, run in self.sampler.run_bucket.items()
+      program: run.lower(*self._arguments(program, self._start, 0, 1)).compile()
+      for program, run in self.sampler.run_program.items()
     }
 
-  def solver_steps(self, bucket: int) -> int:
-    """Return the number of solver steps that fall in a bucket."""
-    return sum(end - first for b, first, end in self.sampler.segments if b == bucket)
+  def solver_steps(self, program: Program) -> int:
+    """Return the number of solver steps that a program computes."""
+    return sum(end - first for own, first, end in self.sampler.segments if own == program)
 
-  def step_flops(self, bucket: int) -> int:
-    """Return the FLOPs of one solver step of the batch in a bucket."""
-    return self._flops(self.sampler.model.plan.at_bucket(bucket), np.zeros(1, np.int32))
+  def step_flops(self, program: Program) -> int:
+    """Return the FLOPs of one solver step of the batch by a program."""
+    plan = self.sampler.model.plan.at_bucket(program.bucket)
+    return self._flops(plan, np.zeros(1, np.int32), np.array([1 + program.is_guided]))
 
   def run_flops(self) -> int:
     """Return the FLOPs of a whole run of the batch."""
-    return self._flops(self.sampler.model.plan, self.sampler.table.t)
+    return self._flops(self.sampler.model.plan, self.sampler.table.t, self._num_passes)
 
-  def _flops(self, plan: Any, t: np.ndarray) -> int:
-    settings, shape = self.sampler.settings, self.sampler.model.shape
-    macs = flops.sampling_macs(shape, plan, t, settings.batch_size, settings.guidance_scale)
-    return flops.FLOPS_PER_MAC * macs
+  def _flops(self, plan: Any, t: np.ndarray, num_passes: np.ndarray) -> int:
+    macs = flops.sampling_macs(self.sampler.model.shape, plan, t, num_passes)
+    return flops.FLOPS_PER_MAC * self.sampler.settings.batch_size * macs
 
-  def _arguments(self, bucket: int, carry: Any, first: int, end: int) -> tuple[Any, ...]:
+  def _arguments(self, program: Program, carry: Any, first: int, end: int) -> tuple[Any, ...]:
     steps = np.int32(first), np.int32(end)
-    return (self._sliced_params[bucket], carry, self._y, self._index, *steps)
+    return (self._sliced_params[program.bucket], carry, self._y, self._index, *steps)
 
   def _copy_start(self) -> Any:
     """Return a copy of the initial images, which a run may overwrite."""
     return jax.block_until_ready(jax.tree.map(jnp.copy, self._start))
 
-  def time_bucket(self, bucket: int, _round: int) -> float:
-    """Return the seconds of `benchmark.steps` consecutive solver steps in a bucket."""
-    arguments = self._arguments(bucket, self._copy_start(), 0, self._count)
-    return seconds_of(lambda: self._programs[bucket](*arguments))[0]
+  def time_program(self, program: Program, _round: int) -> float:
+    """Return the seconds of `benchmark.steps` consecutive solver steps by a program."""
+    arguments = self._arguments(program, self._copy_start(), 0, self._count)
+    return seconds_of(lambda: self._compiled[program](*arguments))[0]
 
   def make_run(self) -> Task:
     """Return a task whose rounds are the parts of one whole run, from noise to images."""
@@ -237,11 +239,11 @@ class SamplingArm:
     return part
 
   def _run_range(self, carry: Any, first: int, end: int) -> Any:
-    """Run the solver steps [first, end), each in its own bucket."""
-    for bucket, low, high in self.sampler.segments:
+    """Run the solver steps [first, end), each by its own program."""
+    for program, low, high in self.sampler.segments:
       low, high = max(low, first), min(high, end)
       if low < high:
-        carry = self._programs[bucket](*self._arguments(bucket, carry, low, high))
+        carry = self._compiled[program](*self._arguments(program, carry, low, high))
     return carry
 
 

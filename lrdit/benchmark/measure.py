@@ -46,8 +46,8 @@ def measure(
   tasks: dict[Any, Task] = {("peak",): peak.time}
   tasks |= {("training", name): arm.time for name, arm in arms.training.items()}
   for name, arm in arms.sampling.items():
-    for bucket in arm.buckets:
-      tasks["bucket", name, bucket] = functools.partial(arm.time_bucket, bucket)
+    for program in arm.programs:
+      tasks["program", name, program] = functools.partial(arm.time_program, program)
   for task in tasks.values():
     task(0)  # an untimed warm-up
   for number in range(b.sampling_runs or 0):

@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 
+from lrdit.benchmark import ratios
 from lrdit.benchmark.arms import Arms, MatmulPeak, SamplingArm
 from lrdit.experiment import Experiment
 from lrdit.runtime import parallel
 from lrdit.runtime.text import format_table
+from lrdit.sampling.sampler import Program
 
 MEMORY_MEANING = (
   "arguments + outputs + temporaries - donated arguments of the compiled training step, per device"
@@ -54,18 +56,19 @@ def training_results(arms: Arms, seconds: Seconds, peak: float) -> dict[str, dic
 
 
 def bucket_results(
-  arm: SamplingArm, timings: Mapping[int, dict[str, Any]], peak: float
+  arm: SamplingArm, timings: Mapping[Program, dict[str, Any]], peak: float
 ) -> list[dict[str, Any]]:
-  """Return the results of each bucket of a sampler, by ascending rank."""
-  highest, results = arm.buckets[-1], []
-  for bucket in arm.buckets:
-    seconds, flops = timings[bucket]["median"], arm.step_flops(bucket)
+  """Return the results of each program of a sampler, by ascending rank, without guidance first."""
+  highest, results = arm.programs[-1], []
+  for program in arm.programs:
+    seconds, flops = timings[program]["median"], arm.step_flops(program)
     results.append(
       {
-        "bucket": bucket,
-        "solver_steps": arm.solver_steps(bucket),
+        "bucket": program.bucket,
+        "is_guided": program.is_guided,
+        "solver_steps": arm.solver_steps(program),
         "flops_per_step": flops,
-        "step_seconds": timings[bucket],
+        "step_seconds": timings[program],
         "step_seconds_per_image": seconds / arm.sampler.settings.batch_size,
         **_rates(flops, seconds, peak),
         "time_over_highest_bucket": seconds / timings[highest]["median"],
@@ -84,8 +87,8 @@ def sampling_results(arms: Arms, seconds: Seconds, peak: float) -> dict[str, dic
   config, results = arms.config, {}
   steps = min(config.benchmark.steps, config.sampling.num_steps)
   for name, arm in arms.sampling.items():
-    timings = {b: summarize(seconds["bucket", name, b], steps) for b in arm.buckets}
-    from_buckets = sum(arm.solver_steps(b) * timings[b]["median"] for b in arm.buckets)
+    timings = {p: summarize(seconds["program", name, p], steps) for p in arm.programs}
+    from_buckets = sum(arm.solver_steps(p) * timings[p]["median"] for p in arm.programs)
     parts = [parts for key, parts in seconds.items() if key[:2] == ("run", name)]
     runs = [sum(p) for p in parts if len(p) == config.benchmark.rounds]
     results[name] = {
@@ -109,6 +112,7 @@ def describe(full: Experiment, devices: parallel.Devices) -> dict[str, Any]:
   config = full.config
   fields = {"model": ("variant", "dtype", "remat", "scan_blocks")}
   fields["sampling"] = ("solver", "num_steps", "guidance_scale")
+  fields["sampling"] += ("guidance_min_noise", "guidance_max_noise")
   fields["benchmark"] = ("steps", "sampling_runs", "compile_threads")
   settings = {name: config[group][name] for group, names in fields.items() for name in names}
   return settings | {
@@ -137,7 +141,7 @@ def make_results(
   """Return the contents of `benchmark.json` after the rounds of the given seconds."""
   products = summarize(seconds["peak",])
   peak_rate = peak.flops / products["median"]
-  return describe(arms.experiments["full"], devices) | {
+  results = describe(arms.experiments["full"], devices) | {
     "rounds": len(products["rounds"]),
     "matmul_peak": {
       "size": peak.size,
@@ -149,6 +153,7 @@ def make_results(
     "training": training_results(arms, seconds, peak_rate),
     "sampling": sampling_results(arms, seconds, peak_rate),
   }
+  return results | {"ratios": ratios.ratios(results), "machine": ratios.machine(results)}
 
 
 # Maps the header of each column to a function that formats an entry of the results.
@@ -194,6 +199,13 @@ RUN_COLUMNS: Columns = {
 }
 
 
+def _program_name(name: str, arm: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
+  buckets, kinds = ({own[key] for own in arm["buckets"]} for key in ("bucket", "is_guided"))
+  words = [f", bucket {entry['bucket']}"] if len(buckets) > 1 else []
+  words += [", guided" if entry["is_guided"] else ", not guided"] if len(kinds) > 1 else []
+  return name + "".join(words)
+
+
 def format_results(results: Mapping[str, Any]) -> str:
   """Return a readable summary of `benchmark.json`."""
   r, model, peak = results, results["model"], results["matmul_peak"]
@@ -208,7 +220,7 @@ matmul peak {peak["flops_per_second"] / 1e9:.4g} GFLOP/s, highest \
 {peak["highest_flops_per_second"] / 1e9:.4g} ({peak["size"]} squared)
 memory: {MEMORY_MEANING}"""
   buckets = {
-    f"{name}, bucket {entry['bucket']}" if len(arm["buckets"]) > 1 else name: entry
+    _program_name(name, arm, entry): entry
     for name, arm in results["sampling"].items()
     for entry in arm["buckets"]
   }

@@ -108,6 +108,9 @@ def _check_sampling(config: ConfigDict) -> None:
   rule = f"must be at most {channels}, the channels there are, or None for all"
   fits = (s.guidance_channels or 1) <= channels
   require(fits, "sampling.guidance_channels", s.guidance_channels, rule)
+  low, high = s.guidance_min_noise, s.guidance_max_noise
+  rule = f"must be at most config.sampling.guidance_max_noise={high}"
+  require(low is None or high is None or low <= high, "sampling.guidance_min_noise", low, rule)
   is_class = s.labels.isdecimal() and int(s.labels) < max(classes, 1)
   rule = f"is unknown: use balanced, random or 0 to {classes - 1}"
   require(is_class or s.labels in ("balanced", "random"), "sampling.labels", s.labels, rule)

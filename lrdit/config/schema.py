@@ -283,6 +283,15 @@ FIELDS: dict[str, Field] = {
     guidance_channels=Field(
       None, "Guide only the first channels; the published DiT has 3", whole(), "all"
     ),
+    guidance_min_noise=Field(
+      None, "Guide only above this noise level sqrt(1 / alphas_cumprod - 1)", _WEIGHT, "no limit"
+    ),
+    guidance_max_noise=Field(
+      None,
+      "Guide only up to this noise level; elsewhere, guidance costs nothing",
+      _FLOAT,
+      "no limit",
+    ),
     clip_x_0=Field(True, "Clip the predicted image to [-1, 1]; for pixels only"),
     seed=Field(0, "Seed of the noise and of random labels", _SEED),
     labels=Field("balanced", "Labels: `balanced`, `random` or a class index"),

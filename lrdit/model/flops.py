@@ -89,16 +89,12 @@ def sampling_macs(
   shape: DiTShape,
   plan: RankPlan,
   timesteps: Int[np.ndarray, " S"],
-  batch_size: int,
-  guidance_scale: float,
+  num_passes: Int[np.ndarray, " S"],
 ) -> int:
-  """Return the MACs of sampling one batch; guidance doubles the passes of a conditional model."""
-  passes = 2 if guidance_scale != 1 and shape.num_classes else 1
-  steps = np.bincount(plan.bucket_of_timestep[timesteps], minlength=plan.num_buckets)
-  per_example = sum(
-    int(count) * forward_macs(shape, plan, bucket) for bucket, count in enumerate(steps)
-  )
-  return batch_size * passes * per_example
+  """Return the MACs of sampling one image, with the model's passes at every solver step."""
+  per_pass = [forward_macs(shape, plan, bucket) for bucket in range(plan.num_buckets)]
+  buckets = plan.bucket_of_timestep[timesteps].tolist()
+  return sum(n * per_pass[b] for n, b in zip(num_passes.tolist(), buckets, strict=True))
 
 
 def num_parameters(shape: DiTShape, plan: RankPlan) -> int:
@@ -128,12 +124,15 @@ def describe_buckets(shape: DiTShape, plan: RankPlan) -> list[dict[str, int]]:
 
 
 def describe_arm(
-  shape: DiTShape, plan: RankPlan, timesteps: Int[np.ndarray, " S"], guidance_scale: float
+  shape: DiTShape,
+  plan: RankPlan,
+  timesteps: Int[np.ndarray, " S"],
+  num_passes: Int[np.ndarray, " S"],
 ) -> dict[str, Any]:
   """Return the counts of one model as JSON; "sampling_macs" are those of one image."""
   return {
     "parameters": num_parameters(shape, plan),
     "buckets": describe_buckets(shape, plan),
     "mean_forward_macs": mean_forward_macs(shape, plan),
-    "sampling_macs": sampling_macs(shape, plan, timesteps, 1, guidance_scale),
+    "sampling_macs": sampling_macs(shape, plan, timesteps, num_passes),
   }

@@ -58,9 +58,8 @@ def count_flops(config: ConfigDict) -> dict[str, Any]:
     except UserError as error:
       log.warning("the FLOPs of %s are not counted: %s", method, error)
       continue
-    scale = config.sampling.guidance_scale
-    arms[method] = flops.describe_arm(made.shape, made.plan, made.solver_table.t, scale)
-    arms[method]["update_macs"] = made.update_macs
+    counts = flops.describe_arm(made.shape, made.plan, made.solver_table.t, made.num_passes)
+    arms[method] = counts | {"update_macs": made.update_macs}
   return arms
 
 

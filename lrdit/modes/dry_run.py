@@ -49,7 +49,6 @@ def dry_run(
   counts = _count_data(mode, experiment)
   named = [f"{split} {count}" for split, count in counts.items()]
   shape, plan = experiment.shape, experiment.plan
-  sampling = flops.sampling_macs(shape, plan, experiment.solver_table.t, 1, s.guidance_scale)
   buckets = flops.describe_buckets(shape, plan)
   lines = {
     "mode": mode,
@@ -61,7 +60,7 @@ def dry_run(
     "parameters": f"{flops.num_parameters(shape, plan):,}",
     "MACs": (
       f"{flops.mean_forward_macs(shape, plan):,.0f} of a forward pass, mean over t; "
-      f"{sampling:,} of a sample by {s.num_steps} steps of {s.solver}"
+      f"{experiment.sampling_macs:,} of a sample by {s.num_steps} steps of {s.solver}"
     ),
     "rank buckets": ", ".join(f"{b['timesteps']} timesteps" for b in buckets),
   }

@@ -9,7 +9,6 @@ from lrdit.config.resolve import resolve
 from lrdit.config.run_config import as_config
 from lrdit.config.sample_settings import from_record
 from lrdit.experiment import Experiment
-from lrdit.model import flops
 from lrdit.report.arms import Arm, held_out_protocol
 from lrdit.report.compare import Cell, Measurement, Quantity, Row, mark_protocols, summarize
 from lrdit.report.fields import unique
@@ -159,9 +158,7 @@ def sampling_macs(run: Run, settings: dict[str, Any]) -> int | None:
   try:
     config = as_config(run.config)
     config.sampling.update(from_record(settings))
-    made = Experiment(resolve(config))
-    scale = made.config.sampling.guidance_scale
-    return flops.sampling_macs(made.shape, made.plan, made.solver_table.t, 1, scale)
+    return Experiment(resolve(config)).sampling_macs
   except (UserError, *DAMAGED):
     return None  # the arm's notes report a config that does not fit
 

@@ -281,8 +281,11 @@ class SampleSetWriter:
     self._clock = time.perf_counter()
 
   def append(self, samples: UInt8[np.ndarray, "B H W C"]) -> None:
-    """Add the next samples, gray or RGB, which are safe against a kill on return."""
-    rows = images.to_rgb(samples)
+    """Add the next samples, gray or RGB, which are safe against a kill on return.
+
+    Write grid.png as soon as all of its images are there.
+    """
+    rows, num_before = images.to_rgb(samples), self.num_done
     with self._explaining_os_errors():
       self._rows.append(rows)
       self._rows.sync()
@@ -296,6 +299,13 @@ class SampleSetWriter:
         num_drawn=self._progress.num_drawn + len(rows),
         wall_clock_seconds=self._progress.wall_clock_seconds + (self._clock - before),
       )
+      if num_before < GRID_SIZE <= self.num_done < self.num_samples:  # `finish` is far
+        self._write_grid()
+        log.info("%s: grid.png shows the first %d samples", self.directory, GRID_SIZE)
+
+  def _write_grid(self) -> None:
+    pixels = np.concatenate(list(self._rows.read(min(GRID_SIZE, self.num_done))))
+    images.write_grid(self.directory / "grid.png", pixels, GRID_COLUMNS)
 
   def finish(self, label_rule: LabelRule | None, facts: dict[str, Any]) -> dict[str, Any]:
     """Write samples.npz, grid.png and, last, metadata.json with `facts`, and return it.
@@ -309,8 +319,7 @@ class SampleSetWriter:
     try:
       with self._explaining_os_errors():
         metadata |= self._write_npz(metadata, label_rule)
-        grid = np.concatenate(list(self._rows.read(min(GRID_SIZE, self.num_samples))))
-        images.write_grid(self.directory / "grid.png", grid, GRID_COLUMNS)
+        self._write_grid()
         self._pngs.remove_beyond(self.num_samples)
         store.write_json(self.directory / "metadata.json", metadata)
         self._remove_leftovers()

@@ -1,8 +1,8 @@
-"""Sampling: one compiled function per rank bucket, with the parameters sliced to it.
+"""Sampling: compiled functions for each rank bucket, with the parameters sliced to it.
 
-Each bucket's function runs all consecutive solver steps of the bucket in one loop on the device.
-The first and last step are arguments, so it is traced once for any number of images, steps or
-visits to the bucket.
+A bucket has one function for its guided solver steps and one for the others. Either runs all its
+consecutive steps in one loop on the device. The first and last step are arguments, so it is traced
+once for any number of images, steps or visits.
 
 Axes: B images in flight, S solver steps, H W image, C channels.
 """
@@ -11,12 +11,12 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from lrdit.diffusion import process, solvers
 from lrdit.model import low_rank
@@ -41,6 +41,7 @@ class SamplerSettings:
     prediction: what the model predicts, one of `process.PREDICTIONS`.
     guidance_scale: of classifier-free guidance; 1 turns it, and its cost, off.
     guidance_channels: how many channels it changes, from the first; None is all of the prediction.
+    guidance_min_noise, guidance_max_noise: interval of `guided_steps`.
     clip_x_0: keep the predicted x_0 in [-1, 1] (pixels, not latents).
     seed: of the noise.
     batch_size: images in flight, B.
@@ -49,9 +50,26 @@ class SamplerSettings:
   prediction: str
   guidance_scale: float
   guidance_channels: int | None
+  guidance_min_noise: float | None
+  guidance_max_noise: float | None
   clip_x_0: bool
   seed: int
   batch_size: int
+
+
+class Program(NamedTuple):
+  """What one compiled function computes at every solver step."""
+
+  bucket: int  # of rank
+  is_guided: bool  # both passes of guidance, on twice the batch, or the conditional one alone
+
+
+class Segment(NamedTuple):
+  """The consecutive solver steps [first, end) of one program."""
+
+  program: Program
+  first: int
+  end: int
 
 
 @dataclasses.dataclass
@@ -64,13 +82,13 @@ class SamplePath:
   steps: Collection[int]
   x_0: list[Float[Array, "H W C"]] = dataclasses.field(default_factory=list)
 
-  def split(self, segments: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """Return runs of (bucket, first step, end step) that pause after each of `steps`."""
+  def split(self, segments: Iterable[Segment]) -> list[Segment]:
+    """Return the segments, split so that they pause after each of `steps`."""
     parts = []
-    for bucket, first, end in segments:
+    for program, first, end in segments:
       pauses = {step + 1 for step in self.steps if first <= step < end}
       ends = sorted({first, end} | pauses)
-      parts += [(bucket, *span) for span in itertools.pairwise(ends)]
+      parts += [Segment(program, *span) for span in itertools.pairwise(ends)]
     return parts
 
 
@@ -114,13 +132,33 @@ def _initial_noise(
   return _noise(seed, index, 0, shape)
 
 
-def bucket_segments(
-  bucket_of_timestep: Int[np.ndarray, " T"], t: Int[np.ndarray, " S"]
-) -> list[tuple[int, int, int]]:
-  """Return (bucket, first step, end step) of each run of solver steps in one bucket."""
-  bucket = bucket_of_timestep[t]
-  starts = [*np.flatnonzero(np.diff(bucket, prepend=-1)), len(t)]
-  return [(int(bucket[a]), int(a), int(b)) for a, b in itertools.pairwise(starts)]
+def guided_steps(
+  table: solvers.SolverTable,
+  num_classes: int,
+  scale: float,
+  min_noise: float | None,
+  max_noise: float | None,
+) -> Bool[np.ndarray, " S"]:
+  """Return which solver steps are guided, and so take two passes.
+
+  They are those whose noise level noise / signal, the sigma of a process that leaves the image
+  unscaled, lies in (min_noise, max_noise] (Kynkäänniemi et al. 2024, arXiv:2404.07724), where None
+  sets no limit. None is guided at scale 1 or without classes.
+  """
+  sigma = table.noise / table.signal
+  low = -np.inf if min_noise is None else min_noise
+  high = np.inf if max_noise is None else max_noise
+  return (low < sigma) & (sigma <= high) & (scale != 1.0 and num_classes > 0)
+
+
+def make_segments(
+  bucket: Int[np.ndarray, " S"], is_guided: Bool[np.ndarray, " S"]
+) -> tuple[Segment, ...]:
+  """Return the longest runs of solver steps with one rank bucket, all guided or all not."""
+  programs = [Program(int(b), bool(g)) for b, g in zip(bucket, is_guided, strict=True)]
+  starts = [i for i, program in enumerate(programs) if i == 0 or program != programs[i - 1]]
+  spans = itertools.pairwise([*starts, len(programs)])
+  return tuple(Segment(programs[first], first, end) for first, end in spans)
 
 
 def guided_output(
@@ -194,7 +232,7 @@ def solver_step(
 
 
 class Sampler:
-  """Samples from a model, by the compiled function of each bucket."""
+  """Samples from a model, by the compiled function of each program."""
 
   def __init__(
     self,
@@ -205,22 +243,25 @@ class Sampler:
   ):
     """Prepare, without compiling, to sample batches that must divide over the devices."""
     self.model, self.table, self.settings = model, table, settings
-    self.segments = bucket_segments(model.plan.bucket_of_timestep, table.t)
+    limits = settings.guidance_min_noise, settings.guidance_max_noise
+    is_guided = guided_steps(table, model.shape.num_classes, settings.guidance_scale, *limits)
+    self.segments = make_segments(model.plan.bucket_of_timestep[table.t], is_guided)
     self._batch_sharding, self._replicated = parallel.shardings(devices)
     jit = functools.partial(jax.jit, out_shardings=self._batch_sharding)
-    buckets = {bucket for bucket, _, _ in self.segments}
-    self.run_bucket = {b: jit(functools.partial(self._run_bucket, b)) for b in buckets}
+    programs = sorted({segment.program for segment in self.segments})
+    self.run_program = {p: jit(functools.partial(self._run_program, p)) for p in programs}
 
-  def _run_bucket(self, bucket, params, carry, y, index, first, end):
-    """Run the solver steps [first, end) with the bucket's parameters."""
+  def _run_program(self, program, params, carry, y, index, first, end):
+    """Run the solver steps [first, end) with the parameters of the program's bucket."""
+    scale = self.settings.guidance_scale if program.is_guided else 1.0
     step = functools.partial(
       solver_step,
-      model=self.model.clone(plan=self.model.plan.at_bucket(bucket)),
+      model=self.model.clone(plan=self.model.plan.at_bucket(program.bucket)),
       params=params,
       y=y,
       index=index,
       table=self.table,
-      settings=self.settings,
+      settings=dataclasses.replace(self.settings, guidance_scale=scale),
     )
     return jax.lax.fori_loop(first, end, step, carry)
 
@@ -228,14 +269,14 @@ class Sampler:
     """Return each visited bucket's slice of the parameters, on the devices."""
     return {
       b: jax.device_put(low_rank.slice_params(params, self.model.plan, b), self._replicated)
-      for b in self.run_bucket
+      for b in {program.bucket for program in self.run_program}
     }
 
   def compile(self, params: Any, label_rule: LabelRule | None, rows: slice) -> None:
-    """Compile what `sample_rows` runs, by running each bucket for no solver step."""
+    """Compile what `sample_rows` runs, by running each program for no solver step."""
     index = np.arange(self.settings.batch_size)[rows]
     y = None if label_rule is None else label_rule(index)
-    no_steps = [(bucket, 0, 0) for bucket in self.run_bucket]
+    no_steps = [Segment(program, 0, 0) for program in self.run_program]
     jax.block_until_ready(self._run(self.bucket_params(params), index, y, no_steps))
 
   def sample_batch(
@@ -253,19 +294,18 @@ class Sampler:
     return self._run(sliced_params, index, labels, segments, path)
 
   def _run(self, sliced_params, index, labels, segments, path=None):
-    """Sample as `sample_batch` does, over runs of (bucket, first step, end step)."""
+    """Sample as `sample_batch` does, over the given segments."""
     shape = self.model.shape
     image_shape = (shape.image_size, shape.image_size, shape.channels)
     index = jax.device_put(np.asarray(index, np.uint32), self._batch_sharding)
     y = None if labels is None else jax.device_put(labels, self._batch_sharding)
     x = _initial_noise(index, self.settings.seed, image_shape)
-    # The placement is that of the bucket functions' outputs, or a bucket that is visited first and
-    # again later would be compiled twice.
+    # The placement is that of the programs' outputs, or a program that is visited first and again
+    # later would be compiled twice.
     carry = jax.device_put((x, jnp.zeros_like(x)), self._batch_sharding)
-    for bucket, first, end in segments:
-      carry = self.run_bucket[bucket](
-        sliced_params[bucket], carry, y, index, np.int32(first), np.int32(end)
-      )
+    for program, first, end in segments:
+      params, steps = sliced_params[program.bucket], (np.int32(first), np.int32(end))
+      carry = self.run_program[program](params, carry, y, index, *steps)
       if path and end - 1 in path.steps:
         path.x_0.append(carry[1][0])
     return carry[0]

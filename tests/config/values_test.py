@@ -175,6 +175,11 @@ MISTAKES = {
     1,
     "guidance_channels=3 must be at most 1, the channels there are",
   ),
+  "a guidance interval that falls": (
+    ["--config.sampling.guidance_min_noise=2", "--config.sampling.guidance_max_noise=0.5"],
+    1,
+    "guidance_min_noise=2.0 must be at most config.sampling.guidance_max_noise=0.5",
+  ),
   "no end of training": (
     ["--config.training.num_steps=None"],
     1,

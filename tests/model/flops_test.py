@@ -180,31 +180,37 @@ def xla_flops(function, args):
   return function.lower(*args).cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_a_solver_step_of_each_bucket_matches_xla(guidance):
+@pytest.mark.parametrize("is_guided", [False, True])
+def test_a_solver_step_of_each_bucket_matches_xla(is_guided):
   """XLA counts the body of the loop over solver steps once."""
-  config = tiny_config(sampling__guidance_scale=guidance, **WIDE)
+  low = None if is_guided else 1e9
+  guidance = dict(sampling__guidance_scale=2.0, sampling__guidance_min_noise=low)
+  config = tiny_config(**guidance, **WIDE)
   sampler, batch = Experiment(config).sampler(jax.devices()[:1]), 4
   template = Experiment(config).params_template
   plan, shape = sampler.model.plan, sampler.model.shape
   x = jax.ShapeDtypeStruct((batch, 32, 32, 1), jnp.float32)
   y, index = (jax.ShapeDtypeStruct((batch,), d) for d in (jnp.int32, jnp.uint32))
-  assert set(sampler.run_bucket) == {0, 1, 2}
-  for bucket, run in sampler.run_bucket.items():
+  assert list(sampler.run_program) == [(bucket, is_guided) for bucket in range(3)]
+  for (bucket, _), run in sampler.run_program.items():
     sliced = jax.eval_shape(lambda p, b=bucket: low_rank.slice_params(p, plan, b), template)
-    step = np.zeros(1, np.int32)
-    counted = flops.sampling_macs(shape, plan.at_bucket(bucket), step, batch, guidance)
+    step, passes = np.zeros(1, np.int32), np.array([1 + is_guided])
+    counted = batch * flops.sampling_macs(shape, plan.at_bucket(bucket), step, passes)
     found = xla_flops(run, (sliced, (x, x), y, index, np.int32(0), np.int32(1)))
     assert flops.FLOPS_PER_MAC * counted == pytest.approx(found, rel=0.02)
 
 
 def test_sampling_macs_are_the_sum_over_steps():
-  config = tiny_config(sampling__num_steps=20)
-  sampler = Experiment(config).sampler(jax.devices()[:1])
-  shape, plan = sampler.model.shape, sampler.model.plan
-  per_step = [flops.forward_macs(shape, plan, b) for b in range(3)]
-  expected = sum(per_step[bucket] * (end - first) for bucket, first, end in sampler.segments)
-  assert flops.sampling_macs(shape, plan, sampler.table.t, 5, 4.0) == 10 * expected
+  limits = dict(sampling__guidance_min_noise=0.5, sampling__guidance_max_noise=2.0)
+  experiment = Experiment(
+    tiny_config(sampling__num_steps=20, sampling__guidance_scale=2.0, **limits)
+  )
+  sampler = experiment.sampler(jax.devices()[:1])
+  shape, plan, expected = sampler.model.shape, sampler.model.plan, 0
+  for (bucket, is_guided), first, end in sampler.segments:
+    expected += (1 + is_guided) * (end - first) * flops.forward_macs(shape, plan, bucket)
+  assert {program.is_guided for program in sampler.run_program} == {False, True}
+  assert experiment.sampling_macs == expected
 
 
 def test_matched_arms_have_equal_mean_macs():

@@ -16,6 +16,7 @@ from lrdit.benchmark import measure, results
 from lrdit.experiment import Experiment
 from lrdit.model import low_rank
 from lrdit.modes import benchmark
+from lrdit.sampling.sampler import Program
 from lrdit.train import step as step_module
 from tests import tiny
 from tests.programs import traced_macs, training
@@ -28,6 +29,7 @@ FIELDS = {
   "rank.dense_layers": '("patch_embed","final_layer/linear")',
   "sampling.guidance_scale": 2.0,
 }
+GUIDED = Program(0, True)
 ARMS = ["full", "narrow", "static", "adaptive", "adaptive, masked"]
 
 
@@ -89,8 +91,8 @@ def test_counts_the_products_of_every_timed_program(finished):
   assert result["training"]["full"]["flops_per_step"] == 2 * of_a_device
   config = tiny_config("method=full", model__depth=1, sampling__guidance_scale=2.0)
   arm = arms_module.SamplingArm(Experiment(config), devices)
-  args = arm._arguments(0, arm._start, 0, 1)
-  traced = traced_macs(jax.make_jaxpr(arm.sampler.run_bucket[0])(*args).jaxpr)
+  args = arm._arguments(GUIDED, arm._start, 0, 1)
+  traced = traced_macs(jax.make_jaxpr(arm.sampler.run_program[GUIDED])(*args).jaxpr)
   assert result["sampling"]["full"]["buckets"][0]["flops_per_step"] == 2 * traced
   peak = arms_module.MatmulPeak(64, jnp.float32, devices)
   seconds = result["matmul_peak"]["seconds"]["median"]
@@ -127,12 +129,12 @@ def made_up_arms():
   def sampling(flops_of_bucket, steps_of_bucket, seconds_of_bucket, run_seconds):
     return types.SimpleNamespace(
       sampler=types.SimpleNamespace(settings=types.SimpleNamespace(batch_size=4)),
-      buckets=sorted(flops_of_bucket),
+      programs=[Program(bucket, bucket == 1) for bucket in flops_of_bucket],
       compile_seconds=1.0,
-      solver_steps=steps_of_bucket.get,
-      step_flops=flops_of_bucket.get,
+      solver_steps=lambda program: steps_of_bucket[program.bucket],
+      step_flops=lambda program: flops_of_bucket[program.bucket],
       run_flops=lambda: sum(n * flops_of_bucket[b] for b, n in steps_of_bucket.items()),
-      time_bucket=lambda bucket, number: seconds_of_bucket[bucket][number],
+      time_program=lambda program, number: seconds_of_bucket[program.bucket][number],
       make_run=lambda: lambda number: run_seconds[number],
     )
 
@@ -190,6 +192,7 @@ def test_results_of_known_seconds(made_up):
   assert sampled.pop("buckets") == [
     {
       "bucket": 0,
+      "is_guided": False,
       "solver_steps": 6,
       "flops_per_step": 10,
       "step_seconds": {"median": 0.25, "min": 0.25, "rounds": [0.25] * 3},
@@ -201,6 +204,7 @@ def test_results_of_known_seconds(made_up):
     },
     {
       "bucket": 1,
+      "is_guided": True,
       "solver_steps": 4,
       "flops_per_step": 40,
       "step_seconds": {"median": 0.5, "min": 0.5, "rounds": [0.5, 0.5, 1.5]},
@@ -238,7 +242,9 @@ def test_a_benchmark_that_is_killed_keeps_its_rounds(made_up, monkeypatch, tmp_p
   assert kept["rounds"] == 2
   assert kept["training"]["full"]["step_seconds"]["rounds"] == [2, 2]
   assert kept["sampling"]["full"]["run_seconds"] is None
-  assert "not run" in results.format_results(kept)
+  printed = results.format_results(kept)
+  assert "not run" in printed
+  assert "\nadaptive, bucket 1, guided " in printed
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(1e12, 16), (None, 16), (2.5e6, 8), (1, 1)])
@@ -298,8 +304,9 @@ def test_every_round_times_every_task_once_in_turn():
 
 @pytest.fixture(scope="module")
 def adaptive_sampler():
-  """The sampling arm of ten solver steps in three buckets."""
-  config = tiny_config(model__depth=1, sampling__num_steps=10)
+  """The sampling arm of ten solver steps in three buckets, the noisier half of them guided."""
+  guidance = dict(sampling__guidance_scale=2.0, sampling__guidance_min_noise=1.0)
+  config = tiny_config(model__depth=1, sampling__num_steps=10, **guidance)
   return arms_module.SamplingArm(Experiment(config), jax.devices()[:1])
 
 
@@ -321,6 +328,10 @@ def test_a_run_by_parts_ends_where_the_sampler_does(adaptive_sampler):
   carry = adaptive_sampler._start
   for first, end in ((0, 4), (4, 5), (5, 10)):
     carry = adaptive_sampler._run_range(carry, first, end)
+  programs = adaptive_sampler.programs
+  assert {program.is_guided for program in programs} == {False, True}
+  flops = [adaptive_sampler.solver_steps(p) * adaptive_sampler.step_flops(p) for p in programs]
+  assert adaptive_sampler.run_flops() == sum(flops)
   whole = adaptive_sampler._run_range(adaptive_sampler._start, 0, 10)
   np.testing.assert_allclose(carry[0], whole[0], rtol=1e-5, atol=1e-6)
   assert np.abs(whole[0]).max() > 0

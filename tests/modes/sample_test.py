@@ -74,9 +74,12 @@ def test_a_killed_export_goes_on_to_the_byte(workdir, tmp_path):
   assert not (killed / "metadata.json").exists(), "killed too late to test anything"
   done = json.loads((killed / "progress.json").read_text())["num_done"]
   assert 8 <= done < 60
+  env = tiny.environment(**tiny.SHOWING_IMPORTS)
   resumed = subprocess.run(
-    command, cwd=tiny.ROOT, env=tiny.environment(), capture_output=True, text=True, check=True
+    command, cwd=tiny.ROOT, env=env, capture_output=True, text=True, check=True
   )
+  needless = tiny.HEAVY | {"sklearn", "scipy", "tensorboard"}  # for data and metrics
+  assert not needless & tiny.imported_packages(resumed.stderr)
   assert f"going on from {done} of 60 samples" in resumed.stderr
   undisturbed = export(tmp_path / "run", "undisturbed", **LONG)
   assert len(images(killed)) == 61
@@ -197,6 +200,8 @@ DEFINING = {
   "labels": "random",
   "use_ema": False,
   "guidance_channels": 1,
+  "guidance_min_noise": 0.3,
+  "guidance_max_noise": 5.0,
 }
 
 

@@ -182,6 +182,16 @@ def test_a_kill_at_any_moment_changes_nothing(
     assert not [line for line in told.messages if "starting over" in line]
 
 
+def test_the_grid_of_a_large_set_is_there_before_its_end(undisturbed, tmp_path, monkeypatch):
+  monkeypatch.setattr(sample_set, "GRID_SIZE", 6)
+  for kept, is_there in ((4, False), (8, True)):
+    stop_after(monkeypatch, tmp_path, kept)
+    assert (tmp_path / "grid.png").exists() == is_there
+  early = (tmp_path / "grid.png").read_bytes()
+  write(tmp_path)
+  assert (tmp_path / "grid.png").read_bytes() == early != (undisturbed / "grid.png").read_bytes()
+
+
 @pytest.mark.parametrize("kept", [0, 4, 8])
 def test_only_missing_images_are_sampled(undisturbed, tmp_path, monkeypatch, kept):
   stop_after(monkeypatch, tmp_path, kept)

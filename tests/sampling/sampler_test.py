@@ -27,7 +27,7 @@ def sample(config, num_samples, label_rule=balanced, num_devices=1):
   return np.concatenate(batches), made
 
 
-def masked_trajectory(config, num_samples):
+def masked_trajectory(config, num_samples, is_guided=()):
   """The whole trajectory with the unsliced model and a mask, step by step."""
   model, table = Experiment(config).model(), Experiment(config).solver_table
   params, plan = noisy_params(config), model.plan
@@ -38,14 +38,18 @@ def masked_trajectory(config, num_samples):
   groups = ((num_samples, plan.num_buckets - 1),)
 
   @jax.jit
-  def apply(x, t):
+  def apply(x, t, y):
     bucket = jnp.asarray(plan.bucket_of_timestep)[t]
     selection = RankSelection(groups, jnp.full(num_samples, bucket))
     return model.apply({"params": params}, x, jnp.full(num_samples, t), y, selection)
 
   for i, t in enumerate(table.t):
+    output = apply(x, t, y)
+    if is_guided and is_guided[i]:
+      null = apply(x, t, jnp.full_like(y, 10))
+      output = null + config.sampling.guidance_scale * (output - null)
     x_0, eps = process.predict_x_0_eps(
-      config.diffusion.prediction, apply(x, t), x, table.signal[i], table.noise[i]
+      config.diffusion.prediction, output, x, table.signal[i], table.noise[i]
     )
     x_prev = table.on_x_t[i] * x + table.on_x_0[i] * x_0 + table.on_eps[i] * eps
     x, x_0_last = x_prev + table.on_x_0_last[i] * x_0_last, x_0
@@ -64,7 +68,7 @@ def test_sliced_trajectory_is_the_masked_one(solver, schedule):
   )
   expected = masked_trajectory(config, 4)
   got, made = sample(config, 4)
-  assert {bucket for bucket, _, _ in made.segments} == set(range(3))
+  assert {program.bucket for program in made.run_program} == set(range(3))
   assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
@@ -102,7 +106,7 @@ def test_a_path_ends_at_the_sample_and_compiles_nothing_more(schedule):
   whole = predictions(range(20))
   np.testing.assert_array_equal(path, whole[steps])
   assert len(np.unique(whole.reshape(20, -1), axis=0)) == 20
-  assert [run._cache_size() for run in made.run_bucket.values()] == [1, 1, 1]
+  assert [run._cache_size() for run in made.run_program.values()] == [1, 1, 1]
 
 
 def test_seed_label_and_steps_matter():
@@ -125,17 +129,22 @@ def test_each_bucket_is_traced_once_whatever_the_number(schedule):
     assert len(got) == num_samples
   rest = [rows for _, rows in made.sample_rows(params, balanced, range(4, 9, 4), slice(4))]
   np.testing.assert_array_equal(np.concatenate(rest)[:5], got[4:])
-  assert set(made.run_bucket) == {0, 1, 2}
-  assert [run._cache_size() for run in made.run_bucket.values()] == [1, 1, 1]
+  assert list(made.run_program) == [(0, False), (1, False), (2, False)]
+  assert [run._cache_size() for run in made.run_program.values()] == [1, 1, 1]
 
 
 def flops(config):
   made = Experiment(config).sampler(DEVICES)
   sliced = made.bucket_params(noisy_params(config))
-  bucket, first, end = made.segments[0]
+  program, first, end = made.segments[0]
   x = jnp.zeros((4, 8, 8, 1))
-  lowered = made.run_bucket[bucket].lower(
-    sliced[bucket], (x, x), jnp.zeros(4, jnp.int32), jnp.arange(4), np.int32(first), np.int32(end)
+  lowered = made.run_program[program].lower(
+    sliced[program.bucket],
+    (x, x),
+    jnp.zeros(4, jnp.int32),
+    jnp.arange(4),
+    np.int32(first),
+    np.int32(end),
   )
   return lowered.compile().cost_analysis()["flops"]
 
@@ -145,6 +154,61 @@ def test_guidance_costs_nothing_at_scale_one_and_twice_otherwise():
   unconditional = flops(tiny_config(data__num_classes=0))
   assert one == pytest.approx(unconditional, rel=0.02)
   assert two == pytest.approx(2 * one, rel=0.05)
+
+
+GUIDED = dict(sampling__guidance_scale=3.0, sampling__num_steps=20, sampling__clip_x_0=False)
+
+
+@pytest.mark.parametrize("solver", ["ddim", pytest.param("dpm++", marks=pytest.mark.slow)])
+def test_guidance_in_an_interval_is_that_of_the_steps_within(solver):
+  """Both ends lie within a bucket."""
+  config = tiny_config(**GUIDED, sampling__solver=solver)
+  alpha_bar = Experiment(config).alphas_cumprod[Experiment(config).solver_table.t]
+  middle = np.sqrt(1 / alpha_bar[1:] - 1) * np.sqrt(1 / alpha_bar[:-1] - 1)
+  low, high = np.sqrt(middle[[12, 3]]).tolist()  # between steps 12 and 13, 3 and 4
+  is_guided = [4 <= i < 13 for i in range(20)]
+  limits = dict(sampling__guidance_min_noise=low, sampling__guidance_max_noise=high)
+  config = tiny_config(**GUIDED, sampling__solver=solver, **limits)
+  got, made = sample(config, 4)
+  assert len(made.segments) == 3 + 2  # two more than buckets
+  expected = masked_trajectory(config, 4, is_guided)
+  assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+  parts = sampler.SamplePath(range(20)).split(made.segments)
+  assert [first for _, first, _ in parts] == list(range(20))
+  assert [program.is_guided for program, _, _ in parts] == is_guided
+  assert Experiment(config).num_passes.tolist() == [1 + guided for guided in is_guided]
+
+
+def test_an_interval_of_all_or_no_noise_levels_is_full_or_no_guidance():
+  def guided(**fields):
+    fields = {f"sampling__{name}": value for name, value in fields.items()}
+    return sample(tiny_config("method=static", **GUIDED | fields), 4)
+
+  full, made = guided(num_steps=3)
+  assert all(program.is_guided for program in made.run_program)
+  everything, _ = guided(num_steps=3, guidance_min_noise=0.0, guidance_max_noise=1e9)
+  np.testing.assert_array_equal(everything, full)
+  empty, made = guided(num_steps=3, guidance_min_noise=0.5, guidance_max_noise=0.5)
+  assert not any(program.is_guided for program in made.run_program)
+  np.testing.assert_array_equal(empty, guided(num_steps=3, guidance_scale=1.0)[0])
+  assert np.abs(full - empty).max() > 1e-3
+
+
+def test_an_interval_includes_its_upper_end_alone():
+  ones = np.ones(4)
+  table = mock.Mock(
+    spec=solvers.SolverTable, t=np.arange(4), signal=ones, noise=2.0 ** -np.arange(4)
+  )
+
+  def guided(low, high, scale=2.0, num_classes=10):
+    return sampler.guided_steps(table, num_classes, scale, low, high).tolist()
+
+  assert guided(None, None) == [True] * 4
+  assert guided(0.25, 1.0) == [True, True, False, False]
+  assert guided(None, 0.5) == guided(0.0, 0.5) == [False, True, True, True]
+  assert guided(0.5, None) == [True, False, False, False]
+  assert guided(2.0, 3.0) == guided(0.5, 0.5) == [False] * 4
+  assert guided(None, None, scale=1.0) == guided(None, None, num_classes=0) == [False] * 4
 
 
 def test_a_lower_bucket_computes_less():
