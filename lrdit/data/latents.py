@@ -202,11 +202,12 @@ def open_latents(directory: str, split: str) -> LatentSource:
   manifest, path = read_manifest(directory), pathlib.Path(directory)
   with store.damage_of(path, f"delete {path}, and encode again"):
     description, entry = manifest["description"], manifest["splits"][split]
-    rows = np.load(path / f"{split}.npy", mmap_mode="r")
-    labels = np.load(path / f"{split}_labels.npy")
-    shapes = ((entry["done"], *description["latent_shape"]), (entry["done"],))
-    if (rows.shape, labels.shape) != shapes:
+    # Mapped, as a damaged header may ask for any amount of memory.
+    rows, labels = (np.load(path / f"{split}{part}.npy", mmap_mode="r") for part in ("", "_labels"))
+    kinds = [((entry["done"], *description["latent_shape"]), "<f4"), ((entry["done"],), "<i4")]
+    if [(array.shape, array.dtype.str) for array in (rows, labels)] != kinds:
       raise ValueError("its files have other shapes than the manifest says")
+    labels = np.array(labels)
     encoding = {"vae": description["vae_digest"], "crc32": entry["crc32"]}
     fingerprint = description["sources"][split] | encoding
     rows._mmap.madvise(mmap.MADV_RANDOM)  # Reading ahead in the file would be wasted.

@@ -66,6 +66,7 @@ def _keep(path: pathlib.Path, changed: dict, text: str) -> None:
     file = path / name.replace("/", "__")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(data if data is not None else b"")
+  path.mkdir(parents=True, exist_ok=True)
   (path / "fault.txt").write_text(text, errors="backslashreplace")
 
 
@@ -102,7 +103,7 @@ class _Worker:
 
 def _fuzz(arguments: argparse.Namespace, name: str) -> int:
   """Run a target and report it; return the number of its kinds of findings."""
-  deadline, first = time.monotonic() + 60 * arguments.minutes, arguments.first
+  deadline, first = None, arguments.first
   faults: dict[str, list[int]] = collections.defaultdict(list)
   refused = crashes = 0
   while first < arguments.inputs and crashes < MAX_CRASHES:
@@ -110,13 +111,13 @@ def _fuzz(arguments: argparse.Namespace, name: str) -> int:
     while not late and (lines := worker.lines()):
       for line in lines:
         if line == "ready":
-          is_ready = True
+          is_ready, deadline = True, deadline or time.monotonic() + 60 * arguments.minutes
           continue
         number, is_refused, fault = line
         first, refused = number + 1, refused + is_refused
         if fault:
           faults[fault].append(number)
-      late = time.monotonic() > deadline
+      late = deadline is not None and time.monotonic() > deadline
     if late:
       worker.process.kill()
     status, log = worker.end()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import os
 import pathlib
 import shutil
 import zlib
@@ -38,10 +39,13 @@ class Case:
     """Write the valid files below `parent`, and read them once."""
     self.name, self.target, self.directory = name, target, parent / "files" / name
     self.directory.mkdir(parents=True)
-    for outside in (parent, parent / "files"):
-      (outside / mutate.BAIT).write_text("{}")
     target.make(self.directory)
     self.files = self._contents()
+    for outside in (parent, parent / "files"):
+      (outside / mutate.BAIT).write_text("{}")
+      (outside / mutate.BAITS).mkdir()
+      for path, data in self.files.items():
+        (outside / mutate.BAITS / os.path.basename(path)).write_bytes(data)
     self.names = sorted(name for name in self.files if not self._stays(name))
     target.read(self.directory)
     self._restore()

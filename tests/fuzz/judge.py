@@ -51,17 +51,24 @@ class _Watch:
     if event == "open":
       self._check(args[0], bool((args[2] or 0) & WRITES))
     elif event in CHANGES:
-      for path in args[: 2 if event in ("os.rename", "os.link") else 1]:
-        self._check(path, writes=True)
+      if event in ("os.rename", "os.link"):
+        paths, descriptors = args[:2], args[2:4]
+      else:
+        paths, descriptors = args[:1], [x for x in args[-1:] if isinstance(x, int)]
+      for path, at in zip(paths, [*descriptors, -1], strict=False):
+        self._check(path, writes=True, at=at)
     elif event == "pickle.find_class":
       self._refuse(f"unpickled {args[0]}.{args[1]}")
     elif event in PROGRAMS:
       self._refuse(f"{event} of {args[:1]}")
 
-  def _check(self, path: Any, writes: bool) -> None:
+  def _check(self, path: Any, writes: bool, at: int = -1) -> None:
     if isinstance(path, int) or path is None:
       return
-    real = os.path.realpath(os.fsdecode(path))
+    # A path may be relative to an open directory.
+    real = os.path.realpath(
+      os.path.join(f"/proc/self/fd/{at}" if at >= 0 else "", os.fsdecode(path))
+    )
     inside = real == self.directory or real.startswith(f"{self.directory}{os.sep}")
     is_cache = real.endswith(".pyc") or "__pycache__" in real or real == os.devnull
     if not (inside or is_cache or (real.startswith(LIBRARIES) and not writes)):

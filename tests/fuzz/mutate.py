@@ -3,6 +3,7 @@
 A variant of a structure has right lengths and checksums, so that it gets past the first checks.
 """
 
+import copy
 import io
 import json
 import struct
@@ -16,9 +17,22 @@ import numpy as np
 Rng = np.random.Generator
 
 MAX_CHANGES = 3
-BAIT = "bait"  # a file outside the directory that is read; hostile names point at it
+# A file and a directory with valid files, outside the one that is read; hostile names point there.
+BAIT, BAITS = "bait", "baits"
 DEEP = "@DEEP@"  # stands for brackets too deep for any encoder
-TEXTS = ("../" + BAIT, "../../" + BAIT, "/etc/passwd", "..", ".", "", "/", "\0", "a\0b", "\ud800")
+TEXTS = (
+  "../" + BAIT,
+  "../../" + BAIT,
+  "../../" + BAITS,
+  "/etc/passwd",
+  "..",
+  ".",
+  "",
+  "/",
+  "\0",
+  "a\0b",
+  "\ud800",
+)
 TEXTS += (
   "x" * 5000,
   "\x1b[31m",
@@ -37,8 +51,8 @@ RECORD_BYTES = 16  # of a TFRecord around its data: length, its checksum, the da
 
 
 def pick(rng: Rng, choices: Any) -> Any:
-  """Return one of a sequence."""
-  return choices[int(rng.integers(len(choices)))]
+  """Return one of a sequence, by itself."""
+  return copy.deepcopy(choices[int(rng.integers(len(choices)))])
 
 
 def mutate_bytes(rng: Rng, data: bytes) -> bytes:
@@ -105,7 +119,7 @@ def mutate_value(rng: Rng, value: Any) -> Any:
     places = _places(value)
     if not places or rng.random() < 0.02:
       return pick(rng, OTHERS)
-    container, key = pick(rng, places)
+    container, key = places[int(rng.integers(len(places)))]
     match int(rng.integers(8)):
       case 0:
         del container[key]
@@ -116,7 +130,7 @@ def mutate_value(rng: Rng, value: Any) -> Any:
       case 2:
         container[pick(rng, TEXTS)] = container[key]
       case 3:
-        other, place = pick(rng, places)
+        other, place = places[int(rng.integers(len(places)))]
         if isinstance(other, dict) == isinstance(container, dict) and place in list(_keys(other)):
           # A copy: a container in itself could not be written.
           copies = (json.loads(json.dumps(v)) for v in (container[key], other[place]))
@@ -273,5 +287,6 @@ def _structure(name: str, data: bytes) -> Callable[[Rng, bytes], bytes]:
 
 def mutate(rng: Rng, name: str, data: bytes) -> bytes:
   """Return a variant of a file's bytes: one time in three of bytes, and else of the structure."""
-  change = mutate_bytes if rng.random() < 1 / 3 else _structure(name, data)
+  is_plain = rng.random() < 1 / 3
+  change = mutate_bytes if is_plain else _structure(name, data)
   return change(rng, data)

@@ -4,14 +4,12 @@ import contextlib
 import functools
 import json
 import pathlib
-import types
 from typing import Any
 
 import jax
 import numpy as np
 
 import lrdit
-from lrdit.analysis import weight_figures, weight_spectra
 from lrdit.config import run_config
 from lrdit.data.source import Source
 from lrdit.evaluation import classifier, references
@@ -116,7 +114,7 @@ def _images(split: str) -> Source:
 
 def make_features(path: pathlib.Path) -> None:
   """Write a reference, and a classifier that was not trained."""
-  references.open_reference(path / "r.npz", _images("train"), PixelExtractor(2, 3), 8)
+  references.open_reference(path / "r.npz", _images("train"), PixelExtractor(4, 3), 8)
   network = classifier.ClassifierNetwork(4, 3)
   shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 4, 4, 3), np.float32))
   params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes["params"])
@@ -129,8 +127,9 @@ def make_features(path: pathlib.Path) -> None:
 
 
 def read_features(path: pathlib.Path) -> None:
-  references.open_reference(path / "r.npz", _images("train"), PixelExtractor(2, 3), 8)
-  classifier.open_classifier(path, _images("train"), _images("eval"), SETTINGS)
+  references.open_reference(path / "r.npz", _images("train"), PixelExtractor(4, 3), 8)
+  if (path / classifier.RECORD).exists():  # otherwise one is trained
+    classifier.open_classifier(path, _images("train"), _images("eval"), SETTINGS)
 
 
 def read_truncation(path: pathlib.Path) -> None:
@@ -138,24 +137,19 @@ def read_truncation(path: pathlib.Path) -> None:
   Experiment(tiny.tiny_config(**fields))
 
 
-def _analyzed(path: pathlib.Path) -> dict[str, Any]:
-  def make(cache: Any) -> dict[str, Any]:
-    experiment = Experiment(_config())
-    params = layouts.nest(trained.random_params(_config()))
-    boundaries = ANALYZED["boundaries"]
-    return weight_spectra.analyze_weights(
-      params, experiment.plan, experiment.shape, boundaries, cache
-    )
+class _Analysis(analyze.Analysis):
+  """An analysis of random parameters, which has no checkpoint to read."""
 
-  run = types.SimpleNamespace(key=ANALYZED, _directory=path)
-  return analyze.Analysis.run(run, "weights", {}, make)
+  def __init__(self, path: pathlib.Path):
+    self.experiment = Experiment(_config())
+    self._directory, self.key, self.title = path, ANALYZED, "title"
+    self.plan, self.boundaries = self.experiment.plan, ANALYZED["boundaries"]
+    self.params = layouts.nest(trained.random_params(_config()))
 
 
 def read_analysis(path: pathlib.Path) -> None:
-  """Take a section's result from its file, and draw it."""
-  found = _analyzed(path)
-  for draw in (weight_figures.spectra, weight_figures.ranks, weight_figures.groups):
-    draw(found, "title")
+  """Take a section's result from its file, if it is there, and draw it."""
+  analyze.analyze_weights(_Analysis(path))
 
 
 def make_checkpoint(path: pathlib.Path) -> None:
@@ -221,7 +215,7 @@ TARGETS = {
   "unfinished": Target(functools.partial(make_samples, finish=False), take_up),
   "features": Target(make_features, read_features),
   "truncation": Target(lambda path: write_truncation(path / "truncation.json"), read_truncation),
-  "analysis": Target(_analyzed, read_analysis),
+  "analysis": Target(read_analysis, read_analysis, leave=("*.png",)),
   "checkpoint": Target(make_checkpoint, read_checkpoint),
   "dit_torch": Target(make_torch, read_dit, needs="torch"),
 }
