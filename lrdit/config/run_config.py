@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lrdit.config.field import Role
-from lrdit.config.schema import fields_of, upgrade
+from lrdit.config.schema import FIELDS, fields_of, upgrade
 from lrdit.runtime import cluster
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.store import DAMAGE, atomic_path, changes, flatten, parse_json, write_json
@@ -174,7 +174,7 @@ def as_config(stored: dict[str, Any]) -> ConfigDict:
   """Return the fields of config.json as a config, with tuples for JSON's lists.
 
   Raises:
-    UserError: a name is none that a field can have.
+    UserError: a group is missing, or a name is none that a field can have.
   """
 
   def tuples(value: Any) -> Any:
@@ -182,10 +182,13 @@ def as_config(stored: dict[str, Any]) -> ConfigDict:
       return {key: tuples(item) for key, item in value.items()}
     return tuple(map(tuples, value)) if isinstance(value, list) else value
 
+  fix = "restore its config.json"
+  for group in sorted({name.rpartition(".")[0] for name in FIELDS} - {""}):
+    if not isinstance(stored.get(group), dict):
+      raise UserError(f"the config of the run is damaged (it has no group {group}): {fix}")
   try:
     return ConfigDict(tuples(stored))
   except DAMAGE as error:
-    fix = "restore its config.json"
     raise UserError(f"the config of the run is damaged ({error}): {fix}") from error
 
 

@@ -363,20 +363,16 @@ def upgrade(stored: dict[str, Any]) -> dict[str, Any]:
   """Return the config.json of any version with this version's fields.
 
   New fields take their defaults, and zeros that stood for None become None.
-
-  Raises:
-    UserError: a value stands where a group of fields does.
   """
   config = {key: dict(v) if isinstance(v, dict) else v for key, v in stored.items()}
   for name, field in FIELDS.items():
     group, _, key = name.rpartition(".")
     values = config.setdefault(group, {}) if group else config
-    if not isinstance(values, dict):
-      raise UserError(f"the config of the run has no group {group!r}: restore its config.json")
-    default = list(field.default) if isinstance(field.default, tuple) else field.default
-    value = values.setdefault(key, default)
-    if field.none and value == 0 and name not in NEVER_ZERO:
-      values[key] = None
+    if isinstance(values, dict):
+      default = list(field.default) if isinstance(field.default, tuple) else field.default
+      value = values.setdefault(key, default)
+      if field.none and value == 0 and name not in NEVER_ZERO:
+        values[key] = None
   return config
 
 

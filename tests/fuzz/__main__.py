@@ -121,7 +121,7 @@ def _fuzz(arguments: argparse.Namespace, name: str) -> int:
     if late:
       worker.process.kill()
     status, log = worker.end()
-    if late or status == 0:
+    if late or status == 0 or first >= arguments.inputs:
       break
     crashes += 1
     if not is_ready:
