@@ -98,7 +98,7 @@ def read_torch(path: pathlib.Path, weights: str) -> dict[str, np.ndarray]:
     ) from error
   try:
     stored = torch.load(path, map_location="cpu", weights_only=True)
-  except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+  except (pickle.UnpicklingError, *store.DAMAGE) as error:
     reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "it is cut off"
     raise UserError(
       f"{path} is damaged, or holds more than tensors, which could run any code ({reason}): save "
