@@ -117,6 +117,11 @@ def read_config(path: pathlib.Path) -> vae.VaeConfig:
         f"{path} has {name}={value!r}, but only {json.dumps(supported)} is supported: use another "
         "VAE"
       )
+  return parse_config(stored, path)
+
+
+def parse_config(stored: dict[str, Any], path: pathlib.Path) -> vae.VaeConfig:
+  """Return the fields of a VAE in a JSON file at `path`, or raise UserError if one is damaged."""
   fields = {}
   for field in dataclasses.fields(vae.VaeConfig):
     value = stored.get(field.name, field.default)

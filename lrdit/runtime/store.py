@@ -138,6 +138,11 @@ def as_json(value: Any) -> Any:
   return json.loads(json.dumps(value))
 
 
+def crc32_of_json(value: Any) -> int:
+  """Return the CRC-32 of a JSON value, whatever the order of its names."""
+  return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   """Return a nested dict as {"group.field": value}; tuples become lists, as in JSON."""
   flat = {}

@@ -22,8 +22,17 @@ CPU_SECONDS = 5
 MEMORY_BYTES = 1 << 30
 MAX_MESSAGE = 4000  # characters
 # Where a library may read from: itself, and the system.
-LIBRARIES = tuple(map(os.path.realpath, (sys.prefix, sys.base_prefix, ROOT, "/usr", "/lib")))
-LIBRARIES += ("/proc", "/sys", "/dev")
+PLACES = (
+  *filter(None, sys.path),
+  sys.prefix,
+  sys.base_prefix,
+  ROOT,
+  "/usr",
+  "/lib",
+  "/proc",
+  "/sys",
+)
+LIBRARIES = tuple({os.path.realpath(place) + os.sep for place in PLACES})
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
 PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
