@@ -131,8 +131,12 @@ def _stored_fields(path: pathlib.Path, layout: str, shape: dit.DiTShape) -> dict
     log.warning("no config.json beside %s: its number of heads is not compared", path)
     return published if layout == layouts.DIFFUSERS else {}
   if layout == layouts.DIFFUSERS:
-    return layouts.check_diffusers_config(config, shape).get("lrdit", published)
-  return store.read_json(config, "restore it").get("lrdit", {})
+    fields = layouts.check_diffusers_config(config, shape).get("lrdit", published)
+  else:
+    fields = store.read_json(config, "restore it").get("lrdit", {})
+  if not isinstance(fields, dict):
+    raise UserError(f"{config} is damaged (lrdit is {fields!r}, and no object): restore it")
+  return fields
 
 
 def starting_params(experiment: Experiment, source: Source) -> Any:

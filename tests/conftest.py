@@ -49,6 +49,13 @@ ANNOTATED = [
 ]
 jaxtyping.install_import_hook(ANNOTATED, "beartype.beartype")
 
+# Faults that tests record as properties of this name, and what the summary says of their number.
+COUNTED = {
+  "kills": "kill -9 at random moments",
+  "disks": "disks that were full or read-only from a random moment on",
+  "flips": "files with a random byte flipped or cut there",
+}
+
 jax.config.update("jax_num_cpu_devices", 4)
 
 
@@ -71,7 +78,7 @@ def pytest_unconfigure():
 
 
 def pytest_terminal_summary(terminalreporter):
-  """Says what each run on another CPU came to, and how many kill -9 the tests of faults did."""
+  """Says what each run on another CPU came to, and how many faults the tests made."""
   reports = [report for group in terminalreporter.stats.values() for report in group]
   told = [
     pair
@@ -81,5 +88,6 @@ def pytest_terminal_summary(terminalreporter):
   ]
   for text in sorted(value for name, value in told if name == "summary"):
     terminalreporter.write_line(text)
-  if kills := [value for name, value in told if name == "kills"]:
-    terminalreporter.write_line(f"{sum(kills)} kill -9 at random moments")
+  for kind, text in COUNTED.items():
+    if counts := [value for name, value in told if name == kind]:
+      terminalreporter.write_line(f"{sum(counts)} {text}")

@@ -69,7 +69,8 @@ def check_module(name, words):
   """Checks that a module exists and knows the options that it is given."""
   spec = importlib.util.find_spec(name)
   assert spec, name
-  source = (ROOT / (name.replace(".", "/") + ".py")).read_text()
+  path = ROOT / name.replace(".", "/")
+  source = (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
   for option in (word.partition("=")[0] for word in words if word.startswith("--")):
     assert f'"{option}"' in source, f"{name} has no option {option}"
 

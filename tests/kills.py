@@ -1,5 +1,6 @@
-"""A process that is killed in the middle of its work on the disk."""
+"""Disks that fill or become read-only, and a process that is killed in its work on one."""
 
+import errno
 import os
 import pathlib
 import shutil
@@ -21,12 +22,17 @@ class Killed(BaseException):
   """No handler of the package may catch it."""
 
 
+GROWING = ((pathlib.Path, "mkdir"), (pathlib.Path, "touch"))
+
+
 class KilledProcess:
   """Raises `Killed` before change number `moment` on the disk, or in the middle of a write."""
 
+  changes = CHANGES
+
   def __init__(self, monkeypatch, moment):
     self.left = moment
-    for owner, name in CHANGES:
+    for owner, name in self.changes:
       monkeypatch.setattr(owner, name, self._counted(getattr(owner, name)))
     monkeypatch.setattr(os, "fsync", self._counted(lambda _: None))
     write_all = store._write_all
@@ -42,7 +48,10 @@ class KilledProcess:
   def _count(self):
     self.left -= 1
     if self.left < 0:  # every later change fails too: a dead process cleans nothing up
-      raise Killed
+      self._fail()
+
+  def _fail(self):
+    raise Killed
 
   def _counted(self, function):
     def wrapped(*args, **kwargs):
@@ -50,3 +59,18 @@ class KilledProcess:
       return function(*args, **kwargs)
 
     return wrapped
+
+
+class FullDisk(KilledProcess):
+  """Raises an OSError for everything that takes space, from change number `moment` on."""
+
+  changes, code = GROWING, errno.ENOSPC
+
+  def _fail(self):
+    raise OSError(self.code, os.strerror(self.code))
+
+
+class ReadOnlyDisk(FullDisk):
+  """Raises an OSError for every change from number `moment` on, as after a remount."""
+
+  changes, code = CHANGES, errno.EROFS

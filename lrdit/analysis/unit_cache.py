@@ -37,7 +37,7 @@ class UnitCache:
     try:
       arrays = store.load_arrays(path, FIX)
       with store.damage_of(path, FIX):
-        return json.loads(bytes(arrays.pop(RECORD))), arrays
+        return store.parse_json(bytes(arrays.pop(RECORD))), arrays
     except store.StoreError:
       return None
 

@@ -30,11 +30,22 @@ class Field:
   none: str = ""  # what None stands for; "" where the field may not be None
   role: Role | None = None  # None for the role of its group
 
+  def _fits(self, value: Any) -> bool:
+    if self.allowed is None:
+      kinds = (tuple, list) if isinstance(self.default, tuple) else type(self.default)
+      return isinstance(value, kinds)
+    try:
+      return bool(self.allowed.accepts(value))
+    except TypeError:  # a config.json may hold any value
+      return False
+
   def check(self, name: str, value: Any) -> None:
     """Raise a UserError unless the field may have this value."""
-    if self.allowed and not (self.none and value is None):
-      rule = f"must be {self.allowed.words()}" + (f", or None ({self.none})" if self.none else "")
-      require(self.allowed.accepts(value), name, value, rule)
+    if not (self.none and value is None):
+      kind = type(self.default)
+      words = self.allowed.words() if self.allowed else f"of type {kind.__name__}"
+      rule = f"must be {words}" + (f", or None ({self.none})" if self.none else "")
+      require(self._fits(value), name, value, rule)
     if self.allowed is PATH:
       local_path(f"config.{name}", value)
 

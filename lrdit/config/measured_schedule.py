@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import pathlib
 from typing import Any
 
@@ -16,13 +15,13 @@ from lrdit.model import dit
 from lrdit.rank import measured, plan
 from lrdit.runtime import workdir
 from lrdit.runtime.errors import UserError
-from lrdit.runtime.store import changes
+from lrdit.runtime.store import DAMAGE, changes, parse_json
 
 
 def read_truncation(path: str) -> dict[str, Any]:
   """Return the result of rank truncation that `--mode=analyze` wrote."""
   try:
-    found = json.loads(pathlib.Path(path).expanduser().read_text())
+    found = parse_json(pathlib.Path(path).expanduser().read_bytes())
     rise = _check_truncation(found)
     if np.isfinite(rise).all():
       return found
@@ -31,7 +30,7 @@ def read_truncation(path: str) -> dict[str, Any]:
       cause = "has losses that are not finite: analyze an intact run"
   except (FileNotFoundError, IsADirectoryError):
     cause = "does not exist: name the analysis/truncation.json that --mode=analyze writes"
-  except (ValueError, KeyError, TypeError):
+  except DAMAGE:
     cause = "is not an analysis: give analysis/truncation.json of a workdir"
   raise UserError(f"config.rank.analysis={path!r} {cause}")
 
@@ -53,10 +52,10 @@ def read_kept(run: str, analysis: str) -> tuple[tuple, tuple] | None:
   """Return the (shares, boundaries) that a begun run took from this analysis path, or None."""
   path = pathlib.Path(run)
   try:
-    rank = json.loads((path / "config.json").read_text())["rank"]
+    rank = parse_json((path / "config.json").read_bytes())["rank"]
     if workdir.has_begun(path) and rank["analysis"] == analysis:
       return tuple(rank["measured_shares"]), tuple(rank["measured_boundaries"])
-  except (OSError, ValueError, KeyError, TypeError):
+  except (*DAMAGE, OSError):
     pass  # no run, or a damaged one, which the mode reports
   return None
 

@@ -11,10 +11,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lrdit.config.field import Role
-from lrdit.config.schema import fields_of, upgrade
+from lrdit.config.schema import FIELDS, fields_of, upgrade
 from lrdit.runtime import cluster
 from lrdit.runtime.errors import UserError
-from lrdit.runtime.store import atomic_path, changes, flatten, write_json
+from lrdit.runtime.store import DAMAGE, atomic_path, changes, flatten, parse_json, write_json
 from lrdit.runtime.workdir import has_begun
 from lrdit.train.run_files import check_same_on_all
 
@@ -125,10 +125,10 @@ def read_changes(workdir: pathlib.Path) -> list[Change]:
   found = []
   with contextlib.suppress(FileNotFoundError):
     for line in (workdir / CHANGES).read_text(errors="replace").splitlines():
-      with contextlib.suppress(ValueError, KeyError, TypeError):
-        record = json.loads(line)
-        values = (record[name] for name in ("field", "before", "after"))
-        found.append(Change(int(record["step"]), *values))
+      with contextlib.suppress(*DAMAGE):
+        record = parse_json(line)
+        values = (record[name] for name in ("before", "after"))
+        found.append(Change(int(record["step"]), str(record["field"]), *values))
   return found
 
 
@@ -158,7 +158,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
   """Return the fields of config.json, upgraded to this version."""
   path = workdir / "config.json"
   try:
-    stored = json.loads(path.read_text())
+    stored = parse_json(path.read_bytes())
     if isinstance(stored, dict):
       return upgrade(stored)
     error = "it is not a JSON object"
@@ -171,14 +171,25 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def as_config(stored: dict[str, Any]) -> ConfigDict:
-  """Return the fields of config.json as a config, with tuples for JSON's lists."""
+  """Return the fields of config.json as a config, with tuples for JSON's lists.
+
+  Raises:
+    UserError: a group is missing, or a name is none that a field can have.
+  """
 
   def tuples(value: Any) -> Any:
     if isinstance(value, dict):
       return {key: tuples(item) for key, item in value.items()}
     return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-  return ConfigDict(tuples(stored))
+  fix = "restore its config.json"
+  for group in sorted({name.rpartition(".")[0] for name in FIELDS} - {""}):
+    if not isinstance(stored.get(group), dict):
+      raise UserError(f"the config of the run is damaged (it has no group {group}): {fix}")
+  try:
+    return ConfigDict(tuples(stored))
+  except DAMAGE as error:
+    raise UserError(f"the config of the run is damaged ({error}): {fix}") from error
 
 
 def stored_config(workdir: pathlib.Path) -> ConfigDict:

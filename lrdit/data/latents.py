@@ -4,7 +4,7 @@ DIR/train.npy, DIR/eval.npy: (N, copies, 2, h, w, c) float32. Copy 1, if there i
 mirrored image; the axis of 2 holds mean and log-variance, unscaled.
 DIR/train_labels.npy, DIR/eval_labels.npy: (N,) int32.
 DIR/progress.json: how many rows of an unfinished directory are safely written.
-DIR/manifest.json: what was encoded with which VAE. It is written last.
+DIR/manifest.json: what was encoded with which VAE, and a checksum of that. It is written last.
 
 Axes: N examples, b requested examples, h w latent, c channels.
 """
@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import mmap
 import pathlib
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,12 +21,14 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int
 
 from lrdit.data.source import Source
+from lrdit.model import vae_weights
 from lrdit.model.vae import VaeConfig, VaeRunner, scale_latents
 from lrdit.runtime import store
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import lock_path
 
 SPLITS = ("train", "eval")
+CHECKSUM = "crc32"  # of the rest of the manifest
 
 
 def scaled_posterior(
@@ -110,10 +113,14 @@ def _read_record(path: pathlib.Path) -> dict[str, Any] | None:
   fix = f"delete {path.parent}, and encode again"
   record = store.read_json(path, fix)
   with store.damage_of(path, fix):
+    checksum = record.pop(CHECKSUM, None)  # earlier versions wrote none
+    if checksum not in (None, store.crc32_of_json(record)):
+      raise ValueError("it has changed since it was written")
     record["description"].keys()
     for split in SPLITS:
       entry = record["splits"][split]
-      if not all(isinstance(number, int) for number in (entry["done"], *entry["crc32"])):
+      numbers = [type(number) for number in (entry["done"], *entry["crc32"])]
+      if numbers != [int] * 3:
         raise ValueError("the splits' entries are no numbers")
   return record
 
@@ -174,7 +181,8 @@ class LatentWriter:
 
   def finish(self) -> None:
     """Turn the progress into the manifest."""
-    store.write_json(self.directory / "manifest.json", self._progress)
+    checksum = {CHECKSUM: store.crc32_of_json(self._progress)}
+    store.write_json(self.directory / "manifest.json", self._progress | checksum)
     (self.directory / "progress.json").unlink()
 
 
@@ -202,16 +210,20 @@ def open_latents(directory: str, split: str) -> LatentSource:
   manifest, path = read_manifest(directory), pathlib.Path(directory)
   with store.damage_of(path, f"delete {path}, and encode again"):
     description, entry = manifest["description"], manifest["splits"][split]
-    rows = np.load(path / f"{split}.npy", mmap_mode="r")
-    labels = np.load(path / f"{split}_labels.npy")
-    shapes = ((entry["done"], *description["latent_shape"]), (entry["done"],))
-    if (rows.shape, labels.shape) != shapes:
+    if {type(size) for size in description["latent_shape"]} != {int}:
+      raise ValueError("its latent_shape is no shape")
+    # Mapped, as a damaged header may ask for any amount of memory.
+    rows, labels = (np.load(path / f"{split}{part}.npy", mmap_mode="r") for part in ("", "_labels"))
+    kinds = [((entry["done"], *description["latent_shape"]), "<f4"), ((entry["done"],), "<i4")]
+    if [(array.shape, array.dtype.str) for array in (rows, labels)] != kinds:
       raise ValueError("its files have other shapes than the manifest says")
+    labels = np.array(labels)
+    if zlib.crc32(labels) != entry["crc32"][1]:
+      raise ValueError(f"{split}_labels.npy has changed since it was written")
     encoding = {"vae": description["vae_digest"], "crc32": entry["crc32"]}
     fingerprint = description["sources"][split] | encoding
     rows._mmap.madvise(mmap.MADV_RANDOM)  # Reading ahead in the file would be wasted.
-    fields = description["vae_config"].items()
-    vae_config = VaeConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields})
+    vae_config = vae_weights.parse_config(description["vae_config"], path / "manifest.json")
     return LatentSource(rows, labels, description["num_classes"], fingerprint, vae_config)
 
 

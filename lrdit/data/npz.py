@@ -10,7 +10,6 @@ import hashlib
 import logging
 import os
 import zipfile
-import zlib
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from PIL import Image
 from lrdit.data import images
 from lrdit.data import source as sources
 from lrdit.data.source import DataOptions, DecodedImages, Source
+from lrdit.runtime import store
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.text import name_some
 
@@ -64,11 +64,10 @@ def _path(options: DataOptions) -> str:
 def _read_arrays(path: str) -> dict[str, np.ndarray]:
   """Return the arrays `image` and, if there is one, `label`; warn of others."""
   try:
-    with np.load(path, allow_pickle=False) as file:  # A pickle may run any code.
-      names = file.files
-      arrays = {name: np.asarray(file[name]) for name in ("image", "label") if name in names}
-  # zipfile raises RuntimeError for an unknown compression or encryption.
-  except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    with zipfile.ZipFile(path) as archive:
+      names = [name.removesuffix(".npy") for name in archive.namelist()]
+    arrays = store.read_arrays(path, ("image", "label"))
+  except (*store.DAMAGE, OSError) as error:
     raise UserError(
       f"{path} is damaged, or its arrays are not plain numbers ({error}): {HOW_TO_MAKE}"
     ) from error

@@ -6,6 +6,7 @@ gives random access to TFRecord files.
 Axes: N examples, b requested examples, H W image, C channels.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -13,7 +14,7 @@ import pathlib
 import resource
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,15 +118,18 @@ def _open(dataset: TfdsDataset, split: str, options: DataOptions) -> tuple[Any, 
   """Return a complete split's SplitInfo and fingerprint."""
   default = local_path("TFDS_DATA_DIR", os.environ.get("TFDS_DATA_DIR") or DEFAULT_DIR)
   data_dir = os.path.expanduser(options.data_dir) or default
-  builder = _find_builder(dataset, data_dir)
-  name = dataset.eval_split if split == "eval" else "train"
-  fix = f"delete {builder.data_dir}, and {dataset.how_to_prepare(data_dir)}"
-  if name not in builder.info.splits or not builder.info.splits[name].num_examples:
-    raise UserError(f"{builder.data_dir} has no split {name!r}: {fix}")
-  info = builder.info.splits[name]
-  for path in info.filepaths:
-    if not os.path.exists(path):
-      raise UserError(f"{path} is missing: {fix}")
+  with _damage_of(dataset, data_dir):
+    builder = _find_builder(dataset, data_dir)
+    name = dataset.eval_split if split == "eval" else "train"
+    fix = f"delete {builder.data_dir}, and {dataset.how_to_prepare(data_dir)}"
+    if name not in builder.info.splits or not builder.info.splits[name].num_examples:
+      raise UserError(f"{builder.data_dir} has no split {name!r}: {fix}")
+    info = builder.info.splits[name]
+    for path in info.filepaths:
+      if os.path.dirname(path) != os.fspath(builder.data_dir):
+        raise UserError(f"{path} is not in {builder.data_dir}, as a split's files are: {fix}")
+      if not os.path.exists(path):
+        raise UserError(f"{path} is missing: {fix}")
   return info, {
     "name": dataset.name,
     "version": str(builder.info.version),
@@ -156,6 +160,15 @@ def _find_builder(dataset: TfdsDataset, data_dir: str) -> Any:
       f"no prepared {dataset.name} under {data_dir} (config.data.data_dir): there is "
       f"{describe_path(data_dir)}; {dataset.how_to_prepare(where)}"
     ) from error
+
+
+@contextlib.contextmanager
+def _damage_of(dataset: TfdsDataset, data_dir: str) -> Iterator[None]:
+  """Turn the errors of a damaged directory into a UserError."""
+  try:
+    yield
+  except UserError:
+    raise
   except Exception as error:  # tensorflow-datasets does not document what damaged files raise.
     raise system_limit(error) or UserError(
       f"the prepared {dataset.name} under {data_dir} is damaged ({_first_line(error)}): delete "

@@ -284,10 +284,10 @@ def _load_classifier(directory: pathlib.Path, description: dict[str, Any]) -> Cl
     digest, accuracy = record.pop("digest"), float(record.pop("held_out_accuracy"))
   what = f"{record_path} is of a classifier of something else"
   store.check_same(what, description, record, f"use another directory, or {fix}")
-  params = flax.traverse_util.unflatten_dict(store.load_arrays(weights_path, fix), sep="/")
-  extractor = ClassifierExtractor(
-    params, description["image_size"], description["num_channels"], description["num_classes"]
-  )
+  shape = (description[name] for name in ("image_size", "num_channels", "num_classes"))
+  with store.damage_of(weights_path, fix):
+    params = flax.traverse_util.unflatten_dict(store.read_arrays(weights_path), sep="/")
+    extractor = ClassifierExtractor(params, *shape)
   if extractor.digest != digest:
     raise store.StoreError(f"{weights_path} has other weights than {record_path} says", fix)
   extractor.held_out_accuracy = accuracy

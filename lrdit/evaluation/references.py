@@ -101,7 +101,7 @@ def load_reference(path: pathlib.Path, fingerprint: dict[str, Any]) -> Reference
   fix = "delete it to compute it again"
   stored = store.load_arrays(path, fix)
   with store.damage_of(path, fix):
-    found = json.loads(str(stored["identity"]))
+    found = store.parse_json(str(stored["identity"]))
     what = f"{path} is a reference of something else"
     store.check_same(what, fingerprint, found, f"{fix}, or name another file")
     return Reference(**{name: stored[name] for name in ARRAYS}, fingerprint=found)

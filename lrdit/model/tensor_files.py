@@ -1,7 +1,5 @@
 """Tensors by name in files: safetensors, its shards with an index, and PyTorch's pickles."""
 
-import json
-import os
 import pathlib
 import pickle
 from collections.abc import Mapping
@@ -14,6 +12,7 @@ import safetensors.numpy
 
 from lrdit.runtime import store
 from lrdit.runtime.errors import UserError
+from lrdit.runtime.paths import is_plain_name
 from lrdit.runtime.text import name_some
 
 Shape = tuple[int, ...]
@@ -34,22 +33,25 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     with safetensors.safe_open(path, framework="numpy"):  # compares the header with the size
       pass
+  except FileNotFoundError as error:
+    raise UserError(f"{path} is missing: {COPY_AGAIN}") from error
   except safetensors.SafetensorError as error:
     raise UserError(
       f"{path} is not a safetensors file, or is damaged ({error}): {COPY_AGAIN}"
     ) from error
   data = np.memmap(path, np.uint8, "r")  # safetensors' own loaders do not know bfloat16
   size = int.from_bytes(data[:8].tobytes(), "little")
-  header, data = json.loads(data[8 : 8 + size].tobytes()), data[8 + size :]
-  header.pop("__metadata__", None)
-  tensors = {}
-  for key, entry in header.items():
-    if entry["dtype"] not in DTYPES:
-      raise UserError(
-        f"{path} has {key} in {entry['dtype']}: give weights in one of {', '.join(DTYPES)}"
-      )
-    raw = data[slice(*entry["data_offsets"])]
-    tensors[key] = np.frombuffer(raw, DTYPES[entry["dtype"]]).reshape(entry["shape"])
+  with store.damage_of(path, COPY_AGAIN):
+    header, data = store.parse_json(data[8 : 8 + size].tobytes()), data[8 + size :]
+    header.pop("__metadata__", None)
+    tensors = {}
+    for key, entry in header.items():
+      if entry["dtype"] not in DTYPES:
+        raise UserError(
+          f"{path} has {key} in {entry['dtype']}: give weights in one of {', '.join(DTYPES)}"
+        )
+      raw = data[slice(*entry["data_offsets"])]
+      tensors[key] = np.frombuffer(raw, DTYPES[entry["dtype"]]).reshape(entry["shape"])
   return tensors
 
 
@@ -64,7 +66,9 @@ def read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
     raise UserError(f"{index} has no weight_map of file names: {COPY_AGAIN}")
   tensors: dict[str, np.ndarray] = {}
   for name in sorted({*weight_map.values()}):
-    path = index.with_name(os.path.basename(name))
+    if not is_plain_name(name):
+      raise UserError(f"{index} names the file {name!r}, which is not beside it: {COPY_AGAIN}")
+    path = index.with_name(name)
     if not path.is_file():
       raise UserError(f"{path}, which {index.name} lists, is missing: {COPY_AGAIN}")
     own = read_safetensors(path)
@@ -94,7 +98,7 @@ def read_torch(path: pathlib.Path, weights: str) -> dict[str, np.ndarray]:
     ) from error
   try:
     stored = torch.load(path, map_location="cpu", weights_only=True)
-  except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+  except (pickle.UnpicklingError, *store.DAMAGE) as error:
     reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "it is cut off"
     raise UserError(
       f"{path} is damaged, or holds more than tensors, which could run any code ({reason}): save "

@@ -27,6 +27,8 @@ SUPPORTED = {
   "up_block_types": "UpDecoderBlock2D",
 }
 
+MAX_SIZE = 1 << 16  # of a layer, and number of layers
+
 log = logging.getLogger("lrdit")
 
 
@@ -115,6 +117,11 @@ def read_config(path: pathlib.Path) -> vae.VaeConfig:
         f"{path} has {name}={value!r}, but only {json.dumps(supported)} is supported: use another "
         "VAE"
       )
+  return parse_config(stored, path)
+
+
+def parse_config(stored: dict[str, Any], path: pathlib.Path) -> vae.VaeConfig:
+  """Return the fields of a VAE in a JSON file at `path`, or raise UserError if one is damaged."""
   fields = {}
   for field in dataclasses.fields(vae.VaeConfig):
     value = stored.get(field.name, field.default)
@@ -133,18 +140,18 @@ def _fault(value: Any, default: Any) -> str:
   """Return what a field must be instead, judged by the type of its default; "" if it is fine."""
 
   def is_size(x: Any) -> bool:
-    return type(x) is int and x > 0
+    return type(x) is int and 0 < x <= MAX_SIZE
 
   match default:
     case bool():
       return "" if isinstance(value, bool) else "true or false"
     case int():
-      return "" if is_size(value) else "a whole number above 0"
+      return "" if is_size(value) else f"a whole number from 1 to {MAX_SIZE}"
     case float():
       is_number = type(value) in (int, float) and math.isfinite(value)
       return "" if is_number else "a finite number"
   are_sizes = isinstance(value, (list, tuple)) and value and all(map(is_size, value))
-  return "" if are_sizes else "a list of whole numbers above 0"
+  return "" if are_sizes else f"a list of whole numbers from 1 to {MAX_SIZE}"
 
 
 def infer_config(shapes: dict[str, tuple[int, ...]], source: str) -> vae.VaeConfig:
@@ -220,6 +227,12 @@ def _to_params(
     raise UserError(
       f"{source}: norm_num_groups={config.norm_num_groups} does not divide block_out_channels="
       f"{list(config.block_out_channels)}: put the VAE's own config.json beside its weights"
+    )
+  num_layers = config.layers_per_block * len(config.block_out_channels)
+  if num_layers > len(tensors):  # building so many would take forever
+    raise UserError(
+      f"{source} has {len(tensors)} tensors, fewer than the {num_layers} layers of its config: put "
+      "config.json and weights of the same VAE together"
     )
   layout = stored_layout(config)
   expected = {key: shape for key, (_, shape) in layout.items()}

@@ -143,6 +143,10 @@ class Analysis:
     log.info("wrote %s", path)
     return result
 
+  def drawn(self, name: str) -> contextlib.AbstractContextManager[None]:
+    """Turn the errors of drawing a section, whose file is damaged, into a StoreError."""
+    return store.damage_of(self._directory / f"{name}.json", "delete it to make it again")
+
   def plot(self, name: str, figure: Any) -> None:
     """Write a figure, if there is anything to show."""
     plot_style.write_png(self._directory / f"{name}.png", figure)
@@ -156,9 +160,10 @@ def analyze_weights(run: Analysis) -> None:
     return weight_spectra.analyze_weights(run.params, run.plan, shape, run.boundaries, cache)
 
   weights = run.run("weights", {}, make)
-  run.plot("weights_spectra", weight_figures.spectra(weights, run.title))
-  run.plot("weights_ranks", weight_figures.ranks(weights, run.title))
-  run.plot("weights_groups", weight_figures.groups(weights, run.title))
+  with run.drawn("weights"):
+    run.plot("weights_spectra", weight_figures.spectra(weights, run.title))
+    run.plot("weights_ranks", weight_figures.ranks(weights, run.title))
+    run.plot("weights_groups", weight_figures.groups(weights, run.title))
 
 
 def analyze_gradients(run: Analysis) -> None:
@@ -186,10 +191,11 @@ def analyze_gradients(run: Analysis) -> None:
     )
 
   found = run.run("gradients", settings, make)
-  run.plot("gradients_ranks", gradient_figures.ranks(found, run.title))
-  run.plot("gradients_layers", gradient_figures.layers(found, run.title))
-  for side in gradient_spectra.SIDES:
-    run.plot(f"gradients_overlap_{side}", gradient_figures.overlap(found, side, run.title))
+  with run.drawn("gradients"):
+    run.plot("gradients_ranks", gradient_figures.ranks(found, run.title))
+    run.plot("gradients_layers", gradient_figures.layers(found, run.title))
+    for side in gradient_spectra.SIDES:
+      run.plot(f"gradients_overlap_{side}", gradient_figures.overlap(found, side, run.title))
 
 
 def analyze_truncation(run: Analysis) -> None:
@@ -228,10 +234,11 @@ def analyze_truncation(run: Analysis) -> None:
     return truncation.analyze_truncation(truncator, ranks, place, losses_of, cache)
 
   found = run.run("truncation", settings, make)
-  schedule = schedule_on_map(config, run.plan, found)
-  run.plot("truncation", figures.truncation(found, run.title, schedule))
-  losses = {run.key["weights"]: found["baseline"]}
-  run.plot("losses", figures.losses(run.boundaries, losses, run.title))
+  with run.drawn("truncation"):
+    schedule = schedule_on_map(config, run.plan, found)
+    run.plot("truncation", figures.truncation(found, run.title, schedule))
+    losses = {run.key["weights"]: found["baseline"]}
+    run.plot("losses", figures.losses(run.boundaries, losses, run.title))
 
 
 def schedule_on_map(

@@ -128,6 +128,12 @@ def _sample_settings(config: ConfigDict) -> dict[str, Any]:
   return store.as_json({name: value for name, value in fields if name not in HELD_OUT_FIELDS})
 
 
+def _is_entry(own: Any) -> bool:
+  """Return whether a value has the parts of an entry of this version."""
+  parts = [own.get(field, {}) for field in BY_EXTRACTOR] if isinstance(own, dict) else [None]
+  return all(isinstance(part, dict) for part in parts) and "metadata" in own
+
+
 def is_measured(config: ConfigDict, kept: dict[str, Any] | None, metadata: dict[str, Any]) -> bool:
   """Return whether `kept` has the metrics of these samples over all extractors."""
   if kept is None or kept["metadata"] != metadata:
@@ -154,7 +160,9 @@ def read_kept(path: pathlib.Path, key: dict[str, Any]) -> dict[str, Any]:
   try:
     evaluation = store.read_json(path, "it is measured again")
     if all(evaluation[name] == value for name, value in key.items()):
-      return {name: dict(evaluation[name]) for name in nothing}
+      kept = {name: dict(evaluation[name]) for name in nothing}
+      kept["samples"] = {k: own for k, own in kept["samples"].items() if _is_entry(own)}
+      return kept
   except (store.StoreError, ValueError, KeyError, TypeError) as error:
     log.warning("%s is damaged (%s): its metrics are not kept", path, error)
   return nothing

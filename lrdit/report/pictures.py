@@ -7,7 +7,6 @@ import base64
 import dataclasses
 import io
 import itertools
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from lrdit.report.arms import Arm
 from lrdit.report.fields import describe_difference, differing_fields
 from lrdit.report.runs import DAMAGED, Run, SampleSet, as_dict
 from lrdit.runtime.errors import UserError
+from lrdit.runtime.store import parse_json
 from lrdit.sampling import sample_set
 
 GRID_COLUMNS = 10
@@ -111,7 +111,7 @@ def _read_grid(arm: int, run: Run, name: str, settings: dict[str, Any]) -> Grid 
 def _read_path(directory: pathlib.Path) -> Path | None:
   if not (directory / "path.json").exists():
     return None
-  stored = json.loads((directory / "path.json").read_text())
+  stored = parse_json((directory / "path.json").read_bytes())
   steps, timesteps = (list(map(int, stored[field])) for field in ("steps", "timesteps"))
   with Image.open(directory / "path.png") as file:
     image = _data_url(np.asarray(file.convert("RGB")))

@@ -1,7 +1,6 @@
 """A workdir's files as a report reads them; a missing or damaged piece becomes a note."""
 
 import dataclasses
-import json
 import math
 import pathlib
 from typing import Any
@@ -11,10 +10,11 @@ from lrdit.config.field import Role
 from lrdit.config.run_config import Change, read_changes
 from lrdit.config.schema import fields_of, upgrade
 from lrdit.runtime.errors import UserError
-from lrdit.runtime.store import flatten
+from lrdit.runtime.paths import is_plain_name
+from lrdit.runtime.store import DAMAGE, flatten, parse_json
 
 # Exceptions from reading damaged or older files.
-DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OSError)
+DAMAGED = (*DAMAGE, OSError)
 # Fields that a run may change but that still define its arm.
 DEFINING = ("training.num_steps", "model.dtype")
 
@@ -75,7 +75,7 @@ def as_dict(value: Any) -> dict[str, Any]:
 def _read_object(path: pathlib.Path, notes: list[str]) -> dict[str, Any] | None:
   """Return a JSON object, or None, with a note, if the file is missing or damaged."""
   try:
-    value = json.loads(path.read_text(), parse_constant=lambda _name: None)  # NaN is missing
+    value = parse_json(path.read_bytes(), parse_constant=lambda _name: None)  # NaN is missing
     if isinstance(value, dict):
       return value
     notes.append(f"{path.name} is damaged: it is not a JSON object")
@@ -131,7 +131,7 @@ def _read_lines(path: pathlib.Path, notes: list[str]) -> list[dict[str, Any]]:
   lines: list[dict[str, Any]] = []
   try:
     for line in (path / "metrics.jsonl").read_text().splitlines():
-      scalars = {key: finite(value) for key, value in json.loads(line).items()}
+      scalars = {key: finite(value) for key, value in parse_json(line).items()}
       if scalars["step"] is None:
         raise ValueError("a line without a step")
       lines.append(scalars)
@@ -172,6 +172,9 @@ def _read_sample_sets(
   if not found:
     notes.append("there is no finished set of samples")
   for name, evaluated in as_dict(evaluation.get("samples")).items():
+    if not is_plain_name(name):
+      notes.append(f"evaluation.json describes samples {name!r}, which no directory is named")
+      continue
     metadata = as_dict(evaluated).get("metadata")
     if not isinstance(metadata, dict):
       notes.append(f"evaluation.json describes samples {name!r} in another format: evaluate again")

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from lrdit.runtime.text import one_line
+
 # jax raises errors with these words in the other processes when one of several ends.
 OTHERS_ARE_GONE = ("Connection closed by peer", "Connection reset by peer", "Gloo ", "NCCL")
 OTHERS_ARE_GONE += ("coordination service", "Coordination service")
@@ -24,7 +26,7 @@ class UserError(Exception):
   """
 
   def __init__(self, message: str, exit_status: int = 1):
-    super().__init__(" ".join(message.split()))
+    super().__init__(one_line(message))
     self.exit_status = exit_status
 
 

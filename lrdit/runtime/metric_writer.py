@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from lrdit.runtime.store import atomic_path
+from lrdit.runtime.store import atomic_path, parse_json
 
 log = logging.getLogger("lrdit")
 
@@ -22,7 +22,7 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> None:
   kept = []
   for line in path.read_text(errors="replace").splitlines():
     try:
-      if json.loads(line)["step"] <= step:
+      if parse_json(line)["step"] <= step:
         kept.append(line + "\n")
     except (ValueError, TypeError, KeyError):
       break  # cut off when the process was killed; nothing follows it

@@ -9,6 +9,11 @@ from lrdit.runtime.errors import UserError
 URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://|file:/")
 
 
+def is_plain_name(name: str) -> bool:
+  """Return whether a name is that of an entry of a directory, and leads nowhere else."""
+  return name not in ("", ".", "..") and not {"/", "\0"} & set(name)
+
+
 def local_path(name: str, path: str, exit_status: int = 1) -> str:
   """Return a path with the home directory filled in; "" stays "".
 

@@ -9,15 +9,17 @@ import contextlib
 import errno
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import pathlib
 import shutil
 import struct
+import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,16 +30,23 @@ from lrdit.runtime.locks import owned
 CHUNK_BYTES = 1 << 20  # read at once
 MAX_SHOWN_CHANGES = 3
 
-# Reading damaged JSON, .npy and .npz raises these.
+MAX_DEPTH = 100  # of JSON: no file of ours is nested as deeply
+MAX_EXPANSION = 1100  # of a compressed array: deflate's limit is 1,032
+
+# Reading damaged JSON, .npy, .npz and images raises these.
 DAMAGE = (
   ValueError,
+  ArithmeticError,
   LookupError,
   TypeError,
   AttributeError,
   EOFError,
   RuntimeError,
+  SyntaxError,
   struct.error,
+  tokenize.TokenError,
   zipfile.BadZipFile,
+  zlib.error,
 )
 
 T = TypeVar("T")
@@ -96,10 +105,29 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     os.fsync(file.fileno())
 
 
+def parse_json(text: str | bytes, **options: Any) -> Any:
+  """Return the value of JSON from a file; `options` are those of `json.loads`.
+
+  Raises:
+    ValueError: it is damaged, or nested so deeply that walking through it could fail.
+  """
+  try:
+    value = json.loads(text, **options)
+  except RecursionError as error:
+    raise ValueError("it is nested too deeply") from error
+  level = [value]
+  for _ in range(MAX_DEPTH):
+    inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
+    if not inner:
+      return value
+    level = list(itertools.chain.from_iterable(inner))
+  raise ValueError("it is nested too deeply")
+
+
 def read_json(path: pathlib.Path, fix: str) -> dict[str, Any]:
   """Return the JSON object of a file; raise a StoreError if it is missing or damaged."""
   with damage_of(path, fix):
-    value = json.loads(path.read_text())
+    value = parse_json(path.read_bytes())
     if not isinstance(value, dict):
       raise ValueError("not a JSON object")
     return value
@@ -108,6 +136,11 @@ def read_json(path: pathlib.Path, fix: str) -> dict[str, Any]:
 def as_json(value: Any) -> Any:
   """Return a value after a round trip through JSON: tuples become lists."""
   return json.loads(json.dumps(value))
+
+
+def crc32_of_json(value: Any) -> int:
+  """Return the CRC-32 of a JSON value, whatever the order of its names."""
+  return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -169,9 +202,39 @@ def save_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 def load_arrays(path: pathlib.Path, fix: str) -> dict[str, np.ndarray]:
   """Return an .npz's arrays by name; raise a StoreError if it is missing or damaged."""
+  with damage_of(path, fix):
+    return read_arrays(path)
+
+
+def read_arrays(
+  path: str | os.PathLike, names: Collection[str] | None = None
+) -> dict[str, np.ndarray]:
+  """Return the arrays of an .npz by name, or those of `names` that it has.
+
+  Nothing is unpickled. A damaged file raises an error of `DAMAGE`, and never takes more memory than
+  `MAX_EXPANSION` times its size.
+  """
   # numpy would leave the file of a damaged archive open.
-  with damage_of(path, fix), path.open("rb") as file, np.load(file) as arrays:
-    return dict(arrays)
+  with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+    size = os.fstat(file.fileno()).st_size
+    wanted = [name for name in arrays.files if names is None or name in names]
+    for info in arrays.zip.infolist():
+      if info.filename.removesuffix(".npy") in wanted:
+        _check_member(arrays.zip, info, MAX_EXPANSION * size)
+    return {name: arrays[name] for name in wanted}
+
+
+def _check_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, max_bytes: int) -> None:
+  """Raise a ValueError for an array that its header makes larger than the archive's entry."""
+  with archive.open(info) as member:
+    version = np.lib.format.read_magic(member)
+    readers = {(1, 0): "read_array_header_1_0", (2, 0): "read_array_header_2_0"}
+    if version not in readers:
+      raise ValueError(f"{info.filename} is of .npy version {version}")
+    shape, _, dtype = getattr(np.lib.format, readers[version])(member)
+  is_larger = dtype.itemsize * math.prod(shape) > min(info.file_size, max_bytes)
+  if (is_larger and not dtype.hasobject) or min(shape, default=0) < 0:
+    raise ValueError(f"{info.filename} is larger than its file: shape {shape}")
 
 
 def load_or_make(path: pathlib.Path, use: str, load: Callable[[], T], make: Callable[[], T]) -> T:

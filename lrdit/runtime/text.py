@@ -4,11 +4,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 NAMED = 3  # A message lists at most this many names.
+LONGEST = 2000  # characters of a message, which may quote a file
 
 
 def printable(name: str) -> str:
   """Return a file name with escapes for characters that cannot be encoded."""
   return name.encode("utf-8", "backslashreplace").decode()
+
+
+def one_line(text: str) -> str:
+  """Return a message in one line, with escapes for what a terminal would obey or cannot show.
+
+  A long one is cut in the middle, as its cause is at the beginning and its fix at the end.
+  """
+  words = " ".join(text.split())
+  if len(words) > LONGEST:
+    words = f"{words[: LONGEST // 2]} ... {words[-LONGEST // 2 :]}"
+  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 
 def name_some(names: Sequence[str]) -> str:

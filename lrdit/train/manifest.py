@@ -4,7 +4,6 @@ A manifest is JSON: the step; the dtype, shape and CRC-32 of every array by its 
 of all that.
 """
 
-import json
 import re
 import zlib
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import flax
 import jax
 import numpy as np
+
+from lrdit.runtime.store import crc32_of_json
 
 
 class DamagedCheckpoint(Exception):
@@ -33,15 +34,11 @@ def checksums(tree: Any) -> dict[str, int]:
   return {path: zlib.crc32(np.ascontiguousarray(leaf)) for path, leaf in _leaves(tree).items()}
 
 
-def _crc32_of_json(value: Any) -> int:
-  return zlib.crc32(json.dumps(value, sort_keys=True).encode())
-
-
 def make_manifest(step: int, items: dict[str, Any]) -> dict[str, Any]:
   """Return the manifest of a checkpoint's trees by name."""
   arrays = {n: {"layout": layout(tree), "crc32": checksums(tree)} for n, tree in items.items()}
   contents = {"step": step, "items": arrays}
-  return {"contents": contents, "crc32": _crc32_of_json(contents)}
+  return {"contents": contents, "crc32": crc32_of_json(contents)}
 
 
 def check_manifest(step: int, manifest: Any) -> dict[str, Any]:
@@ -50,7 +47,7 @@ def check_manifest(step: int, manifest: Any) -> dict[str, Any]:
   Raise DamagedCheckpoint if the manifest changed or belongs to another step.
   """
   contents = manifest.get("contents") if isinstance(manifest, dict) else None
-  if contents is None or manifest.get("crc32") != _crc32_of_json(contents):
+  if contents is None or manifest.get("crc32") != crc32_of_json(contents):
     raise DamagedCheckpoint("its manifest changed")
   if contents["step"] != step:
     raise DamagedCheckpoint(
