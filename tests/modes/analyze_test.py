@@ -41,7 +41,7 @@ PICTURES = (
 def analyzed(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("analyze") / "run"
   config = tiny.tiny_config("method=full", **FIELDS)
-  train.Trainer(config, str(workdir), jax.devices()[:1]).files.close()  # it has written data.json
+  train.Trainer(config, str(workdir), jax.devices()[:1]).files.close()  # writes data.json
   store_config(workdir, config)
   save_checkpoint(workdir, config, step=6)
   analyze.analyze(config, str(workdir), jax.devices()[:1])

@@ -257,12 +257,8 @@ def test_a_killed_command_resumes_to_the_byte(tmp_path):
   images = write_images(tmp_path / "many.npz", 1800)
   output = tmp_path / "killed"
   encoding = command("encode", images, f"--output={output}")
-  process = subprocess.Popen(
-    encoding,
-    cwd=tiny.ROOT,
-    env=tiny.environment(**tiny.READ_ONLY_CACHE),
-    stderr=subprocess.DEVNULL,
-  )
+  environment = tiny.environment(**tiny.READ_ONLY_CACHE)
+  process = subprocess.Popen(encoding, cwd=tiny.ROOT, env=environment, stderr=subprocess.DEVNULL)
   wait_for_rows(process, output, 1024)
   process.send_signal(signal.SIGKILL)
   assert process.wait() == -signal.SIGKILL
