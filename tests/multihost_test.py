@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lrdit.modes import sample, train
 from lrdit.runtime import cluster
 from lrdit.runtime.errors import UserError
 from tests import tiny
@@ -128,10 +129,10 @@ def samples(workdir, name="default"):
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-  """An undisturbed run of one process with two devices, and its samples."""
+  """An undisturbed run of one process with two devices, this one, and its samples."""
   workdir = tmp_path_factory.mktemp("one") / "run"
-  for mode in ("train", "sample"):
-    run(workdir, 1, 2, f"--mode={mode}")
+  for mode in (train.train, sample.sample):
+    mode(tiny.tiny_config(**FIELDS), str(workdir), jax.devices()[:2])
   return workdir
 
 

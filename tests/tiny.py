@@ -42,6 +42,11 @@ OVERRIDES = {
 }
 
 
+# For a process that a test kills: it reads the shared cache of compiled programs and writes nothing
+# there, as jax does not write an entry at once.
+READ_ONLY_CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
+
+
 def tiny_config(arg="", **overrides):
   """A resolved config; override fields as group__field=value."""
   config = digits.get_config(arg).unlock()

@@ -87,7 +87,7 @@ def assert_same_run(workdir, reference, **overrides):
     np.testing.assert_array_equal(x, y)
 
 
-def train_one_device(workdir, **fields):
+def train_one_device(workdir, arg="", **fields):
   """A run in this process, at a constant rate, so that a longer run is the same program."""
-  config = tiny.tiny_config(**{"optimizer__decay": "constant"} | fields)
+  config = tiny.tiny_config(arg, **{"optimizer__decay": "constant"} | fields)
   train.train(config, str(workdir), jax.devices()[:1])

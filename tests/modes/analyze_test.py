@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from lrdit.analysis import gradient_figures, gradient_spectra
+from lrdit.config.run_config import store_config
 from lrdit.evaluation import held_out
 from lrdit.experiment import Experiment
 from lrdit.model import flops
 from lrdit.modes import analyze, train
 from lrdit.runtime.errors import UserError
 from tests import tiny
+from tests.trained import save_checkpoint
 from tests.truncations import truncation_of
 
 FIELDS = {
@@ -39,7 +41,9 @@ PICTURES = (
 def analyzed(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("analyze") / "run"
   config = tiny.tiny_config("method=full", **FIELDS)
-  train.train(config, str(workdir), jax.devices()[:1])
+  train.Trainer(config, str(workdir), jax.devices()[:1]).files.close()  # writes data.json
+  store_config(workdir, config)
+  save_checkpoint(workdir, config, step=6)
   analyze.analyze(config, str(workdir), jax.devices()[:1])
   return config, workdir
 

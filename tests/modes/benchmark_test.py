@@ -1,5 +1,7 @@
 """A tiny run of the real command line, results of made-up timings, and each arm. No speed."""
 
+import contextlib
+import io
 import itertools
 import json
 import re
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import main
 from lrdit.benchmark import arms as arms_module
 from lrdit.benchmark import measure, results
 from lrdit.experiment import Experiment
@@ -35,18 +38,20 @@ ARMS = ["full", "narrow", "static", "adaptive", "adaptive, masked"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-  """(what was printed, benchmark.json) of one run on two devices."""
+  """(what was printed, benchmark.json) of one run on four devices."""
   workdir = tmp_path_factory.mktemp("benchmark") / "run"
   flags = [f"--config.{field}={value}" for field, value in FIELDS.items()]
-  done = tiny.run_main(workdir, "--mode=benchmark", *flags, num_devices=2)
+  argv = tiny.command(workdir, "--mode=benchmark", *flags)[1:]
+  with contextlib.chdir(tiny.ROOT), contextlib.redirect_stdout(io.StringIO()) as printed:
+    assert main.run(argv) == 0
   assert [path.name for path in workdir.iterdir()] == ["benchmark.json"]
-  return done.stdout, json.loads((workdir / "benchmark.json").read_text())
+  return printed.getvalue(), json.loads((workdir / "benchmark.json").read_text())
 
 
 def test_holds_what_its_results_must_be_quoted_with(finished):
   _, result = finished
   assert result["jax"] == jax.__version__
-  assert (result["backend"], result["num_devices"]) == ("cpu", 2)
+  assert (result["backend"], result["num_devices"]) == ("cpu", 4)
   assert (result["variant"], result["dtype"], result["batch_size"]) == ("T/2", "float32", 16)
   assert (result["rounds"], result["num_steps"], result["sampling_batch_size"]) == (3, 10, 4)
   assert result["model"]["hidden_size"] == 32
@@ -65,13 +70,13 @@ def test_counts_the_work_of_every_arm_and_bucket(finished):
     assert arm["memory_bytes"] > 16 * arm["num_parameters"]
     assert arm["compile_seconds"] > 0
     assert len(arm["step_seconds"]["rounds"]) == 3
-    assert sum(size for size, _ in arm["rank_groups"]) == 8  # of one of the two devices
+    assert sum(size for size, _ in arm["rank_groups"]) == 4  # of one of the four devices
   counts = {name: arm["flops_per_step"] for name, arm in training.items()}
   assert counts["static"] < counts["adaptive, masked"] < counts["full"]
   assert counts["narrow"] <= counts["static"]
   assert counts["adaptive"] < counts["adaptive, masked"]
   assert len(training["adaptive"]["rank_groups"]) == 3
-  assert training["adaptive, masked"]["rank_groups"] == [[8, 2]]
+  assert training["adaptive, masked"]["rank_groups"] == [[4, 2]]
   for arm in sampling.values():
     assert arm["compile_seconds"] > 0
     assert sum(bucket["solver_steps"] for bucket in arm["buckets"]) == 10
@@ -85,10 +90,10 @@ def test_counts_the_work_of_every_arm_and_bucket(finished):
 def test_counts_the_products_of_every_timed_program(finished):
   """In the traced programs: both passes of guidance, and every device."""
   _, result = finished
-  config, devices = tiny_config("method=full", model__depth=1), jax.devices()[:2]
+  config, devices = tiny_config("method=full", model__depth=1), jax.devices()
   step, args, _ = training(config, devices)
   of_a_device = 2 * traced_macs(jax.make_jaxpr(step)(*args).jaxpr)
-  assert result["training"]["full"]["flops_per_step"] == 2 * of_a_device
+  assert result["training"]["full"]["flops_per_step"] == 4 * of_a_device
   config = tiny_config("method=full", model__depth=1, sampling__guidance_scale=2.0)
   arm = arms_module.SamplingArm(Experiment(config), devices)
   args = arm._arguments(GUIDED, arm._start, 0, 1)

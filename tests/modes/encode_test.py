@@ -26,7 +26,6 @@ from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from lrdit.train import loss as loss_module
 from tests import tiny
-from tests.command_line import assert_one_line, run_in_process
 from tests.latent_runs import (
   NUM_IMAGES,
   SCALE,
@@ -254,13 +253,12 @@ def wait_for_rows(process, output, at_least):
   raise AssertionError("the process ended or timed out first")
 
 
-def test_a_killed_command_resumes_to_the_byte(tmp_path, capsys, monkeypatch):
-  images = write_images(tmp_path / "many.npz", 2500)
+def test_a_killed_command_resumes_to_the_byte(tmp_path):
+  images = write_images(tmp_path / "many.npz", 1800)
   output = tmp_path / "killed"
   encoding = command("encode", images, f"--output={output}")
-  process = subprocess.Popen(
-    encoding, cwd=tiny.ROOT, env=tiny.environment(), stderr=subprocess.DEVNULL
-  )
+  environment = tiny.environment(**tiny.READ_ONLY_CACHE)
+  process = subprocess.Popen(encoding, cwd=tiny.ROOT, env=environment, stderr=subprocess.DEVNULL)
   wait_for_rows(process, output, 1024)
   process.send_signal(signal.SIGKILL)
   assert process.wait() == -signal.SIGKILL
@@ -270,9 +268,10 @@ def test_a_killed_command_resumes_to_the_byte(tmp_path, capsys, monkeypatch):
     with (output / name).open("ab") as file:
       file.write(b"a write that tore")
   workdir = tmp_path / "run"
-  training = command("train", images, f"--workdir={workdir}", f"--config.vae.latents_dir={output}")
-  status, stderr = run_in_process(capsys, monkeypatch, training[2:])
-  assert_one_line(status, 1, stderr, f"are unfinished ({done} train, 0 eval images so far)")
+  training = make_config(images, vae__latents_dir=str(output))
+  words = rf"are unfinished \({done} train, 0 eval images so far\)"
+  with pytest.raises(UserError, match=words):
+    train.train(training, str(workdir), one_device())
   assert not workdir.exists()
   resumed = run(encoding)
   assert resumed.returncode == 0, resumed.stderr
@@ -300,8 +299,8 @@ def test_encoding_again_checks_every_byte(images, copy):
   data = bytearray(path.read_bytes())
   data[len(data) // 2] ^= 0x10
   path.write_bytes(data)
-  message = "train.npy has changed since it was written"
-  assert_refused(command("encode", images, f"--output={copy}"), message)
+  with pytest.raises(UserError, match=r"train\.npy has changed since it was written"):
+    encode.encode(make_config(images), str(copy), one_device())
 
 
 @pytest.mark.parametrize("other", ["vae", "images", "flip", "classes"])
@@ -400,8 +399,7 @@ def test_a_run_on_latents_trains_resumes_and_samples_pixels(images, encoded, tra
   assert np.isfinite(lines[-1]["eval/loss"])
   assert (trained / "metrics.jsonl").read_bytes().startswith(before), "training started over"
   assert (trained / "samples" / "step_00000006.png").exists()
-  done = run(command("sample", images, f"--workdir={trained}", data__data_dir=""))
-  assert done.returncode == 0, done.stderr
+  sample.sample(make_config(images, data__data_dir=""), str(trained), one_device())
   with np.load(trained / "samples" / "default" / "samples.npz") as arrays:
     samples, labels = arrays["arr_0"], arrays["arr_1"]
   assert (samples.shape, samples.dtype) == ((10, 32, 32, 3), np.uint8)
@@ -410,8 +408,8 @@ def test_a_run_on_latents_trains_resumes_and_samples_pixels(images, encoded, tra
 
 
 def test_sampling_needs_the_vae_of_the_latents(images, other_vae, trained):
-  sampling = command("sample", images, f"--workdir={trained}", vae__path="")
-  assert_refused(sampling, "config.vae.path='' must name the VAE")
+  with pytest.raises(UserError, match=r"config\.vae\.path='' must name the VAE"):
+    sample.sample(make_config(images, vae__path=""), str(trained), one_device())
   config = make_config(images, vae__path=str(other_vae), sampling__name="other")
   with pytest.raises(UserError, match=r"is another VAE .* than the one that made the latents"):
     sample.sample(config, str(trained), one_device())

@@ -10,26 +10,29 @@ import pytest
 from lrdit.data import pipeline
 from lrdit.evaluation import held_out
 from lrdit.experiment import Experiment
-from lrdit.modes import analyze, benchmark, evaluate, sample
+from lrdit.modes import analyze, benchmark, evaluate, sample, train
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from tests import tiny
+from tests.trained import SHALLOW, noisy_params
 
-FIELDS = {"evaluation.extractors": ("classifier", "pixel"), "evaluation.classifier_steps": 3}
+FIELDS = SHALLOW | {
+  "evaluation__extractors": ("classifier", "pixel"),
+  "evaluation__classifier_steps": 3,
+}
 
 
 def config_of(**overrides):
-  fields = {key.replace(".", "__"): value for key, value in FIELDS.items()}
-  return tiny.tiny_config(**(fields | overrides))
+  return tiny.tiny_config(**(FIELDS | overrides))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
   """A run of 8 steps with its export."""
   workdir = tmp_path_factory.mktemp("trained")
-  tiny.run_main(workdir)
-  sample.sample(config_of(), str(workdir), jax.devices()[:1])
+  for mode in (train.train, sample.sample):
+    mode(config_of(), str(workdir), jax.devices()[:1])
   return workdir
 
 
@@ -37,17 +40,12 @@ def read(workdir):
   return json.loads((workdir / "evaluation.json").read_text())
 
 
-def losses(config, num_devices, draws=2, seed=3):
+def losses(config, num_devices, draws=2):
   """Held-out losses of parameters that predict something."""
   devices = jax.devices()[:num_devices]
-  keys = iter(jax.random.split(jax.random.key(seed), 1000))
-  params = jax.tree.map(
-    lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape),
-    Experiment(config_of()).initial_params(),
-  )
   return held_out.held_out_losses(
     Experiment(config).eval_step(devices),
-    parallel.replicate(jax.device_get(params), devices),
+    parallel.replicate(noisy_params(config_of()), devices),
     Experiment(config).source("eval"),
     parallel.batch_slots(config.training.batch_size, devices),
     config.training.batch_size,

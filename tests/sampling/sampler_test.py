@@ -11,10 +11,15 @@ from lrdit.experiment import Experiment
 from lrdit.model import dit
 from lrdit.model.low_rank import RankSelection
 from lrdit.sampling import sampler
-from tests.tiny import tiny_config
-from tests.trained import noisy_params
+from tests import tiny
+from tests.trained import SHALLOW, noisy_params
 
 DEVICES = jax.devices()[:1]
+
+
+def tiny_config(**overrides):
+  """One block, of which every kind of layer is factorized."""
+  return tiny.tiny_config(**(SHALLOW | overrides))
 
 
 def balanced(index):

@@ -82,7 +82,7 @@ def run_steps(config, num_devices, num_steps, params=None, stage=0, flip=False):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_one_and_four_devices_give_the_same_losses(name):
   fields = dict(optimizer__warmup_steps=0, optimizer__name=name, optimizer__factor_update="bands")
-  config = tiny_config("method=adaptive", **fields, **(SHALLOW if name == "muon" else {}))
+  config = shallow_config("method=adaptive", **fields, rank__num_buckets=2)
   one, state_one = run_steps(config, 1, 8, flip=True)
   four, state_four = run_steps(config, 4, 8, flip=True)
   np.testing.assert_allclose(four, one, rtol=1e-5)
@@ -170,7 +170,8 @@ def test_grouped_gradients_are_masked_gradients_in_a_stage(stage, num_devices):
 
 
 def test_one_and_four_devices_train_a_stage_alike():
-  config = shallow_config(**(CURRICULUM | {"curriculum__patience": 9}), optimizer__warmup_steps=0)
+  fields = CURRICULUM | {"curriculum__patience": 9, "rank__num_buckets": 2}
+  config = shallow_config(**fields, optimizer__warmup_steps=0)
   (one, state_one), (four, state_four) = (run_steps(config, n, 5, stage=1) for n in (1, 4))
   np.testing.assert_allclose(four, one, rtol=1e-5)
   for name in ("window", "stage"):
@@ -183,7 +184,8 @@ def test_one_and_four_devices_train_a_stage_alike():
 
 def test_losses_by_group_are_means_over_their_examples():
   boundaries = (0, 44, 123, 371, 1000)
-  config = shallow_config(curriculum__boundaries=boundaries, training__log_every_steps=3)
+  fields = dict(curriculum__boundaries=boundaries, training__log_every_steps=3)
+  config = shallow_config("method=full", **fields)
   devices = jax.devices()[:2]
   # Parameters stay: the learning rate is zero.
   step = make_step(config, devices, learning_rate=lambda *_: jnp.float32(0))
@@ -208,6 +210,7 @@ def test_losses_by_group_are_means_over_their_examples():
 @pytest.mark.parametrize("restart", [True, False])
 def test_a_stage_restarts_the_optimizer_and_its_warm_up_if_asked_to(restart):
   config = shallow_config(
+    "method=full",
     **CURRICULUM | {"curriculum__patience": 2},
     curriculum__restart_optimizer=restart,
     optimizer__warmup_steps=3,
@@ -338,7 +341,7 @@ def test_latents_are_drawn_from_their_distribution():
 
 
 def test_unconditional_training_ignores_labels():
-  config = shallow_config(data__num_classes=0)
+  config = shallow_config("method=full", data__num_classes=0)
   losses, _ = run_steps(config, 1, 2)
   assert np.isfinite(losses).all()
 
@@ -390,13 +393,15 @@ def test_min_snr_reweights_each_example():
 def step_of_rate(rate):
   """A step on two devices, compiled once."""
   constant = jnp.float32(rate)
-  return make_step(shallow_config(), jax.devices()[:2], learning_rate=lambda *_: constant)
+  return make_step(
+    shallow_config("method=full"), jax.devices()[:2], learning_rate=lambda *_: constant
+  )
 
 
 @pytest.mark.parametrize("quantity", [None, *NON_FINITE_QUANTITIES])
 def test_a_step_reports_the_first_quantity_that_is_not_finite(quantity):
   """The loss of a step does not show the parameters it leaves behind."""
-  config, devices = shallow_config(), jax.devices()[:2]
+  config, devices = shallow_config("method=full"), jax.devices()[:2]
   params = noisy_params(config)
   if quantity in ("loss", "gradient"):
     # Of a prediction of 1e30 the square is infinite; of one of 1e18 only the gradient's norm.
