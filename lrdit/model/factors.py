@@ -61,6 +61,41 @@ def _right_vectors(
   return vectors[:, kept]
 
 
+def energy_rank(sigma: Float[np.ndarray, " K"], energy: float) -> int:
+  """Return the least k for which the k largest values hold a share `energy` of sum(sigma^2).
+
+  `sigma` descends; the rank of zeros is 0.
+  """
+  held = np.cumsum(np.square(sigma))
+  if len(held) == 0 or held[-1] == 0:
+    return 0
+  # Tolerate rounding just below the share.
+  return 1 + int(np.argmax(held >= energy * held[-1] * (1 - 1e-12)))
+
+
+def rank_by_energy(
+  kernel: Float[np.ndarray, "D_in D_out"],
+  energy: float,
+  multiple_of: int,
+  root: Float[np.ndarray, "D_in D_in"] | None = None,
+) -> int:
+  """Return the least rank whose cut keeps a share `energy` of a kernel's squared norm.
+
+  It is the next multiple of `multiple_of`, or min(D_in, D_out). It is 0, for a layer to keep dense,
+  where factors of that rank would have as many parameters as the kernel.
+
+  Args:
+    root: `square_root` of the inputs' second moments, to keep that share of the outputs instead.
+  """
+  seen = np.asarray(kernel, np.float64)
+  dim_in, dim_out = seen.shape
+  seen = seen if root is None else root @ seen
+  squares = np.linalg.eigvalsh(seen @ seen.T if dim_in < dim_out else seen.T @ seen)
+  rank = energy_rank(np.sqrt(np.maximum(squares[::-1], 0)), energy)
+  rank = min(multiple_of * max(1, -(-rank // multiple_of)), dim_in, dim_out)
+  return rank if rank * (dim_in + dim_out) < dim_in * dim_out else 0
+
+
 def factorize(
   kernel: Float[np.ndarray, "D_in D_out"],
   ranks: Sequence[int],

@@ -6,10 +6,11 @@ import re
 from ml_collections import ConfigDict
 
 from lrdit.benchmark.arms import arm_experiments
+from lrdit.config import derive
 from lrdit.config.run_config import check_workdir
 from lrdit.experiment import Experiment
 from lrdit.model import dit, flops
-from lrdit.pretrained import open_pretrained
+from lrdit.pretrained import open_pretrained, open_run
 from lrdit.runtime import parallel
 from lrdit.runtime.workdir import has_begun
 from lrdit.train import run_files
@@ -34,7 +35,9 @@ def dry_run(
 
   Raise a UserError where the mode itself would for its config, workdir, devices and data.
   """
-  experiment, devices, s = Experiment(config), parallel.all_devices(), config.sampling
+  chooses_ranks = mode == "train" and derive.lacks_ranks(config)
+  experiment = open_run(config)[0] if chooses_ranks else Experiment(config)
+  devices, s = parallel.all_devices(), config.sampling
   if mode == "benchmark":
     arm_experiments(config)
   if mode != "encode":

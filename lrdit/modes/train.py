@@ -20,7 +20,7 @@ from lrdit.data.source import report_classes
 from lrdit.evaluation import references
 from lrdit.evaluation.held_out import held_out_losses
 from lrdit.experiment import Experiment, ToPixels
-from lrdit.pretrained import starting_params, teacher_params
+from lrdit.pretrained import open_run, starting_params, teacher_params
 from lrdit.runtime import cluster, parallel
 from lrdit.runtime.errors import RESTART_STATUS, UserError
 from lrdit.runtime.progress import make_bar
@@ -154,8 +154,7 @@ class Trainer:
     """Build everything but the state, with all checks before the first file is written."""
     check_same_on_all("config", config.to_dict())
     self.workdir, self.devices = pathlib.Path(workdir), devices
-    self.source = Experiment(config).source("train")
-    self.experiment = Experiment(config).for_examples(len(self.source))
+    self.experiment, self.source = open_run(config)
     self.config = config = self.experiment.config
     self.curriculum = self.experiment.curriculum
     warn_of_too_few_steps(self.curriculum, config.training.num_steps)
