@@ -82,7 +82,7 @@ def _define() -> flags.FlagValues:
   flags.DEFINE_string("workdir", None, "Directory of the run.", values)
   flags.DEFINE_list("workdirs", None, "Runs to compare (report).", values)
   flags.DEFINE_string("output", None, "Directory to create (encode, export, report).", values)
-  chosen = "STEP, WORKDIR/checkpoints/STEP or, to evaluate, all; the newest by default."
+  chosen = "STEP, WORKDIR/checkpoints/STEP or, to evaluate or analyze, all; default: the newest."
   flags.DEFINE_string("checkpoint", None, chosen, values)
   flags.DEFINE_enum("format", None, FORMATS, "Layout of the files (export).", flag_values=values)
   flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", values)

@@ -43,7 +43,7 @@ def dry_run(
   if mode != "encode":
     needs_no_run = mode in ("train", "benchmark") or (mode == "analyze" and not _sections(config))
     check_workdir(path, config, create=needs_no_run)
-  is_all = mode == "evaluate" and checkpoint == run_files.ALL
+  is_all = mode in ("evaluate", "analyze") and checkpoint == run_files.ALL
   chosen = run_files.choose_checkpoint(path, "" if is_all else checkpoint)
   if mode == "train" and config.init.from_ and not has_begun(chosen.run):
     open_pretrained(config, experiment.shape)

@@ -114,7 +114,7 @@ def check_run_data(workdir: pathlib.Path, split: str, fingerprint: dict[str, Any
     )
 
 
-ALL = "all"  # every checkpoint that is kept, for `--mode=evaluate`
+ALL = "all"  # every checkpoint that is kept, for `--mode=evaluate` and `analyze`
 
 
 @dataclasses.dataclass(frozen=True)
