@@ -113,11 +113,11 @@ def factorize(
     roots: for each bucket, `square_root` of its inputs' second moments.
   """
   kernel = np.asarray(kernel, np.float64)
-  columns, rest = np.zeros((kernel.shape[1], 0)), kernel
+  columns = np.zeros((kernel.shape[1], 0))
   for bucket, rank in enumerate(ranks if roots else ranks[-1:]):
+    rest = kernel - (kernel @ columns) @ columns.T if bucket else kernel
     seen = roots[bucket] @ rest if roots else rest
     columns = np.hstack([columns, _right_vectors(seen, rank - columns.shape[1])])
-    rest = kernel - (kernel @ columns) @ columns.T
   down, up = kernel @ columns, columns.T
   norms = np.maximum(np.linalg.norm(down, axis=0), np.finfo(np.float32).tiny)
   down, up = down / np.sqrt(norms), up * np.sqrt(norms)[:, None]

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
@@ -62,9 +61,12 @@ def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = N
       begin_config(trainer.workdir, trainer.config, first_step)
     trainer.files.begin(first_step)
     trainer.prepare_quality()
-    state = parallel.replicate(state, trainer.devices)
     if first_step == 0 and config.init.from_:
       trainer.report_start(state)
+    if num_steps == 0:  # trained parameters were read, and a replicated state would double them
+      trainer.files.finish_saves()
+      return 0
+    state = parallel.replicate(state, trainer.devices)
     state, step = run_steps(trainer, state, first_step, stop)
     if step not in (first_step, num_steps):
       trainer.files.save(state)
@@ -194,12 +196,12 @@ class Trainer:
       log.info("%d parameters", parameter_overview.count_parameters(state.params))
     else:
       log.info("resuming from the checkpoint of step %d", state.step)
-    return cluster.from_first(parallel.to_host(state))
+    return cluster.from_first(jax.device_get(state))  # no copy on a CPU
 
   def _first_params(self) -> Any:
     """Return the parameters of step 0; only the first process reads trained ones."""
     if self.config.init.from_ and cluster.is_first():
-      return jax.tree.map(jnp.asarray, starting_params(self.experiment, self.source))
+      return starting_params(self.experiment, self.source)
     return self.experiment.initial_params()
 
   @functools.cached_property
@@ -208,16 +210,15 @@ class Trainer:
     return parallel.replicate(teacher_params(self.experiment), self.devices)
 
   def report_start(self, state: TrainState) -> None:
-    """Save the trained parameters that the run starts from, and log their held-out loss."""
-    self.files.save(state)
+    """Save the host state that a run starts from, and log its held-out loss."""
+    self.files.save_host(state)
     if self.config.training.eval_every_steps:
-      text = "held-out loss %.5f before the first step"
-      log.info(text, self._held_out_loss(state))
+      params = parallel.replicate(state.ema_params, self.devices)
+      log.info("held-out loss %.5f before the first step", self._held_out_loss(params))
 
-  def _held_out_loss(self, state: TrainState) -> float:
+  def _held_out_loss(self, ema_params: Any) -> float:
     size, source = self.config.training.batch_size, self.eval_source
-    step = self.eval_step
-    return held_out_losses(step, state.ema_params, source, self.slots, size, draws=1).mean
+    return held_out_losses(self.eval_step, ema_params, source, self.slots, size, draws=1).mean
 
   def batches(self, steps: range) -> Any:
     """Return an iterator that reads the training batches of `steps` ahead."""
@@ -283,7 +284,7 @@ class Trainer:
     watch.pause()
     extra = {}
     if "eval" in finished.due:
-      extra["eval/loss"] = self._held_out_loss(state)
+      extra["eval/loss"] = self._held_out_loss(state.ema_params)
     if "norms" in finished.due:
       extra |= self.gradient_norms(finished, state)
     if "metrics" in finished.due and self.quality:
