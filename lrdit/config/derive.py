@@ -53,7 +53,7 @@ def static_ranks(config: ConfigDict) -> dict[str, int]:
   if not rank.layer_ranks:
     return {name: plan.static_rank(rank.ratio, *shapes[name]) for name in names}
   given, largest = rank.layer_ranks, [min(shapes[name]) for name in names]
-  rule = f"must be the ranks of {len(names)} layers, at most {tuple(largest)}, and not all 0"
+  rule = f"must be the ranks of {len(names)} layers, each at most min(D_in, D_out), and not all 0"
   fits = len(given) == len(names) and any(given)
   fits = fits and all(r <= most for r, most in zip(given, largest, strict=True))
   require(fits, "rank.layer_ranks", given, rule)
