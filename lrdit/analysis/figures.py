@@ -162,6 +162,7 @@ def rank_curves(curves: Mapping[str, Any], title: str) -> Any:
   for kind, column in zip(kinds, axes.T, strict=True):
     column[0].set_title(plot_style.KIND_TITLES[kind])
     column[-1].set_xlabel("step")
+    column[-1].xaxis.get_major_locator().set_params(integer=True)
   return figure
 
 

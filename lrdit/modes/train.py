@@ -65,6 +65,7 @@ def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = N
       trainer.report_start(state)
     if num_steps == 0:  # trained parameters were read, and a replicated state would double them
       trainer.files.finish_saves()
+      log.info("the checkpoint of step %d is under %s", first_step, directory_of(workdir))
       return 0
     state = parallel.replicate(state, trainer.devices)
     state, step = run_steps(trainer, state, first_step, stop)
