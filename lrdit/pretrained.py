@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from lrdit.config import derive
 from lrdit.config.checks import require
 from lrdit.config.resolve import resolve_for_run
 from lrdit.config.run_config import as_config
@@ -137,6 +138,52 @@ def _stored_fields(path: pathlib.Path, layout: str, shape: dit.DiTShape) -> dict
   if not isinstance(fields, dict):
     raise UserError(f"{config} is damaged (lrdit is {fields!r}, and no object): restore it")
   return fields
+
+
+def open_run(config: ConfigDict) -> tuple[Experiment, Source]:
+  """Return a run's experiment and its training data, on which the experiment can depend.
+
+  Its config has `training.num_epochs` as `num_steps`, and the ranks that `init.energy` chooses: of
+  the kernels, or with `init.compression="whitened"` of their outputs over all timesteps.
+
+  Raises:
+    UserError: the data is missing, or the ranks' parameters are not dense or all stay so.
+  """
+  if not derive.lacks_ranks(config):
+    experiment = Experiment(config)
+    source = experiment.source("train")
+    return experiment.for_examples(len(source)), source
+  full, names = ConfigDict(config.to_dict()), derive.selected_layers(config)
+  full.method = "full"
+  experiment, ranks = Experiment(full.lock()), np.zeros(len(names), np.int32)
+  source = experiment.source("train")
+  if cluster.is_first():
+    ranks[:] = _ranks_by_energy(experiment, source, names)
+  chosen = ConfigDict(config.to_dict())
+  chosen.rank.layer_ranks = tuple(map(int, cluster.from_first(ranks)))
+  dense = chosen.rank.layer_ranks.count(0)
+  rule = "saves no parameters in any layer: lower it, or use method=full"
+  require(dense < len(names), "init.energy", config.init.energy, rule)
+  text = "init.energy=%g: ranks of %d layers, %d stay dense"
+  log.info(text, config.init.energy, len(names) - dense, dense)
+  return Experiment(chosen.lock()).for_examples(len(source)), source
+
+
+def _ranks_by_energy(experiment: Experiment, source: Source, names: Sequence[str]) -> list[int]:
+  """Return the rank of each of the layers; `experiment` is that of the full arm."""
+  config = experiment.config
+  trained = open_pretrained(config, experiment.shape)
+  for name in names:
+    if f"{name}/kernel" not in trained.params:
+      raise UserError(
+        f"config.init.energy needs dense parameters, and {trained.source} has {name}/down: name a "
+        "dense model, or use None"
+      )
+  ranks, settings = {}, (config.init.energy, config.rank.multiple_of)
+  for name, roots in _roots(experiment, trained.params, source, names):
+    root = roots[0] if roots else None  # a dense plan has one bucket
+    ranks[name] = factors.rank_by_energy(trained.params[f"{name}/kernel"], *settings, root)
+  return [ranks[name] for name in names]
 
 
 def starting_params(experiment: Experiment, source: Source) -> Any:

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lrdit.config.resolve import resolve_for_run
 from lrdit.config.run_config import store_config
 from lrdit.experiment import Experiment
 from lrdit.model import factors, layouts, low_rank, tensor_files
-from lrdit.pretrained import open_pretrained, starting_params, teacher_params
+from lrdit.modes import train
+from lrdit.pretrained import open_pretrained, open_run, starting_params, teacher_params
 from lrdit.runtime.errors import UserError
 from lrdit.train import loss
 from lrdit.train.checkpoints import Checkpoints
@@ -106,6 +108,41 @@ def test_a_run_of_lower_rank_takes_the_prefix(tmp_path):
     np.testing.assert_array_equal(value, whole[path][tuple(map(slice, part))])
   with pytest.raises(UserError, match=r"at rank \d+, and this model needs \d+: lower config"):
     start(config_of(tmp_path, ADAPTIVE, rank__ratio=0.7))
+
+
+@pytest.mark.parametrize(("compression", "energy"), [("svd", 0.4), ("whitened", 0.97)])
+def test_energy_chooses_the_rank_of_every_layer(full_run, tmp_path, compression, energy):
+  fields = dict(init__energy=energy, init__compression=compression, init__whitening_examples=16)
+  fields |= dict(rank__match="total", training__num_steps=0, training__num_epochs=None)
+  config = config_of(full_run, ADAPTIVE, **fields)
+  with pytest.raises(UserError, match=r"energy=\S* chooses the ranks when training begins"):
+    Experiment(config)
+  experiment = open_run(config)[0]
+  ranks = experiment.plan.by_name
+  if compression == "svd":
+    dense = params_of(tiny.tiny_config("method=full", **trained.SHALLOW))
+    for name, found in ranks.items():
+      asked = factors.rank_by_energy(dense[f"{name}/kernel"], energy, config.rank.multiple_of)
+      assert found.static_rank == found.max_rank == asked
+  assert len({r.static_rank for r in ranks.values()}) > 2  # not one ratio
+  train.train(config, str(tmp_path), jax.devices()[:1])
+  kept = resolve_for_run(config, str(tmp_path))
+  assert Experiment(kept).plan == experiment.plan
+  other = config_of(full_run, ADAPTIVE, **fields | dict(init__energy=0.5))
+  assert not resolve_for_run(other, str(tmp_path)).rank.layer_ranks
+
+
+def test_energy_needs_dense_trained_parameters(full_run, tmp_path):
+  save(tmp_path, tiny.tiny_config(ADAPTIVE, **trained.SHALLOW))
+  with pytest.raises(UserError, match=r"energy needs dense parameters, and .* has t_embedder/fc1"):
+    open_run(config_of(tmp_path, ADAPTIVE, init__energy=0.4))
+  with pytest.raises(UserError, match=r"energy=0\.999 saves no parameters in any layer"):
+    open_run(config_of(full_run, ADAPTIVE, init__energy=0.999))
+  with pytest.raises(UserError, match=r"init\.energy=0\.9 needs trained parameters"):
+    tiny.tiny_config(init__energy=0.9)
+  for ranks in ((2,), (0,) * 8, (33,) * 8):
+    with pytest.raises(UserError, match=r"layer_ranks=.* must be the ranks of \d+ layers"):
+      Experiment(tiny.tiny_config(ADAPTIVE, rank__layer_ranks=ranks, **trained.SHALLOW))
 
 
 WRONG = [

@@ -136,3 +136,53 @@ def loss_curves(curves: Mapping[str, Any], title: str) -> Any:
   panel.set(xlabel="step", ylabel=plot_style.LOSS_LABEL, yscale="log")
   figure.legend(loc="outside right upper")
   return figure
+
+
+@plot_style.styled()
+def rank_curves(curves: Mapping[str, Any], title: str) -> Any:
+  """Draw entropy ranks by timestep group, and overlaps of gradients, against the step.
+
+  `curves` are those of `over_steps.rank_curves`; columns are kinds of layers.
+  """
+  rows = [name for name in ("weights", "gradients", "overlap") if name in curves]
+  kinds, steps = list(curves[rows[0]]), curves["steps"]
+  text, size = f"Ranks by step: {title}", (len(rows), len(kinds))
+  figure, axes = plot_style.panels(*size, 2.9, 2.5, text, sharex=True, sharey="row")
+  for name, row in zip(rows, axes, strict=True):
+    for kind, panel in zip(kinds, row, strict=True):
+      found = curves[name][kind]
+      is_overlap = name == "overlap"
+      lines = _overlap_lines(found) if is_overlap else _rank_lines(found, curves["groups"])
+      for values, style in lines:
+        panel.plot(steps, np.array(values, np.float64), marker=".", **style)  # None becomes NaN
+      plot_style.add_grid(panel)
+    ranks = f"{name}\nentropy rank / min(D_in, D_out)"
+    row[0].set_ylabel("cos² between gradients" if name == "overlap" else ranks)
+    row[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+  for kind, column in zip(kinds, axes.T, strict=True):
+    column[0].set_title(plot_style.KIND_TITLES[kind])
+    column[-1].set_xlabel("step")
+    column[-1].xaxis.get_major_locator().set_params(integer=True)
+  return figure
+
+
+def _rank_lines(
+  found: Mapping[str, Any], groups: Sequence[Sequence[int]]
+) -> list[tuple[Sequence[float | None], dict[str, Any]]]:
+  """Return the values and the style of each timestep group's line."""
+  by_group = zip(*found["entropy_rank"], strict=True)
+  return [
+    (values, {"label": f"t {first} to {last}", **plot_style.line_of(i)})
+    for i, (values, (first, last)) in enumerate(zip(by_group, groups, strict=True))
+  ]
+
+
+def _overlap_lines(
+  found: Mapping[str, Any],
+) -> list[tuple[Sequence[float | None], dict[str, Any]]]:
+  """Return the values and the style of each side's lines, within and between groups."""
+  return [
+    (table[which], {"label": f"{side}, {which} groups", "color": color, "linestyle": line})
+    for color, (side, table) in zip(plot_style.COLORS, found.items(), strict=False)
+    for which, line in (("within", "--"), ("between", "-"))
+  ]

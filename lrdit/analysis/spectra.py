@@ -9,6 +9,8 @@ Axes: m rows, n columns, K = min(m, n) singular values, r dimensions of a subspa
 import numpy as np
 from jaxtyping import Float
 
+from lrdit.model.factors import energy_rank
+
 ENERGIES = (0.90, 0.95, 0.99)
 MEASURES = ("stable_rank", "entropy_rank", *(f"energy_rank_{100 * e:.0f}" for e in ENERGIES))
 
@@ -53,15 +55,6 @@ def entropy_rank(sigma: Float[np.ndarray, " K"]) -> float:
     return 0.0
   p = sigma[sigma > 0] / total
   return float(np.exp(-(p * np.log(p)).sum()))
-
-
-def energy_rank(sigma: Float[np.ndarray, " K"], energy: float) -> int:
-  """Return the least k for which the k largest values hold a share `energy` of sum(sigma^2)."""
-  held = np.cumsum(np.square(sigma))
-  if len(held) == 0 or held[-1] == 0:
-    return 0
-  # Tolerate rounding just below the share.
-  return 1 + int(np.argmax(held >= energy * held[-1] * (1 - 1e-12)))
 
 
 def measures(sigma: Float[np.ndarray, " K"]) -> dict[str, float]:

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
+from lrdit.config.checks import require
 from lrdit.config.schema import get
 from lrdit.diffusion import process, solvers
 from lrdit.model import dit, flops
@@ -40,11 +41,35 @@ def model_shape(config: ConfigDict) -> dit.DiTShape:
   return flops.narrow_shape(shape, _static_plan(config)) if config.method == "narrow" else shape
 
 
-def factorized_layers(config: ConfigDict) -> list[str]:
-  """Return the names of the layers that a low-rank arm factorizes, whatever the config's arm."""
+def static_ranks(config: ConfigDict) -> dict[str, int]:
+  """Return the static arm's rank of each layer that a low-rank arm factorizes, by name.
+
+  It does not depend on the config's own arm.
+
+  Raises:
+    UserError: `rank.layer_ranks` does not fit the layers.
+  """
+  rank, names, shapes = config.rank, selected_layers(config), dit.layer_shapes(full_shape(config))
+  if not rank.layer_ranks:
+    return {name: plan.static_rank(rank.ratio, *shapes[name]) for name in names}
+  given, largest = rank.layer_ranks, [min(shapes[name]) for name in names]
+  rule = f"must be the ranks of {len(names)} layers, each at most min(D_in, D_out), and not all 0"
+  fits = len(given) == len(names) and any(given)
+  fits = fits and all(r <= most for r, most in zip(given, largest, strict=True))
+  require(fits, "rank.layer_ranks", given, rule)
+  return {name: r for name, r in zip(names, given, strict=True) if r}
+
+
+def selected_layers(config: ConfigDict) -> list[str]:
+  """Return the names of the layers that the config does not keep dense by name or block."""
   rank, shapes = config.rank, dit.layer_shapes(full_shape(config))
   first, last = rank.first_n_blocks, rank.last_n_blocks
   return plan.select_layers(shapes, rank.dense_layers, first, last, config.model.depth)
+
+
+def factorized_layers(config: ConfigDict) -> list[str]:
+  """Return the names of the layers that a low-rank arm factorizes, whatever the config's arm."""
+  return [*static_ranks(config)]
 
 
 def _adaptive_layers(config: ConfigDict) -> list[str]:
@@ -79,19 +104,30 @@ def _adaptive_plan(config: ConfigDict) -> plan.RankPlan:
 def _low_rank_plan(
   config: ConfigDict, height: Float[np.ndarray, " T"], fields: dict[str, Any]
 ) -> plan.RankPlan:
-  shapes, chosen = dit.layer_shapes(full_shape(config)), factorized_layers(config)
-  layers = {name: shapes[name] for name in chosen}
-  return plan.make_plan(layers, height=height, ratio=config.rank.ratio, **fields)
+  shapes, ranks = dit.layer_shapes(full_shape(config)), static_ranks(config)
+  layers = {name: shapes[name] for name in ranks}
+  return plan.make_plan(layers, height=height, static_ranks=ranks, **fields)
+
+
+def lacks_ranks(config: ConfigDict) -> bool:
+  """Return whether `init.energy` has yet to choose the ranks of the config's arm."""
+  is_low_rank = config.method not in DENSE_METHODS
+  return is_low_rank and config.init.energy is not None and not config.rank.layer_ranks
 
 
 def rank_plan(config: ConfigDict) -> plan.RankPlan:
   """Return the rank plan of the config's arm.
 
   The static arm ignores the schedule: it is `constant` at the static rank.
+
+  Raises:
+    UserError: `init.energy` has yet to choose the ranks, or the fields do not fit each other.
   """
   if config.method in DENSE_METHODS:
     factorized_layers(config)  # raises for patterns that fit no layer
     return plan.dense_plan(config.diffusion.num_train_timesteps)
+  rule = "chooses the ranks when training begins: begin it in this --workdir first"
+  require(not lacks_ranks(config), "init.energy", config.init.energy, rule)
   return {"static": _static_plan, "adaptive": _adaptive_plan}[config.method](config)
 
 

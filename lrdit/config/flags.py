@@ -1,6 +1,7 @@
 """Parse the command line: its flags, and the config fields that it overrides."""
 
 import difflib
+import itertools
 import re
 from typing import Any
 
@@ -82,7 +83,7 @@ def _define() -> flags.FlagValues:
   flags.DEFINE_string("workdir", None, "Directory of the run.", values)
   flags.DEFINE_list("workdirs", None, "Runs to compare (report).", values)
   flags.DEFINE_string("output", None, "Directory to create (encode, export, report).", values)
-  chosen = "STEP, WORKDIR/checkpoints/STEP or, to evaluate, all; the newest by default."
+  chosen = "STEP, WORKDIR/checkpoints/STEP or, to evaluate or analyze, all; default: the newest."
   flags.DEFINE_string("checkpoint", None, chosen, values)
   flags.DEFINE_enum("format", None, FORMATS, "Layout of the files (export).", flag_values=values)
   flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", values)
@@ -123,6 +124,7 @@ def _override(values: flags.FlagValues, config: ConfigDict | None, rest: list[st
       raise UserError(f"{argument} is a config field, which this mode does not take: remove it", 2)
     if field and field[1] not in names:
       raise UserError(_no_such_field(argument, field[1], names), 2)
+  rest = _last_values(rest)
   fields = flags.FlagValues()
   if config is not None:
     config_flags.DEFINE_config_dict("config", config, flag_values=fields, sys_argv=rest)
@@ -141,6 +143,17 @@ def _override(values: flags.FlagValues, config: ConfigDict | None, rest: list[st
   if len(lengths) == 1 and get(config, lengths[0]) is not None:
     (other,) = {*LENGTHS} - {*lengths}
     config.update_from_flattened_dict({other: None})
+
+
+def _last_values(arguments: list[str]) -> list[str]:
+  """Return the arguments with only the last --config.FIELD=VALUE of each field.
+
+  absl would join the values of a repeated tuple.
+  """
+  fields = [re.match(r"--?config\.([^=]+)=", argument) for argument in arguments]
+  last = {field[1]: i for i, field in enumerate(fields) if field}
+  kept = [not field or last[field[1]] == i for i, field in enumerate(fields)]
+  return list(itertools.compress(arguments, kept))
 
 
 class _OrNone(flags.ArgumentParser):

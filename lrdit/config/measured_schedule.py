@@ -11,8 +11,7 @@ from ml_collections import ConfigDict
 
 from lrdit.config import derive, schema
 from lrdit.config.checks import require
-from lrdit.model import dit
-from lrdit.rank import measured, plan
+from lrdit.rank import measured
 from lrdit.runtime import workdir
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.store import DAMAGE, changes, parse_json
@@ -48,16 +47,36 @@ def _check_truncation(found: dict[str, Any]) -> Float[np.ndarray, "K G"]:
   return rise
 
 
-def read_kept(run: str, analysis: str) -> tuple[tuple, tuple] | None:
-  """Return the (shares, boundaries) that a begun run took from this analysis path, or None."""
+def read_begun(run: str) -> dict[str, Any]:
+  """Return the config.json of a begun run, or {} if there is none or it is damaged."""
   path = pathlib.Path(run)
   try:
-    rank = parse_json((path / "config.json").read_bytes())["rank"]
-    if workdir.has_begun(path) and rank["analysis"] == analysis:
-      return tuple(rank["measured_shares"]), tuple(rank["measured_boundaries"])
+    config = parse_json((path / "config.json").read_bytes())
+    if workdir.has_begun(path) and isinstance(config, dict):
+      return config
   except (*DAMAGE, OSError):
-    pass  # no run, or a damaged one, which the mode reports
+    pass  # which the mode reports
+  return {}
+
+
+def read_kept(run: str, analysis: str) -> tuple[tuple, tuple] | None:
+  """Return the (shares, boundaries) that a begun run took from this analysis path, or None."""
+  try:
+    rank = read_begun(run)["rank"]
+    if rank["analysis"] == analysis:
+      return tuple(rank["measured_shares"]), tuple(rank["measured_boundaries"])
+  except DAMAGE:
+    pass
   return None
+
+
+def read_layer_ranks(run: str, energy: float) -> tuple[int, ...]:
+  """Return the ranks that a begun run took from trained parameters by this energy, or ()."""
+  try:
+    config = read_begun(run)
+    return tuple(config["rank"]["layer_ranks"]) if config["init"]["energy"] == energy else ()
+  except (KeyError, TypeError):
+    return ()
 
 
 def describe_model(config: ConfigDict) -> dict[str, Any]:
@@ -75,13 +94,12 @@ def measured_ranks(config: ConfigDict, found: dict[str, Any]) -> Float[np.ndarra
     UserError: the analysis `found` is of another model or of one with an r(t) of its own, or
       cannot reach that mean.
   """
-  shapes, boundaries = dit.layer_shapes(derive.model_shape(config)), found["boundaries"]
-  names, ours = derive.factorized_layers(config), describe_model(config)
+  ranks, boundaries, ours = derive.static_ranks(config), found["boundaries"], describe_model(config)
   theirs = {field: found.get(field, {}) for field in ours}
   if "diffusion" in found:  # an older version may lack some of the fields
     theirs["diffusion"] = schema.upgrade({"diffusion": found["diffusion"]})["diffusion"]
   other = changes(ours, theirs)
-  other += ["other layers are factorized"] if names != found["layers"] else []
+  other += ["other layers are factorized"] if [*ranks] != found["layers"] else []
   where = f"config.rank.analysis={config.rank.analysis!r} is of"
   if other:
     raise UserError(
@@ -91,11 +109,11 @@ def measured_ranks(config: ConfigDict, found: dict[str, Any]) -> Float[np.ndarra
   if found.get("num_buckets", 1) > 1:
     fix = "analyze a run of the full arm"
     raise UserError(f"{where} a run with an r(t) of its own, above which no loss rises: {fix}")
-  mean = np.mean([plan.static_rank(config.rank.ratio, *shapes[name]) for name in names])
-  ranks = measured.match_mean_rank(
+  mean = np.mean([*ranks.values()])
+  r = measured.match_mean_rank(
     found["ranks"], found["rise"], found["largest_rank"], boundaries, float(mean)
   )
-  return measured.monotone(ranks, boundaries) if config.rank.monotone else ranks
+  return measured.monotone(r, boundaries) if config.rank.monotone else r
 
 
 def fill_in(config: ConfigDict) -> None:

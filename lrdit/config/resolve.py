@@ -37,6 +37,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
   rule, has_trained = "needs trained parameters: set config.init.from_", bool(config.init.from_)
   require(steps != 0 or has_trained, "training.num_steps", steps, rule)
   require(distillation == 0 or has_trained, "init.distillation", distillation, rule)
+  energy, schedule = config.init.energy, config.rank.schedule
+  require(energy is None or has_trained, "init.energy", energy, rule)
+  rule = "does not fit rank.schedule=measured, which matches the mean rank of rank.ratio"
+  require(energy is None or schedule != derive.MEASURED, "init.energy", energy, rule)
   config.curriculum.boundaries = curriculum.scale_boundaries(
     config.curriculum.boundaries, config.diffusion.num_train_timesteps
   )
@@ -47,10 +51,14 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 
 def resolve_for_run(config: ConfigDict, run: str) -> ConfigDict:
-  """Return `resolve(config)`, where a begun run keeps the r(t) that it took from an analysis.
+  """Return `resolve(config)`, where a begun run keeps the ranks that it read when it began.
 
-  The workdir `run` need not exist.
+  These are an r(t) from an analysis, and the ranks that `init.energy` chose. The workdir `run` need
+  not exist.
   """
+  if config.init.energy is not None and not config.rank.layer_ranks:
+    config = ConfigDict(config.to_dict())
+    config.rank.layer_ranks = measured_schedule.read_layer_ranks(run, config.init.energy)
   rank, kept = config.rank, None
   if rank.schedule == derive.MEASURED and not rank.measured_shares:
     kept = measured_schedule.read_kept(run, rank.analysis)

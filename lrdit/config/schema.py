@@ -29,6 +29,7 @@ _SHARE, _WEIGHT = number("(0, 1]"), number("[0, 1e30)")
 _NAME = "the name of a directory to make, without '/', of at most 100 printable characters"
 _VARIANT, _BETA2 = "the variant's", "0.999 for adamw, 0.99 for lion"
 _WARM = "(1 + s) / (10 + s), after s updates"
+_RANKS = rule(lambda ranks: all(map(whole(0).accepts, ranks)), "whole numbers from 0")
 _PATTERNS = rule(lambda names: all(isinstance(n, str) for n in names), "names of layers")
 _SECTIONS = ("flops", "weights", "gradients", "truncation")
 
@@ -76,6 +77,12 @@ FIELDS: dict[str, Field] = {
   ),
   **group("rank", Role.RUN)(
     ratio=Field(0.5, "Share of a dense layer's parameters that the static arm keeps", _SHARE),
+    layer_ranks=Field(
+      (),
+      "Static ranks of the low-rank layers in their order, 0 for a dense one, instead of `ratio`; "
+      "`init.energy` chooses them",
+      _RANKS,
+    ),
     schedule=Field(
       "logistic_decreasing",
       "Shape of r(t); `measured` reads it from an analysis",
@@ -218,6 +225,12 @@ FIELDS: dict[str, Field] = {
       "svd",
       "How dense kernels become factors: by their SVD, or by that `whitened` by the inputs",
       choice(names="model.factors.COMPRESSIONS"),
+    ),
+    energy=Field(
+      None,
+      "Share of each kernel's (`whitened`: its outputs') squared norm that the static rank keeps",
+      _SHARE,
+      "the ranks of the config",
     ),
     whitening_examples=Field(1024, "Training examples in each bucket's second moments", whole()),
     distillation=Field(

@@ -193,11 +193,12 @@ def report_classes(source: Source, num_classes: int) -> None:
     log.info("classes by label (number of training images): %s%s", table, more)
   empty = np.flatnonzero(counts[:num_classes] == 0).tolist()
   if empty:
+    more = f" and {len(empty) - NAMED_CLASSES} more" if len(empty) > NAMED_CLASSES else ""
+    shown = [f"{i} ({names[i]!r})" if names else str(i) for i in empty[:NAMED_CLASSES]]
     log.warning(
-      "%d of %d classes have no training image, and samples of them will mean nothing: %s. "
+      "%d of %d classes have no training image, and samples of them will mean nothing: %s%s. "
       "Number the labels from 0 without gaps, or add images",
-      *(len(empty), num_classes),
-      ", ".join(f"{i} ({names[i]!r})" if names else str(i) for i in empty),
+      *(len(empty), num_classes, ", ".join(shown), more),
     )
 
 

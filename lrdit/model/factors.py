@@ -61,6 +61,41 @@ def _right_vectors(
   return vectors[:, kept]
 
 
+def energy_rank(sigma: Float[np.ndarray, " K"], energy: float) -> int:
+  """Return the least k for which the k largest values hold a share `energy` of sum(sigma^2).
+
+  `sigma` descends; the rank of zeros is 0.
+  """
+  held = np.cumsum(np.square(sigma))
+  if len(held) == 0 or held[-1] == 0:
+    return 0
+  # Tolerate rounding just below the share.
+  return 1 + int(np.argmax(held >= energy * held[-1] * (1 - 1e-12)))
+
+
+def rank_by_energy(
+  kernel: Float[np.ndarray, "D_in D_out"],
+  energy: float,
+  multiple_of: int,
+  root: Float[np.ndarray, "D_in D_in"] | None = None,
+) -> int:
+  """Return the least rank whose cut keeps a share `energy` of a kernel's squared norm.
+
+  It is the next multiple of `multiple_of`, or min(D_in, D_out). It is 0, for a layer to keep dense,
+  where factors of that rank would have as many parameters as the kernel.
+
+  Args:
+    root: `square_root` of the inputs' second moments, to keep that share of the outputs instead.
+  """
+  seen = np.asarray(kernel, np.float64)
+  dim_in, dim_out = seen.shape
+  seen = seen if root is None else root @ seen
+  squares = np.linalg.eigvalsh(seen @ seen.T if dim_in < dim_out else seen.T @ seen)
+  rank = energy_rank(np.sqrt(np.maximum(squares[::-1], 0)), energy)
+  rank = min(multiple_of * max(1, -(-rank // multiple_of)), dim_in, dim_out)
+  return rank if rank * (dim_in + dim_out) < dim_in * dim_out else 0
+
+
 def factorize(
   kernel: Float[np.ndarray, "D_in D_out"],
   ranks: Sequence[int],
@@ -78,11 +113,11 @@ def factorize(
     roots: for each bucket, `square_root` of its inputs' second moments.
   """
   kernel = np.asarray(kernel, np.float64)
-  columns, rest = np.zeros((kernel.shape[1], 0)), kernel
+  columns = np.zeros((kernel.shape[1], 0))
   for bucket, rank in enumerate(ranks if roots else ranks[-1:]):
+    rest = kernel - (kernel @ columns) @ columns.T if bucket else kernel
     seen = roots[bucket] @ rest if roots else rest
     columns = np.hstack([columns, _right_vectors(seen, rank - columns.shape[1])])
-    rest = kernel - (kernel @ columns) @ columns.T
   down, up = kernel @ columns, columns.T
   norms = np.maximum(np.linalg.norm(down, axis=0), np.finfo(np.float32).tiny)
   down, up = down / np.sqrt(norms), up * np.sqrt(norms)[:, None]

@@ -16,6 +16,7 @@ from lrdit.analysis import (
   gradient_batches,
   gradient_figures,
   gradient_spectra,
+  over_steps,
   plot_style,
   truncation,
   weight_figures,
@@ -23,6 +24,7 @@ from lrdit.analysis import (
 )
 from lrdit.analysis.unit_cache import UnitCache
 from lrdit.config import measured_schedule
+from lrdit.config.checks import require
 from lrdit.config.derive import METHODS
 from lrdit.config.resolve import resolve
 from lrdit.config.run_config import open_trained, open_workdir
@@ -265,6 +267,27 @@ def schedule_on_map(
   return name, r * np.average(ranks, weights=widths) / r.mean()
 
 
+def _analyze_all(config: ConfigDict, workdir: str, devices: parallel.Devices | None) -> None:
+  """Write steps/ranks.json and ranks.png: ranks and overlaps of every kept checkpoint."""
+  sections = tuple(name for name in over_steps.SECTIONS if name in config.analysis.sections)
+  rule = f"has none of {', '.join(over_steps.SECTIONS)}, which --checkpoint={run_files.ALL} follows"
+  require(bool(sections), "analysis.sections", config.analysis.sections, rule)
+  path, alone = open_trained(workdir, config), ConfigDict(config.to_dict())
+  alone.analysis.sections = sections
+  files = [f"analysis/{name}.json" for name in sections]
+  measure = functools.partial(analyze, alone, workdir, devices)
+  steps, found = over_steps.measure_kept(path, measure, files)
+  if not steps:
+    return
+  by_section = dict(zip(sections, zip(*found, strict=True), strict=True))
+  curves, directory = over_steps.rank_curves(steps, by_section), path / "steps"
+  store.write_json(directory / "ranks.json", curves)
+  weights = "averaged" if config.sampling.use_ema else "raw"
+  title = f"{config.method} DiT-{config.model.variant} on {config.data.name}, {weights} weights"
+  plot_style.write_png(directory / "ranks.png", figures.rank_curves(curves, title))
+  log.info("wrote %s", directory / "ranks.json")
+
+
 def analyze(
   config: ConfigDict, workdir: str, devices: parallel.Devices | None = None, checkpoint: str = ""
 ) -> None:
@@ -272,8 +295,11 @@ def analyze(
 
   Results of earlier starts for the same checkpoint and settings are kept. The section "flops" alone
   needs no trained run, and creates `workdir` if it is missing. `checkpoint` is that of
-  `run_files.choose_checkpoint`.
+  `run_files.choose_checkpoint`, or `run_files.ALL` for the ranks of weights and gradients of all.
   """
+  if checkpoint == run_files.ALL:
+    _analyze_all(config, workdir, devices)
+    return
   experiment = Experiment(config)
   by_name = dict(
     weights=analyze_weights, gradients=analyze_gradients, truncation=analyze_truncation

@@ -6,10 +6,11 @@ import re
 from ml_collections import ConfigDict
 
 from lrdit.benchmark.arms import arm_experiments
+from lrdit.config import derive
 from lrdit.config.run_config import check_workdir
 from lrdit.experiment import Experiment
 from lrdit.model import dit, flops
-from lrdit.pretrained import open_pretrained
+from lrdit.pretrained import open_pretrained, open_run
 from lrdit.runtime import parallel
 from lrdit.runtime.workdir import has_begun
 from lrdit.train import run_files
@@ -34,13 +35,15 @@ def dry_run(
 
   Raise a UserError where the mode itself would for its config, workdir, devices and data.
   """
-  experiment, devices, s = Experiment(config), parallel.all_devices(), config.sampling
+  chooses_ranks = mode == "train" and derive.lacks_ranks(config)
+  experiment = open_run(config)[0] if chooses_ranks else Experiment(config)
+  devices, s = parallel.all_devices(), config.sampling
   if mode == "benchmark":
     arm_experiments(config)
   if mode != "encode":
     needs_no_run = mode in ("train", "benchmark") or (mode == "analyze" and not _sections(config))
     check_workdir(path, config, create=needs_no_run)
-  is_all = mode == "evaluate" and checkpoint == run_files.ALL
+  is_all = mode in ("evaluate", "analyze") and checkpoint == run_files.ALL
   chosen = run_files.choose_checkpoint(path, "" if is_all else checkpoint)
   if mode == "train" and config.init.from_ and not has_begun(chosen.run):
     open_pretrained(config, experiment.shape)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lrdit.analysis import figures, plot_style
+from lrdit.analysis import figures, over_steps, plot_style
 from lrdit.config.run_config import open_trained
 from lrdit.data.source import Source
 from lrdit.evaluation import held_out, references
@@ -206,13 +206,11 @@ def _evaluate_all(config: ConfigDict, workdir: str, devices: parallel.Devices | 
   """Write steps/losses.json and losses.png: held-out losses of every kept checkpoint."""
   path, alone = open_trained(workdir, config), ConfigDict(config.to_dict())
   alone.evaluation.extractors = ()
-  steps, directory = run_files.kept_steps(path), path / "steps"
-  for step in steps:
-    evaluate(alone, workdir, devices, str(step))
-  if not steps or not cluster.is_first():
+  measure = functools.partial(evaluate, alone, workdir, devices)
+  steps, files = over_steps.measure_kept(path, measure, ("evaluation.json",))
+  if not files:
     return
-  read = functools.partial(store.read_json, fix="delete it to measure again")
-  found = [read(directory / f"{step}" / "evaluation.json")["held_out"] for step in steps]
+  found, directory = [file["held_out"] for (file,) in files], path / "steps"
   groups = [[group["t_first"], group["t_last"]] for group in found[0]["ema"]["groups"]]
   curves: dict[str, Any] = {"steps": steps, "groups": groups}
   for weights in ("raw", "ema"):

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
@@ -20,7 +19,7 @@ from lrdit.data.source import report_classes
 from lrdit.evaluation import references
 from lrdit.evaluation.held_out import held_out_losses
 from lrdit.experiment import Experiment, ToPixels
-from lrdit.pretrained import starting_params, teacher_params
+from lrdit.pretrained import open_run, starting_params, teacher_params
 from lrdit.runtime import cluster, parallel
 from lrdit.runtime.errors import RESTART_STATUS, UserError
 from lrdit.runtime.progress import make_bar
@@ -62,9 +61,13 @@ def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = N
       begin_config(trainer.workdir, trainer.config, first_step)
     trainer.files.begin(first_step)
     trainer.prepare_quality()
-    state = parallel.replicate(state, trainer.devices)
     if first_step == 0 and config.init.from_:
       trainer.report_start(state)
+    if num_steps == 0:  # trained parameters were read, and a replicated state would double them
+      trainer.files.finish_saves()
+      log.info("the checkpoint of step %d is under %s", first_step, directory_of(workdir))
+      return 0
+    state = parallel.replicate(state, trainer.devices)
     state, step = run_steps(trainer, state, first_step, stop)
     if step not in (first_step, num_steps):
       trainer.files.save(state)
@@ -154,8 +157,7 @@ class Trainer:
     """Build everything but the state, with all checks before the first file is written."""
     check_same_on_all("config", config.to_dict())
     self.workdir, self.devices = pathlib.Path(workdir), devices
-    self.source = Experiment(config).source("train")
-    self.experiment = Experiment(config).for_examples(len(self.source))
+    self.experiment, self.source = open_run(config)
     self.config = config = self.experiment.config
     self.curriculum = self.experiment.curriculum
     warn_of_too_few_steps(self.curriculum, config.training.num_steps)
@@ -195,12 +197,12 @@ class Trainer:
       log.info("%d parameters", parameter_overview.count_parameters(state.params))
     else:
       log.info("resuming from the checkpoint of step %d", state.step)
-    return cluster.from_first(parallel.to_host(state))
+    return cluster.from_first(jax.device_get(state))  # no copy on a CPU
 
   def _first_params(self) -> Any:
     """Return the parameters of step 0; only the first process reads trained ones."""
     if self.config.init.from_ and cluster.is_first():
-      return jax.tree.map(jnp.asarray, starting_params(self.experiment, self.source))
+      return starting_params(self.experiment, self.source)
     return self.experiment.initial_params()
 
   @functools.cached_property
@@ -209,16 +211,15 @@ class Trainer:
     return parallel.replicate(teacher_params(self.experiment), self.devices)
 
   def report_start(self, state: TrainState) -> None:
-    """Save the trained parameters that the run starts from, and log their held-out loss."""
-    self.files.save(state)
+    """Save the host state that a run starts from, and log its held-out loss."""
+    self.files.save_host(state)
     if self.config.training.eval_every_steps:
-      text = "held-out loss %.5f before the first step"
-      log.info(text, self._held_out_loss(state))
+      params = parallel.replicate(state.ema_params, self.devices)
+      log.info("held-out loss %.5f before the first step", self._held_out_loss(params))
 
-  def _held_out_loss(self, state: TrainState) -> float:
+  def _held_out_loss(self, ema_params: Any) -> float:
     size, source = self.config.training.batch_size, self.eval_source
-    step = self.eval_step
-    return held_out_losses(step, state.ema_params, source, self.slots, size, draws=1).mean
+    return held_out_losses(self.eval_step, ema_params, source, self.slots, size, draws=1).mean
 
   def batches(self, steps: range) -> Any:
     """Return an iterator that reads the training batches of `steps` ahead."""
@@ -284,7 +285,7 @@ class Trainer:
     watch.pause()
     extra = {}
     if "eval" in finished.due:
-      extra["eval/loss"] = self._held_out_loss(state)
+      extra["eval/loss"] = self._held_out_loss(state.ema_params)
     if "norms" in finished.due:
       extra |= self.gradient_norms(finished, state)
     if "metrics" in finished.due and self.quality:

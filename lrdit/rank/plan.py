@@ -226,7 +226,7 @@ def make_plan(
   layer_shapes: Mapping[str, tuple[int, int]],
   *,
   height: Float[np.ndarray, " T"],
-  ratio: float,
+  static_ranks: Mapping[str, int],
   min_ratio: float,
   match: str,
   num_buckets: int,
@@ -240,7 +240,7 @@ def make_plan(
   Args:
     layer_shapes: (D_in, D_out) of the layers to factorize, by name.
     height: (T,) from `schedules.schedule_height` or `measured.height`.
-    ratio: share of the dense layer's parameters that the static arm keeps.
+    static_ranks: the rank of each of these layers in the static arm, by name.
     min_ratio: least active rank as a share of the max rank, in (0, 1].
     match: whether the mean active rank (`activated`) or the max rank (`total`) is the static rank.
     multiple_of: active ranks are multiples of this, except for a max rank that is the static rank
@@ -255,8 +255,7 @@ def make_plan(
   counts = np.bincount(RankPlan(len(height), segments, ()).bucket_of_timestep)
 
   @functools.cache  # blocks repeat the same few shapes
-  def layer_ranks(dim_in: int, dim_out: int, adapts: bool) -> LayerRanks:
-    target = static_rank(ratio, dim_in, dim_out)
+  def layer_ranks(dim_in: int, dim_out: int, target: int, adapts: bool) -> LayerRanks:
     if not adapts:
       return LayerRanks(target, (target,) * len(levels))
     if multiple_of > target:
@@ -273,10 +272,11 @@ def make_plan(
       raise UserError(
         f"rank.match=activated cannot be met by a {dim_in} x {dim_out} layer: with the largest "
         f"possible rank {largest} its mean active rank is {total / len(height):.1f}, not the "
-        f"static {target}: lower rank.ratio or raise rank.min_ratio"
+        f"static {target}: lower rank.ratio (or init.energy), raise rank.min_ratio, or use "
+        "rank.match=total"
       )
     return LayerRanks(target, active)
 
   adaptive = layer_shapes if adaptive_layers is None else adaptive_layers
-  layers = tuple((name, layer_ranks(*d, name in adaptive)) for name, d in layer_shapes.items())
-  return RankPlan(len(height), segments, layers)
+  layers = {n: layer_ranks(*d, static_ranks[n], n in adaptive) for n, d in layer_shapes.items()}
+  return RankPlan(len(height), segments, tuple(layers.items()))

@@ -69,7 +69,12 @@ class RunFiles:
   def save(self, state: TrainState) -> None:
     """Start to save a checkpoint of a replicated state."""
     if self._checkpoints:
-      self._checkpoints.save(parallel.read(state), self._config.to_dict())
+      self.save_host(parallel.read(state))
+
+  def save_host(self, state: TrainState) -> None:
+    """Start to save a checkpoint of a host state, whose arrays nothing may overwrite."""
+    if self._checkpoints:
+      self._checkpoints.save(state, self._config.to_dict())
 
   def finish_saves(self) -> list[int]:
     """Wait for pending saves; return the steps of all checkpoints, newest first."""
@@ -114,7 +119,7 @@ def check_run_data(workdir: pathlib.Path, split: str, fingerprint: dict[str, Any
     )
 
 
-ALL = "all"  # every checkpoint that is kept, for `--mode=evaluate`
+ALL = "all"  # every checkpoint that is kept, for `--mode=evaluate` and `analyze`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,6 +79,14 @@ def flags_of(*fields):
   return flatten(parse_flags(argv).config.to_dict())
 
 
+def test_the_last_value_of_a_field_wins(monkeypatch):
+  monkeypatch.chdir(tiny.ROOT)
+  field, seed = "evaluation.extractors", ("--config.seed=1", "--config.seed=2")
+  for last in (("classifier",), ("pixel",), ()):
+    found = flags_of(f"--config.{field}=('pixel',)", f"--config.{field}={last}", *seed)
+    assert (found[field], found["seed"]) == ([*last], 2)
+
+
 @pytest.mark.parametrize("field", [name for name, field in FIELDS.items() if field.none])
 def test_none_is_a_value_on_the_command_line_where_a_field_may_have_it(field, monkeypatch):
   monkeypatch.chdir(tiny.ROOT)

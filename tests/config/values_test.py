@@ -54,6 +54,12 @@ MISTAKES = {
   "unknown dataset": (["--config.data.name=mnist"], 1, "data.name='mnist' must be one of"),
   "layers that are no names": (["--config.rank.dense_layers=(1,2)"], 1, "must be names of layers"),
   "no layer left": (['--config.rank.dense_layers=("*",)'], 1, "leaves no layer to factorize"),
+  "ranks of other layers": (["--config.rank.layer_ranks=(8,)"], 1, "must be the ranks of"),
+  "energy of nothing": (
+    ["--config.init.energy=0.9"],
+    1,
+    "init.energy=0.9 needs trained parameters",
+  ),
   "mean that cannot be met": (["--config.rank.ratio=1"], 1, "rank.match=activated cannot be met"),
   "rate beyond float32": (["--config.optimizer.learning_rate=1e39"], 1, "(1e-37, 1e30)"),
   "noise of another solver": (

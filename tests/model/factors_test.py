@@ -70,6 +70,18 @@ def test_components_that_a_kernel_lacks_still_learn(rank):
   assert not up[rank:].any()
 
 
+def test_the_rank_by_energy_is_the_least_that_keeps_it():
+  kernel, root = kernel_of(20, 24), np.diag(np.geomspace(1, 0.01, 20))
+  for seen, given in ((kernel, None), (root @ kernel, root)):
+    held = np.cumsum(np.linalg.svd(seen.astype(np.float64), compute_uv=False) ** 2)
+    for energy in (0.2, 0.4, 0.6):
+      rank = factors.rank_by_energy(kernel, energy, 1, given)
+      assert held[rank - 1] >= energy * held[-1] > (held[rank - 2] if rank > 1 else 0)
+      assert factors.rank_by_energy(kernel, energy, 4, given) == -(-rank // 4) * 4
+  assert factors.rank_by_energy(kernel, 0.99, 1) == 0  # factors of rank 11 are larger than it
+  assert factors.rank_by_energy(0 * kernel, 0.9, 4) == 4
+
+
 def test_factors_are_cut_to_a_prefix_or_merged():
   down, up, bias = kernel_of(12, 8), kernel_of(8, 20), np.ones(20, np.float32)
   trained = {"a/down": down, "a/up": up, "a/bias": bias}

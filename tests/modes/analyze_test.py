@@ -103,6 +103,39 @@ def test_finished_sections_are_kept_until_their_settings_change(analyzed, monkey
   (workdir / "analysis" / "gradients.json").write_text(json.dumps(before))
 
 
+def test_ranks_of_every_kept_step_give_curves(analyzed, monkeypatch):
+  _, workdir = analyzed
+  gradients, steps = read(workdir, "gradients"), []
+  monkeypatch.setattr(
+    gradient_spectra,
+    "analyze_gradients",
+    lambda *args, **kwargs: steps.append(len(steps)) or gradients | {"seed": steps[-1]},
+  )
+  config = tiny.tiny_config("method=full", **FIELDS)
+  analyze.analyze(config, str(workdir), jax.devices()[:1], checkpoint="all")
+  curves = json.loads((workdir / "steps" / "ranks.json").read_text())
+  assert curves["steps"] == [4, 6]
+  assert curves["groups"] == [[0, 399], [400, 999]]
+  assert not (workdir / "steps" / "4" / "analysis" / "truncation.json").exists()
+  for step, found in zip((4, 6), curves["weights"]["mlp"]["stable_rank"], strict=True):
+    own = json.loads((workdir / "steps" / str(step) / "analysis" / "weights.json").read_text())
+    assert found == [group["stable_rank"] for group in own["kinds"]["mlp"]["groups"]]
+  newest = read(workdir, "weights")["kinds"]["mlp"]["buckets"][0]["stable_rank"]
+  assert found == pytest.approx([newest, newest])
+  assert curves["weights"]["mlp"]["stable_rank"][0] != found
+  of_data = gradients["conditions"]["data"]["kinds"]["attention"]
+  ranks = [group[-1]["entropy_rank"] for group in of_data]
+  assert curves["gradients"]["attention"]["entropy_rank"] == [ranks, ranks]
+  table = np.array(gradients["overlap"]["data"]["kinds"]["attention"]["cross_half"]["left"])
+  overlap = curves["overlap"]["attention"]["left"]
+  assert overlap["between"][0] == pytest.approx((table[0, 1] + table[1, 0]) / 2)
+  assert overlap["within"][0] == pytest.approx((table[0, 0] + table[1, 1]) / 2)
+  assert (workdir / "steps" / "ranks.png").stat().st_size > 10_000
+  with pytest.raises(UserError, match=r"sections=.* has none of weights, gradients"):
+    other = tiny.tiny_config("method=full", **FIELDS | {"analysis__sections": ("truncation",)})
+    analyze.analyze(other, str(workdir), jax.devices()[:1], checkpoint="all")
+
+
 @pytest.mark.parametrize("damage", ["[]", '{"layout": 0}'])
 def test_damaged_files_are_made_again(analyzed, damage):
   _, workdir = analyzed

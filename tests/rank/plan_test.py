@@ -85,11 +85,15 @@ SHAPES = {
 }
 
 
+def static_ranks(ratio):
+  return {name: rank_plan.static_rank(ratio, *dims) for name, dims in SHAPES.items()}
+
+
 def make_plan(schedule, match="activated", num_buckets=4, multiple_of=8, min_ratio=0.4):
   return rank_plan.make_plan(
     SHAPES,
     height=schedules.schedule_height(schedule, 1000),
-    ratio=0.5,
+    static_ranks=static_ranks(0.5),
     min_ratio=min_ratio,
     match=match,
     num_buckets=num_buckets,
@@ -157,7 +161,7 @@ def test_any_ratio_is_matched_or_refused(ratio, schedule):
     plan = rank_plan.make_plan(
       SHAPES,
       height=schedules.schedule_height(schedule, 1000),
-      ratio=ratio,
+      static_ranks=static_ranks(ratio),
       min_ratio=0.4,
       match="activated",
       num_buckets=4,

@@ -1,3 +1,4 @@
+import copy
 import errno
 import os
 import pathlib
@@ -7,6 +8,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from lrdit.rank.plan import dense_plan
@@ -54,6 +56,20 @@ def assert_equal(got, expected):
 def test_a_restored_state_is_the_saved_one_to_the_bit(tmp_path):
   save(tmp_path, 5)
   assert_equal(Checkpoints(tmp_path, 2).restore_state(TEMPLATE), make_state(5))
+
+
+def test_saving_copies_no_array(tmp_path, monkeypatch):
+  copied, deepcopy = [], copy.deepcopy
+
+  def spy(value, *memo):
+    copied.append(type(value))
+    return deepcopy(value, *memo)
+
+  monkeypatch.setattr(copy, "deepcopy", spy)
+  before = ocp.type_handlers.get_type_handler(np.ndarray)
+  save(tmp_path, 5)
+  assert np.ndarray not in copied
+  assert ocp.type_handlers.get_type_handler(np.ndarray) is before
 
 
 def test_only_the_newest_are_kept(tmp_path):
