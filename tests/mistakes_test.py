@@ -312,7 +312,7 @@ MISTAKES = {
   "unknown extractor": (
     ["--mode=evaluate", "--config.evaluation.extractors=('fid',)"],
     1,
-    "'fid') must be some of",
+    "extractors=('fid',) must be some of",
   ),
   "no draws": (
     ["--mode=evaluate", "--config.evaluation.draws=0"],

@@ -4,6 +4,7 @@ Every run repeats some tests marked `floats` on one of them. `bash launch/test.s
 runs the whole suite on each.
 """
 
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -32,7 +33,12 @@ SSE4_2 = {
   "OMP_NUM_THREADS": "1",
 }
 FOUR_DEVICES = {"OPENBLAS_CORETYPE": "SkylakeX", "JAX_NUM_CPU_DEVICES": "4"}
+# conftest.py replaces these on jax 0.10.
+EMITTERS = "--xla_cpu_use_fusion_emitters=true"
+HAS_EMITTERS = importlib.metadata.version("jaxlib").startswith("0.10.")
+DEFAULT_EMITTERS = {"XLA_FLAGS": EMITTERS * HAS_EMITTERS, "OPENBLAS_CORETYPE": "Haswell"}
 SETTINGS = {
+  "XLA's default emitters": DEFAULT_EMITTERS,
   "AVX2, Haswell": AVX2,
   "SSE4.2, Zen, one thread": SSE4_2,
   "SkylakeX, four virtual devices": FOUR_DEVICES,

@@ -16,7 +16,7 @@ from lrdit.model import flops
 from lrdit.modes import analyze, train
 from lrdit.runtime.errors import UserError
 from tests import tiny
-from tests.trained import save_checkpoint
+from tests.trained import noisy_params, save_checkpoint
 from tests.truncations import truncation_of
 
 FIELDS = {
@@ -43,7 +43,9 @@ def analyzed(tmp_path_factory):
   config = tiny.tiny_config("method=full", **FIELDS)
   train.Trainer(config, str(workdir), jax.devices()[:1]).files.close()  # writes data.json
   store_config(workdir, config)
-  save_checkpoint(workdir, config, step=6)
+  cubes = jax.tree.map(lambda x: x**3, noisy_params(config))  # of other ranks
+  save_checkpoint(workdir, config, step=4, params=cubes, keep=2)
+  save_checkpoint(workdir, config, step=6, keep=2)
   analyze.analyze(config, str(workdir), jax.devices()[:1])
   return config, workdir
 
