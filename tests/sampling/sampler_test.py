@@ -17,9 +17,9 @@ from tests.trained import SHALLOW, noisy_params
 DEVICES = jax.devices()[:1]
 
 
-def tiny_config(**overrides):
+def tiny_config(arg="", **overrides):
   """One block, of which every kind of layer is factorized."""
-  return tiny.tiny_config(**(SHALLOW | overrides))
+  return tiny.tiny_config(arg, **(SHALLOW | overrides))
 
 
 def balanced(index):
