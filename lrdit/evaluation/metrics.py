@@ -15,7 +15,7 @@ Statistics = tuple[Float64[np.ndarray, " D"], Float64[np.ndarray, "D D"]]
 
 KERNEL_SUBSETS = 100
 KERNEL_SUBSET_SIZE = 1000
-NEIGHBOURS = 3
+NEIGHBORS = 3
 
 # Rows and columns of distances in memory at once: 64 MiB.
 BLOCK_ROWS, BLOCK_COLUMNS = 1024, 8192
@@ -173,7 +173,7 @@ def _share_covered(
 
 
 def precision_recall(
-  generated: Real[np.ndarray, "N D"], real: Real[np.ndarray, "M D"], k: int = NEIGHBOURS
+  generated: Real[np.ndarray, "N D"], real: Real[np.ndarray, "M D"], k: int = NEIGHBORS
 ) -> tuple[float, float]:
   """Return improved precision and recall (Kynkaanniemi et al. 2019, eq. 1 and 2), in [0, 1].
 

@@ -89,9 +89,9 @@ def _add(seen: metrics.Moments | None, features: Float32[np.ndarray, "B D"]) -> 
 
 
 def _check_count(kind: str, count: int) -> None:
-  if count <= metrics.NEIGHBOURS:
+  if count <= metrics.NEIGHBORS:
     raise UserError(
-      f"metrics of samples need more than {metrics.NEIGHBOURS} {kind} images, and there are "
+      f"metrics of samples need more than {metrics.NEIGHBORS} {kind} images, and there are "
       f"{count}: use more"
     )
 
