@@ -24,8 +24,11 @@ AVX2 = {
   "OPENBLAS_CORETYPE": "Haswell",
   "NPY_DISABLE_CPU_FEATURES": ("X86_V3",),
 }
+# The emitters that users have, which conftest.py replaces on jax 0.10.
+EMITTERS = "--xla_cpu_use_fusion_emitters=true"
+HAS_EMITTERS = importlib.metadata.version("jaxlib").startswith("0.10.")
 SSE4_2 = {
-  "XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2",
+  "XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2" + f" {EMITTERS}" * HAS_EMITTERS,
   "OPENBLAS_CORETYPE": "Zen",
   "NPY_DISABLE_CPU_FEATURES": (),
   "PJRT_NPROC": "1",
@@ -33,12 +36,7 @@ SSE4_2 = {
   "OMP_NUM_THREADS": "1",
 }
 FOUR_DEVICES = {"OPENBLAS_CORETYPE": "SkylakeX", "JAX_NUM_CPU_DEVICES": "4"}
-# conftest.py replaces these on jax 0.10.
-EMITTERS = "--xla_cpu_use_fusion_emitters=true"
-HAS_EMITTERS = importlib.metadata.version("jaxlib").startswith("0.10.")
-DEFAULT_EMITTERS = {"XLA_FLAGS": EMITTERS * HAS_EMITTERS, "OPENBLAS_CORETYPE": "Haswell"}
 SETTINGS = {
-  "XLA's default emitters": DEFAULT_EMITTERS,
   "AVX2, Haswell": AVX2,
   "SSE4.2, Zen, one thread": SSE4_2,
   "SkylakeX, four virtual devices": FOUR_DEVICES,
