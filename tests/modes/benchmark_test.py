@@ -167,6 +167,34 @@ def made_up(monkeypatch):
   return config
 
 
+EXPECTED_BUCKETS = [
+  {
+    "bucket": 0,
+    "is_guided": False,
+    "solver_steps": 6,
+    "flops_per_step": 10,
+    "step_seconds": {"median": 0.25, "min": 0.25, "rounds": [0.25] * 3},
+    "step_seconds_per_image": 0.0625,
+    "flops_per_second": 40,
+    "peak_fraction": 0.04,
+    "time_over_highest_bucket": 0.5,
+    "flops_over_highest_bucket": 0.25,
+  },
+  {
+    "bucket": 1,
+    "is_guided": True,
+    "solver_steps": 4,
+    "flops_per_step": 40,
+    "step_seconds": {"median": 0.5, "min": 0.5, "rounds": [0.5, 0.5, 1.5]},
+    "step_seconds_per_image": 0.125,
+    "flops_per_second": 80,
+    "peak_fraction": 0.08,
+    "time_over_highest_bucket": 1,
+    "flops_over_highest_bucket": 1,
+  },
+]
+
+
 def test_results_of_known_seconds(made_up):
   written = []
   measure.measure({"full": Experiment(made_up)}, jax.devices()[:1], written.append)
@@ -194,32 +222,7 @@ def test_results_of_known_seconds(made_up):
     "full_flops_over_these": 10,
   }
   sampled = result["sampling"]["adaptive"]
-  assert sampled.pop("buckets") == [
-    {
-      "bucket": 0,
-      "is_guided": False,
-      "solver_steps": 6,
-      "flops_per_step": 10,
-      "step_seconds": {"median": 0.25, "min": 0.25, "rounds": [0.25] * 3},
-      "step_seconds_per_image": 0.0625,
-      "flops_per_second": 40,
-      "peak_fraction": 0.04,
-      "time_over_highest_bucket": 0.5,
-      "flops_over_highest_bucket": 0.25,
-    },
-    {
-      "bucket": 1,
-      "is_guided": True,
-      "solver_steps": 4,
-      "flops_per_step": 40,
-      "step_seconds": {"median": 0.5, "min": 0.5, "rounds": [0.5, 0.5, 1.5]},
-      "step_seconds_per_image": 0.125,
-      "flops_per_second": 80,
-      "peak_fraction": 0.08,
-      "time_over_highest_bucket": 1,
-      "flops_over_highest_bucket": 1,
-    },
-  ]
+  assert sampled.pop("buckets") == EXPECTED_BUCKETS
   assert sampled == {
     "compile_seconds": 1.0,
     "flops_per_run": 220,
