@@ -217,9 +217,13 @@ class Experiment:
     fixed = dict(objective=objective, boundaries=self.curriculum.boundaries)
     return parallel.pmap(functools.partial(step.gradient_norms, **fixed), devices)
 
-  def eval_step(self, devices: parallel.Devices) -> Callable:
-    """Return the pmapped evaluation step, for `held_out.held_out_losses`."""
+  def eval_step(self, devices: parallel.Devices, model: dit.DiT | None = None) -> Callable:
+    """Return the pmapped evaluation step of a model, by default the arm's own.
+
+    It is for `held_out.held_out_losses`.
+    """
     objective, boundaries = self.objective(devices), self.curriculum.boundaries
+    objective = dataclasses.replace(objective, model=model or objective.model)
     fixed = dict(objective=objective.without_augmentation(), boundaries=boundaries)
     return parallel.pmap(functools.partial(step.eval_step, **fixed), devices)
 

@@ -205,23 +205,41 @@ def starting_params(experiment: Experiment, source: Source) -> Any:
   return layouts.nest(factors.fit(params, templates, trained.source))
 
 
+def dense_params(experiment: Experiment) -> Any:
+  """Return the tree of `init`'s parameters with kernels, float32, on every process.
+
+  Factors are merged at their full rank.
+  """
+  params = {}
+  if cluster.is_first():
+    params = factors.merged(open_pretrained(experiment.config, experiment.shape).params)
+  return _from_first(experiment, params)
+
+
 def teacher_params(experiment: Experiment) -> Any:
   """Return the tree of the dense model that `init` names, float32, on every process.
 
   Raises:
     UserError: it is not dense, or cannot be read.
   """
-  shapes = layouts.dense_shapes(experiment.shape)
-  params = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
+  params = {}
   if cluster.is_first():
     trained = open_pretrained(experiment.config, experiment.shape)
-    factorized = sorted(trained.params.keys() - shapes.keys())
+    params = trained.params
+    factorized = sorted(params.keys() - layouts.dense_shapes(experiment.shape).keys())
     if factorized:
       raise UserError(
         f"config.init.distillation needs a dense teacher, and {trained.source} has "
         f"{factorized[0]}: name a dense model, or use 0"
       )
-    params = trained.params
+  return _from_first(experiment, params)
+
+
+def _from_first(experiment: Experiment, params: dict[str, np.ndarray]) -> Any:
+  """Return the tree of the first process's dense parameters, on every process."""
+  if not cluster.is_first():
+    shapes = layouts.dense_shapes(experiment.shape)
+    params = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
   return cluster.from_first(layouts.nest(params))
 
 

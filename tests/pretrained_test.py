@@ -188,6 +188,20 @@ def test_training_starts_from_the_trained_parameters(full_run, tmp_path, num_ste
     assert_equal(layouts.flat(weights), start_params)
 
 
+def test_a_start_reports_its_loss_before_and_after_compression(full_run, tmp_path):
+  losses = {}
+  for arm in ("full", "adaptive"):
+    fields = {"init__from_": str(full_run), "training__num_steps": 0} | trained.SHALLOW
+    config = tiny.tiny_config(f"method={arm}", training__eval_every_steps=1, **fields)
+    train.train(config, str(tmp_path / arm), jax.devices()[:1])
+    (line,) = tiny.read_metrics(tmp_path / arm)
+    losses[arm] = {name: line[name] for name in line if name.endswith("/loss")}
+  full, adaptive = losses["full"], losses["adaptive"]
+  assert [*full] == ["eval/loss"] and [*adaptive] == ["eval/loss", "init/loss"]
+  np.testing.assert_allclose(adaptive["init/loss"], full["eval/loss"], rtol=1e-6)
+  assert abs(adaptive["eval/loss"] / full["eval/loss"] - 1) > 1e-3
+
+
 def test_distillation_adds_the_distance_from_the_teacher_to_the_loss(full_run):
   config = config_of(full_run, "", init__distillation=0.5)
   experiment = Experiment(config)

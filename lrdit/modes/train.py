@@ -19,7 +19,7 @@ from lrdit.data.source import report_classes
 from lrdit.evaluation import references
 from lrdit.evaluation.held_out import held_out_losses
 from lrdit.experiment import Experiment, ToPixels
-from lrdit.pretrained import open_run, starting_params, teacher_params
+from lrdit.pretrained import dense_params, open_run, starting_params, teacher_params
 from lrdit.runtime import cluster, parallel
 from lrdit.runtime.errors import RESTART_STATUS, UserError
 from lrdit.runtime.progress import make_bar
@@ -211,15 +211,27 @@ class Trainer:
     return parallel.replicate(teacher_params(self.experiment), self.devices)
 
   def report_start(self, state: TrainState) -> None:
-    """Save the host state that a run starts from, and log its held-out loss."""
-    self.files.save_host(state)
-    if self.config.training.eval_every_steps:
-      params = parallel.replicate(state.ema_params, self.devices)
-      log.info("held-out loss %.5f before the first step", self._held_out_loss(params))
+    """Save the host state that a run starts from, and log its held-out loss.
 
-  def _held_out_loss(self, ema_params: Any) -> float:
+    For a low-rank arm this is the loss after compression; the one before it is logged too.
+    """
+    self.files.save_host(state)
+    if not self.config.training.eval_every_steps:
+      return
+    params = parallel.replicate(state.ema_params, self.devices)
+    scalars = {"eval/loss": self._held_out_loss(self.eval_step, params)}
+    if self.experiment.plan.layers:
+      model = self.experiment.dense_model(self.devices)
+      params = parallel.replicate(dense_params(self.experiment), self.devices)
+      eval_step = self.experiment.eval_step(self.devices, model)
+      scalars["init/loss"] = self._held_out_loss(eval_step, params)
+      log.info("held-out loss %.5f before compression", scalars["init/loss"])
+    log.info("held-out loss %.5f before the first step", scalars["eval/loss"])
+    self.files.write_metrics(0, scalars)
+
+  def _held_out_loss(self, eval_step: Callable, ema_params: Any) -> float:
     size, source = self.config.training.batch_size, self.eval_source
-    return held_out_losses(self.eval_step, ema_params, source, self.slots, size, draws=1).mean
+    return held_out_losses(eval_step, ema_params, source, self.slots, size, draws=1).mean
 
   def batches(self, steps: range) -> Any:
     """Return an iterator that reads the training batches of `steps` ahead."""
@@ -285,7 +297,7 @@ class Trainer:
     watch.pause()
     extra = {}
     if "eval" in finished.due:
-      extra["eval/loss"] = self._held_out_loss(state.ema_params)
+      extra["eval/loss"] = self._held_out_loss(self.eval_step, state.ema_params)
     if "norms" in finished.due:
       extra |= self.gradient_norms(finished, state)
     if "metrics" in finished.due and self.quality:
