@@ -35,10 +35,25 @@ def test_value_and_gradients_match_the_plain_product(lead, m, k, n, dtype):
     )
 
 
+def gradient_of_b(k, n):
+  """The jitted gradient of b, and its argument."""
+  a, b = jnp.ones((64, k)), jnp.ones((k, n))
+  return jax.jit(jax.grad(lambda b: jnp.square(matmul(a, b)).sum())), b
+
+
 @pytest.mark.parametrize(("k", "n"), [(96, 8), (8, 96)])
 def test_the_narrower_operand_is_transposed(k, n):
-  """In XLA's compiled program the gradient of b has the narrow side first."""
-  a, b = jnp.ones((64, k)), jnp.ones((k, n))
-  gradient = jax.jit(jax.grad(lambda b: jnp.square(matmul(a, b)).sum()))
-  products = re.findall(r"(f32\[[\d,]+\])\S* dot\(", gradient.lower(b).compile().as_text())
-  assert sorted(products) == [f"f32[64,{n}]", "f32[8,96]"]
+  """In XLA's compiled program the gradient of b has the narrow side first, and in memory so."""
+  gradient, b = gradient_of_b(k, n)
+  text = gradient.lower(b).compile().as_text()
+  assert sorted(re.findall(r"(f32\[[\d,]+\])\S* dot\(", text)) == [f"f32[64,{n}]", "f32[8,96]"]
+  assert "lhs_contracting_dims={0}" not in text
+
+
+def test_other_platforms_choose_for_themselves():
+  gradient, b = gradient_of_b(96, 8)
+  counts = {
+    platform: gradient.trace(b).lower(lowering_platforms=(platform,)).as_text().count("barrier")
+    for platform in ("cpu", "cuda", "tpu")
+  }
+  assert counts == {"cpu": 2, "cuda": 0, "tpu": 0}
