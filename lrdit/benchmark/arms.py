@@ -48,13 +48,18 @@ Task = Callable[[int], float]
 def arm_experiments(config: ConfigDict) -> dict[str, Experiment]:
   """Return the experiment of each of `ARMS`, all else equal.
 
+  The adaptive arm is there again with each of `benchmark.optimizers`, as "adaptive, muon".
+
   Raises:
     UserError: the config does not allow one of them.
   """
+  own, others = config.optimizer.name, config.benchmark.optimizers
+  fields = {arm: (*fields, own) for arm, fields in ARMS.items()}
+  fields |= {f"adaptive, {name}": (*ARMS["adaptive"], name) for name in others}
   made = {}
-  for arm, (method, compute) in ARMS.items():
+  for arm, (method, compute, optimizer) in fields.items():
     copy = ConfigDict(config.to_dict())
-    copy.method, copy.rank.compute = method, compute
+    copy.method, copy.rank.compute, copy.optimizer.name = method, compute, optimizer
     made[arm] = Experiment(resolve(copy))
   return made
 
@@ -285,7 +290,7 @@ def fit_memory(
 
 @dataclasses.dataclass(frozen=True)
 class Arms:
-  """What is timed of each arm, by its name in `ARMS`."""
+  """What is timed of each arm, by its name in `arm_experiments`."""
 
   experiments: Mapping[str, Experiment]
   training: Mapping[str, TrainingArm]
@@ -303,7 +308,7 @@ def make_arms(experiments: Mapping[str, Experiment], devices: parallel.Devices) 
   Concurrent compilations slow each other down, so several threads leave compile times at None.
   """
   b, training = experiments["full"].config.benchmark, {}
-  with make_bar(len(ARMS) + len(SAMPLING_ARMS), 0, "program") as bar:
+  with make_bar(len(experiments) + len(SAMPLING_ARMS), 0, "program") as bar:
     if b.fit_memory:
       experiments, training["full"] = fit_memory(experiments, devices)
       bar.update()
@@ -315,7 +320,7 @@ def make_arms(experiments: Mapping[str, Experiment], devices: parallel.Devices) 
       return arm
 
     with concurrent.futures.ThreadPoolExecutor(b.compile_threads) as pool:
-      jobs = {n: pool.submit(make, TrainingArm, n) for n in ARMS if n not in training}
+      jobs = {n: pool.submit(make, TrainingArm, n) for n in experiments if n not in training}
       samplers = {n: pool.submit(make, SamplingArm, n) for n in SAMPLING_ARMS}
       training |= {name: job.result() for name, job in jobs.items()}
       sampling = {name: job.result() for name, job in samplers.items()}

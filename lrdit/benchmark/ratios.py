@@ -33,12 +33,14 @@ def seconds(results: Results) -> dict[str, float]:
 def ratios(results: Results) -> dict[str, float]:
   """Return the ratios of times that are there, by names such as "training/adaptive/full".
 
+  A variant of an arm is compared with the arm, as in "training/adaptive, muon/adaptive".
   "sampling/lowest/highest" is that of a step in the adaptive arm's lowest and highest bucket. It is
   left out where only some steps are guided.
   """
   times, found = seconds(results), {}
   for kind in TIMES:
-    for arm, other in PAIRS:
+    variants = [(name, name.partition(",")[0]) for name in results[kind] if "," in name]
+    for arm, other in (*PAIRS, *variants):
       if {f"{kind}/{arm}", f"{kind}/{other}"} <= times.keys():
         found[f"{kind}/{arm}/{other}"] = times[f"{kind}/{arm}"] / times[f"{kind}/{other}"]
   buckets = results["sampling"].get("adaptive", {}).get("buckets", [])
@@ -73,7 +75,7 @@ def machine(results: Results) -> dict[str, Any]:
 
 def settings(results: Results) -> dict[str, Any]:
   """Return what was timed: sizes, dtype, batches, solver, ranks and the repetitions."""
-  names = ("variant", "model", "dtype", "remat", "scan_blocks", "rank", "batch_size")
+  names = ("variant", "model", "dtype", "remat", "scan_blocks", "rank", "optimizer", "batch_size")
   names += ("sampling_batch_size", "solver", "num_steps", "guidance_scale")
   names += ("guidance_min_noise", "guidance_max_noise", "steps", "rounds")
   return {name: results[name] for name in names if name in results}

@@ -117,6 +117,7 @@ def describe(full: Experiment, devices: parallel.Devices) -> dict[str, Any]:
   settings = {name: config[group][name] for group, names in fields.items() for name in names}
   return settings | {
     "jax": jax.__version__,
+    "optimizer": config.optimizer.name,
     "backend": devices[0].platform,
     "device_kind": devices[0].device_kind,
     "num_devices": len(devices),

@@ -349,6 +349,11 @@ FIELDS: dict[str, Field] = {
     sampling_runs=Field(1, "Complete sampling runs of each arm", whole(), "sum of bucket times"),
     fit_memory=Field(False, "Halve the batch until all arms fit the accelerator"),
     compile_threads=Field(1, "Programs compiled at once, untimed above 1", whole(1, 1024)),
+    optimizers=Field(
+      (),
+      "Optimizers that the adaptive arm is trained with besides its own",
+      several(names="train.optimizer.OPTIMIZERS"),
+    ),
     matmul_size=Field(None, "Matrix size for the peak rate", whole(), "2048 on CPUs, else 8192"),
   ),
 }

@@ -47,6 +47,8 @@ def test_ratios_are_those_of_the_arms_that_are_there():
   found = ratios.ratios(made)
   assert (found["training/static/full"], found["training/narrow/full"]) == (0.5, 0.25)
   assert found["training/adaptive/static"] == 1.5
+  made["training"]["adaptive, muon"] = {"step_seconds": {"median": 3.75}}
+  assert ratios.ratios(made).items() - found.items() == {("training/adaptive, muon/adaptive", 1.25)}
 
 
 def test_the_machine_is_described_without_its_name(tmp_path, monkeypatch):
@@ -150,6 +152,7 @@ def test_the_accepted_ratios_are_those_that_a_benchmark_writes():
   kept = json.loads(compare.ACCEPTED.read_text())
   assert kept["machine"].keys() == ratios.machine(results()).keys()
   possible = {f"{kind}/{a}/{b}" for kind in ratios.TIMES for a, b in ratios.PAIRS}
+  possible |= {"training/adaptive, masked/adaptive"}
   assert {"training/adaptive/full", "sampling/lowest/highest"} <= kept["ratios"].keys()
   assert kept["ratios"].keys() <= possible | {"sampling/lowest/highest"}
   assert all(0 < ratio < 2 for ratio in kept["ratios"].values())

@@ -1,7 +1,7 @@
 """lrdit's side of `torch_benchmark`: the full arm as `--mode=benchmark` times it.
 
-It speaks as `torch_worker` does: it writes one line of JSON, then for every line "step", "forward"
-or "peak" on standard input the seconds that this takes.
+It speaks as `torch_worker` does: it writes one line of JSON, then for every line on standard input,
+one of its "tasks", the seconds that this takes.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from lrdit.model import flops, low_rank
 
 def make_experiment(args: argparse.Namespace) -> Experiment:
   """Return the full arm on pixels; the data is random, so its name does not matter."""
-  config = cifar10.get_config(f"method=full,variant={args.variant}").unlock()
+  config = cifar10.get_config(f"method=full,variant={args.variant},recipe=dissertation").unlock()
   config.data.image_size, config.data.num_channels = args.image_size, args.channels
   config.data.num_classes, config.training.batch_size = args.num_classes, args.batch_size
   return Experiment(resolve(config))
@@ -65,6 +65,8 @@ def main() -> None:
   about = {
     "name": f"lrdit on jax {jax.__version__}",
     "num_parameters": sum(p.size for p in jax.tree.leaves(full.params_template)),
+    "tasks": list(tasks),
+    "left_out": "",
     "flops": {
       "step": arm.flops,
       "forward": flops.FLOPS_PER_MAC * forward_macs,

@@ -1,16 +1,19 @@
-"""The PyTorch side of `torch_benchmark`: an equal DiT, eager, on the CPU.
+"""The PyTorch side of `torch_benchmark`: an equal DiT on the CPU, eager and compiled.
 
-Needs torch and nothing else, so that it runs in an environment of its own.
-Prints what it is as one line of JSON, then for every line "step", "forward" or
-"peak" on standard input the seconds that takes.
+Needs PyTorch 2.4 or newer and nothing else, so that it runs in an environment of its own. Prints
+what it is as one line of JSON, then for every line on standard input, one of its "tasks", the
+seconds that this takes.
 """
 
 import argparse
 import copy
+import ctypes
+import functools
 import json
 import math
 import sys
 import time
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -101,18 +104,26 @@ class Worker:
     self.batch, self.num_classes = args.batch_size, args.num_classes
     self.model = DiT(args)
     self.average = copy.deepcopy(self.model).requires_grad_(False)
-    self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.0)
+    self.optimizer = torch.optim.AdamW(
+      self.model.parameters(), lr=1e-4, weight_decay=0.0, fused=True
+    )
     self.x_0 = torch.randn(self.batch, args.channels, args.image_size, args.image_size)
     self.matrix = torch.randn(MATMUL_SIZE, MATMUL_SIZE)
 
   def _draw(self) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(1000, (self.batch,)), torch.randint(self.num_classes, (self.batch,))
 
-  def step(self) -> None:
+  def loss(
+    self, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor, eps: torch.Tensor
+  ) -> torch.Tensor:
+    """The mean squared error of the predicted noise."""
+    return (self.model(x_t, t, y) - eps).square().mean()
+
+  def step(self, loss_of: Callable[..., torch.Tensor]) -> None:
     """Loss, gradient, clipping, AdamW and the moving average."""
     (t, y), eps, share = self._draw(), torch.randn_like(self.x_0), torch.rand(self.batch, 1, 1, 1)
     x_t = share.sqrt() * self.x_0 + (1 - share).sqrt() * eps
-    loss = (self.model(x_t, t, y) - eps).square().mean()
+    loss = loss_of(x_t, t, y, eps)
     self.optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
@@ -122,15 +133,40 @@ class Worker:
         mean.lerp_(new, 1e-4)
     loss.item()
 
-  def forward(self) -> None:
+  def forward(self, model: Callable[..., torch.Tensor]) -> None:
     """The averaged model's output."""
     with torch.no_grad():
-      self.average(self.x_0, *self._draw())
+      model(self.x_0, *self._draw())
 
   def peak(self) -> None:
     """Large matrix products."""
     for _ in range(MATMUL_COUNT):
       self.matrix @ self.matrix
+
+  def eager_tasks(self) -> dict[str, Callable[[], None]]:
+    """What is timed without a compiler."""
+    return {
+      "peak": self.peak,
+      "step, eager": functools.partial(self.step, self.loss),
+      "forward, eager": functools.partial(self.forward, self.average),
+    }
+
+  def compiled_tasks(self) -> dict[str, Callable[[], None]]:
+    """What is timed of `torch.compile`; "frozen" has the parameters as constants."""
+    compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+    frozen = compiled(self.average, options={"freezing": True})
+    return {
+      "step, compiled": functools.partial(self.step, compiled(self.loss)),
+      "forward, compiled": functools.partial(self.forward, compiled(self.average)),
+      "forward, compiled and frozen": functools.partial(self.forward, frozen),
+    }
+
+
+def warm_up(tasks: Mapping[str, Callable[[], None]]) -> None:
+  """Do each task twice: first calls compile and allocate."""
+  for task in tasks.values():
+    task()
+    task()
 
 
 def main() -> None:
@@ -140,13 +176,23 @@ def main() -> None:
     parser.add_argument(f"--{name}", type=int, required=True)
   for name in ("channels", "num_classes", "batch_size"):
     parser.add_argument(f"--{name}", type=int, required=True)
-  worker = Worker(parser.parse_args())
-  tasks = {"step": worker.step, "forward": worker.forward, "peak": worker.peak}
-  for task in tasks.values():  # first calls allocate
-    task()
-    task()
-  count = sum(p.numel() for p in worker.model.parameters())
-  print(json.dumps({"name": f"PyTorch {torch.__version__}", "num_parameters": count}), flush=True)
+  worker, left_out = Worker(parser.parse_args()), ""
+  tasks = worker.eager_tasks()
+  warm_up(tasks)
+  try:
+    compiled = worker.compiled_tasks()
+    warm_up(compiled)
+    tasks |= compiled
+  except Exception as error:  # no C++ compiler, a Python that it does not support, or anything else
+    left_out = f"torch.compile: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+  about = {
+    "name": f"PyTorch {torch.__version__}",
+    "num_parameters": sum(p.numel() for p in worker.model.parameters()),
+    "tasks": list(tasks),
+    "left_out": left_out,
+    "is_jemalloc": hasattr(ctypes.CDLL(None), "mallctl"),  # which jemalloc alone exports
+  }
+  print(json.dumps(about), flush=True)
   for line in sys.stdin:
     start = time.perf_counter()
     tasks[line.strip()]()

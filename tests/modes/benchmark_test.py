@@ -25,15 +25,17 @@ from tests import tiny
 from tests.programs import traced_macs, training
 from tests.tiny import tiny_config
 
+DENSE_LAYERS = ("patch_embed", "final_layer/linear")
 FIELDS = {
   "benchmark.rounds": 3,
   "benchmark.matmul_size": 64,
+  "benchmark.optimizers": '("muon",)',
   "model.depth": 1,
-  "rank.dense_layers": '("patch_embed","final_layer/linear")',
+  "rank.dense_layers": str(DENSE_LAYERS),
   "sampling.guidance_scale": 2.0,
 }
 GUIDED = Program(0, True)
-ARMS = ["full", "narrow", "static", "adaptive", "adaptive, masked"]
+ARMS = ["full", "narrow", "static", "adaptive", "adaptive, masked", "adaptive, muon"]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,13 @@ def test_counts_the_work_of_every_arm_and_bucket(finished):
   assert counts["adaptive"] < counts["adaptive, masked"]
   assert len(training["adaptive"]["rank_groups"]) == 3
   assert training["adaptive, masked"]["rank_groups"] == [[4, 2]]
+  layers = {"model__depth": 1, "rank__dense_layers": DENSE_LAYERS}
+  update_macs = Experiment(tiny_config(optimizer__name="muon", **layers)).update_macs
+  # Each of the four devices orthogonalizes all momenta.
+  assert counts["adaptive, muon"] == counts["adaptive"] + 2 * 4 * update_macs > counts["adaptive"]
+  times = {name: arm["step_seconds"]["median"] for name, arm in training.items()}
+  ratio = times["adaptive, muon"] / times["adaptive"]
+  assert result["ratios"]["training/adaptive, muon/adaptive"] == ratio
   for arm in sampling.values():
     assert arm["compile_seconds"] > 0
     assert sum(bucket["solver_steps"] for bucket in arm["buckets"]) == 10
@@ -287,13 +296,19 @@ def test_bytes_of_other_arms_are_those_of_their_states_and_sampling_parameters()
   assert arms_module.bytes_of_other_arms(experiments) == expected
 
 
-def test_arms_differ_in_method_and_compute_alone():
-  config = tiny_config("method=static", rank__ratio=0.4)
-  experiments = arms_module.arm_experiments(config)
-  for arm, (method, compute) in arms_module.ARMS.items():
+def test_arms_differ_in_method_compute_and_optimizer_alone():
+  overrides = {"optimizer__name": "lion", "benchmark__optimizers": ("muon", "adamw")}
+  config = tiny_config("method=static", rank__ratio=0.4, **overrides)
+  experiments, own = arms_module.arm_experiments(config), config.optimizer.name
+  expected = {arm: (*fields, own) for arm, fields in arms_module.ARMS.items()}
+  expected["adaptive, muon"] = ("adaptive", "grouped", "muon")
+  expected["adaptive, adamw"] = ("adaptive", "grouped", "adamw")
+  assert experiments.keys() == expected.keys()
+  for arm, fields in expected.items():
     made = experiments[arm].config.to_dict()
-    assert (made["method"], made["rank"]["compute"]) == (method, compute)
+    assert (made["method"], made["rank"]["compute"], made["optimizer"]["name"]) == fields
     made["method"], made["rank"]["compute"] = config.method, config.rank.compute
+    made["optimizer"]["name"] = own
     assert made == config.to_dict()
 
 
