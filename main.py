@@ -35,7 +35,7 @@ def run(argv: list[str]) -> int:
         )
       who = job.process_name
       progress.start_logging(debug, who, is_first=True)  # which one is first is not yet known
-      cluster.connect(job, shares_sigterm=values.mode == "train", debug=debug)
+      cluster.connect(job, shares_sigterm=values.mode == "train")
       who = cluster.process_name()
     startup.open_devices()
     progress.start_logging(debug, who, cluster.is_first())

@@ -131,16 +131,13 @@ def _detect() -> Cluster | None:
   return Cluster(detection=method)
 
 
-def connect(cluster: Cluster, shares_sigterm: bool, debug: bool) -> None:
+def connect(cluster: Cluster, shares_sigterm: bool) -> None:
   """Join the processes of a job; call this before any device is used.
 
   With `shares_sigterm`, SIGTERM makes `is_preempted` true in all processes instead of ending this
-  one. From now on, this process ends in one line when it loses another. XLA logs errors only with
-  `debug`.
+  one. From now on, this process ends in one line when it loses another.
   """
   jax.config.update("jax_enable_preemption_service", shares_sigterm)
-  if not debug:
-    jax.config.update("jax_logging_level", "CRITICAL")
   try:
     with _limited_wait(cluster), lost_peers.reported():
       jax.distributed.initialize(

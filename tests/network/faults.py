@@ -9,7 +9,7 @@ from collections.abc import Callable
 from lrdit.runtime.errors import RESTART_STATUS
 from tests import trained
 from tests.network.hosts import Network
-from tests.network.job import FIELDS, TIMEOUT, Job
+from tests.network.job import ARG, FIELDS, TIMEOUT, Job
 
 LIMIT_SECONDS = 60  # in which the run goes on, or ends everywhere
 STEPS_BEFORE = 4  # of a start, so that it has saved after the last checkpoint
@@ -103,7 +103,7 @@ def _pass_by(fault, network, job, victim):
 
 
 def _end_by(fault, network, job, victim):
-  start = time.monotonic()
+  sizes, start = job.sizes(), time.monotonic()
   fault.begin(network, job, victim)
   hosts = range(network.num_hosts)
   others = [i for i in hosts if i != victim or not fault.stops_victim]
@@ -114,7 +114,7 @@ def _end_by(fault, network, job, victim):
   broken = [] if ended else [f"not all have ended in {LIMIT_SECONDS} s"]
   lines = []
   for i in hosts:
-    status, said = job.processes[i].poll(), job.said(i)
+    status, said = job.processes[i].poll(), job.said(i, sizes)
     if i == victim and status == -signal.SIGKILL:
       continue
     if status != RESTART_STATUS or len(said) != 1 or not LINE.fullmatch(said[0]):
@@ -154,7 +154,7 @@ def run(num_hosts, names, directory):
       for name, victim in cases[len(ending) :]:
         yield _apply(name, network, job, victim)
       _finish(job)
-  trained.assert_same_run(workdir, undisturbed, **FIELDS)
+  trained.assert_same_run(workdir, undisturbed, arg=ARG, **FIELDS)
 
 
 def _finish(job):

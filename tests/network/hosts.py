@@ -12,7 +12,9 @@ from tests import tiny
 
 PROGRAMS = ("ip", "mount", "nsenter", "setpriv", "unshare")
 # As root, without a user namespace: some machines grant that one and not the others.
-USER = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+IS_ROOT = os.geteuid() == 0
+MAKE_USER = [] if IS_ROOT else ["--user", "--map-root-user"]
+JOIN_USER = [] if IS_ROOT else ["--user", "--preserve-credentials"]
 SPACES = ["--net", "--uts", "--mount"]
 
 
@@ -47,7 +49,7 @@ class Network:
       names.write("\n".join(lines) + "\n")
       names.flush()
       switch = [sys.executable, "-m", "tests.network.switch"]
-      self._switch = opened.enter_context(self._begin(["unshare", *USER, "--net", *switch]))
+      self._switch = opened.enter_context(self._begin(["unshare", *MAKE_USER, "--net", *switch]))
       self._hosts = [opened.enter_context(self._host(names.name, i)) for i in range(self.num_hosts)]
       for i, host in enumerate(self._hosts):
         self._join(i, host.pid)
@@ -58,37 +60,35 @@ class Network:
   def __exit__(self, *exception):
     self._opened.__exit__(*exception)
 
+  @staticmethod
   @contextlib.contextmanager
-  def _begin(self, command):
+  def _begin(command):
+    """Yield a process that has said that it is in its namespaces."""
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process = subprocess.Popen(command, cwd=tiny.ROOT, text=True, **pipes)
     try:
+      if process.stdout.readline() != "ready\n":
+        raise OSError(process.communicate()[1].strip())
       yield process
     finally:
       process.kill()
       process.communicate()
 
-  @contextlib.contextmanager
   def _host(self, names, i):
-    """Hold the namespaces of a host, whose name is its own."""
+    """Hold the namespaces of a host, which has a name of its own."""
     # Else all of them would have this machine's name, and take its address for theirs.
     script = f"mount --bind {names} /etc/hosts && hostname host{i} && ip link set lo up"
-    script = f"set -e; {script}; echo ready; exec cat"
-    with self._begin(self.inside_switch(["unshare", *SPACES, "sh", "-c", script])) as host:
-      if host.stdout.readline() != "ready\n":
-        raise OSError(host.communicate()[1].strip())
-      yield host
+    script += " && echo ready && exec cat"
+    return self._begin(self.inside_switch(["unshare", *SPACES, "sh", "-c", script]))
 
   def inside_switch(self, command):
-    user = ["--user"] if USER else []
-    return ["nsenter", f"--target={self._switch.pid}", *user, "--net", *command]
+    return ["nsenter", f"--target={self._switch.pid}", *JOIN_USER, "--net", *command]
 
   def command(self, host, command):
     """Return the command line that runs a command on a host."""
-    user = ["--user"] if USER else []
     own = [f"--target={self._hosts[host].pid}", f"--wd={tiny.ROOT}"]
     ends_with_us = ["setpriv", "--pdeathsig", "KILL"]
-    return ["nsenter", *own, *user, *SPACES, *ends_with_us, *command]
+    return ["nsenter", *own, *JOIN_USER, *SPACES, *ends_with_us, *command]
 
   def _join(self, i, pid):
     peer = ["type", "veth", "peer", "name", f"port{i}"]

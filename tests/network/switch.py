@@ -84,6 +84,7 @@ class Switch:
 
 def main() -> None:
   """Serve until standard input ends."""
+  print("ready", flush=True)  # in its namespace
   names, seed = json.loads(sys.stdin.readline())
   switch, selector = Switch(names, seed), selectors.DefaultSelector()
   for i, port in enumerate(switch.ports):
