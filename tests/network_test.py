@@ -53,21 +53,28 @@ def round_trips(network, count, wait=10.0):
   return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
 
-def test_links_are_late_lose_frames_and_are_cut(network):
+@pytest.fixture
+def echo(network):
+  """A server on host 1 that sends every datagram back."""
   server = network.command(1, [sys.executable, "-c", SERVER])
   with subprocess.Popen(server, stdout=subprocess.PIPE, text=True) as process:
     assert process.stdout.readline() == "ready\n"
-    network.set(delay=0.05)
-    trips = round_trips(network, 5)
-    assert len(trips) == 5
-    assert min(trips) >= 0.1
-    network.set(delay=0.0, loss=0.3)
-    assert 0 < len(round_trips(network, 10, wait=0.3)) < 10
-    assert network.set(loss=0.0, cut=[1])["lost"] > 0
-    assert round_trips(network, 1, wait=0.3) == []
-    assert network.set(cut=[])["cut"] > 0
-    assert len(round_trips(network, 5)) == 5
+    yield
     process.kill()
+
+
+@pytest.mark.usefixtures("echo")
+def test_links_are_late_lose_frames_and_are_cut(network):
+  network.set(delay=0.05)
+  trips = round_trips(network, 5)
+  assert len(trips) == 5
+  assert min(trips) >= 0.1
+  network.set(delay=0.0, loss=0.3)
+  assert 0 < len(round_trips(network, 10, wait=0.3)) < 10
+  assert network.set(loss=0.0, cut=[1])["lost"] > 0
+  assert round_trips(network, 1, wait=0.3) == []
+  assert network.set(cut=[])["cut"] > 0
+  assert len(round_trips(network, 5)) == 5
 
 
 def test_a_cut_link_ends_both_in_one_line(network):

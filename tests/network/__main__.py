@@ -23,7 +23,11 @@ def main() -> int:
   """Run the command line."""
   arguments = _arguments()
   os.environ["JAX_PLATFORMS"] = "cpu"
+  import absl.logging
+
   from tests.network import faults, hosts
+
+  absl.logging.set_verbosity(absl.logging.ERROR)  # orbax warns of what it reads
 
   known = faults.ENDING | faults.PASSING
   if unknown := sorted({*arguments.faults} - known.keys()):
