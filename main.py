@@ -2,7 +2,6 @@
 
 import importlib
 import logging
-import os
 import sys
 
 from lrdit.runtime import malloc
@@ -12,7 +11,7 @@ if __name__ == "__main__":  # this may start the program again, so it comes firs
 
 from lrdit.config.flags import SHARED_BY_PROCESSES, arguments_of, parse_flags, wants_tracebacks
 from lrdit.runtime import startup
-from lrdit.runtime.errors import UserError, print_error
+from lrdit.runtime.errors import UserError, end_process, print_error
 
 
 def run(argv: list[str]) -> int:
@@ -54,10 +53,9 @@ def run(argv: list[str]) -> int:
     mode = importlib.import_module(f"lrdit.modes.{values.mode}")
     return getattr(mode, values.mode)(*arguments, **named) or 0
   except (Exception, KeyboardInterrupt) as error:
-    status = print_error(error, debug, who)
-    if who:  # at a normal exit, jax would wait for the other processes, which wait for this one
-      os._exit(status)
-    return status
+    if who:
+      end_process(error, debug, who)
+    return print_error(error, debug)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from PIL import Image
 from lrdit.modes import sample, train
 from lrdit.runtime import cluster
 from lrdit.runtime.errors import UserError
-from tests import tiny
+from tests import scripts, tiny
 from tests.trained import final_state
 
 TIMEOUT = 240
@@ -35,12 +34,6 @@ FIELDS = dict(
 FLAGS = [f"--config.{name.replace('__', '.')}={value}" for name, value in FIELDS.items()]
 
 
-def free_port():
-  with socket.socket() as sock:
-    sock.bind(("127.0.0.1", 0))
-    return sock.getsockname()[1]
-
-
 class Job:
   """The processes of one start, which are killed at the end."""
 
@@ -54,7 +47,7 @@ class Job:
       flags: of all.
       apart: (number, command that starts it, its flags, its environment) of one that differs.
     """
-    port = free_port()
+    port = scripts.free_port()
     number, *otherwise = apart or (None, [], [], {})
     self.logs = [workdir.with_name(f"{workdir.name}.{i}.log") for i in range(num_processes)]
     self.processes = []
@@ -160,10 +153,9 @@ def test_sigterm_and_a_death_in_one_process_reach_all(one_process, tmp_path):
     job.wait_for_line(workdir / "metrics.jsonl", steps[-1] + 2)
     job.processes[1].kill()
     statuses = job.wait(timeout=60)
-    # Either the connection ends first, or jax ends the process after a missing heartbeat.
-    says = {75: "process 0: error: another process has ended", -signal.SIGABRT: "another task died"}
-    assert statuses[1] == -signal.SIGKILL, job.text()
-    assert says[statuses[0]] in job.text()
+    assert statuses == [75, -signal.SIGKILL], job.text()
+    assert job.text().count("error: ") == 1
+    assert "process 0: error: another process has ended" in job.text()
   assert "resuming from the checkpoint of step" in run(workdir, 1, 2)
   assert_same_run(workdir, one_process)
 
@@ -184,7 +176,7 @@ def test_other_topologies_are_the_same_run(one_process, tmp_path, num_processes,
 @pytest.mark.slow
 def test_modes_of_one_process_refuse_several(tmp_path):
   with Job(tmp_path / "run", 2, 1, "--mode=benchmark") as job:
-    assert set(job.wait()) <= {2, 75, -signal.SIGABRT}, job.text()
+    assert set(job.wait()) <= {2, 75}, job.text()
     assert "--mode=benchmark is for one process" in job.text()
 
 
@@ -245,8 +237,7 @@ def test_terminated_sampling_of_several_processes_goes_on(one_process):
     job.wait_for_line(directory / "progress.json")
     job.processes[1].send_signal(signal.SIGTERM)
     statuses = job.wait(timeout=60)
-    assert statuses[0] in (75, -signal.SIGABRT), job.text()
-    assert statuses[1] == -signal.SIGTERM
+    assert statuses == [75, -signal.SIGTERM], job.text()
   assert not (directory / "samples.npz").exists()
   run(one_process, 2, 1, *flags, name)
   run(one_process, 2, 1, *flags, "--config.sampling.name=at_once")
@@ -304,8 +295,7 @@ def test_a_full_disk_of_the_first_process_ends_all(tmp_path):
   no_cache = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
   with Job(workdir, 2, 1, apart=(0, ["prlimit", "--fsize=20000"], [], no_cache)) as job:
     statuses = job.wait()
-  assert statuses[0] == 1, job.text()
-  assert statuses[1] in (75, -signal.SIGABRT), job.text()
+  assert statuses == [1, 75], job.text()
   assert errors_of(job)[0][0].startswith("cannot save a checkpoint under")
   run(workdir, 2, 1)
 
@@ -336,7 +326,7 @@ def kill_again_and_again(start, progress, kills, seed):
       job.processes[victim].kill()
       statuses = job.wait(timeout=60)
       assert statuses.pop(victim) == -signal.SIGKILL, job.text()
-      assert set(statuses) <= {75, -signal.SIGABRT}, job.text()
+      assert set(statuses) <= {75}, job.text()
   with start() as job:
     assert set(job.wait()) == {0}, job.text()
 

@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -144,6 +145,12 @@ def wait_until(condition, process=None, timeout=TIMEOUT):
         os.killpg(process.pid, signal.SIGKILL)
       raise AssertionError(process.communicate() if process else "not in time")
     time.sleep(0.01)
+
+
+def free_port():
+  with socket.socket() as sock:
+    sock.bind(("127.0.0.1", 0))
+    return sock.getsockname()[1]
 
 
 def has_lines(path, count=1):

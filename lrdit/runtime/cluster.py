@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lrdit.runtime.errors import RESTART_STATUS, UserError, print_error
+from lrdit.runtime import lost_peers
+from lrdit.runtime.errors import RESTART_STATUS, UserError, end_process
 from lrdit.runtime.parallel import AXIS
 
 log = logging.getLogger("lrdit")
@@ -134,11 +135,11 @@ def connect(cluster: Cluster, shares_sigterm: bool) -> None:
   """Join the processes of a job; call this before any device is used.
 
   With `shares_sigterm`, SIGTERM makes `is_preempted` true in all processes instead of ending this
-  one.
+  one. From now on, this process ends in one line when it loses another.
   """
   jax.config.update("jax_enable_preemption_service", shares_sigterm)
   try:
-    with _limited_wait(cluster):
+    with _limited_wait(cluster), lost_peers.reported():
       jax.distributed.initialize(
         cluster.coordinator,
         cluster.num_processes,
@@ -170,7 +171,7 @@ def _limited_wait(cluster: Cluster) -> Iterator[None]:
       return
     cause = f"not all came within {START_SECONDS} s"
     error = UserError(NOT_REACHED.format(cause, cluster.how_to_stay_alone), RESTART_STATUS)
-    os._exit(print_error(error, False, cluster.process_name))
+    end_process(error, False, cluster.process_name)
 
   threading.Thread(target=watch, daemon=True).start()
   try:

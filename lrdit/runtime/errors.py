@@ -4,8 +4,10 @@ import errno
 import os
 import resource
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
+from typing import NoReturn
 
 from ml_collections import ConfigDict
 
@@ -59,6 +61,15 @@ def system_limit(error: BaseException) -> UserError | None:
   return None
 
 
+def others_are_gone(cause: str) -> UserError:
+  """Return the `UserError` of a process that has lost another one."""
+  return UserError(
+    f"another process has ended or does not answer ({cause}): start all again; they go on from the "
+    "last checkpoint",
+    RESTART_STATUS,
+  )
+
+
 def as_user_error(error: Exception) -> UserError | None:
   """Return the `UserError` for an error, or None where it is a bug in this package."""
   for cause in _causes(error):
@@ -88,11 +99,7 @@ def as_user_error(error: Exception) -> UserError | None:
   if isinstance(error, OSError) and error.errno:
     return UserError(f"{os.strerror(error.errno)} while writing: make space, or write elsewhere")
   if any(words in str(error) for words in OTHERS_ARE_GONE):
-    return UserError(
-      f"another process has ended or does not answer ({str(error).splitlines()[0][:200]}): start "
-      "all again; they go on from the last checkpoint",
-      RESTART_STATUS,
-    )
+    return others_are_gone(str(error).splitlines()[0][:200])
   if "RESOURCE_EXHAUSTED" in str(error):
     return UserError(
       "the device is out of memory: use config.model.remat=True or config.model.dtype=bfloat16, "
@@ -119,3 +126,16 @@ def print_error(error: BaseException, with_traceback: bool, who: str = "") -> in
     return 70
   print(f"{who}error: {user_error}", file=sys.stderr)
   return user_error.exit_status
+
+
+_ending = threading.Lock()
+
+
+def end_process(error: BaseException, with_traceback: bool, who: str) -> NoReturn:
+  """End one of several processes with `print_error`'s line and status, from any thread.
+
+  Nothing is cleaned up: at a normal exit, jax would wait for the other processes, which wait for
+  this one.
+  """
+  _ending.acquire()  # for ever: where two threads see the end, only the first reports it
+  os._exit(print_error(error, with_traceback, who))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import absl.logging
+import jax
 import tqdm
 
 from lrdit.runtime import cluster
@@ -25,7 +26,8 @@ class _BarHandler(logging.Handler):
 def start_logging(debug: bool, who: str, is_first: bool) -> None:
   """Send the first process's log lines to standard error, each with the prefix `who`.
 
-  The libraries log only with `debug`, and the other processes log only errors.
+  `who` is "" for a process on its own. The libraries log only with `debug`, and the other processes
+  log only errors.
   """
   if not debug:
     # After a failed write, orbax and tensorstore print tracebacks from their own threads. The error
@@ -34,6 +36,8 @@ def start_logging(debug: bool, who: str, is_first: bool) -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     logging.raiseExceptions = False  # as on a full disk under the log file
     sys.unraisablehook = _ignore_closed_event_loop
+    if who:  # XLA logs several lines about a lost process, before the error that is printed
+      jax.config.update("jax_logging_level", "CRITICAL")
   for handler in [handler for handler in log.handlers if isinstance(handler, _BarHandler)]:
     log.removeHandler(handler)  # from before the processes met
   handler = _BarHandler()
