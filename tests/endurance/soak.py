@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Callable
 
 from tests import tiny
+from tests.endurance.jobs import environment
+from tests.endurance.targets import flags
 from tests.endurance.verdict import Verdict, draw, judge
 from tests.endurance.watch import watch
 
@@ -37,10 +39,6 @@ class Scenario:
   done: Callable[[], int]
 
 
-def _flags(fields: dict[str, object]) -> list[str]:
-  return [f"--config.{name}={value}" for name, value in fields.items()]
-
-
 def last_step(workdir: pathlib.Path) -> int:
   """Return the step of the last whole line of metrics.jsonl, or 0."""
   try:
@@ -61,7 +59,7 @@ def _num_done(directory: pathlib.Path) -> int:
   return int(record.get("num_done", 0))
 
 
-def training(output: pathlib.Path, steps: int) -> Scenario:
+def train(output: pathlib.Path, steps: int) -> Scenario:
   """Train with grids, held-out losses, metrics of samples, checkpoints and TensorBoard events."""
   workdir, each = output / "train", min(ROUND, max(1, steps // 2))
   fields = {f"training.{name}_every_steps": each for name in ("eval", "sample", "metrics")}
@@ -69,7 +67,7 @@ def training(output: pathlib.Path, steps: int) -> Scenario:
   fields |= {"training.num_steps": steps, "training.metrics_samples": 100}
   fields |= {"training.tensorboard": True, "optimizer.learning_rate": 1e-3}
   title = f"{steps} steps; grid, evaluation, metrics and checkpoint every {each}"
-  command = tiny.command(workdir, *_flags(fields))
+  command = tiny.command(workdir, *flags(fields))
   return Scenario(title, "step", command, lambda: last_step(workdir))
 
 
@@ -78,23 +76,23 @@ def checkpoints(output: pathlib.Path, evaluations: int) -> Scenario:
   workdir = output / "smallest"
   fields = {"checkpoint.every_steps": 1, "checkpoint.keep": evaluations}
   fields |= {"training.num_steps": evaluations}
-  command = tiny.command(workdir, *_flags(SMALLEST | fields))
+  command = tiny.command(workdir, *flags(SMALLEST | fields))
   return Scenario("", "step", command, lambda: last_step(workdir))
 
 
-def samples(output: pathlib.Path, count: int) -> Scenario:
+def sample(output: pathlib.Path, count: int) -> Scenario:
   """Export a set of samples."""
   workdir = output / "smallest"
   fields = {"sampling.num_samples": count, "sampling.batch_size": min(BATCH, count)}
-  command = tiny.command(workdir, "--mode=sample", *_flags(SMALLEST | fields))
+  command = tiny.command(workdir, "--mode=sample", *flags(SMALLEST | fields))
   directory = workdir / "samples" / "default"
   return Scenario(f"a set of {count} samples", "sample", command, lambda: _num_done(directory))
 
 
-def evaluations(output: pathlib.Path, count: int) -> Scenario:
+def evaluate(output: pathlib.Path, count: int) -> Scenario:
   """Evaluate every checkpoint, in one process."""
   workdir = output / "smallest"
-  command = tiny.command(workdir, "--mode=evaluate", "--checkpoint=all", *_flags(SMALLEST))
+  command = tiny.command(workdir, "--mode=evaluate", "--checkpoint=all", *flags(SMALLEST))
   title = f"{count} evaluations in one process"
   return Scenario(
     title, "evaluation", command, lambda: len([*workdir.glob("steps/*/evaluation.json")])
@@ -103,12 +101,8 @@ def evaluations(output: pathlib.Path, count: int) -> Scenario:
 
 def run(scenario: Scenario, path: pathlib.Path, interval: float) -> dict[str, Verdict]:
   """Run a scenario; write its series and verdicts to `path`.json and a picture to `path`.png."""
-  environment = tiny.environment(
-    1, JAX_COMPILATION_CACHE_DIR=os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{path.parent}/cache")
-  )
-  series = watch(
-    scenario.command, environment, path.with_suffix(".log"), scenario.done, interval
-  )
+  env = environment(path.parent)
+  series = watch(scenario.command, env, path.with_suffix(".log"), scenario.done, interval)
   verdicts = judge(series)
   record = {"title": scenario.title, "unit": scenario.unit, "series": series}
   record["verdicts"] = {name: dataclasses.asdict(v) for name, v in verdicts.items()}
@@ -133,24 +127,21 @@ def describe(verdicts: dict[str, Verdict]) -> list[str]:
   return lines
 
 
-def soak(
-  output: pathlib.Path, steps: int, num_samples: int, num_evaluations: int, interval: float
-) -> int:
+def soak(output: pathlib.Path, steps: int, samples: int, evaluations: int, interval: float) -> int:
   """Run the scenarios whose amount of work is not 0; return the number of quantities that grow."""
   made = {}
   if steps:
-    made["training"] = training(output, steps)
-  if num_samples or num_evaluations:
-    made["checkpoints"] = checkpoints(output, max(1, num_evaluations))
-  if num_samples:
-    made["samples"] = samples(output, num_samples)
-  if num_evaluations:
-    made["evaluations"] = evaluations(output, num_evaluations)
+    made["training"] = train(output, steps)
+  if samples or evaluations:
+    made["checkpoints"] = checkpoints(output, max(1, evaluations))
+  if samples:
+    made["samples"] = sample(output, samples)
+  if evaluations:
+    made["evaluations"] = evaluate(output, evaluations)
   growing = 0
   for name, scenario in made.items():
     if not scenario.title:  # what the others need
-      environment = tiny.environment(1, JAX_COMPILATION_CACHE_DIR=str(output / "cache"))
-      watch(scenario.command, environment, output / f"{name}.log", scenario.done, interval)
+      watch(scenario.command, environment(output), output / f"{name}.log", scenario.done, interval)
       continue
     verdicts = run(scenario, output / name, interval)
     print(f"{name}: {scenario.title}", *describe(verdicts), sep="\n", flush=True)

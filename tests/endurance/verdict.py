@@ -4,11 +4,12 @@ The first fifth of the work is left out. In it programs are compiled, the memory
 its working size, and each kind of work (a grid, an evaluation, a save) runs for the first time and
 starts the threads that it keeps. The rest is cut into blocks of equal work, each of several rounds
 of that work. A block's value is a median, or the time over the work, so that a single peak does not
-count. The slope is the median of those between all pairs of blocks (Theil and Sen), whose confidence
-interval needs no model of the noise.
+count. The slope is the median of those between all pairs of blocks (Theil and Sen), whose
+confidence interval needs no model of the noise.
 """
 
 import dataclasses
+import itertools
 import pathlib
 
 import numpy as np
@@ -60,7 +61,7 @@ def blocks_of(series: dict[str, list[float]]) -> dict[str, np.ndarray]:
   """
   done = np.asarray(series["done"])
   edges = np.linspace(WARM_UP * done.max(), done.max(), BLOCKS + 1)
-  rows = [np.flatnonzero((done > low) & (done <= high)) for low, high in zip(edges, edges[1:])]
+  rows = [np.flatnonzero((done > low) & (done <= high)) for low, high in itertools.pairwise(edges)]
   full = [i for i, found in enumerate(rows) if len(found)]
   if len(full) < FEWEST_BLOCKS:
     raise ValueError(f"only {len(full)} of {BLOCKS} blocks have samples: sample more often")
