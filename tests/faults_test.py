@@ -51,9 +51,9 @@ def test_a_disk_that_fails_costs_one_line_and_nothing_else(tmp_path, record_prop
 
 # Counts of files with a damaged byte; of checkpoints, one of two is whole and is read.
 FLIPS = [
-  pytest.param("latents", 100, 6),
+  pytest.param("latents", 100, 7),
   pytest.param("checkpoints", 10, 0),
-  pytest.param("latents", 200, 6, marks=pytest.mark.slow),
+  pytest.param("latents", 200, 7, marks=pytest.mark.slow),
   pytest.param("checkpoints", 200, 0, marks=pytest.mark.slow),
 ]
 

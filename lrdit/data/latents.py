@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int
+from jaxtyping import Bool, Float32, Int, UInt32
 
 from lrdit.data.source import Source
 from lrdit.model import vae_weights
@@ -74,7 +74,7 @@ def encode_on_the_fly(source: Source, runner: VaeRunner) -> EncodedSource:
 class CheckedRows:
   """A split's latents, memory-mapped, whose rows are compared with their checksums."""
 
-  def __init__(self, rows: np.ndarray, checksums: Int[np.ndarray, "N copies"], name: str):
+  def __init__(self, rows: np.ndarray, checksums: UInt32[np.ndarray, "N copies"], name: str):
     """Take (N, copies, 2, h, w, c) float32 rows; `name` is that of their file in messages."""
     self._rows, self._checksums, self._name, self.shape = rows, checksums, name, rows.shape
 
