@@ -7,6 +7,7 @@ import collections
 import pathlib
 import random
 import shutil
+import time
 from collections.abc import Callable
 
 from tests.endurance import targets
@@ -14,7 +15,6 @@ from tests.endurance.jobs import Job, environment
 from tests.endurance.targets import Target
 
 AT_START = 0.2  # share of the kills at any moment from the start of a process on
-START_SECONDS = 5.0
 # Of a hundred kills.
 SHARES = {"training": 20, "checkpoint": 20, "samples": 20, "encode": 15, "evaluate": 15, "two": 10}
 
@@ -23,10 +23,10 @@ def make_targets(output: pathlib.Path) -> dict[str, Target]:
   """Return what is killed, by the names of `SHARES`."""
   return {
     "training": targets.training(),
-    "checkpoint": targets.training(save_every=2, is_due=targets.is_saving, delay=0.05),
+    "checkpoint": targets.training(100, save_every=2, is_due=targets.is_saving, delay=0.02),
     "samples": targets.sampling(output),
-    "encode": targets.encoding(output, pause=4.0),
-    "evaluate": targets.evaluating(output, pause=4.0),
+    "encode": targets.encoding(output),
+    "evaluate": targets.evaluating(output, pause=0.8),
     "two": targets.training(processes=2),
   }
 
@@ -54,7 +54,17 @@ class Disturbance:
     self.findings: list[str] = []
     self._directory, self._disturbed = self.reference, 0
     target.prepare(self.reference)
-    self.finish()
+    self._start_seconds, self._work_seconds = self._measure()
+
+  def _measure(self) -> tuple[float, float]:
+    """Make what an undisturbed run makes; return the times until its work begins, and of it."""
+    mark, start = self.target.mark(self.reference), time.monotonic()
+    with self.start(self.reference) as job:
+      job.wait_until(lambda: self.target.mark(self.reference) not in (mark, None))
+      begun = time.monotonic()
+      statuses = job.wait()
+      assert set(statuses) == {0}, f"status {statuses}:\n{job.text[-2000:]}"
+    return begun - start, time.monotonic() - begun
 
   def start(self, directory: pathlib.Path) -> Job:
     """Start the command in a directory."""
@@ -72,12 +82,12 @@ class Disturbance:
     """Return at a random moment of the work, or of its start."""
     target, rng = self.target, self.rng
     if rng.random() < AT_START:
-      job.sleep(rng.uniform(0, START_SECONDS))
+      job.sleep(rng.uniform(0, self._start_seconds))
       return
     job.wait_until(lambda: target.mark(directory) not in (mark, None))
-    job.sleep(rng.uniform(0, target.pause))
+    job.sleep(rng.uniform(0, target.pause * self._work_seconds))
     job.wait_until(lambda: target.is_due(directory))
-    job.sleep(rng.uniform(0, target.delay))
+    job.sleep(rng.uniform(0, target.delay * self._work_seconds))
 
   def disturb(self, act: Callable[[Job], bool]) -> None:
     """Start the command, and `act` at a random moment, which returns whether it was in time."""
@@ -100,11 +110,10 @@ class Disturbance:
     with self.start(directory) as job:
       statuses = job.wait()
       assert set(statuses) == {0}, f"status {statuses}:\n{job.text[-2000:]}"
-    if directory is not self.reference:
-      self.target.compare(directory, self.reference)
-      self.counts["compared"] += 1
-      shutil.rmtree(directory)
-      self._directory = self.reference
+    self.target.compare(directory, self.reference)
+    self.counts["compared"] += 1
+    shutil.rmtree(directory)
+    self._directory = self.reference
 
   def run(self, count: int, act: Callable[[Job], bool]) -> None:
     """Disturb it so often; a finding keeps its directory."""

@@ -1,7 +1,6 @@
 """Commands that are disturbed, and what an undisturbed run of each makes."""
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -15,7 +14,7 @@ from tests.endurance.jobs import in_processes
 
 # One block, of which a program compiles in a second.
 MODEL = {"model.depth": 1, "model.patch_size": 4, "rank.num_buckets": 2}
-STEPS, SAMPLES, IMAGES = 1200, 40_000, 6000
+STEPS, SAMPLES, IMAGES = 300, 40_000, 2500
 # Facts of a sample set that tell how often it was begun.
 OF_STARTS = ("num_starts", "num_drawn", "wall_clock_seconds", "compile_seconds")
 
@@ -32,14 +31,14 @@ class Target:
   Attributes:
     prepare: makes what the command needs in an empty directory.
     commands: returns the command lines of its processes.
-    has_begun: whether a start that found the state `mark` has begun its work.
-    mark: returns the state of the directory for `has_begun`.
+    mark: returns a state of the directory that changes when a start begins its work, or None.
     saved: returns the units of work that are safe.
     resumed: finds in the output the units of work that a start went on from.
     compare: raises an AssertionError unless the directory is what the second one is.
     is_due: whether the work is at the moment in which it is to be disturbed.
-    pause: longest time in seconds from the beginning of the work until `is_due` is asked for.
-    delay: longest time in seconds from then on.
+    pause: longest time from the beginning of the work until `is_due` is asked for, as a share of
+      the time that undisturbed work takes.
+    delay: longest time from then on, likewise.
   """
 
   prepare: Callable[[pathlib.Path], Any]
@@ -49,7 +48,7 @@ class Target:
   resumed: str
   compare: Callable[[pathlib.Path, pathlib.Path], None]
   is_due: Callable[[pathlib.Path], bool] = lambda _: True
-  pause: float = 1.5
+  pause: float = 0.25
   delay: float = 0.0
 
   def went_on_from(self, text: str) -> int | None:
@@ -102,32 +101,32 @@ def is_saving(directory: pathlib.Path) -> bool:
     return False
 
 
-def training_fields(save_every: int) -> dict[str, Any]:
+def training_fields(steps: int, save_every: int) -> dict[str, Any]:
   """Return the fields of a run with grids and evaluations."""
-  fields = {"training.num_steps": STEPS, "training.eval_every_steps": 200}
-  return MODEL | fields | {"checkpoint.every_steps": save_every, "training.sample_every_steps": 400}
+  fields = {"training.num_steps": steps, "checkpoint.every_steps": save_every}
+  return (
+    MODEL | fields | {f"training.{name}_every_steps": steps // 2 for name in ("eval", "sample")}
+  )
 
 
-def compare_runs(directory: pathlib.Path, reference: pathlib.Path, save_every: int) -> None:
-  """Compare metrics, grids and, to the bit, the final states of two runs."""
-  fields = {name.replace(".", "__"): v for name, v in training_fields(save_every).items()}
-  trained.assert_same_run(directory, reference, **fields)
-  _same_files(directory / "samples", reference / "samples")
-  assert not (directory / "damaged_checkpoints").exists()
-
-
-def training(save_every: int = 20, processes: int = 1, **fields: Any) -> Target:
+def training(steps: int = STEPS, save_every: int = 20, processes: int = 1, **more: Any) -> Target:
   """Train."""
+  fields = training_fields(steps, save_every)
+
+  def compare(directory: pathlib.Path, reference: pathlib.Path) -> None:
+    own = {name.replace(".", "__"): value for name, value in fields.items()}
+    trained.assert_same_run(directory, reference, **own)
+    _same_files(directory / "samples", reference / "samples")
+    assert not (directory / "damaged_checkpoints").exists()
+
   return Target(
     prepare=lambda directory: directory.mkdir(),
-    commands=lambda directory: in_processes(
-      tiny.command(directory, *flags(training_fields(save_every))), processes
-    ),
+    commands=lambda directory: in_processes(tiny.command(directory, *flags(fields)), processes),
     mark=lambda directory: _changed(directory / "metrics.jsonl"),
     saved=newest_checkpoint,
     resumed=r"resuming from the checkpoint of step (\d+)",
-    compare=functools.partial(compare_runs, save_every=save_every),
-    **fields,
+    compare=compare,
+    **more,
   )
 
 
@@ -184,7 +183,7 @@ def sampling(output: pathlib.Path, **more: Any) -> Target:
 
 def evaluating(output: pathlib.Path, **more: Any) -> Target:
   """Train a classifier, measure references and a sample set, and write evaluation.json."""
-  given = {"evaluation.extractors": ("pixel", "classifier"), "evaluation.classifier_steps": 300}
+  given = {"evaluation.extractors": ("pixel", "classifier"), "evaluation.classifier_steps": 60}
   fields = MODEL | given | {"sampling.num_samples": 200, "sampling.num_steps": 2}
 
   def prepare(directory: pathlib.Path) -> None:
