@@ -18,8 +18,8 @@ from tests.endurance.watch import watch
 
 ROUND = 500  # steps between the grids, evaluations and checkpoints of training
 BATCH = 500  # samples computed at once
-# The kernel joins pages of malloc's heap to huge ones and splits them again as it likes, which moved
-# the resident memory of a training between 0.5 and 0.9 GiB.
+# The kernel joins pages of malloc's heap to huge ones and splits them again as it likes, which
+# moved the resident memory of a training between 0.5 and 0.9 GiB.
 SMALL_PAGES = KEEP_FREED.replace("hugetlb=1", "hugetlb=0")
 
 # One block of four tokens, of which a million samples take a minute.
