@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from lrdit.rank.plan import dense_plan
-from lrdit.runtime import parallel, store
+from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.train import checkpoints as checkpoints_module
 from lrdit.train import manifest as manifest_module
@@ -433,22 +433,3 @@ def test_a_damaged_checkpoint_on_another_disk_stays_on_it(tmp_path, monkeypatch,
   checkpoints.save(make_state(2), CONFIG)
   checkpoints.close()
   assert_equal(Checkpoints(tmp_path / "run", 2).restore_state(TEMPLATE), make_state(2))
-
-
-def test_a_checkpoint_is_on_the_disk_before_the_one_it_replaces_is_removed(tmp_path, monkeypatch):
-  """A power failure may empty files that were written and renamed, but not synced."""
-  save(tmp_path, 5, keep=1)
-  synced, sync, directory = set(), store.sync, tmp_path / "checkpoints"
-
-  def record(path):
-    assert (directory / "5").exists()
-    assert not (directory / "6").exists()
-    sync(path)
-    synced.add(pathlib.Path(*path.relative_to(directory).parts[1:]))
-
-  monkeypatch.setattr(store, "sync", record)
-  save(tmp_path, 6, keep=1)
-  assert [path.name for path in directory.iterdir()] == ["6"]
-  found = {path.relative_to(directory / "6") for path in (directory / "6").rglob("*")}
-  found -= {pathlib.Path("commit_success.txt")}  # an empty mark, which nothing reads on a disk
-  assert synced == found | {pathlib.Path()}
