@@ -217,15 +217,23 @@ class Experiment:
     fixed = dict(objective=objective, boundaries=self.curriculum.boundaries)
     return parallel.pmap(functools.partial(step.gradient_norms, **fixed), devices)
 
+  @functools.cached_property
+  def _eval_steps(self) -> dict[Any, Callable]:
+    """Those made so far. Jax never frees a pmapped function, so that another one costs memory."""
+    return {}
+
   def eval_step(self, devices: parallel.Devices, model: dit.DiT | None = None) -> Callable:
     """Return the pmapped evaluation step of a model, by default the arm's own.
 
-    It is for `held_out.held_out_losses`.
+    It is for `held_out.held_out_losses`, and is made once for the same arguments.
     """
-    objective, boundaries = self.objective(devices), self.curriculum.boundaries
-    objective = dataclasses.replace(objective, model=model or objective.model)
-    fixed = dict(objective=objective.without_augmentation(), boundaries=boundaries)
-    return parallel.pmap(functools.partial(step.eval_step, **fixed), devices)
+    key = tuple(devices), model
+    if key not in self._eval_steps:
+      objective, boundaries = self.objective(devices), self.curriculum.boundaries
+      objective = dataclasses.replace(objective, model=model or objective.model)
+      fixed = dict(objective=objective.without_augmentation(), boundaries=boundaries)
+      self._eval_steps[key] = parallel.pmap(functools.partial(step.eval_step, **fixed), devices)
+    return self._eval_steps[key]
 
   # Sampling.
 

@@ -3,6 +3,8 @@
 DIR/train.npy, DIR/eval.npy: (N, copies, 2, h, w, c) float32. Copy 1, if there is one, is of the
 mirrored image; the axis of 2 holds mean and log-variance, unscaled.
 DIR/train_labels.npy, DIR/eval_labels.npy: (N,) int32.
+DIR/train_checksums.npy, DIR/eval_checksums.npy: (N, copies) uint32, CRC-32 of each copy of a row,
+with which it is compared whenever it is read. Directories of earlier versions have none.
 DIR/progress.json: how many rows of an unfinished directory are safely written.
 DIR/manifest.json: what was encoded with which VAE, and a checksum of that. It is written last.
 
@@ -18,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int
+from jaxtyping import Bool, Float32, Int, UInt32
 
 from lrdit.data.source import Source
 from lrdit.model import vae_weights
@@ -29,6 +31,7 @@ from lrdit.runtime.locks import lock_path
 
 SPLITS = ("train", "eval")
 CHECKSUM = "crc32"  # of the rest of the manifest
+_FIX = "delete the directory, and encode again"
 
 
 def scaled_posterior(
@@ -68,6 +71,22 @@ def encode_on_the_fly(source: Source, runner: VaeRunner) -> EncodedSource:
   return EncodedSource(**fields, runner=runner)
 
 
+class CheckedRows:
+  """A split's latents, memory-mapped, whose rows are compared with their checksums."""
+
+  def __init__(self, rows: np.ndarray, checksums: UInt32[np.ndarray, "N copies"], name: str):
+    """Take (N, copies, 2, h, w, c) float32 rows; `name` is that of their file in messages."""
+    self._rows, self._checksums, self._name, self.shape = rows, checksums, name, rows.shape
+
+  def __getitem__(self, index: tuple[np.ndarray, np.ndarray]) -> Float32[np.ndarray, "b 2 h w c"]:
+    """Return the rows of some (examples, copies); raise a UserError if one has changed."""
+    rows = self._rows[index]
+    for number, row, crc32 in zip(index[0], rows, self._checksums[index], strict=True):
+      if zlib.crc32(row) != crc32:
+        raise UserError(f"row {number} of {self._name} has changed since it was written: {_FIX}")
+    return rows
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LatentSource(Source):
   """A split of latents; `images` is (N, copies, 2, h, w, c) float32, memory-mapped."""
@@ -91,9 +110,18 @@ class LatentSource(Source):
 
 
 def _row_files(
-  directory: pathlib.Path, split: str, count: int, latent_shape: Sequence[int]
-) -> tuple[store.RowFile, store.RowFile]:
-  """Return the files of a split's latents and labels."""
+  directory: pathlib.Path,
+  split: str,
+  count: int,
+  entry: dict[str, Any],
+  latent_shape: Sequence[int],
+) -> tuple[store.RowFile, ...]:
+  """Return the files of a split's latents, labels and, if its entry has them, checksums."""
+  files = (
+    ("", tuple(latent_shape), "<f4"),
+    ("_labels", (), "<i4"),
+    ("_checksums", (latent_shape[0],), "<u4"),
+  )
   return tuple(
     store.RowFile(
       directory / f"{split}{part}.npy",
@@ -102,8 +130,19 @@ def _row_files(
       f"delete {directory}, and encode again",
       store.npy_header((count, *shape), dtype),
     )
-    for part, shape, dtype in (("", tuple(latent_shape), "<f4"), ("_labels", (), "<i4"))
+    for part, shape, dtype in files[: len(entry["crc32"])]
   )
+
+
+def append_rows(
+  files: tuple[store.RowFile, ...],
+  moments: Float32[np.ndarray, "b copies 2 h w c"],
+  labels: Int[np.ndarray, " b"],
+) -> None:
+  """Write rows to the files from `LatentWriter.open_split`, which has to `keep` them."""
+  checksums = [[zlib.crc32(np.ascontiguousarray(copy)) for copy in row] for row in moments]
+  for file, rows in zip(files, (moments, labels, np.array(checksums, np.uint32)), strict=False):
+    file.append(rows)
 
 
 def _read_record(path: pathlib.Path) -> dict[str, Any] | None:
@@ -120,7 +159,7 @@ def _read_record(path: pathlib.Path) -> dict[str, Any] | None:
     for split in SPLITS:
       entry = record["splits"][split]
       numbers = [type(number) for number in (entry["done"], *entry["crc32"])]
-      if numbers != [int] * 3:
+      if numbers not in ([int] * 4, [int] * 3):  # earlier versions wrote no checksums of rows
         raise ValueError("the splits' entries are no numbers")
   return record
 
@@ -151,7 +190,7 @@ class LatentWriter:
       own = ("progress.json.tmp", lock_path(directory, "encode").name)
       if any(path.name not in own for path in directory.iterdir()):
         raise UserError(f"{directory} is not empty and holds no latents: use another --output")
-      fresh = {split: {"done": 0, "crc32": [0, 0]} for split in num_examples}
+      fresh = {split: {"done": 0, "crc32": [0, 0, 0]} for split in num_examples}
       found = {"description": description, "splits": fresh}
       store.write_json(directory / "progress.json", found)
     self._progress = found
@@ -161,17 +200,17 @@ class LatentWriter:
     return self._progress["splits"][split]["done"]
 
   @contextlib.contextmanager
-  def open_split(self, split: str) -> Iterator[tuple[store.RowFile, store.RowFile]]:
-    """Open the files of a split's latents and labels, ready for the next row."""
+  def open_split(self, split: str) -> Iterator[tuple[store.RowFile, ...]]:
+    """Open the files of a split, ready for `append_rows` of the next row."""
     entry, shape = self._progress["splits"][split], self._progress["description"]["latent_shape"]
-    files = _row_files(self.directory, split, self._num_examples[split], shape)
+    files = _row_files(self.directory, split, self._num_examples[split], entry, shape)
     with contextlib.ExitStack() as opened:
       for file, crc32 in zip(files, entry["crc32"], strict=True):
         opened.callback(file.close)
         file.open(entry["done"], crc32)
       yield files
 
-  def keep(self, split: str, files: tuple[store.RowFile, store.RowFile]) -> None:
+  def keep(self, split: str, files: tuple[store.RowFile, ...]) -> None:
     """Make the rows written so far safe against a kill."""
     for file in files:
       file.sync()
@@ -213,18 +252,25 @@ def open_latents(directory: str, split: str) -> LatentSource:
     if {type(size) for size in description["latent_shape"]} != {int}:
       raise ValueError("its latent_shape is no shape")
     # Mapped, as a damaged header may ask for any amount of memory.
-    rows, labels = (np.load(path / f"{split}{part}.npy", mmap_mode="r") for part in ("", "_labels"))
-    kinds = [((entry["done"], *description["latent_shape"]), "<f4"), ((entry["done"],), "<i4")]
-    if [(array.shape, array.dtype.str) for array in (rows, labels)] != kinds:
+    shape, count = description["latent_shape"], entry["done"]
+    kinds = {"": ((count, *shape), "<f4"), "_labels": ((count,), "<i4")}
+    if len(entry["crc32"]) > len(kinds):
+      kinds["_checksums"] = ((count, shape[0]), "<u4")
+    arrays = {part: np.load(path / f"{split}{part}.npy", mmap_mode="r") for part in kinds}
+    if {part: (array.shape, array.dtype.str) for part, array in arrays.items()} != kinds:
       raise ValueError("its files have other shapes than the manifest says")
-    labels = np.array(labels)
-    if zlib.crc32(labels) != entry["crc32"][1]:
-      raise ValueError(f"{split}_labels.npy has changed since it was written")
-    encoding = {"vae": description["vae_digest"], "crc32": entry["crc32"]}
+    rows = arrays.pop("")
+    read = {part: np.array(array) for part, array in arrays.items()}
+    for (part, array), crc32 in zip(read.items(), entry["crc32"][1:], strict=True):
+      if zlib.crc32(array) != crc32:
+        raise ValueError(f"{split}{part}.npy has changed since it was written")
+    encoding = {"vae": description["vae_digest"], "crc32": entry["crc32"][:2]}
     fingerprint = description["sources"][split] | encoding
     rows._mmap.madvise(mmap.MADV_RANDOM)  # Reading ahead in the file would be wasted.
     vae_config = vae_weights.parse_config(description["vae_config"], path / "manifest.json")
-    return LatentSource(rows, labels, description["num_classes"], fingerprint, vae_config)
+    if "_checksums" in read:
+      rows = CheckedRows(rows, read["_checksums"], str(path / f"{split}.npy"))
+    return LatentSource(rows, read["_labels"], description["num_classes"], fingerprint, vae_config)
 
 
 def verify(directory: pathlib.Path) -> None:
@@ -233,6 +279,6 @@ def verify(directory: pathlib.Path) -> None:
   for split in SPLITS:
     open_latents(str(directory), split)
     entry, shape = manifest["splits"][split], manifest["description"]["latent_shape"]
-    files = _row_files(directory, split, entry["done"], shape)
+    files = _row_files(directory, split, entry["done"], entry, shape)
     for file, crc32 in zip(files, entry["crc32"], strict=True):
       file.verify(entry["done"], crc32)

@@ -61,8 +61,7 @@ def encode_split(
           f"the VAE's latents of image {done + int(np.argmin(are_finite))} of the split {split} "
           "are not finite: use another VAE"
         )
-      files[0].append(encoded)
-      files[1].append(batch["label"])
+      latents.append_rows(files, encoded, batch["label"])
       done += len(pixels)
       bar.update(len(pixels))
       if done - kept >= KEEP_EVERY_IMAGES or done == total:

@@ -187,11 +187,18 @@ def evaluate(
   sets, stay in the file. `checkpoint` is that of `run_files.choose_checkpoint`, or
   `run_files.ALL` for the held-out losses of all.
   """
+  path, devices = open_trained(workdir, config), devices or parallel.all_devices()
   if checkpoint == run_files.ALL:
-    _evaluate_all(config, workdir, devices)
-    return
-  experiment, path = Experiment(config), open_trained(workdir, config)
-  chosen = run_files.choose_checkpoint(path, checkpoint)
+    _evaluate_all(config, path, devices)
+  else:
+    _evaluate_one(Experiment(config), path, devices, checkpoint)
+
+
+def _evaluate_one(
+  experiment: Experiment, path: pathlib.Path, devices: parallel.Devices, checkpoint: str
+) -> None:
+  """Write the evaluation.json of one checkpoint, unless it is complete already."""
+  config, chosen = experiment.config, run_files.choose_checkpoint(path, checkpoint)
   with contextlib.ExitStack() as opened:
     if cluster.is_first():
       chosen.output.mkdir(parents=True, exist_ok=True)
@@ -199,14 +206,15 @@ def evaluate(
       directory = chosen.output / "samples" / config.sampling.name
       if config.evaluation.extractors and directory.is_dir():
         opened.enter_context(owned(directory, "sample"))
-    _evaluate(experiment, path, chosen, devices or parallel.all_devices())
+    _evaluate(experiment, path, chosen, devices)
 
 
-def _evaluate_all(config: ConfigDict, workdir: str, devices: parallel.Devices | None) -> None:
+def _evaluate_all(config: ConfigDict, path: pathlib.Path, devices: parallel.Devices) -> None:
   """Write steps/losses.json and losses.png: held-out losses of every kept checkpoint."""
-  path, alone = open_trained(workdir, config), ConfigDict(config.to_dict())
+  alone = ConfigDict(config.to_dict())
   alone.evaluation.extractors = ()
-  measure = functools.partial(evaluate, alone, workdir, devices)
+  # One experiment, so that the evaluation step is compiled once.
+  measure = functools.partial(_evaluate_one, Experiment(alone), path, devices)
   steps, files = over_steps.measure_kept(path, measure, ("evaluation.json",))
   if not files:
     return

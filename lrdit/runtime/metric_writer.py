@@ -86,6 +86,10 @@ class MetricWriter:
     if self._tensorboard:
       self._tensorboard.write(step, {k: v for k, v in values.items() if v is not None})
 
+  def sync(self) -> None:
+    """Wait until the lines are on the disk, as those before a checkpoint are not written again."""
+    os.fsync(self._file.fileno())
+
   def close(self) -> None:
     """Close the files."""
     self._file.close()

@@ -75,12 +75,26 @@ def damage_of(path: pathlib.Path, fix: str) -> Iterator[None]:
     raise StoreError(f"{path} is damaged ({error.strerror})", fix) from error
 
 
+def sync(path: pathlib.Path) -> None:
+  """Wait until a closed file, or a directory's entries, are on the disk."""
+  file = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(file)
+  finally:
+    os.close(file)
+
+
 @contextlib.contextmanager
 def atomic_path(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yield a temporary path beside `path`, which is renamed to it on success."""
+  """Yield a temporary path beside `path`, which is renamed to it on success.
+
+  The contents are on the disk before: a power failure may otherwise leave an empty file of the
+  final name.
+  """
   temporary = path.with_name(path.name + ".tmp")
   try:
     yield temporary
+    sync(temporary)
     os.replace(temporary, path)
   except BaseException:
     temporary.unlink(missing_ok=True)
@@ -98,11 +112,9 @@ def remove_directory(path: pathlib.Path) -> None:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-  """Write indented JSON atomically, and to the disk."""
-  with atomic_path(path) as temporary, temporary.open("w") as file:
-    file.write(json.dumps(value, indent=2) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
+  """Write indented JSON atomically."""
+  with atomic_path(path) as temporary:
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
@@ -193,11 +205,9 @@ def check_finite(what: str, arrays: Mapping[str, np.ndarray], fix: str) -> None:
 
 
 def save_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-  """Write an .npz atomically, and to the disk."""
+  """Write an .npz atomically."""
   with atomic_path(path) as temporary, temporary.open("wb") as file:
     np.savez(file, **arrays)
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def load_arrays(path: pathlib.Path, fix: str) -> dict[str, np.ndarray]:

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import os
 import pathlib
 import time
 import zipfile
@@ -341,13 +340,10 @@ class SampleSetWriter:
         yield chunk
 
     with store.atomic_path(self.directory / "samples.npz") as temporary:
-      with temporary.open("wb") as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-          write_member(archive, "arr_0", np.uint8, (count, *self._shape), rows())
-          if label_rule is not None:
-            write_member(archive, "arr_1", np.int64, (count,), _labels(label_rule, count))
-        file.flush()
-        os.fsync(file.fileno())
+      with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        write_member(archive, "arr_0", np.uint8, (count, *self._shape), rows())
+        if label_rule is not None:
+          write_member(archive, "arr_1", np.int64, (count,), _labels(label_rule, count))
       for _ in _read_batches(temporary, metadata, self._rows.chunk_rows):
         pass  # Reading compares the checksums.
     share = num_saturated / (count * math.prod(self._shape))

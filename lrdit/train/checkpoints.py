@@ -34,6 +34,7 @@ TREES = ("params", "ema_params", "opt_state")
 RESTARTABLE = re.compile(r"\['(window|stage)'\](?!\['(number|first_step)'\])")
 # Paths that orbax takes literally: it splits at "gs:", and tensorstore and glob interpret others.
 PLAIN_PATH = re.compile(r"[\w/.,=@%+~ -]*")
+PENDING = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that orbax is writing
 DESCRIPTORS = pathlib.Path("/proc/self/fd")  # where Linux gives any open directory a plain path
 
 log = logging.getLogger("lrdit")
@@ -95,6 +96,7 @@ class Checkpoints:
     if keep is not None:
       self.directory.mkdir(parents=True, exist_ok=True)
       access = dict(max_to_keep=keep, keep_period=keep_every, cleanup_tmp_directories=True)
+      access["async_options"] = ocp.AsyncOptions(post_finalization_callback=self._sync_pending)
     # This process reads and writes alone, whatever other processes there are.
     alone = ocp.options.MultiprocessingOptions(
       primary_host=cluster.process_id(),
@@ -157,6 +159,16 @@ class Checkpoints:
       self._manager.check_for_errors()
     except Exception as error:
       raise self._save_failed(error) from error
+
+  def _sync_pending(self) -> None:
+    """Bring a checkpoint to the disk before it becomes visible and an older one is removed.
+
+    Orbax writes its JSON without that, and a power failure within seconds would leave it empty.
+    """
+    for directory, _, names in os.walk(self.directory):
+      if PENDING in directory:
+        for name in (*names, ""):
+          store.sync(pathlib.Path(directory, name))
 
   def _save_failed(self, error: Exception) -> UserError:
     return UserError(

@@ -74,6 +74,8 @@ class RunFiles:
   def save_host(self, state: TrainState) -> None:
     """Start to save a checkpoint of a host state, whose arrays nothing may overwrite."""
     if self._checkpoints:
+      if self._writer:
+        self._writer.sync()
       self._checkpoints.save(state, self._config.to_dict())
 
   def finish_saves(self) -> list[int]:

@@ -65,8 +65,8 @@ def write_random_latents(directory: pathlib.Path, num_examples: int, copies: int
     with writer.open_split(split) as files:
       for start in range(writer.num_done(split), count, CHUNK):
         rows = min(CHUNK, count - start)
-        files[0].append(rng.standard_normal((rows, copies, *SHAPE), np.float32))
-        files[1].append(rng.integers(0, 1000, rows))
+        moments = rng.standard_normal((rows, copies, *SHAPE), np.float32)
+        latents.append_rows(files, moments, rng.integers(0, 1000, rows))
       writer.keep(split, files)
   writer.finish()
 

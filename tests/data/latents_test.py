@@ -25,6 +25,9 @@ DESCRIPTION = {
 }
 
 
+FILES = [f"{split}{part}.npy" for split in COUNTS for part in ("", "_labels", "_checksums")]
+
+
 def moments(split):
   shape = (COUNTS[split], *DESCRIPTION["latent_shape"])
   return np.random.default_rng(len(split)).normal(size=shape).astype(np.float32)
@@ -43,8 +46,7 @@ def write_rows(writer, split, start, end):
 
 
 def append(files, split, start, end):
-  files[0].append(moments(split)[start:end])
-  files[1].append(labels(split)[start:end])
+  latents.append_rows(files, moments(split)[start:end], labels(split)[start:end])
 
 
 def write(directory, sittings=((0, 7),), description=DESCRIPTION):
@@ -75,10 +77,13 @@ def test_what_is_written_is_plain_npy_with_checksums(directory):
     np.testing.assert_array_equal(rows, moments(split))
     np.testing.assert_array_equal(numbers, labels(split))
     assert (rows.dtype, numbers.dtype) == (np.float32, np.int32)
-    crcs = [zlib.crc32(rows.tobytes()), zlib.crc32(numbers.tobytes())]
+    checksums = np.load(directory / f"{split}_checksums.npy")
+    copies = [[zlib.crc32(copy.tobytes()) for copy in row] for row in rows]
+    np.testing.assert_array_equal(checksums, copies)
+    crcs = [zlib.crc32(array.tobytes()) for array in (rows, numbers, checksums)]
     assert manifest["splits"][split] == {"done": count, "crc32": crcs}
   assert {p.name for p in directory.iterdir()} == {
-    *(f"{split}{part}.npy" for split in COUNTS for part in ("", "_labels")),
+    *(f"{split}{part}.npy" for split in COUNTS for part in ("", "_labels", "_checksums")),
     "manifest.json",
   }
   latents.verify(directory)
@@ -116,6 +121,47 @@ def test_the_fingerprint_covers_vae_source_and_contents(directory, tmp_path):
   assert fingerprint | DESCRIPTION["sources"]["train"] | {"vae": "abc"} == fingerprint
   other = write(tmp_path / "other", description=DESCRIPTION | {"vae_digest": "abd"})
   assert latents.open_latents(str(other), "train").fingerprint != fingerprint
+
+
+def of_an_earlier_version(directory, record):
+  """Turn a directory into one that has no checksums of its rows."""
+  path = directory / record
+  found = json.loads(path.read_text())
+  found.pop("crc32", None)
+  for split, entry in found["splits"].items():
+    entry["crc32"].pop()
+    (directory / f"{split}_checksums.npy").unlink(missing_ok=True)
+  path.write_text(json.dumps(found))
+  return directory
+
+
+def test_a_row_that_changed_is_never_read(directory):
+  source = latents.open_latents(str(directory), "train")
+  index = np.arange(7)
+  with (directory / "train.npy").open("r+b") as file:
+    file.seek(128 + 3 * moments("train")[0].nbytes + 5)  # the first copy of row 3
+    file.write(b"\x01")
+  match = r"row 3 of .*train\.npy has changed since it was written: delete"
+  with pytest.raises(UserError, match=match):
+    source.gather(index, np.zeros(7, bool))
+  with pytest.raises(UserError, match=match):
+    latents.open_latents(str(directory), "train").first_classes(2).gather(index[:3], index[:3] < 0)
+  source.gather(index, np.ones(7, bool))
+  of_an_earlier_version(directory, "manifest.json")
+  latents.open_latents(str(directory), "train").gather(index, np.zeros(7, bool))
+
+
+def test_latents_of_an_earlier_version_open_and_go_on_without_checksums(directory, tmp_path):
+  found = latents.open_latents(str(directory), "train").fingerprint
+  old = tmp_path / "old"
+  write_rows(latents.LatentWriter(old, DESCRIPTION, COUNTS), "train", 0, 2)
+  write(of_an_earlier_version(old, "progress.json"), ((2, 7),))
+  assert {*contents(directory)} - {*contents(old)} == {
+    "train_checksums.npy",
+    "eval_checksums.npy",
+  }
+  latents.verify(old)
+  assert latents.open_latents(str(old), "train").fingerprint == found
 
 
 def test_several_sittings_write_the_same_bytes_as_one(directory, tmp_path):
@@ -182,7 +228,7 @@ def test_an_unfinished_directory_says_how_far_it_is(tmp_path):
     latents.open_latents(str(tmp_path), "train")
 
 
-@pytest.mark.parametrize("name", ["train.npy", "train_labels.npy", "eval.npy", "eval_labels.npy"])
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("size", [0, 60, -1, 1])
 def test_a_file_of_another_length_is_refused(directory, name, size):
   path = directory / name
@@ -193,7 +239,7 @@ def test_a_file_of_another_length_is_refused(directory, name, size):
     latents.verify(directory)
 
 
-@pytest.mark.parametrize("name", ["train.npy", "train_labels.npy", "eval.npy", "eval_labels.npy"])
+@pytest.mark.parametrize("name", FILES)
 def test_verify_finds_one_flipped_bit(directory, name):
   path = directory / name
   data = bytearray(path.read_bytes())

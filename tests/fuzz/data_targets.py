@@ -135,8 +135,8 @@ def make_latents(path: pathlib.Path) -> None:
     if not len(rows):
       continue
     with writer.open_split(split) as files:
-      files[0].append(np.zeros((len(rows), *shape), np.float32))
-      files[1].append(rows.astype(np.int32))
+      zeros = np.zeros((len(rows), *shape), np.float32)
+      latents.append_rows(files, zeros, rows.astype(np.int32))
       writer.keep(split, files)
   if not writer.is_complete:
     writer.finish()

@@ -16,6 +16,7 @@ from lrdit.experiment import Experiment
 from lrdit.model import layouts, low_rank, tensor_files
 from lrdit.modes import dry_run, evaluate, export
 from lrdit.pretrained import open_pretrained, starting_params
+from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from tests import tiny, trained
 
@@ -151,7 +152,7 @@ def test_the_card_has_the_figures_of_the_exported_parameters(tmp_path):
   assert "0.12346" not in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_chosen_checkpoint_is_measured_beside_the_newest(tmp_path):
+def test_a_chosen_checkpoint_is_measured_beside_the_newest(tmp_path, monkeypatch):
   config = save(tmp_path / "run", "method=full", 4, 8, evaluation__extractors=())
   write_data(tmp_path / "run", config)
   workdir, devices = str(tmp_path / "run"), jax.devices()[:1]
@@ -161,7 +162,11 @@ def test_a_chosen_checkpoint_is_measured_beside_the_newest(tmp_path):
   first = json.loads((tmp_path / "run" / "steps" / "4" / "evaluation.json").read_text())
   assert [newest["checkpoint_step"], first["checkpoint_step"]] == [8, 4]
   assert first["held_out"]["raw"]["loss"] != newest["held_out"]["raw"]["loss"]
+  (tmp_path / "run" / "steps" / "4" / "evaluation.json").unlink()
+  made, pmap = [], parallel.pmap
+  monkeypatch.setattr(parallel, "pmap", lambda *args: made.append(pmap(*args)) or made[-1])
   evaluate.evaluate(config, workdir, devices, checkpoint="all")
+  assert len(made) == 1  # jax never frees a pmapped function
   curves = json.loads((tmp_path / "run" / "steps" / "losses.json").read_text())
   assert curves["steps"] == [4, 8]
   assert curves["raw"]["loss"] == [x["held_out"]["raw"]["loss"] for x in (first, newest)]

@@ -93,3 +93,10 @@ def test_rows_go_on_where_their_record_says(tmp_path):
     file().verify(6, zlib.crc32(rows[:6].tobytes()))
   with pytest.raises(store.StoreError, match="has lost data: write it again"):
     file().open(8, 0)
+
+
+def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
+  events = []
+  monkeypatch.setattr(store, "sync", lambda path: events.append((path.name, path.read_text())))
+  store.write_json(tmp_path / "a", 1)
+  assert events == [("a.tmp", "1\n")]

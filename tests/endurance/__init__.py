@@ -1,0 +1,1 @@
+"""Long runs and faults: `python -m tests.endurance --help`."""
