@@ -96,5 +96,5 @@ def flips(output: pathlib.Path, count: int, seed: int) -> int:
       found += 1
       continue
     read = count - sum(refused.values())
-    print(f"{kind}: {count} damaged, {sum(refused.values())} refused, {read} read unchanged")
+    print(f"{kind}: {count} damaged, {sum(refused.values())} refused, {read} read as written")
   return found
