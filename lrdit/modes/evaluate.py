@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lrdit.analysis import figures, over_steps, plot_style
-from lrdit.config.run_config import open_trained
+from lrdit.config.run_config import choose_checkpoint, open_trained
 from lrdit.data.source import Source
 from lrdit.evaluation import held_out, references
 from lrdit.evaluation.features import Extractor
@@ -191,7 +191,7 @@ def evaluate(
     _evaluate_all(config, workdir, devices)
     return
   experiment, path = Experiment(config), open_trained(workdir, config)
-  chosen = run_files.choose_checkpoint(path, checkpoint)
+  chosen = choose_checkpoint(path, config, checkpoint)
   with contextlib.ExitStack() as opened:
     if cluster.is_first():
       chosen.output.mkdir(parents=True, exist_ok=True)
