@@ -217,7 +217,7 @@ class Trainer:
     that begins at its checkpoint of step 0 keeps the line that it has.
     """
     self.files.save_host(state)
-    if not self.config.training.eval_every_steps or self.files.last_metrics_step() >= 0:
+    if not self.config.training.eval_every_steps or self.files.has_metrics():
       return
     params = parallel.replicate(state.ema_params, self.devices)
     scalars = {"eval/loss": self._held_out_loss(self.eval_step, params)}

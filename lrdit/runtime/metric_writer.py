@@ -15,26 +15,23 @@ from lrdit.runtime.store import atomic_path, parse_json
 log = logging.getLogger("lrdit")
 
 
-def _drop_lines_after(path: pathlib.Path, step: int) -> int:
+def _drop_lines_after(path: pathlib.Path, step: int) -> bool:
   """Remove lines that a resumed run writes again, and an incomplete last one.
 
-  Return the step of the last line that stays, or -1.
+  Return whether a line stays.
   """
-  kept: list[str] = []
-  last = -1
   if not path.is_file():
-    return last
+    return False
+  kept = []
   for line in path.read_text(errors="replace").splitlines():
     try:
-      found = parse_json(line)["step"]
-      if found <= step:
+      if parse_json(line)["step"] <= step:
         kept.append(line + "\n")
-        last = found
     except (ValueError, TypeError, KeyError):
       break  # cut off when the process was killed; nothing follows it
   with atomic_path(path) as temporary:
     temporary.write_text("".join(kept))
-  return last
+  return bool(kept)
 
 
 class _EventWriter:
@@ -72,14 +69,14 @@ class _EventWriter:
 class MetricWriter:
   """Appends each step's scalars as a line of JSON in full precision, after dropping later steps.
 
-  Steps after `first_step` are dropped, all of them where it is -1. `kept_step` is the step of the
-  last line that stays, or -1. With `tensorboard`, TensorBoard events are written too where the
-  package can be imported.
+  Steps after `first_step` are dropped, all of them where it is -1. `has_lines` says whether
+  earlier ones stay. With `tensorboard`, TensorBoard events are written too where the package can be
+  imported.
   """
 
   def __init__(self, workdir: pathlib.Path, first_step: int, tensorboard: bool):
     path = workdir / "metrics.jsonl"
-    self.kept_step = _drop_lines_after(path, first_step)
+    self.has_lines = _drop_lines_after(path, first_step)
     self._file, self._tensorboard = path.open("a"), None
     if tensorboard:
       try:

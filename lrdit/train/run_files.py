@@ -60,10 +60,9 @@ class RunFiles:
       self._writer = MetricWriter(self._workdir, self._restored_step, tensorboard)
       self._opened.callback(self._writer.close)
 
-  def last_metrics_step(self) -> int:
-    """Return, on every process, the step of the last line that `begin` kept; -1 without one."""
-    step = self._writer.kept_step if self._writer else -1
-    return int(cluster.from_first(np.int32(step)))
+  def has_metrics(self) -> bool:
+    """Return, on every process, whether the run had lines of metrics that `begin` kept."""
+    return bool(cluster.from_first(np.bool_(self._writer is not None and self._writer.has_lines)))
 
   def write_metrics(self, step: int, scalars: Mapping[str, float]) -> None:
     """Write a line of metrics."""
