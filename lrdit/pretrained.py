@@ -21,8 +21,8 @@ from ml_collections import ConfigDict
 from lrdit.config import derive
 from lrdit.config.checks import require
 from lrdit.config.resolve import resolve_for_run
-from lrdit.config.run_config import as_config
-from lrdit.config.schema import get, upgrade
+from lrdit.config.run_config import VARIANCE_FLOOR, as_config, trained_with
+from lrdit.config.schema import upgrade
 from lrdit.data.source import Source
 from lrdit.experiment import Experiment
 from lrdit.model import dit, factors, layouts, tensor_files
@@ -31,20 +31,19 @@ from lrdit.runtime.errors import UserError
 from lrdit.train.checkpoints import Checkpoints, directory_of
 from lrdit.train.moments import input_moments
 
-# Fields without which trained parameters mean something else; "lrdit" in an export's config.json.
-TRAINED_WITH = (
-  "model.num_heads",
-  "model.frequency_shift",
-  "diffusion.num_train_timesteps",
-  "diffusion.noise_schedule",
-  "diffusion.prediction",
-)
-VARIANCE_FLOOR = "diffusion.variance_floor"
+# With what the published code trains models of a learned variance, which their files do not tell.
+PUBLISHED = {
+  "diffusion.num_train_timesteps": 1000,
+  "diffusion.noise_schedule": "linear",
+  "diffusion.prediction": "epsilon",
+}
 OWN_WEIGHTS = "model.safetensors"  # of an export in our own layout
 DIRECTORY_WEIGHTS = (
   tensor_files.WEIGHTS_NAME,
   tensor_files.WEIGHTS_NAME + tensor_files.INDEX_SUFFIX,
   OWN_WEIGHTS,
+  "diffusion_pytorch_model.fp16.safetensors",  # as diffusers names its variant "fp16"
+  "diffusion_pytorch_model.safetensors.index.fp16.json",
   "diffusion_pytorch_model.bin",
 )
 MOMENT_BYTES = 2 << 30  # of the second moments that are held at once
@@ -58,12 +57,12 @@ class Pretrained:
 
   source: str  # names them in messages
   params: dict[str, np.ndarray]  # float32
+  unknown: str  # of what they were trained with, as a message; "" if nothing
 
-
-def trained_with(config: ConfigDict) -> dict[str, Any]:
-  """Return the fields of a run that its parameters depend on, by name."""
-  names = (*TRAINED_WITH, VARIANCE_FLOOR) if config.model.learn_sigma else TRAINED_WITH
-  return {name: get(config, name) for name in names}
+  def warn(self) -> None:
+    """Log a warning of what is unknown."""
+    if self.unknown:
+      log.warning("%s", self.unknown)
 
 
 def open_pretrained(config: ConfigDict, shape: dit.DiTShape) -> Pretrained:
@@ -71,7 +70,7 @@ def open_pretrained(config: ConfigDict, shape: dit.DiTShape) -> Pretrained:
 
   Raises:
     UserError: there are none, they are damaged or of another model, or were trained with other
-      fields of `TRAINED_WITH`.
+      fields of `trained_with`.
   """
   given = config.init.from_.replace("{seed}", str(config.seed))
   path = pathlib.Path(os.path.expanduser(given))
@@ -84,11 +83,27 @@ def open_pretrained(config: ConfigDict, shape: dit.DiTShape) -> Pretrained:
     tensors = tensor_files.read_tensors(path, config.init.weights)
     layout = layouts.detect(tensors, str(path))
     fields = _stored_fields(path, layout, shape)
+  own = trained_with(config)
   for name, value in fields.items():
-    if value is not None and name in trained_with(config):
+    if value is not None and name in own:
       rule = f"is not what {path} was trained with: use {value!r}"
-      require(get(config, name) == value, name, get(config, name), rule)
-  return Pretrained(str(path), layouts.to_params(layout, tensors, shape, str(path)))
+      require(own[name] == value, name, own[name], rule)
+  untold = {name: value for name, value in own.items() if fields.get(name) is None}
+  unknown = _name_unknown(path, untold, config.model.learn_sigma and layout != layouts.OWN)
+  return Pretrained(str(path), layouts.to_params(layout, tensors, shape, str(path)), unknown)
+
+
+def _name_unknown(path: pathlib.Path, untold: dict[str, Any], may_be_published: bool) -> str:
+  """Return a warning of fields, given with a run's own values, that a file does not tell, or ""."""
+  if not untold:
+    return ""
+  text = f"{path} does not tell {', '.join(untold)}, which are not compared"
+  others = {name: value for name, value in PUBLISHED.items() if untold.get(name, value) != value}
+  if not (others and may_be_published):
+    return text
+  published = " and ".join(f"{name}={value!r}" for name, value in others.items())
+  here = " and ".join(repr(untold[name]) for name in others)
+  return f"{text}; the published models have {published}, and this run has {here}"
 
 
 def _read_run(
@@ -129,9 +144,9 @@ def _stored_fields(path: pathlib.Path, layout: str, shape: dit.DiTShape) -> dict
   if layout == layouts.OFFICIAL:
     return published | {"model.frequency_shift": 0}
   if not config.is_file():
-    log.warning("no config.json beside %s: its number of heads is not compared", path)
     return published if layout == layouts.DIFFUSERS else {}
   if layout == layouts.DIFFUSERS:
+    published["model.num_heads"] = shape.num_heads  # which is compared with the file's
     fields = layouts.check_diffusers_config(config, shape).get("lrdit", published)
   else:
     fields = store.read_json(config, "restore it").get("lrdit", {})
@@ -193,6 +208,7 @@ def starting_params(experiment: Experiment, source: Source) -> Any:
   """
   config, plan = experiment.config, experiment.plan
   trained = open_pretrained(config, experiment.shape)
+  trained.warn()
   params = trained.params
   cut = [name for name, _ in plan.layers if f"{name}/kernel" in params]
   for name, roots in _roots(experiment, params, source, cut):

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +169,48 @@ def test_published_weights_need_the_published_variance(tmp_path):
     open_pretrained(other, Experiment(other).shape)
 
 
+UNTOLD = r"diffusion\.num_train_timesteps, diffusion\.noise_schedule, diffusion\.prediction, which"
+OTHERS = (
+  r"published models have diffusion\.noise_schedule='linear' and diffusion\.prediction='epsilon', "
+  r"and this run has 'cosine' and 'v'$"
+)
+
+
+def unknown_of(config):
+  return open_pretrained(config, Experiment(config).shape).unknown
+
+
+def test_a_warning_says_what_a_foreign_file_does_not_tell(full_run, tmp_path):
+  fields = dict(model__learn_sigma=True, diffusion__variance_floor="posterior")
+  path = write_file(tmp_path, layouts.OFFICIAL, config_of("", **fields))
+  found = unknown_of(config_of(path, **fields))
+  assert re.search(rf"does not tell model\.num_heads, {UNTOLD}.*{OTHERS}", found)
+  published = dict(diffusion__noise_schedule="linear", diffusion__prediction="epsilon")
+  assert "published" not in unknown_of(config_of(path, **fields | published))
+  path = write_file(tmp_path, layouts.DIFFUSERS, config_of("", **fields))
+  found = unknown_of(config_of(path, **fields))
+  assert re.search(rf"does not tell model\.frequency_shift, {UNTOLD}.*{OTHERS}", found)
+  assert not unknown_of(config_of(full_run))
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_the_half_precision_variant_of_diffusers_is_read(tmp_path, is_sharded):
+  config = tiny.tiny_config("method=full", **trained.SHALLOW)
+  path = write_file(tmp_path, layouts.DIFFUSERS, config)
+  tensors = tensor_files.read_tensors(path, "ema")
+  path.unlink()
+  half = {key: tensor.astype(np.float16) for key, tensor in tensors.items()}
+  name = "diffusion_pytorch_model.fp16.safetensors"
+  if is_sharded:
+    index, name = "diffusion_pytorch_model.safetensors.index.fp16.json", "shard.fp16.safetensors"
+    weight_map = json.dumps({"weight_map": dict.fromkeys(half, name)})
+    (tmp_path / index).write_text(weight_map)
+  tensor_files.write_safetensors(tmp_path / name, half, {})
+  given = config_of(tmp_path)
+  found = open_pretrained(given, Experiment(given).shape).params
+  assert_equal(found, {k: np.float32(np.float16(v)) for k, v in params_of(config).items()})
+
+
 def test_a_path_without_weights_is_refused(tmp_path):
   for path, words in ((tmp_path, "neither checkpoints nor"), (tmp_path / "no", "does not exist")):
     config = config_of(path)
@@ -200,6 +244,20 @@ def test_a_start_reports_its_loss_before_and_after_compression(full_run, tmp_pat
   assert [*full] == ["eval/loss"] and [*adaptive] == ["eval/loss", "init/loss"]
   np.testing.assert_allclose(adaptive["init/loss"], full["eval/loss"], rtol=1e-6)
   assert abs(adaptive["eval/loss"] / full["eval/loss"] - 1) > 1e-3
+  assert_one_start(tmp_path / "adaptive", config)
+
+
+def assert_one_start(workdir, config):
+  """A run that starts again at step 0 keeps its line, and one without a checkpoint replaces it."""
+  path = workdir / "metrics.jsonl"
+  first = path.read_text()
+  marked = first.replace('"step": 0', '"step": 0, "first": 1')
+  path.write_text(marked)
+  train.train(config, str(workdir), jax.devices()[:1])
+  assert path.read_text() == marked
+  shutil.rmtree(workdir / "checkpoints")
+  train.train(config, str(workdir), jax.devices()[:1])
+  assert path.read_text() == first
 
 
 def test_distillation_adds_the_distance_from_the_teacher_to_the_loss(full_run):

@@ -1,4 +1,7 @@
-"""A run's config.json and changes.jsonl, and which fields may change in its workdir."""
+"""A run's config.json and changes.jsonl, and which fields may change in its workdir.
+
+Also the fields that must not differ between a run and parameters from elsewhere.
+"""
 
 import contextlib
 import dataclasses
@@ -11,14 +14,33 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lrdit.config.field import Role
-from lrdit.config.schema import FIELDS, fields_of, upgrade
+from lrdit.config.schema import FIELDS, fields_of, get, upgrade
 from lrdit.runtime import cluster
 from lrdit.runtime.errors import UserError
-from lrdit.runtime.store import DAMAGE, atomic_path, changes, flatten, parse_json, write_json
+from lrdit.runtime.store import (
+  DAMAGE,
+  atomic_path,
+  changes,
+  check_same,
+  flatten,
+  parse_json,
+  write_json,
+)
 from lrdit.runtime.workdir import has_begun
+from lrdit.train import run_files
+from lrdit.train.checkpoints import Checkpoints
 from lrdit.train.run_files import check_same_on_all
 
 CHANGES = "changes.jsonl"
+# Fields without which trained parameters mean something else; "lrdit" in an export's config.json.
+TRAINED_WITH = (
+  "model.num_heads",
+  "model.frequency_shift",
+  "diffusion.num_train_timesteps",
+  "diffusion.noise_schedule",
+  "diffusion.prediction",
+)
+VARIANCE_FLOOR = "diffusion.variance_floor"
 
 log = logging.getLogger("lrdit")
 
@@ -46,6 +68,32 @@ def open_trained(path: str, config: ConfigDict) -> pathlib.Path:
   if cluster.is_first():
     log_process_fields(open_workdir(path, config, create=False), config)
   return pathlib.Path(path)
+
+
+def trained_with(config: ConfigDict) -> dict[str, Any]:
+  """Return the fields of a run that its parameters depend on, by name."""
+  names = (*TRAINED_WITH, VARIANCE_FLOOR) if config.model.learn_sigma else TRAINED_WITH
+  return {name: get(config, name) for name in names}
+
+
+def choose_checkpoint(
+  workdir: str | pathlib.Path, config: ConfigDict, which: str
+) -> run_files.ChosenCheckpoint:
+  """Return the checkpoint that `which` names, as `run_files.choose_checkpoint` has it.
+
+  The first process compares `trained_with` of another run's checkpoint with the config's.
+
+  Raises:
+    UserError: it names none, or is of a run with other fields.
+  """
+  chosen = run_files.choose_checkpoint(workdir, which)
+  is_other = chosen.run.resolve() != pathlib.Path(workdir).resolve()
+  if is_other and chosen.step is not None and cluster.is_first():
+    ours, stored = trained_with(config), checkpoint_config(chosen.run, chosen.step)
+    theirs = {name: get(stored, name) for name in ours}
+    fix = "choose a checkpoint of such a model, or give --workdir and --config of that run"
+    check_same(f"{which} is the checkpoint of another model", ours, theirs, fix)
+  return chosen
 
 
 def open_workdir(path: str, config: ConfigDict, create: bool) -> pathlib.Path:
@@ -190,6 +238,12 @@ def as_config(stored: dict[str, Any]) -> ConfigDict:
     return ConfigDict(tuples(stored))
   except DAMAGE as error:
     raise UserError(f"the config of the run is damaged ({error}): {fix}") from error
+
+
+def checkpoint_config(workdir: pathlib.Path, step: int) -> ConfigDict:
+  """Return the config that a run had at its checkpoint of `step`."""
+  with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+    return as_config(upgrade(checkpoints.read_config(step)))
 
 
 def stored_config(workdir: pathlib.Path) -> ConfigDict:

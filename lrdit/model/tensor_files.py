@@ -56,7 +56,7 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
-  """Return the tensors of the safetensors files that an index (.index.json) lists.
+  """Return the tensors of the safetensors files that an index lists.
 
   Raises:
     UserError: index and files do not fit each other; the message names a tensor.
@@ -112,8 +112,8 @@ def read_torch(path: pathlib.Path, weights: str) -> dict[str, np.ndarray]:
 
 
 def read_tensors(path: pathlib.Path, weights: str) -> dict[str, np.ndarray]:
-  """Return a file's tensors; a .index.json, safetensors or PyTorch's, by the file's name."""
-  if path.name.endswith(INDEX_SUFFIX):
+  """Return the tensors of safetensors, their shards' index (.json) or PyTorch's, by the name."""
+  if path.suffix == ".json":
     return read_shards(path)
   return read_torch(path, weights) if path.suffix in PICKLE_SUFFIXES else read_safetensors(path)
 

@@ -27,7 +27,7 @@ from lrdit.config import measured_schedule
 from lrdit.config.checks import require
 from lrdit.config.derive import METHODS
 from lrdit.config.resolve import resolve
-from lrdit.config.run_config import open_trained, open_workdir
+from lrdit.config.run_config import choose_checkpoint, open_trained, open_workdir
 from lrdit.data.source import Source
 from lrdit.evaluation import held_out
 from lrdit.experiment import Experiment
@@ -100,7 +100,7 @@ class Analysis:
     checkpoint: str = "",
   ):
     """Read a checkpoint of the trained run in workdir `path`."""
-    chosen = run_files.choose_checkpoint(path, checkpoint)
+    chosen = choose_checkpoint(path, experiment.config, checkpoint)
     self.experiment, self.devices, self._workdir = experiment, devices, path
     self.config, self._directory = experiment.config, chosen.output / "analysis"
     config = self.config
@@ -306,7 +306,7 @@ def analyze(
   )
   sections = [by_name[name] for name in by_name if name in config.analysis.sections]
   path = open_trained(workdir, config) if sections else open_workdir(workdir, config, create=True)
-  directory = run_files.choose_checkpoint(path, checkpoint).output / "analysis"
+  directory = choose_checkpoint(path, config, checkpoint).output / "analysis"
   devices = devices or parallel.all_devices()
   directory.mkdir(parents=True, exist_ok=True)
   with owned(directory, "analyze"):

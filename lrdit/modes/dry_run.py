@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from lrdit.benchmark.arms import arm_experiments
 from lrdit.config import derive
-from lrdit.config.run_config import check_workdir
+from lrdit.config.run_config import check_workdir, choose_checkpoint
 from lrdit.experiment import Experiment
 from lrdit.model import dit, flops
 from lrdit.pretrained import open_pretrained, open_run
@@ -44,9 +44,9 @@ def dry_run(
     needs_no_run = mode in ("train", "benchmark") or (mode == "analyze" and not _sections(config))
     check_workdir(path, config, create=needs_no_run)
   is_all = mode in ("evaluate", "analyze") and checkpoint == run_files.ALL
-  chosen = run_files.choose_checkpoint(path, "" if is_all else checkpoint)
+  chosen = choose_checkpoint(path, config, "" if is_all else checkpoint)
   if mode == "train" and config.init.from_ and not has_begun(chosen.run):
-    open_pretrained(config, experiment.shape)
+    open_pretrained(config, experiment.shape).warn()
   for group in _batch_groups(mode, config):
     parallel.check_divisible(f"config.{group}.batch_size", config[group].batch_size, devices)
   counts = _count_data(mode, experiment)

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lrdit.analysis import figures, over_steps, plot_style
-from lrdit.config.run_config import open_trained
+from lrdit.config.run_config import choose_checkpoint, open_trained
 from lrdit.data.source import Source
 from lrdit.evaluation import held_out, references
 from lrdit.evaluation.features import Extractor
@@ -198,7 +198,7 @@ def _evaluate_one(
   experiment: Experiment, path: pathlib.Path, devices: parallel.Devices, checkpoint: str
 ) -> None:
   """Write the evaluation.json of one checkpoint, unless it is complete already."""
-  config, chosen = experiment.config, run_files.choose_checkpoint(path, checkpoint)
+  config, chosen = experiment.config, choose_checkpoint(path, experiment.config, checkpoint)
   with contextlib.ExitStack() as opened:
     if cluster.is_first():
       chosen.output.mkdir(parents=True, exist_ok=True)

@@ -8,11 +8,17 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from lrdit.config.run_config import open_trained
+from lrdit.config.run_config import (
+  checkpoint_config,
+  choose_checkpoint,
+  open_trained,
+  trained_with,
+)
 from lrdit.experiment import Experiment
 from lrdit.model import factors, flops, layouts, tensor_files
 from lrdit.model.low_rank import slice_params
-from lrdit.pretrained import OWN_WEIGHTS, trained_with
+from lrdit.pretrained import OWN_WEIGHTS
+from lrdit.rank.plan import dense_plan
 from lrdit.runtime import store
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
@@ -20,7 +26,7 @@ from lrdit.train import checkpoints, run_files
 
 log = logging.getLogger("lrdit")
 
-DIFFUSERS_VERSION = "0.42.0"  # whose outputs tests/golden/exported_dit.npz holds
+DIFFUSERS_VERSION = "0.42.1"  # whose outputs tests/golden/exported_dit.npz holds
 
 CARD = """---
 library_name: {library}
@@ -63,9 +69,11 @@ def export(
   """
   experiment, path = Experiment(config), open_trained(workdir, config)
   bucket = _bucket(experiment, format)
-  chosen = run_files.choose_checkpoint(path, checkpoint)
+  chosen = choose_checkpoint(path, config, checkpoint)
   weights, template = "ema" if config.sampling.use_ema else "raw", experiment.params_template
-  step, restored = run_files.restore_params(chosen.run, template, [weights], chosen.step)
+  kinds = sorted({weights, "ema"})  # an evaluation has the digest of the latter
+  step, restored = run_files.restore_params(chosen.run, template, kinds, chosen.step)
+  num_steps = checkpoint_config(chosen.run, step).training.num_steps
   params = restored[weights]
   facts = {"checkpoint_step": step, "checkpoint_digest": checkpoints.digest(params)}
   facts |= {"weights": weights, "bucket": bucket, **trained_with(config)}
@@ -76,7 +84,11 @@ def export(
     metadata = {"format": "pt", "lrdit": json.dumps(store.as_json(facts))}
     tensor_files.write_safetensors(directory / name, tensors, metadata)
     store.write_json(directory / "config.json", stored | {"lrdit": facts})
-    card = model_card(experiment, facts, format, chosen.output / "evaluation.json")
+    key = {"checkpoint_step": step, "checkpoint_digest": checkpoints.digest(restored["ema"])}
+    figures = {"parameters in the file": f"{sum(tensor.size for tensor in tensors.values()):,}"}
+    if bucket is None or experiment.plan.num_buckets == 1:  # else a timestep's ranks are others
+      figures |= read_metrics(chosen.output / "evaluation.json", key, weights)
+    card = model_card(experiment, facts, format, num_steps, figures)
     with store.atomic_path(directory / "README.md") as temporary:
       temporary.write_text(card)
   log.info("wrote step %d, %s weights, to %s", step, weights, directory)
@@ -110,9 +122,13 @@ def _contents(
 
 
 def model_card(
-  experiment: Experiment, facts: dict[str, Any], format: str, evaluation: pathlib.Path
+  experiment: Experiment,
+  facts: dict[str, Any],
+  format: str,
+  num_steps: int,
+  figures: dict[str, str],
 ) -> str:
-  """Return README.md, with the figures of evaluation.json if they are of the same checkpoint."""
+  """Return README.md of a checkpoint of a run of `num_steps`, with `figures` in its table."""
   config, shape, plan = experiment.config, experiment.shape, experiment.plan
   bucket = facts["bucket"]
   if not plan.layers:
@@ -122,46 +138,47 @@ def model_card(
   else:
     t = np.flatnonzero(plan.bucket_of_timestep == bucket)
     kernels = f"Factors are merged to kernels at rank bucket {bucket} of {plan.num_buckets}, "
-    kernels += f"which serves timesteps {t[0]} to {t[-1]}: other timesteps compute otherwise."
-  merged = plan if bucket is None else experiment.plan.at_bucket(bucket)
+    kernels += f"which serves timesteps {t[0]} to {t[-1]}."
+    if plan.num_buckets > 1:
+      kernels += " The run's metrics are not of this file: other timesteps have other ranks."
+  written = plan if bucket is None else dense_plan(plan.num_train_timesteps)
   rows = {
     "arm": config.method,
     "data": f"{config.data.name}, {shape.num_classes} classes",
     "input": f"{shape.image_size} x {shape.image_size} x {shape.channels}",
     "blocks, width, heads": f"{shape.depth}, {shape.hidden_size}, {shape.num_heads}",
-    "parameters as factors"
-    if plan.layers
-    else "parameters": f"{flops.num_parameters(shape, merged):,}",
-    "MACs of a forward pass": f"{flops.mean_forward_macs(shape, merged):,.0f}",
+    "MACs of a forward pass, mean over t": f"{flops.mean_forward_macs(shape, written):,.0f}",
     "prediction": config.diffusion.prediction,
     "noise schedule": f"{config.diffusion.noise_schedule}, T = {plan.num_train_timesteps}",
-  } | _figures(evaluation, facts)
+  } | figures
   use = USE_DIFFUSERS.format(shift=config.model.frequency_shift)
   return CARD.format(
     library="diffusers" if format == layouts.DIFFUSERS else "lrdit",
     title=f"DiT-{config.model.variant}, {config.method}, on {config.data.name}",
     kernels=kernels,
     step=facts["checkpoint_step"],
-    num_steps=config.training.num_steps,
+    num_steps=num_steps,
     weights="averaged" if facts["weights"] == "ema" else "raw",
     rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     use=use if format == layouts.DIFFUSERS else USE_OWN,
   )
 
 
-def _figures(path: pathlib.Path, facts: dict[str, Any]) -> dict[str, str]:
-  """Return the figures of an evaluation of the exported parameters, by name; {} if there is none.
+def read_metrics(path: pathlib.Path, key: dict[str, Any], weights: str) -> dict[str, str]:
+  """Return the metrics of "raw" or "ema" weights in evaluation.json, by name.
 
-  They were measured with the ranks of every timestep's own bucket.
+  There are none unless the file has the "checkpoint_step" and "checkpoint_digest" of `key`, where
+  the digest is that of the averaged weights. They were measured with the ranks of every timestep's
+  own bucket.
   """
   if not path.exists():
     return {}
   found = store.read_json(path, "measure it again, or delete it")
-  if found.get("checkpoint_step") != facts["checkpoint_step"]:
+  if any(found.get(name) != value for name, value in key.items()):
     return {}
-  held_out = found.get("held_out", {}).get(facts["weights"], {})
+  held_out = found.get("held_out", {}).get(weights, {})
   figures = {"held-out loss": f"{held_out['loss']:.5f}"} if "loss" in held_out else {}
   for name, samples in found.get("samples", {}).items():
-    if samples.get("metadata", {}).get("weights") == facts["weights"]:
+    if samples.get("metadata", {}).get("weights") == weights:
       figures |= {f"{key}, samples {name!r}": f"{v:.6g}" for key, v in samples["figures"].items()}
   return figures

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from lrdit.config.run_config import open_trained
+from lrdit.config.run_config import choose_checkpoint, open_trained
 from lrdit.data import images
 from lrdit.experiment import Experiment, ToPixels
 from lrdit.runtime import cluster, parallel
@@ -147,7 +147,7 @@ def sample(
   sampler = experiment.sampler(devices)
   path = open_trained(workdir, config)
   weights = "ema" if s.use_ema else "raw"
-  chosen = run_files.choose_checkpoint(path, checkpoint)
+  chosen = choose_checkpoint(path, config, checkpoint)
   template = experiment.params_template
   step, restored = run_files.restore_params(chosen.run, template, [weights], chosen.step)
   params = restored[weights]

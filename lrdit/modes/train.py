@@ -59,7 +59,7 @@ def train(config: ConfigDict, workdir: str, devices: parallel.Devices | None = N
     first_step = int(state.step)
     if cluster.is_first():
       begin_config(trainer.workdir, trainer.config, first_step)
-    trainer.files.begin(first_step)
+    trainer.files.begin()
     trainer.prepare_quality()
     if first_step == 0 and config.init.from_:
       trainer.report_start(state)
@@ -213,10 +213,11 @@ class Trainer:
   def report_start(self, state: TrainState) -> None:
     """Save the host state that a run starts from, and log its held-out loss.
 
-    For a low-rank arm this is the loss after compression; the one before it is logged too.
+    For a low-rank arm this is the loss after compression; the one before it is logged too. A run
+    that begins at its checkpoint of step 0 keeps the line that it has.
     """
     self.files.save_host(state)
-    if not self.config.training.eval_every_steps:
+    if not self.config.training.eval_every_steps or self.files.has_metrics():
       return
     params = parallel.replicate(state.ema_params, self.devices)
     scalars = {"eval/loss": self._held_out_loss(self.eval_step, params)}

@@ -15,10 +15,13 @@ from lrdit.runtime.store import atomic_path, parse_json
 log = logging.getLogger("lrdit")
 
 
-def _drop_lines_after(path: pathlib.Path, step: int) -> None:
-  """Remove lines that a resumed run writes again, and an incomplete last one."""
+def _drop_lines_after(path: pathlib.Path, step: int) -> bool:
+  """Remove lines that a resumed run writes again, and an incomplete last one.
+
+  Return whether a line stays.
+  """
   if not path.is_file():
-    return
+    return False
   kept = []
   for line in path.read_text(errors="replace").splitlines():
     try:
@@ -28,6 +31,7 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> None:
       break  # cut off when the process was killed; nothing follows it
   with atomic_path(path) as temporary:
     temporary.write_text("".join(kept))
+  return bool(kept)
 
 
 class _EventWriter:
@@ -65,12 +69,14 @@ class _EventWriter:
 class MetricWriter:
   """Appends each step's scalars as a line of JSON in full precision, after dropping later steps.
 
-  With `tensorboard`, TensorBoard events are written too where the package can be imported.
+  Steps after `first_step` are dropped, all of them where it is -1. `has_lines` says whether
+  earlier ones stay. With `tensorboard`, TensorBoard events are written too where the package can be
+  imported.
   """
 
   def __init__(self, workdir: pathlib.Path, first_step: int, tensorboard: bool):
     path = workdir / "metrics.jsonl"
-    _drop_lines_after(path, first_step)
+    self.has_lines = _drop_lines_after(path, first_step)
     self._file, self._tensorboard = path.open("a"), None
     if tensorboard:
       try:

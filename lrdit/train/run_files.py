@@ -33,6 +33,7 @@ class RunFiles:
     """
     self._config, self._workdir = config, pathlib.Path(workdir)
     self._checkpoints: Checkpoints | None = None
+    self._restored_step = -1
     self._writer: MetricWriter | None = None
     with contextlib.ExitStack() as opened:
       if cluster.is_first():
@@ -48,13 +49,20 @@ class RunFiles:
 
   def restore_state(self, template: TrainState) -> TrainState | None:
     """Return the newest intact checkpoint's host state, or None; see `Checkpoints`."""
-    return self._checkpoints.restore_state(template) if self._checkpoints else None
+    state = self._checkpoints.restore_state(template) if self._checkpoints else None
+    self._restored_step = -1 if state is None else int(state.step)
+    return state
 
-  def begin(self, first_step: int) -> None:
-    """Open the metrics, which continue after `first_step`."""
+  def begin(self) -> None:
+    """Open the metrics, which continue after the restored step, or begin anew without one."""
     if self._checkpoints:
-      self._writer = MetricWriter(self._workdir, first_step, self._config.training.tensorboard)
+      tensorboard = self._config.training.tensorboard
+      self._writer = MetricWriter(self._workdir, self._restored_step, tensorboard)
       self._opened.callback(self._writer.close)
+
+  def has_metrics(self) -> bool:
+    """Return, on every process, whether the run had lines of metrics that `begin` kept."""
+    return bool(cluster.from_first(np.bool_(self._writer is not None and self._writer.has_lines)))
 
   def write_metrics(self, step: int, scalars: Mapping[str, float]) -> None:
     """Write a line of metrics."""

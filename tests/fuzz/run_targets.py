@@ -17,7 +17,7 @@ from lrdit.evaluation.features import PixelExtractor
 from lrdit.experiment import Experiment
 from lrdit.model import layouts, tensor_files
 from lrdit.modes import analyze, evaluate
-from lrdit.pretrained import open_pretrained, trained_with
+from lrdit.pretrained import open_pretrained
 from lrdit.report import page
 from lrdit.report.contents import make_report
 from lrdit.runtime import metric_writer, store, workdir
@@ -189,7 +189,7 @@ def make_dit(path: pathlib.Path, layout: str) -> None:
   tensor_files.write_safetensors(path / "model.safetensors", tensors, {})
   if layout != layouts.OFFICIAL:
     fields = {} if own else layouts.diffusers_config(shape)
-    fields["lrdit"] = trained_with(config)
+    fields["lrdit"] = run_config.trained_with(config)
     (path / "config.json").write_text(json.dumps(fields))
 
 

@@ -13,11 +13,13 @@ import pytest
 from lrdit.config import flags
 from lrdit.config.run_config import store_config
 from lrdit.experiment import Experiment
-from lrdit.model import layouts, low_rank, tensor_files
-from lrdit.modes import dry_run, evaluate, export
+from lrdit.model import flops, layouts, low_rank, tensor_files
+from lrdit.modes import analyze, dry_run, evaluate, export, sample
 from lrdit.pretrained import open_pretrained, starting_params
+from lrdit.rank.plan import dense_plan
 from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
+from lrdit.train import checkpoints
 from tests import tiny, trained
 
 LAYERS = trained.SHALLOW
@@ -138,6 +140,7 @@ def test_the_card_has_the_figures_of_the_exported_parameters(tmp_path):
   config = save(tmp_path / "run", "method=full")
   figures = {
     "checkpoint_step": 8,
+    "checkpoint_digest": digest_of(config),
     "held_out": {"ema": {"loss": 0.123456}, "raw": {"loss": 7.0}},
     "samples": {"default": {"metadata": {"weights": "ema"}, "figures": {"pixel_x": 4.5}}},
   }
@@ -147,9 +150,60 @@ def test_the_card_has_the_figures_of_the_exported_parameters(tmp_path):
   for line in ("held-out loss | 0.12346", "pixel_x, samples 'default' | 4.5", "A dense model."):
     assert line in card
   assert "downscale_freq_shift = 0" in card
-  (tmp_path / "run" / "evaluation.json").write_text(json.dumps(figures | {"checkpoint_step": 4}))
-  export.export(config, str(tmp_path / "run"), str(tmp_path / "out"), "diffusers")
-  assert "0.12346" not in (tmp_path / "out" / "README.md").read_text()
+  for stale in ({"checkpoint_step": 4}, {"checkpoint_digest": "0"}):
+    (tmp_path / "run" / "evaluation.json").write_text(json.dumps(figures | stale))
+    export.export(config, str(tmp_path / "run"), str(tmp_path / "out"), "diffusers")
+    assert "0.12346" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def digest_of(config):
+  """That of a checkpoint of step 8, as an evaluation has it."""
+  return checkpoints.digest(layouts.nest(trained.random_params(config)))
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+@pytest.mark.parametrize("bucket", [0, None])
+def test_the_card_of_a_merged_model_has_no_metrics_of_another(tmp_path, bucket, use_ema):
+  fields = dict(export__bucket=bucket, sampling__use_ema=use_ema)
+  config = save(tmp_path / "run", "method=adaptive", **fields)
+  losses = {"held_out": {"ema": {"loss": 0.123456}, "raw": {"loss": 7.0}}}
+  losses |= {"checkpoint_step": 8, "checkpoint_digest": digest_of(config)}
+  (tmp_path / "run" / "evaluation.json").write_text(json.dumps(losses))
+  # A run of epochs stores their steps.
+  epochs = dict(training__num_steps=None, training__num_epochs=1)
+  config = tiny.tiny_config("method=adaptive", **LAYERS | fields | epochs)
+  export.export(config, str(tmp_path / "run"), str(tmp_path / "out"))
+  card = (tmp_path / "out" / "README.md").read_text()
+  written = tensor_files.read_tensors(tmp_path / "out" / "model.safetensors", "ema")
+  assert f"parameters in the file | {sum(x.size for x in written.values()):,} |" in card
+  assert "Step 8 of 8," in card
+  loss = f"held-out loss | {0.12346 if use_ema else '7.00000'}"
+  assert (loss in card) == (bucket is None)
+  assert ("The run's metrics are not of this file" in card) == (bucket is not None)
+  shape, plan = Experiment(config).shape, Experiment(config).plan
+  plan = plan if bucket is None else dense_plan(plan.num_train_timesteps)
+  assert f"mean over t | {flops.mean_forward_macs(shape, plan):,.0f} |" in card
+
+
+OTHER_MODELS = [
+  ({"diffusion__prediction": "epsilon"}, r"prediction \('epsilon' there, 'v' asked for\)"),
+  ({"diffusion__noise_schedule": "linear"}, r"noise_schedule \('linear' there, 'cosine' asked"),
+  ({"model__num_heads": 4}, r"num_heads \(4 there, 2 asked for\)"),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), OTHER_MODELS)
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, fields, words):
+  config = save(tmp_path / "run", "method=full")
+  save(tmp_path / "other", "method=full", 4, **fields)
+  checkpoint = str(tmp_path / "other" / "checkpoints" / "4")
+  for mode in (evaluate.evaluate, sample.sample, analyze.analyze):
+    with pytest.raises(UserError, match=rf"checkpoints/4 is the checkpoint of another.*{words}"):
+      mode(config, str(tmp_path / "run"), jax.devices()[:1], checkpoint=checkpoint)
+  with pytest.raises(UserError, match=words):
+    export.export(config, str(tmp_path / "run"), str(tmp_path / "out"), checkpoint=checkpoint)
+  assert not (tmp_path / "out").exists()
+  assert not (tmp_path / "run" / "steps").exists()
 
 
 def test_a_chosen_checkpoint_is_measured_beside_the_newest(tmp_path, monkeypatch):

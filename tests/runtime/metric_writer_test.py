@@ -24,6 +24,17 @@ def test_lines_after_the_checkpoint_and_torn_lines_are_dropped(tmp_path, torn):
   writer.write(6, {"x": 60})
   writer.close()
   assert [line["x"] for line in read_metrics(tmp_path)] == [2, 4, 60]
+  assert writer.has_lines
+
+
+def test_a_run_without_a_checkpoint_begins_its_metrics_anew(tmp_path):
+  for first_step, has_lines in ((-1, False), (0, True), (-1, False)):  # no file, then step 0
+    writer = MetricWriter(tmp_path, first_step, tensorboard=False)
+    assert writer.has_lines == has_lines
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0] * has_lines
+    if not has_lines:
+      writer.write(0, {"x": 1})
+    writer.close()
 
 
 def test_tensorboard_is_off_with_one_line_where_it_cannot_be_imported(tmp_path, monkeypatch):

@@ -1,4 +1,3 @@
-import contextlib
 import copy
 import errno
 import os
@@ -434,20 +433,3 @@ def test_a_damaged_checkpoint_on_another_disk_stays_on_it(tmp_path, monkeypatch,
   checkpoints.save(make_state(2), CONFIG)
   checkpoints.close()
   assert_equal(Checkpoints(tmp_path / "run", 2).restore_state(TEMPLATE), make_state(2))
-
-
-def test_a_checkpoint_is_on_the_disk_before_it_is_visible(tmp_path, monkeypatch):
-  """A power failure within seconds of the save must not leave a checkpoint without contents."""
-  synced = set()
-
-  def record(path):
-    assert path.exists()
-    synced.add(path)
-
-  monkeypatch.setattr(checkpoints_module.store, "sync", record)
-  with contextlib.closing(Checkpoints(tmp_path, keep=1)) as opened:
-    opened.save(make_state(4), CONFIG)
-    opened.wait()
-  pending = {path for path in synced if checkpoints_module.PENDING in str(path)}
-  files = {path for path in (tmp_path / "checkpoints" / "4").rglob("*") if path.is_file()}
-  assert files and {path.name for path in files} <= {path.name for path in pending}

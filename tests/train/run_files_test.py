@@ -26,7 +26,7 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_after_them(tmp_path, monk
   monkeypatch.setattr(os, "fsync", record)
   monkeypatch.setattr(Checkpoints, "save", lambda *_: events.append("save"))
   with contextlib.closing(RunFiles(config, str(tmp_path), {})) as files:
-    files.begin(0)
+    files.begin()
     files.write_metrics(1, {"train/loss": 1.0})
     files.write_metrics(2, {"train/loss": 1.0})
     files.save_host(None)
