@@ -5,12 +5,14 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lrdit import pretrained
 from lrdit.config.resolve import resolve_for_run
 from lrdit.config.run_config import store_config
 from lrdit.experiment import Experiment
@@ -18,7 +20,7 @@ from lrdit.model import factors, layouts, low_rank, tensor_files
 from lrdit.modes import train
 from lrdit.pretrained import open_pretrained, open_run, starting_params, teacher_params
 from lrdit.runtime.errors import UserError
-from lrdit.train import loss
+from lrdit.train import loss, moments
 from lrdit.train.checkpoints import Checkpoints
 from tests import tiny, trained
 
@@ -79,6 +81,36 @@ def test_a_run_starts_from_a_foreign_file(tmp_path, layout):
   assert_equal(start(config_of(path)), params_of(config))
 
 
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_a_run_starts_from_a_pipeline_of_diffusers(tmp_path, num_shards):
+  config = tiny.tiny_config("method=full", **trained.SHALLOW)
+  directory = tmp_path / "transformer"
+  directory.mkdir()
+  path = write_file(directory, layouts.DIFFUSERS, config)
+  (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
+  if num_shards == 1:
+    path.rename(directory / tensor_files.WEIGHTS_NAME)
+  else:
+    tensors, weight_map = tensor_files.read_tensors(path, "ema"), {}
+    for number in range(num_shards):
+      name, keys = f"part-{number}.safetensors", sorted(tensors)[number::num_shards]
+      tensor_files.write_safetensors(directory / name, {key: tensors[key] for key in keys}, {})
+      weight_map |= dict.fromkeys(keys, name)
+    index = directory / (tensor_files.WEIGHTS_NAME + tensor_files.INDEX_SUFFIX)
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    path.unlink()
+  assert_equal(start(config_of(tmp_path)), params_of(config))
+
+
+def test_a_pickle_needs_pytorch(tmp_path, monkeypatch):
+  path = tmp_path / "DiT.pt"
+  path.write_bytes(b"any")
+  monkeypatch.setitem(sys.modules, "torch", None)  # importing it fails
+  config = config_of(path)
+  with pytest.raises(UserError, match=r"DiT\.pt is a pickle of PyTorch, which is not installed"):
+    open_pretrained(config, Experiment(config).shape)
+
+
 def test_the_seed_stands_in_the_path(full_run, tmp_path):
   (tmp_path / "run3").symlink_to(full_run)
   config = config_of(tmp_path / "run{seed}", seed=3)
@@ -99,6 +131,39 @@ def test_kernels_become_factors_of_the_plan(full_run, compression):
   least = np.linalg.norm(sigma[rank:])
   assert (error == pytest.approx(least, rel=1e-3)) == (compression == "svd")
   assert least - 1e-4 < error < np.linalg.norm(sigma)
+
+
+def test_every_bucket_is_whitened_by_inputs_at_its_own_timesteps(full_run, monkeypatch):
+  seen, measure = [], pretrained.input_moments
+
+  def note(*args):
+    seen.append(args[4].tolist())
+    return measure(*args)
+
+  monkeypatch.setattr(pretrained, "input_moments", note)
+  fields = {"init__compression": "whitened", "init__whitening_examples": 16}
+  config = config_of(full_run, ADAPTIVE, **fields)
+  start(config)
+  bucket = Experiment(config).plan.bucket_of_timestep
+  assert seen == [np.flatnonzero(bucket == b).tolist() for b in range(3)]
+
+
+def test_moments_are_of_the_noisy_patches_at_the_given_timesteps():
+  config = tiny.tiny_config("method=full", **trained.SHALLOW)
+  experiment, t = Experiment(config), np.array([100, 900])
+  objective, source = experiment.objective(jax.devices()[:1]), experiment.source("train")
+  settings, name = (16, config.seed), "patch_embed"
+  params = jax.tree.map(jnp.asarray, layouts.nest(params_of(config)))
+  got = moments.input_moments(objective, params, source, [name], t, 32, *settings)
+  rng, expected = np.random.default_rng([config.seed, 100]), 0
+  for number in range(2):
+    x_t, at, y = moments.noisy_batch(objective, source, t, number, 16, rng, config.seed)
+    assert (np.bincount(at, minlength=1000)[t] == 8).all()
+    assert y.shape == (16,)
+    patches = x_t.reshape(16, 4, 2, 4, 2).swapaxes(2, 3).reshape(-1, 4)
+    expected = expected + patches.T @ patches / len(patches) / 2
+  np.testing.assert_allclose(got[name], expected, rtol=1e-4, atol=1e-5)
+  assert [*got] == [name]
 
 
 def test_a_run_of_lower_rank_takes_the_prefix(tmp_path):
@@ -221,8 +286,10 @@ def test_a_path_without_weights_is_refused(tmp_path):
 @pytest.mark.parametrize("num_steps", [0, 1])
 def test_training_starts_from_the_trained_parameters(full_run, tmp_path, num_steps):
   fields = trained.SHALLOW | {"training__num_steps": num_steps, "init__from_": str(full_run)}
-  fields["init__distillation"] = 0.5
+  fields["init__distillation"] = 1e4
   trained.train_one_device(tmp_path, checkpoint__keep_every=1, **fields)
+  # The distance from the teacher, which the cut leaves, is almost all of the loss.
+  assert all(line["train/loss"] > 100 for line in tiny.read_metrics(tmp_path))
   with contextlib.closing(Checkpoints(tmp_path)) as opened:
     assert opened.steps() == [1, 0][1 - num_steps :]
     template = Experiment(tiny.tiny_config(**fields)).params_template

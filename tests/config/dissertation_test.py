@@ -18,6 +18,7 @@ def test_every_recipe_has_the_dissertation_s_training(recipe):
   assert (o.decay, o.ema_power, o.ema_decay) == ("cosine", 0.75, 0.9999)
   assert (config.sampling.solver, config.sampling.num_steps) == ("ddim", 100)
   assert (c.enabled, c.start, len(c.boundaries)) == (True, "high", 11)
+  assert (c.restart_optimizer, c.restart_decay) == (True, True)
   for method in ("full", "static", "narrow"):
     other = resolve(recipe.get_config(f"method={method}"))
     assert not other.curriculum.enabled

@@ -131,6 +131,19 @@ def test_other_weights_of_the_same_step_start_over(workdir, tmp_path, log_lines)
   assert images(directory) != before
 
 
+def test_a_chosen_checkpoint_is_sampled_beside_the_newest(workdir, tmp_path):
+  shutil.copytree(workdir / "checkpoints", tmp_path / "run" / "checkpoints")
+  shutil.copy(workdir / "config.json", tmp_path / "run")
+  config = tiny.tiny_config()
+  save_checkpoint(tmp_path / "run", config, step=12, scale=1.5, keep=2)
+  for checkpoint in ("", "8"):
+    sample.sample(config, str(tmp_path / "run"), jax.devices()[:1], checkpoint=checkpoint)
+  newest = tmp_path / "run" / "samples" / "default"
+  chosen = tmp_path / "run" / "steps" / "8" / "samples" / "default"
+  assert [metadata(d)["checkpoint_step"] for d in (newest, chosen)] == [12, 8]
+  assert images(chosen) == images(export(workdir, "default")) != images(newest)
+
+
 @pytest.mark.parametrize(
   ("rule", "expected"),
   [

@@ -225,6 +225,16 @@ def test_muon_resumes_to_the_bit(tmp_path, rule):
 
 
 @pytest.mark.slow
+def test_galore_resumes_to_the_bit_within_a_gap(tmp_path):
+  fields = SHALLOW | dict(optimizer__name="galore", optimizer__galore_rank=4)
+  fields |= dict(optimizer__galore_gap=4, rank__num_buckets=2)
+  train_one_device(tmp_path / "whole", training__num_steps=6, **fields)
+  for num_steps in (3, 6):
+    train_one_device(tmp_path / "parts", training__num_steps=num_steps, **fields)
+  assert_same_run(tmp_path / "parts", tmp_path / "whole", **fields)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_dtype_and_logs_it(tmp_path, told):
   train_one_device(tmp_path, training__num_steps=4)
   train_one_device(tmp_path, training__num_steps=5, model__dtype="bfloat16", model__remat=True)
@@ -359,7 +369,7 @@ def test_the_learning_rate_in_the_metrics_is_the_one_applied(undisturbed):
     )
 
 
-def test_what_a_run_may_watch_and_regularize(tmp_path):
+def test_what_a_run_may_watch_and_regularize(tmp_path, monkeypatch):
   """Penalties, GaLore, microbatches, independent timesteps, gradient norms and sample metrics."""
   fields = {f"regularizer__{name}": 1e-4 for name in ("frobenius", "nuclear", "orthogonality")}
   fields |= {"training__num_steps": 2, "diffusion__timesteps": "iid"}
@@ -367,7 +377,17 @@ def test_what_a_run_may_watch_and_regularize(tmp_path):
   fields |= {f"training__{name}_every_steps": 2 for name in ("gradient_norms", "metrics")}
   fields |= {"training__metrics_samples": 8, "curriculum__boundaries": (0, 400, 1000)}
   fields |= {"optimizer__ema_power": 0.75, "sampling__num_steps": 2}
+  measured, measure = [], train.Quality.measure
+
+  def note(quality, params):
+    measured.append(jax.tree.map(np.array, params))
+    return measure(quality, params)
+
+  monkeypatch.setattr(train.Quality, "measure", note)
   train_one_device(tmp_path, **SHALLOW, **fields)
+  state = final_state(tmp_path, **SHALLOW, **fields)
+  for got, averaged in zip(*map(jax.tree.leaves, (measured, state.ema_params)), strict=True):
+    np.testing.assert_array_equal(got, averaged)
   first, last = tiny.read_metrics(tmp_path)
   for name in ("frobenius", "nuclear"):
     assert first[f"train/penalty_{name}"] > last[f"train/penalty_{name}"] > 0

@@ -255,6 +255,19 @@ def test_guidance_may_be_of_the_first_channels_alone():
     np.testing.assert_allclose(got[0, 0, 0], expected)
 
 
+def test_a_sampler_guides_the_channels_that_the_config_names(monkeypatch):
+  seen, guided = [], sampler.guided_output
+
+  def note(*args):
+    seen.append(args[-2:])
+    return guided(*args)
+
+  monkeypatch.setattr(sampler, "guided_output", note)
+  fields = dict(sampling__guidance_scale=3.0, sampling__guidance_channels=1)
+  sample(tiny_config("method=full", sampling__num_steps=1, **fields), 4)
+  assert {*seen} == {(3.0, 1)}
+
+
 def test_learned_variance_replaces_the_posterior_s():
   """At coordinate -1 (posterior) and +1 (beta) the step's noise is known."""
   config = tiny_config(model__learn_sigma=True, sampling__solver="ddpm")

@@ -2,17 +2,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lrdit.experiment import Experiment
 from lrdit.rank import plan as rank_schedule
 from lrdit.rank import schedules
 from lrdit.rank.plan import RankPlan
 from lrdit.rank.strata import (
   COMPUTES,
+  TIMESTEPS,
+  independent,
   rank_groups,
   stratified_timesteps,
   stratum_bounds,
   uniform_strata,
 )
 from lrdit.train import curriculum
+from tests.tiny import tiny_config
 
 BOUNDARIES = (0, 44, 123, 234, 371, 520, 667, 796, 897, 966, 1000)
 
@@ -72,6 +76,19 @@ def test_a_stage_trains_its_group_and_replays_what_is_finished(start, batch_size
 def test_without_a_curriculum_everything_is_trained():
   [stage] = curriculum.make_stages(BOUNDARIES, (), 16)
   assert stage == curriculum.Stage((0, 10), uniform_strata(16, 1000))
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_independent_timesteps_are_those_of_every_stage(enabled):
+  fields = {"curriculum__enabled": enabled, "curriculum__boundaries": (0, 400, 1000)}
+  made = {
+    kind: Experiment(tiny_config(diffusion__timesteps=kind, **fields)).curriculum.stages
+    for kind in TIMESTEPS
+  }
+  assert len(made["iid"]) == (3 if enabled else 1)
+  for iid, stratified in zip(made["iid"], made["stratified"], strict=True):
+    assert iid.groups == stratified.groups
+    assert iid.strata == independent(stratified.strata) != stratified.strata
 
 
 @pytest.mark.parametrize("position", [0, 1, 4, 9])

@@ -129,3 +129,7 @@ def test_galore_steps_within_the_leading_singular_vectors_of_its_gradient():
     projector = optax.tree.get(state, "projector")["fc"]["kernel"]
     is_first = bool(np.allclose(np.abs(projector.T @ leading), np.eye(2), atol=1e-4))
     assert is_first == (step < 3)
+  # A stage's fresh state projects to its first gradient, although the gap is not over.
+  _, state = tx.update(grads, optax.tree.where(True, tx.init(params), state), params)
+  projector = optax.tree.get(state, "projector")["fc"]["kernel"]
+  np.testing.assert_allclose(np.abs(projector.T @ leading), np.eye(2), atol=1e-4)

@@ -152,6 +152,31 @@ def test_microbatches_give_the_gradient_of_the_batch():
   assert (int(group_count.sum()), bool(is_finite)) == (16, True)
 
 
+def test_gradient_norms_are_those_of_single_examples():
+  """A stand-in model: its output is its one parameter, so that gradients are known."""
+  config, devices = tiny_config("method=full"), jax.devices()[:1]
+  objective, boundaries, weight = Experiment(config).objective(devices), (0, 400, 1000), 0.5
+  model = mock.Mock(
+    spec=dit.DiT,
+    shape=objective.model.shape,
+    plan=objective.model.plan,
+    apply=lambda variables, x, *_: variables["params"]["w"] * jnp.ones_like(x),
+  )
+  objective = dataclasses.replace(objective, model=model)
+  fixed = dict(objective=objective, boundaries=boundaries)
+  measure = parallel.pmap(functools.partial(step_module.gradient_norms, **fixed), devices)
+  batch = digits_batch()
+  params = parallel.replicate({"w": jnp.float32(weight)}, devices)
+  total, squares, count = parallel.unreplicate(measure(params, batch, KEY))
+  noise = loss_module.draw_step_noise(KEY, jnp.arange(16), (8, 8, 1), objective)
+  alpha_bar = objective.alphas_cumprod[noise.t][:, None, None, None]
+  target = np.sqrt(alpha_bar) * noise.eps - np.sqrt(1 - alpha_bar) * batch["image"][0]
+  norms = np.abs(2 * (weight - target).mean((1, 2, 3)))
+  for g, own in enumerate((norms[noise.t < 400], norms[noise.t >= 400])):
+    assert int(count[g]) == len(own) > 0
+    np.testing.assert_allclose((total[g], squares[g]), (own.sum(), (own**2).sum()), rtol=1e-4)
+
+
 # Two stages of a curriculum from high, then everything; a stage ends at its second check.
 CURRICULUM = {
   "curriculum__enabled": True,
@@ -208,13 +233,15 @@ def test_losses_by_group_are_means_over_their_examples():
 
 
 @pytest.mark.parametrize("restart", [True, False])
-def test_a_stage_restarts_the_optimizer_and_its_warm_up_if_asked_to(restart):
+def test_a_stage_restarts_the_optimizer_and_its_rate_if_asked_to(restart):
   config = shallow_config(
     "method=full",
     **CURRICULUM | {"curriculum__patience": 2},
     curriculum__restart_optimizer=restart,
+    curriculum__restart_decay=restart,
     optimizer__warmup_steps=3,
-    optimizer__decay="constant",
+    optimizer__decay="cosine",
+    training__num_steps=11,
   )
   devices, batch = jax.devices()[:1], digits_batch()
   steps = [make_step(config, devices, stage) for stage in (0, 1)]
@@ -235,8 +262,9 @@ def test_a_stage_restarts_the_optimizer_and_its_warm_up_if_asked_to(restart):
   going_on = [(1, 4, True), (1, 5, True), (1, 6, True)]
   assert seen[:3] == [(0, 1, True), (0, 2, True), (0, 3, True)]
   assert seen[3:] == (fresh if restart else going_on)
-  warm = [1 / 3, 2 / 3] if restart else [1, 1]
-  np.testing.assert_allclose(rates, [1 / 3, 2 / 3, 1, 1, *warm], rtol=1e-6)
+  falling = [0.5 + 0.5 * np.cos(np.pi * done / 8) for done in range(3)]  # from step 3 to 11
+  last = [1 / 3, 2 / 3] if restart else falling[1:]
+  np.testing.assert_allclose(rates, [1 / 3, 2 / 3, 1, falling[0], *last], rtol=1e-5)
 
 
 def test_evaluation_stays_on_all_timesteps():
