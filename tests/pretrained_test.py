@@ -237,7 +237,7 @@ def test_published_weights_need_the_published_variance(tmp_path):
 UNTOLD = r"diffusion\.num_train_timesteps, diffusion\.noise_schedule, diffusion\.prediction, which"
 OTHERS = (
   r"published models have diffusion\.noise_schedule='linear' and diffusion\.prediction='epsilon', "
-  r"and this run has 'cosine' and 'v'$"
+  r"and this run has 'squaredcos_cap_v2' and 'v'$"
 )
 
 

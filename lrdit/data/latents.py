@@ -82,7 +82,7 @@ class CheckedRows:
     """Return the rows of some (examples, copies); raise a UserError if one has changed."""
     rows = self._rows[index]
     for number, row, crc32 in zip(index[0], rows, self._checksums[index], strict=True):
-      if zlib.crc32(row) != crc32:
+      if zlib.crc32(np.ascontiguousarray(row)) != crc32:
         raise UserError(f"row {number} of {self._name} has changed since it was written: {_FIX}")
     return rows
 

@@ -118,7 +118,9 @@ def test_the_directory_holds_the_latents_of_every_image(images, encoded):
   assert description["latent_shape"] == [2, 2, 4, 4, 4]
   assert description["vae_digest"] == runner.digest
   assert description["vae_config"]["scaling_factor"] == SCALE
-  arrays = {f"{split}{part}.npy" for split in ("train", "eval") for part in ("", "_labels")}
+  arrays = {
+    f"{split}{part}.npy" for split in ("train", "eval") for part in ("", "_labels", "_checksums")
+  }
   described = {"manifest.json", "statistics.json", "round_trip.png"}
   assert {path.name for path in encoded.iterdir()} == arrays | described
 

@@ -152,31 +152,6 @@ def test_microbatches_give_the_gradient_of_the_batch():
   assert (int(group_count.sum()), bool(is_finite)) == (16, True)
 
 
-def test_gradient_norms_are_those_of_single_examples():
-  """A stand-in model: its output is its one parameter, so that gradients are known."""
-  config, devices = tiny_config("method=full"), jax.devices()[:1]
-  objective, boundaries, weight = Experiment(config).objective(devices), (0, 400, 1000), 0.5
-  model = mock.Mock(
-    spec=dit.DiT,
-    shape=objective.model.shape,
-    plan=objective.model.plan,
-    apply=lambda variables, x, *_: variables["params"]["w"] * jnp.ones_like(x),
-  )
-  objective = dataclasses.replace(objective, model=model)
-  fixed = dict(objective=objective, boundaries=boundaries)
-  measure = parallel.pmap(functools.partial(step_module.gradient_norms, **fixed), devices)
-  batch = digits_batch()
-  params = parallel.replicate({"w": jnp.float32(weight)}, devices)
-  total, squares, count = parallel.unreplicate(measure(params, batch, KEY))
-  noise = loss_module.draw_step_noise(KEY, jnp.arange(16), (8, 8, 1), objective)
-  alpha_bar = objective.alphas_cumprod[noise.t][:, None, None, None]
-  target = np.sqrt(alpha_bar) * noise.eps - np.sqrt(1 - alpha_bar) * batch["image"][0]
-  norms = np.abs(2 * (weight - target).mean((1, 2, 3)))
-  for g, own in enumerate((norms[noise.t < 400], norms[noise.t >= 400])):
-    assert int(count[g]) == len(own) > 0
-    np.testing.assert_allclose((total[g], squares[g]), (own.sum(), (own**2).sum()), rtol=1e-4)
-
-
 # Two stages of a curriculum from high, then everything; a stage ends at its second check.
 CURRICULUM = {
   "curriculum__enabled": True,
