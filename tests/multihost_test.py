@@ -34,7 +34,7 @@ FIELDS = dict(
 FLAGS = [f"--config.{name.replace('__', '.')}={value}" for name, value in FIELDS.items()]
 
 
-class Job:
+class Job(scripts.Processes):
   """The processes of one start, which are killed at the end."""
 
   def __init__(self, workdir, num_processes, num_devices, *flags, apart=None):
@@ -50,7 +50,7 @@ class Job:
     port = scripts.free_port()
     number, *otherwise = apart or (None, [], [], {})
     self.logs = [workdir.with_name(f"{workdir.name}.{i}.log") for i in range(num_processes)]
-    self.processes = []
+    super().__init__()
     for i, log in enumerate(self.logs):
       shared = (
         f"--coordinator=127.0.0.1:{port}",
@@ -68,14 +68,6 @@ class Job:
             stderr=file,
           )
         )
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    for process in self.processes:
-      process.kill()
-      process.wait()
 
   def wait(self, timeout=TIMEOUT):
     """Return the exit status of every process."""

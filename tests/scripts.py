@@ -147,6 +147,21 @@ def wait_until(condition, process=None, timeout=TIMEOUT):
     time.sleep(0.01)
 
 
+class Processes:
+  """Started processes, which are killed at the end."""
+
+  def __init__(self):
+    self.processes = []
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    for process in self.processes:
+      process.kill()
+      process.wait()
+
+
 def free_port():
   with socket.socket() as sock:
     sock.bind(("127.0.0.1", 0))

@@ -4,7 +4,7 @@ import re
 import subprocess
 import time
 
-from tests import tiny
+from tests import scripts, tiny
 from tests.network.hosts import address
 
 # What is traced and compiled fastest: each start of each process does that anew.
@@ -14,7 +14,7 @@ FLAGS = [f"--config.{name.replace('__', '.')}={value}" for name, value in FIELDS
 TIMEOUT = 1800  # of a start, on a busy machine
 
 
-class Job:
+class Job(scripts.Processes):
   """One start of a training, with a process on each host; all are killed at the end."""
 
   def __init__(self, network, workdir, number):
@@ -22,7 +22,7 @@ class Job:
     hosts = range(network.num_hosts)
     self._metrics = workdir / "metrics.jsonl"
     self.logs = [workdir.with_name(f"{workdir.name}.{number}.{i}.log") for i in hosts]
-    self.processes = []
+    super().__init__()
     for i, log in enumerate(self.logs):
       shared = f"--coordinator={address(0)}:{9000 + number}", f"--num_processes={len(hosts)}"
       command = tiny.command(workdir, *FLAGS, *shared, f"--process_id={i}", arg=ARG)
@@ -31,14 +31,6 @@ class Job:
         self.processes.append(
           subprocess.Popen(network.command(i, command), env=environment, stdout=file, stderr=file)
         )
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    for process in self.processes:
-      process.kill()
-      process.wait()
 
   def steps(self):
     """How many steps have been logged."""
