@@ -39,13 +39,15 @@ def get_config(arg: str = "") -> ConfigDict:
   recipe = args["recipe"] or ("muon" if args["variant"] == SMALL else "dissertation")
   {"muon": set_muon, "dissertation": dissertation.set_training}[recipe](config)
   if args["variant"] == SMALL:
-    config.training.batch_size = 128
+    config.training.batch_size = 64
     config.training.num_epochs = None
     config.training.num_steps = 5000
     config.training.eval_every_steps = 500
     config.training.sample_every_steps = 1000
     config.checkpoint.every_steps = 250
     config.sampling.num_samples = 5000
+    config.sampling.solver = "dpm++"
+    config.sampling.num_steps = 20
     config.optimizer.warmup_steps = 250
     if config.curriculum.enabled:  # its stages fit into 5,000 steps
       config.curriculum.check_every_steps = 40
@@ -58,7 +60,7 @@ def set_muon(config: ConfigDict) -> None:
   config.training.num_steps = None
   config.diffusion.prediction = "v"
   config.optimizer.name = "muon"
-  config.optimizer.learning_rate = 4e-3
+  config.optimizer.learning_rate = 8e-3
   config.optimizer.decay = "cosine"
   config.optimizer.warmup_steps = 250
   config.optimizer.weight_decay = 0.01

@@ -66,15 +66,18 @@ class Experiment:
 
   @property
   def dtype(self) -> Any:
-    """The compute dtype; parameters are float32."""
+    """The dtype of the products' operands; parameters are float32."""
     return getattr(jnp, self.config.model.dtype)
 
   def model(self, devices: parallel.Devices = ()) -> dit.DiT:
-    """Return the DiT, with the attention that the devices compute fastest."""
+    """Return the DiT, with what the devices compute fastest."""
     m = self.config.model
     attention = dit.choose_attention(devices, self.dtype, self.shape.head_size)
+    activation_dtype = dit.choose_activation_dtype(devices, self.dtype)
     settings = {name: m[name] for name in ("remat", "scan_blocks", "frequency_shift")}
-    return dit.DiT(self.shape, self.plan, self.dtype, attention=attention, **settings)
+    return dit.DiT(
+      self.shape, self.plan, self.dtype, activation_dtype, attention=attention, **settings
+    )
 
   def dense_model(self, devices: parallel.Devices = ()) -> dit.DiT:
     """Return the DiT of the same sizes without factors, such as a teacher."""

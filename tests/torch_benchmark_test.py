@@ -66,7 +66,7 @@ def test_what_is_left_out_is_named():
   seconds = {key: task(0) for key, task in tasks.items()}
   theirs.close()
   assert seconds == {("peak", "PyTorch glibc"): 4.0, ("step", "PyTorch eager, glibc"): 11.0}
-  fields = dict(variant="T/2", image_size=4, channels=3, batch_size=2, rounds=1)
+  fields = dict(variant="T/2", dtype="bfloat16", image_size=4, channels=3, batch_size=2, rounds=1)
   ours = types.SimpleNamespace(about=theirs.about | {"left_out": ""}, allocator="glibc")
   said = torch_benchmark.describe(types.SimpleNamespace(**fields), [ours, theirs]).splitlines()
   assert said[3:] == [

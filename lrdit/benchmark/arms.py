@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 from lrdit.config.resolve import resolve
 from lrdit.experiment import Experiment
 from lrdit.model import flops
-from lrdit.model.dit import DiTShape
+from lrdit.model.dit import DiTShape, choose_activation_dtype
+from lrdit.model.matmul import matmul
 from lrdit.runtime import parallel
 from lrdit.runtime.progress import make_bar
 from lrdit.sampling.sampler import Program
@@ -92,7 +93,7 @@ def seconds_of(function: Callable[[], Any]) -> tuple[float, Any]:
 
 
 class MatmulPeak:
-  """Products of large square matrices in the compute dtype, one per device at a time."""
+  """Products of large square matrices with operands in `dtype`, one per device at a time."""
 
   def __init__(self, size: int | None, dtype: Any, devices: parallel.Devices):
     """Place matrices of `size`, the default of the platform if None."""
@@ -105,9 +106,10 @@ class MatmulPeak:
     rows = rng.standard_normal((len(devices) * self.size, self.size), np.float32)
     # This scale keeps products from growing or vanishing.
     factor = rng.standard_normal((self.size, self.size), np.float32) / np.sqrt(self.size)
-    self._rows = jax.device_put(jnp.asarray(rows, dtype), split)
-    self._factor = jax.device_put(jnp.asarray(factor, dtype), replicated)
-    self._product = jax.jit(jnp.matmul, out_shardings=split)
+    activation_dtype = choose_activation_dtype(list(devices), dtype)
+    self._rows = jax.device_put(jnp.asarray(rows, activation_dtype), split)
+    self._factor = jax.device_put(jnp.asarray(factor, activation_dtype), replicated)
+    self._product = jax.jit(functools.partial(matmul, dtype=dtype), out_shardings=split)
 
   def _products(self) -> jax.Array:
     x = self._rows

@@ -64,7 +64,12 @@ FIELDS: dict[str, Field] = {
     depth=Field(None, "Blocks", whole(1, 10_000), _VARIANT),
     num_heads=Field(None, "Attention heads", whole(), _VARIANT),
     patch_size=Field(None, "Pixels along a patch's side", whole(), _VARIANT),
-    dtype=Field("float32", "Compute dtype", choice("float32", "bfloat16"), role=Role.PROCESS),
+    dtype=Field(
+      "float32",
+      "Dtype of the products' operands, and on accelerators of activations too",
+      choice("float32", "bfloat16"),
+      role=Role.PROCESS,
+    ),
     remat=Field(False, "Recompute blocks in the backward pass to save memory", role=Role.PROCESS),
     scan_blocks=Field(False, "Compile equal blocks once (slower on CPUs)", role=Role.PROCESS),
     class_dropout_rate=Field(0.1, "Share of labels replaced by the null class", number("[0, 1]")),

@@ -170,8 +170,8 @@ def modulate(
   return x * (1 + scale[:, None]) + shift[:, None]
 
 
-# Takes qkv (B, N, 3 D) and num_heads.
-AttentionFunction = Callable[[Float[Array, "B N three_D"], int], Float[Array, "B N D"]]
+# Takes qkv (B, N, 3 D), num_heads and the dtype of the products' operands.
+AttentionFunction = Callable[[Float[Array, "B N three_D"], int, Any], Float[Array, "B N D"]]
 
 
 def choose_attention(
@@ -190,30 +190,49 @@ def choose_attention(
   return fused_attention if fits and has_kernel else plain_attention
 
 
-def fused_attention(qkv: Float[Array, "B N three_D"], num_heads: int) -> Float[Array, "B N D"]:
+def choose_activation_dtype(devices: Sequence[jax.Device], dtype: Any) -> Any:
+  """Return the fastest dtype of activations for products in `dtype` on the devices.
+
+  This is float32 on a CPU, where XLA computes anything but products by converting bfloat16 to
+  float32 and back.
+  """
+  on_cpu = all(d.platform == "cpu" for d in devices)
+  return jnp.float32 if on_cpu else dtype
+
+
+def fused_attention(
+  qkv: Float[Array, "B N three_D"], num_heads: int, dtype: Any = None
+) -> Float[Array, "B N D"]:
   """Compute attention with cuDNN's kernel, which stores no (N, N) array."""
   b, n, _ = qkv.shape
-  q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, num_heads, -1), 2, 0)
-  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").reshape(b, n, -1)
+  q, k, v = jnp.moveaxis(qkv.astype(dtype or qkv.dtype).reshape(b, n, 3, num_heads, -1), 2, 0)
+  out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+  return out.reshape(b, n, -1).astype(qkv.dtype)
 
 
-def plain_attention(qkv: Float[Array, "B N three_D"], num_heads: int) -> Float[Array, "B N D"]:
+def plain_attention(
+  qkv: Float[Array, "B N three_D"], num_heads: int, dtype: Any = None
+) -> Float[Array, "B N D"]:
   """Compute attention as two batched products, with heads merged into the batch.
 
-  The softmax divides after the values are summed, which takes fewer passes over (N, N) arrays.
-  Scores and sums are always float32: rounding a score s to bfloat16 would change its weight by a
-  factor of up to exp(2**-9 |s|).
+  The softmax divides after the values are summed, and float32's q is scaled before its product,
+  which takes fewer passes over (N, N) arrays. Scores and sums are always float32: rounding a score
+  s to bfloat16 would change its weight by a factor of up to exp(2**-9 |s|).
   """
   b, n, _ = qkv.shape
 
   def merge_heads(x: Float[Array, "B N D"]) -> Float[Array, "Bh N d"]:
     return x.reshape(b, n, num_heads, -1).transpose(0, 2, 1, 3).reshape(b * num_heads, n, -1)
 
-  q, k, v = map(merge_heads, jnp.split(qkv, 3, axis=-1))
-  scores = matmul(q, k.mT, jnp.float32)
+  dtype = dtype or qkv.dtype
+  q, k, v = map(merge_heads, jnp.split(qkv.astype(jnp.float32), 3, axis=-1))
+  scale = q.shape[-1] ** -0.5
+  # A q that was rounded to bfloat16 before must not be rounded again.
+  q_scale, score_scale = (scale, 1) if qkv.dtype == jnp.float32 else (1, scale)
+  scores = matmul(q * q_scale, k.mT, dtype)
   highest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-  weights = jnp.exp((scores - highest) * q.shape[-1] ** -0.5)
-  values = matmul(weights.astype(qkv.dtype), v, jnp.float32)
+  weights = jnp.exp((scores - highest) * score_scale)
+  values = matmul(weights, v, dtype)
   out = (values / weights.sum(-1, keepdims=True)).astype(qkv.dtype)
   return out.reshape(b, num_heads, n, -1).transpose(0, 2, 1, 3).reshape(b, n, -1)
 
@@ -235,13 +254,14 @@ class TimestepEmbedder(nn.Module):
   hidden_size: int
   plan: RankPlan
   dtype: Any
+  activation_dtype: Any
   frequency_shift: int
 
   @nn.compact
   def __call__(self, t: Int[Array, " B"], selection: RankSelection) -> Float[Array, "B D"]:
     """Embed the timesteps."""
     init = nn.initializers.normal(0.02)
-    x = timestep_embedding(t, self.frequency_shift)
+    x = timestep_embedding(t, self.frequency_shift).astype(self.activation_dtype)
     x = make_dense(self, "fc1", self.hidden_size, init)(x, selection)
     return make_dense(self, "fc2", self.hidden_size, init)(nn.silu(x), selection)
 
@@ -259,7 +279,7 @@ class Attention(nn.Module):
     """Mix the tokens of each example."""
     d = x.shape[-1]
     qkv = make_dense(self, "qkv", 3 * d)(x, selection)
-    return make_dense(self, "proj", d)(self.attention(qkv, self.num_heads), selection)
+    return make_dense(self, "proj", d)(self.attention(qkv, self.num_heads, self.dtype), selection)
 
 
 class Mlp(nn.Module):
@@ -321,7 +341,8 @@ class DiT(nn.Module):
 
   Attributes:
     plan: the ranks; layers that it does not name are dense.
-    dtype: compute dtype, float32 or bfloat16; parameters are float32.
+    dtype: of the products' operands, float32 or bfloat16; parameters are float32.
+    activation_dtype: of everything else, from `choose_activation_dtype`.
     remat: recompute each block in the backward pass instead of storing its activations.
     scan_blocks: compile equal blocks once and loop over them; parameters do not change.
     attention: from `choose_attention`.
@@ -331,6 +352,7 @@ class DiT(nn.Module):
   shape: DiTShape
   plan: RankPlan
   dtype: Any = jnp.float32
+  activation_dtype: Any = jnp.float32
   remat: bool = False
   scan_blocks: bool = False
   attention: AttentionFunction = plain_attention
@@ -340,10 +362,14 @@ class DiT(nn.Module):
     """Create the submodules, whose names are the parameters' paths."""
     s, common = self.shape, (self.plan, self.dtype)
     self.patch_embed = make_dense(self, "patch_embed", s.hidden_size)
-    self.t_embedder = TimestepEmbedder(s.hidden_size, *common, self.frequency_shift)
+    self.t_embedder = TimestepEmbedder(
+      s.hidden_size, *common, self.activation_dtype, self.frequency_shift
+    )
     if s.num_classes:
       init = nn.initializers.normal(0.02)
-      self.y_embedder = nn.Embed(s.num_classes + 1, s.hidden_size, self.dtype, embedding_init=init)
+      self.y_embedder = nn.Embed(
+        s.num_classes + 1, s.hidden_size, self.activation_dtype, embedding_init=init
+      )
     block = nn.remat(Block) if self.remat else Block
     self.blocks = [block(s.num_heads, *common, self.attention) for _ in range(s.depth)]
     self.final_layer = FinalLayer(s.patch_size**2 * s.out_channels, *common)
@@ -364,9 +390,10 @@ class DiT(nn.Module):
       (B, H, W, C or 2 C) float32, exactly zero at initialization.
     """
     s = self.shape
-    x = self.patch_embed(patchify(x_t, s.patch_size), selection)
+    x = patchify(x_t, s.patch_size).astype(self.activation_dtype)
+    x = self.patch_embed(x, selection)
     grid_size = s.image_size // s.patch_size
-    x = x + jnp.asarray(position_embedding(s.hidden_size, grid_size), self.dtype)
+    x = x + jnp.asarray(position_embedding(s.hidden_size, grid_size), x.dtype)
     c = self.t_embedder(t, selection)
     if s.num_classes:
       c = c + self.y_embedder(y)

@@ -80,6 +80,7 @@ def low_rank_matmul(
   up: Float[Array, "R D_out"],
   groups: tuple[tuple[int, int], ...],
   active_rank: Int[Array, " B"] | None = None,
+  dtype: Any = None,
 ) -> Float[Array, "B *N D_out"]:
   """Multiply by a factorized kernel at each example's active rank.
 
@@ -89,23 +90,25 @@ def low_rank_matmul(
   Args:
     groups: static ((group size, rank), ...); sizes sum to B.
     active_rank: (B,) int32, at most the group's rank; None is the group's rank for every example.
+    dtype: as in `matmul`.
   """
   outputs, start = [], 0
   for size, rank in groups:
     part = x[start : start + size]
     # XLA's CPU backward pass is much faster on two-dimensional products.
-    hidden = matmul(part.reshape(-1, x.shape[-1]), down[:, :rank])
+    hidden = matmul(part.reshape(-1, x.shape[-1]), down[:, :rank], dtype)
     if active_rank is not None:
       mask = jnp.arange(rank) < active_rank[start : start + size, None]
       mask = mask.astype(hidden.dtype)[:, None]
       hidden = (hidden.reshape(size, -1, rank) * mask).reshape(-1, rank)
-    outputs.append(matmul(hidden, up[:rank]).reshape(*part.shape[:-1], up.shape[-1]))
+    output = matmul(hidden, up[:rank], dtype)
+    outputs.append(output.reshape(*part.shape[:-1], up.shape[-1]))
     start += size
   return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
 
 
 class Dense(nn.Module):
-  """y = x @ kernel + bias in compute dtype `dtype`, with float32 parameters."""
+  """y = x @ kernel + bias in x's dtype, with products in `dtype` and float32 parameters."""
 
   features: int
   dtype: Any = jnp.float32
@@ -119,8 +122,8 @@ class Dense(nn.Module):
     del selection
     kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
-    y = matmul(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel.astype(self.dtype))
-    return (y + bias.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
+    y = matmul(x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype), self.dtype)
+    return (y + bias.astype(x.dtype)).reshape(*x.shape[:-1], self.features)
 
 
 class LowRankDense(nn.Module):
@@ -129,7 +132,7 @@ class LowRankDense(nn.Module):
   Attributes:
     rank: the allocated rank, or the ascending active ranks of the rank buckets, the last of which
       is allocated; at most min(D_in, D_out).
-    dtype: compute dtype; parameters are float32.
+    dtype: of the products' operands. Parameters are float32, and the result has x's dtype.
     kernel_init: initializer of the dense kernel that is factorized. With zeros the layer starts at
       zero and still learns.
   """
@@ -158,10 +161,8 @@ class LowRankDense(nn.Module):
     active_rank = None
     if selection.rank_bucket is not None:
       active_rank = jnp.asarray(active, jnp.int32)[selection.rank_bucket]
-    y = low_rank_matmul(
-      x.astype(self.dtype), down.astype(self.dtype), up.astype(self.dtype), groups, active_rank
-    )
-    return y + bias.astype(self.dtype)
+    down, up, bias = (parameter.astype(x.dtype) for parameter in (down, up, bias))
+    return low_rank_matmul(x, down, up, groups, active_rank, self.dtype) + bias
 
   def _factors(
     self, dim_in: int, max_rank: int

@@ -1,7 +1,7 @@
 """Compare the time of each part of a training step on a CPU with the least that it could take.
 
 python -m tests.benchmarks.floors [--variant=S/2] [--image_size=32] [--batch_size=16] [--rank=R]
-  [--rounds=10]
+  [--dtype=bfloat16] [--rounds=10]
 
 A part is computed alone, forward and backward. Its floor is the larger of two times: its FLOPs at
 the rate of large square products, and the bytes of its inputs, outputs and their gradients, each
@@ -74,24 +74,26 @@ def kernel_size(dim_in: int, dim_out: int, rank: int | None) -> int:
   return min(dense, rank * (dim_in + dim_out)) if rank else dense
 
 
-def layer_part(name: str, count: int, rows: int, dims: tuple[int, int], rank: int | None) -> Part:
+def layer_part(
+  name: str, count: int, rows: int, dims: tuple[int, int], rank: int | None, dtype: Any
+) -> Part:
   """Return a dense layer, or its factors where a rank saves parameters."""
   dim_in, dim_out = dims
   size = kernel_size(dim_in, dim_out, rank)
-  layer = Dense(dim_out) if size == dim_in * dim_out else LowRankDense(dim_out, rank)
+  layer = Dense(dim_out, dtype) if size == dim_in * dim_out else LowRankDense(dim_out, rank, dtype)
   x = random_array(rows, dim_in)
   params = jax.jit(layer.init)(jax.random.key(0), x)
   return both_passes(name, count, layer.apply, (params, x), rows * size)
 
 
-def block_parts(shape: dit.DiTShape, batch_size: int, rank: int | None) -> list[Part]:
+def block_parts(shape: dit.DiTShape, batch_size: int, rank: int | None, dtype: Any) -> list[Part]:
   """Return the parts of all blocks."""
   d, n, depth = shape.hidden_size, shape.num_tokens, shape.depth
   rows, hidden = batch_size * n, dit.MLP_RATIO * d
   dims = {name.removeprefix("blocks_0/"): s for name, s in dit.layer_shapes(shape).items()}
   names = ("adaln", "attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")
   parts = [
-    layer_part(name, depth, batch_size if name == "adaln" else rows, dims[name], rank)
+    layer_part(name, depth, batch_size if name == "adaln" else rows, dims[name], rank, dtype)
     for name in names
   ]
   x, vector = random_array(batch_size, n, d), random_array(batch_size, d)
@@ -100,7 +102,7 @@ def block_parts(shape: dit.DiTShape, batch_size: int, rank: int | None) -> list[
     return dit.modulate(dit.layer_norm(x), shift, scale)
 
   def attention(qkv):
-    return dit.plain_attention(qkv, shape.num_heads)
+    return dit.plain_attention(qkv, shape.num_heads, dtype)
 
   def gelu(x):
     return nn.gelu(x, approximate=True)
@@ -137,9 +139,9 @@ def floor(part: Part, flops_rate: float, bytes_rate: float) -> float:
   return max(flops.FLOPS_PER_MAC * part.macs / flops_rate, part.num_bytes / bytes_rate)
 
 
-def measure(parts: Sequence[Part], rounds: int) -> str:
+def measure(parts: Sequence[Part], rounds: int, dtype: Any) -> str:
   """Time all parts in turn; return both rates, and a table of the parts, the largest gap first."""
-  peak = MatmulPeak(None, jnp.float32, jax.devices()[:1])
+  peak = MatmulPeak(None, dtype, jax.devices()[:1])
   memory = random_array(MEMORY_PASS_BYTES // 4)
   add_one = jax.jit(lambda x: x + 1)
   tasks = {"peak": peak.time, "memory": lambda _: seconds_of(lambda: add_one(memory))[0]}
@@ -172,15 +174,17 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--batch_size", type=int, default=16)
   parser.add_argument("--rank", type=int)
   parser.add_argument("--rounds", type=int, default=10)
+  parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
   args = parser.parse_args(argv)
+  dtype = getattr(jnp, args.dtype)
   sizes = dit.decode_variant(args.variant)
   shape = dit.DiTShape(image_size=args.image_size, channels=3, num_classes=10, **sizes)
   num_parameters = 0
   for name, (dim_in, dim_out) in dit.layer_shapes(shape).items():
     rank = args.rank if name.startswith("blocks_") else None
     num_parameters += kernel_size(dim_in, dim_out, rank) + dim_out
-  parts = [*block_parts(shape, args.batch_size, args.rank), update_part(num_parameters)]
-  print(measure(parts, args.rounds))
+  parts = [*block_parts(shape, args.batch_size, args.rank, dtype), update_part(num_parameters)]
+  print(measure(parts, args.rounds, dtype))
 
 
 if __name__ == "__main__":

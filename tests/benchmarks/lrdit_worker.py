@@ -25,6 +25,7 @@ def make_experiment(args: argparse.Namespace) -> Experiment:
   config = cifar10.get_config(f"method=full,variant={args.variant},recipe=dissertation").unlock()
   config.data.image_size, config.data.num_channels = args.image_size, args.channels
   config.data.num_classes, config.training.batch_size = args.num_classes, args.batch_size
+  config.model.dtype = args.dtype
   return Experiment(resolve(config))
 
 
@@ -46,6 +47,7 @@ def main() -> None:
   """Serve requests until standard input ends."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--variant", required=True)
+  parser.add_argument("--dtype", required=True)
   for name in ("image_size", "channels", "num_classes", "batch_size"):
     parser.add_argument(f"--{name}", type=int, required=True)
   full = make_experiment(parser.parse_args())

@@ -1,15 +1,16 @@
 """The full arm's training step and forward pass against an equal DiT in PyTorch at its best.
 
 python -m tests.benchmarks.torch_benchmark --torch_python=PATH [--variant=S/2] [--rounds=10]
+  [--dtype=bfloat16]
 
 PATH is the Python of an environment with torch, which lrdit does not need; the default is this one.
 PyTorch is timed eager and compiled, under each allocator of `allocators`, and lrdit is compared
 with the fastest of these, for each quantity by itself. Whatever is left out is named with its
 cause.
 
-All run on the CPU in float32, in a process for each allocator, with as many threads as each takes
-by itself, and take turns: only one computes at a time, and each round goes once through all. All
-processes are held in memory at once.
+All run on the CPU in float32, or with products in bfloat16 (PyTorch by its autocast). Each
+allocator has a process of its own, with as many threads as each takes by itself. They take turns:
+only one computes at a time, and each round goes once through all. All are held in memory at once.
 """
 
 import argparse
@@ -115,7 +116,7 @@ def start(args: argparse.Namespace) -> list[Side]:
   sizes = dit.decode_variant(args.variant)
   common = [
     f"--{name}={getattr(args, name)}"
-    for name in ("image_size", "channels", "num_classes", "batch_size")
+    for name in ("image_size", "channels", "num_classes", "batch_size", "dtype")
   ]
   ours = [sys.executable, "-m", "tests.benchmarks.lrdit_worker", f"--variant={args.variant}"]
   environment = {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": malloc.KEEP_FREED}  # as main.py has it
@@ -136,7 +137,7 @@ def describe(args: argparse.Namespace, sides: Sequence[Side]) -> str:
   """Return what was timed, where, and what was left out."""
   ours, theirs = sides[0].about, sides[1].about
   size = f"{args.image_size}x{args.image_size}x{args.channels}"
-  settings = f"float32, {size}, batch {args.batch_size}; {args.rounds} rounds"
+  settings = f"{args.dtype}, {size}, batch {args.batch_size}; {args.rounds} rounds"
   lines = [
     f"DiT-{args.variant}, full, {ours['num_parameters']:,} parameters, {settings}",
     f"{ratios.cpu_model()}, {os.cpu_count()} cores, {platform.platform()}",
@@ -209,6 +210,7 @@ def main() -> None:
   parser.add_argument("--channels", type=int, default=3, choices=[1, 3])
   parser.add_argument("--num_classes", type=int, default=10)
   parser.add_argument("--batch_size", type=int, default=16)
+  parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
   parser.add_argument("--rounds", type=int, default=10)
   args = parser.parse_args()
   sides = start(args)

@@ -102,13 +102,18 @@ class Worker:
 
   def __init__(self, args: argparse.Namespace):
     self.batch, self.num_classes = args.batch_size, args.num_classes
+    self.dtype = getattr(torch, args.dtype)
     self.model = DiT(args)
     self.average = copy.deepcopy(self.model).requires_grad_(False)
     self.optimizer = torch.optim.AdamW(
       self.model.parameters(), lr=1e-4, weight_decay=0.0, fused=True
     )
     self.x_0 = torch.randn(self.batch, args.channels, args.image_size, args.image_size)
-    self.matrix = torch.randn(MATMUL_SIZE, MATMUL_SIZE)
+    self.matrix = torch.randn(MATMUL_SIZE, MATMUL_SIZE).to(self.dtype)
+
+  def _autocast(self) -> torch.autocast:
+    """PyTorch's own choice of what it computes in bfloat16, products above all."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
   def _draw(self) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(1000, (self.batch,)), torch.randint(self.num_classes, (self.batch,))
@@ -117,7 +122,8 @@ class Worker:
     self, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor, eps: torch.Tensor
   ) -> torch.Tensor:
     """The mean squared error of the predicted noise."""
-    return (self.model(x_t, t, y) - eps).square().mean()
+    with self._autocast():
+      return (self.model(x_t, t, y) - eps).square().mean()
 
   def step(self, loss_of: Callable[..., torch.Tensor]) -> None:
     """Loss, gradient, clipping, AdamW and the moving average."""
@@ -135,7 +141,7 @@ class Worker:
 
   def forward(self, model: Callable[..., torch.Tensor]) -> None:
     """The averaged model's output."""
-    with torch.no_grad():
+    with torch.no_grad(), self._autocast():
       model(self.x_0, *self._draw())
 
   def peak(self) -> None:
@@ -176,6 +182,7 @@ def main() -> None:
     parser.add_argument(f"--{name}", type=int, required=True)
   for name in ("channels", "num_classes", "batch_size"):
     parser.add_argument(f"--{name}", type=int, required=True)
+  parser.add_argument("--dtype", required=True)
   worker, left_out = Worker(parser.parse_args()), ""
   tasks = worker.eager_tasks()
   warm_up(tasks)

@@ -112,6 +112,7 @@ def test_bfloat16_attention_has_only_the_rounding_error_of_its_operands(head_wid
 def gpu(compute_capability="9.0", platform_version="PJRT C API cuda 13000"):
   device = mock.Mock(spec=jax.Device, compute_capability=compute_capability)
   device.client.platform_version = platform_version
+  device.platform = "gpu"
   return device
 
 
@@ -134,6 +135,19 @@ def gpu(compute_capability="9.0", platform_version="PJRT C API cuda 13000"):
 def test_attention_is_fused_where_the_kernel_supports_it(devices, dtype, head_width, fused):
   expected = dit.fused_attention if fused else dit.plain_attention
   assert dit.choose_attention(devices, dtype, head_width) is expected
+
+
+@pytest.mark.parametrize(
+  ("devices", "dtype", "expected"),
+  [
+    ([gpu()], jnp.bfloat16, jnp.bfloat16),
+    ([gpu()], jnp.float32, jnp.float32),
+    ([], jnp.bfloat16, jnp.float32),
+    (jax.devices("cpu"), jnp.bfloat16, jnp.float32),
+  ],
+)
+def test_activations_are_bfloat16_where_that_is_faster(devices, dtype, expected):
+  assert dit.choose_activation_dtype(devices, dtype) == expected
 
 
 def test_fused_attention_computes_the_same_as_plain_attention(monkeypatch):
@@ -239,9 +253,11 @@ def test_learn_sigma_doubles_the_channels():
   assert model.apply({"params": params}, x, t, y, low_rank.uniform_selection(6)).shape[-1] == 2
 
 
-def test_bfloat16_is_close_to_float32_and_keeps_float32_parameters():
+@pytest.mark.parametrize("activation_dtype", [jnp.float32, jnp.bfloat16])
+def test_bfloat16_is_close_to_float32_and_keeps_float32_parameters(activation_dtype):
   full = Experiment(tiny_config(**SHALLOW)).model()
   half = Experiment(tiny_config(**SHALLOW, model__dtype="bfloat16")).model()
+  half = half.clone(activation_dtype=activation_dtype)
   params = dit.init_params(half, jax.random.key(0))
   assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
   x, t, y = inputs(full.shape)

@@ -165,12 +165,16 @@ def test_slicing_keeps_the_prefix_and_shares_the_rest():
     )
 
 
-def test_bfloat16_compute_keeps_float32_parameters():
-  module = low_rank.LowRankDense(D_OUT, ACTIVE, dtype=jnp.bfloat16)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_bfloat16_products_keep_float32_parameters_and_the_inputs_dtype(dtype):
   x = factors()[2]
-  variables = module.init(jax.random.key(0), x, low_rank.uniform_selection(B))
-  assert {p.dtype for p in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-  assert module.apply(variables, x, low_rank.uniform_selection(B)).dtype == jnp.bfloat16
+  for module in (
+    low_rank.LowRankDense(D_OUT, ACTIVE, dtype=jnp.bfloat16),
+    low_rank.Dense(D_OUT, dtype=jnp.bfloat16),
+  ):
+    variables = module.init(jax.random.key(0), x, low_rank.uniform_selection(B))
+    assert {p.dtype for p in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert module.apply(variables, x.astype(dtype), low_rank.uniform_selection(B)).dtype == dtype
 
 
 class LowRankMlp(nn.Module):

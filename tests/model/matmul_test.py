@@ -50,10 +50,48 @@ def test_the_narrower_operand_is_transposed(k, n):
   assert "lhs_contracting_dims={0}" not in text
 
 
-def test_other_platforms_choose_for_themselves():
-  gradient, b = gradient_of_b(96, 8)
-  counts = {
-    platform: gradient.trace(b).lower(lowering_platforms=(platform,)).as_text().count("barrier")
-    for platform in ("cpu", "cuda", "tpu")
-  }
-  assert counts == {"cpu": 2, "cuda": 0, "tpu": 0}
+def rounded(x):
+  """x in float64, rounded to bfloat16."""
+  return np.asarray(x.astype(jnp.bfloat16), np.float64)
+
+
+@pytest.mark.parametrize(("lead", "m", "k", "n"), SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("transposed", [False, True])
+def test_operands_are_rounded_and_results_are_not(lead, m, k, n, transposed):
+  """Also where the second operand and its gradient are transposed, as in attention."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  a, b, weight = (
+    jax.random.normal(key, (*lead, *shape))
+    for key, shape in zip(keys, ((m, k), (k, n), (m, n)), strict=True)
+  )
+
+  @jax.jit
+  def value_and_gradients(a, b):
+    def weighted(a, b):
+      c = matmul(a, b.mT if transposed else b, jnp.bfloat16)
+      return (weight * c).sum(), c
+
+    gradients, c = jax.grad(weighted, (0, 1), has_aux=True)(a, b)
+    return c, *gradients
+
+  c, d_a, d_b = value_and_gradients(a, b.mT if transposed else b)
+  a, b, weight = map(rounded, (a, b, weight))
+  expected = (a @ b, weight @ b.mT, a.mT @ weight)
+  for one, other in zip((c, d_a, d_b.mT if transposed else d_b), expected, strict=True):
+    assert one.dtype == jnp.float32
+    np.testing.assert_allclose(one, other, atol=1e-6 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_other_platforms_choose_for_themselves(dtype):
+  a, b = jnp.ones((64, 96)), jnp.ones((96, 8))
+  gradients = jax.jit(jax.grad(lambda a, b: jnp.square(matmul(a, b, dtype)).sum(), (0, 1)))
+
+  def layouts(platform):
+    text = gradients.trace(a, b).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("barrier") == text.count("LayoutConstraint")
+    return text.count("barrier")
+
+  # The two factors of three products and their results in bfloat16; the gradient's two copies.
+  assert layouts("cpu") == (11 if dtype == jnp.bfloat16 else 2)
+  assert layouts("cuda") == layouts("tpu") == 0
