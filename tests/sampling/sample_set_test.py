@@ -426,4 +426,5 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, monkeypatch):
 
   peak("warm", 500)
   small, large = peak("small", 1000), peak("large", 20_000)
-  assert large < small + 50_000  # the images take 3.8 MB
+  # The images take 3.8 MB, and each of their 59 chunks has a line of metadata.
+  assert large < small + 100_000
