@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -75,6 +76,23 @@ def test_a_process_that_leaks_is_found(tmp_path, leaks):
   assert len({len(values) for values in record["series"].values()}) == 1
   assert (tmp_path / "worker.png").stat().st_size > 10_000
   assert len(soak.describe(found)) == len(found)
+
+
+def test_a_soak_that_is_interrupted_is_judged_by_what_was_done(tmp_path):
+  count = tmp_path / "count"
+
+  def done():
+    if read_count(count) >= 150:
+      raise KeyboardInterrupt
+    return read_count(count)
+
+  words = [sys.executable, "-c", WORKER, str(count)]
+  scenario = soak.Scenario("a worker", "round", words, done)
+  assert soak.run(scenario, tmp_path / "worker", interval=0.01).keys() == verdict.TOLERANCES.keys()
+  assert max(json.loads((tmp_path / "worker.json").read_text())["series"]["done"]) < 150
+  left = read_count(count)
+  time.sleep(0.1)
+  assert read_count(count) == left  # the process is gone
 
 
 def stand_in(kind):

@@ -40,7 +40,7 @@ def watch(
   done: Callable[[], int],
   interval: float,
 ) -> dict[str, list[float]]:
-  """Run a command to its end; return the series of `read_process`, by name.
+  """Run a command to its end, or until Ctrl-C; return the series of `read_process`, by name.
 
   The series have the further names "time", in seconds since the start, and "done", the units of
   work that `done` counts.
@@ -50,7 +50,7 @@ def watch(
   """
   names = ("time", "done", "rss", "files", "threads", "cpu")
   series: dict[str, list[float]] = {name: [] for name in names}
-  start = time.monotonic()
+  start, interrupted = time.monotonic(), False
   with log.open("w") as file:
     process = subprocess.Popen(command, cwd=tiny.ROOT, env=environment, stdout=file, stderr=file)
   try:
@@ -64,9 +64,11 @@ def watch(
         series[name].append(found[name])
       time.sleep(interval)
     status = process.wait()
+  except KeyboardInterrupt:  # what was seen so far is worth a verdict
+    interrupted = True
   finally:
     process.kill()
     process.wait()
-  if status:
+  if not interrupted and status:
     raise RuntimeError(f"{' '.join(command)} ended with {status}:\n{log.read_text()[-TEXT_SHOWN:]}")
   return series
