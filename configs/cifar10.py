@@ -5,15 +5,15 @@ python main.py --config=configs/cifar10.py:method=adaptive,variant=XS/4 --workdi
 bash launch/cifar10.sh   # the four arms, one after another
 
 Arguments: method=full|narrow|static|adaptive, variant=S/2 (or another size and patch), and
-recipe=dissertation|muon. The default recipe is muon for XS/4, which trains in about 90 minutes on 2
-CPU cores, and the dissertation's for all others.
+recipe=dissertation|muon. The default recipe is muon for XS/4, which trains in about an hour on one
+CPU core with AMX and --config.model.dtype=bfloat16, and the dissertation's for all others.
 
 tensorflow-datasets prepares the images (163 MB) in ~/tensorflow_datasets or --config.data.data_dir:
   python -c "import tensorflow_datasets as tfds; \
     tfds.builder('cifar10', file_format='array_record').download_and_prepare()"
 Training uses the 50,000 training images. The 10,000 test images are held out.
 
-docs/results.md has what was run.
+docs/photographs.md has what was run.
 """
 
 from ml_collections import ConfigDict
@@ -55,7 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def set_muon(config: ConfigDict) -> None:
-  """Set the training of docs/results.md."""
+  """Set the training of docs/photographs.md."""
   config.training.num_epochs = dissertation.EPOCHS
   config.training.num_steps = None
   config.diffusion.prediction = "v"
