@@ -106,7 +106,7 @@ class MatmulPeak:
     rows = rng.standard_normal((len(devices) * self.size, self.size), np.float32)
     # This scale keeps products from growing or vanishing.
     factor = rng.standard_normal((self.size, self.size), np.float32) / np.sqrt(self.size)
-    activation_dtype = choose_activation_dtype(list(devices), dtype)
+    activation_dtype = choose_activation_dtype(devices, dtype)
     self._rows = jax.device_put(jnp.asarray(rows, activation_dtype), split)
     self._factor = jax.device_put(jnp.asarray(factor, activation_dtype), replicated)
     self._product = jax.jit(functools.partial(matmul, dtype=dtype), out_shardings=split)

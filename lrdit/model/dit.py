@@ -193,8 +193,8 @@ def choose_attention(
 def choose_activation_dtype(devices: Sequence[jax.Device], dtype: Any) -> Any:
   """Return the fastest dtype of activations for products in `dtype` on the devices.
 
-  This is float32 on a CPU, where XLA computes anything but products by converting bfloat16 to
-  float32 and back.
+  This is float32 on a CPU, or without devices: there XLA computes anything but products by
+  converting bfloat16 to float32 and back.
   """
   on_cpu = all(d.platform == "cpu" for d in devices)
   return jnp.float32 if on_cpu else dtype

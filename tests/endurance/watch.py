@@ -50,7 +50,7 @@ def watch(
   """
   names = ("time", "done", "rss", "files", "threads", "cpu")
   series: dict[str, list[float]] = {name: [] for name in names}
-  start, interrupted = time.monotonic(), False
+  start = time.monotonic()
   with log.open("w") as file:
     process = subprocess.Popen(command, cwd=tiny.ROOT, env=environment, stdout=file, stderr=file)
   try:
@@ -65,10 +65,10 @@ def watch(
       time.sleep(interval)
     status = process.wait()
   except KeyboardInterrupt:  # what was seen so far is worth a verdict
-    interrupted = True
+    status = 0
   finally:
     process.kill()
     process.wait()
-  if not interrupted and status:
+  if status:
     raise RuntimeError(f"{' '.join(command)} ended with {status}:\n{log.read_text()[-TEXT_SHOWN:]}")
   return series
