@@ -4,8 +4,10 @@ Usage: [RUNS=DIR] bash launch/NAME.sh [STUDY] [--config.GROUP.FIELD=VALUE ...]
 where NAME is digits, cifar10, celeba or imagenet128
 
 STUDY      digits: arms (default), adamw, schedules, rates, frontier, ablation or compression
-RUNS       directory of the workdirs NAME_METHOD and the page NAME_report (default runs)
-SEEDS      digits: the seeds of the runs digits_ARM_SEED, which digits_STUDY reports
+           cifar10: photographs, rates, short, ablation or compression, all of DiT-XS/4
+RUNS       directory of the workdirs NAME_METHOD and the page NAME_report (default runs), or
+           with a study of the workdirs NAME_ARM_SEED and the page NAME_STUDY
+SEEDS      the seeds of a study
 LATENTS    celeba and imagenet128: directory of the latents (default data/NAME_latents), which are
            encoded first unless they are there; --config.vae.path=VAE names the VAE
 CLASSES    imagenet128: train on the first N classes (default 1000), in other RUNS for each N
@@ -24,9 +26,9 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from configs.studies import METHODS, STUDIES, arms_of  # noqa: E402  a script finds only its own directory
+from configs.studies import METHODS, STUDIES  # noqa: E402  a script finds only its own directory
 
-SET_BY_ALL, SET_BY_DIGITS = ("method", "vae.latents_dir"), ("seed", "evaluation.features_dir")
+SET_BY_ALL, SET_BY_STUDIES = ("method", "vae.latents_dir"), ("seed", "evaluation.features_dir")
 
 
 def fail(message: str) -> None:
@@ -73,25 +75,24 @@ def run_dataset(name: str, runs: pathlib.Path, overrides: list[str]) -> None:
   run_main(name, "report", f"--output={runs}/{name}_report", f"--workdirs={','.join(workdirs)}")
 
 
-def run_digits(study: str, runs: pathlib.Path, overrides: list[str]) -> None:
-  """Run the arms of a study of the digits with several seeds."""
-  seeds = (os.environ.get("SEEDS") or STUDIES[study]).split()
-  first, workdirs = runs / f"digits_full_{seeds[0]}", []
-  arms = arms_of(study, runs, seeds[0])
+def run_study(name: str, study: str, runs: pathlib.Path, overrides: list[str]) -> None:
+  """Run the arms of a study of a dataset with several seeds."""
+  default_seeds, arms_of, analyzed = STUDIES[name][study]
+  seeds = (os.environ.get("SEEDS") or default_seeds).split()
+  first, workdirs = runs / f"{name}_full_{seeds[0]}", []
+  arms = arms_of(runs, seeds[0])
   fields = [field.partition("=")[0] for arm in arms.values() for field in arm.fields]
-  check_overrides(overrides, *SET_BY_ALL, *SET_BY_DIGITS, *fields)
+  check_overrides(overrides, *SET_BY_ALL, *SET_BY_STUDIES, *fields)
   # One classifier for all, so that their metrics can be compared.
-  overrides = [*overrides, f"--config.evaluation.features_dir={runs / 'digits_features'}"]
-  for seed, (name, arm) in itertools.product(seeds, arms.items()):
-    title, workdir = f"digits, {name}, seed {seed}", runs / f"digits_{name}_{seed}"
-    config = f"--config={ROOT / 'configs' / 'digits.py'}:method={arm.argument}"
+  overrides = [*overrides, f"--config.evaluation.features_dir={runs / f'{name}_features'}"]
+  for seed, (own, arm) in itertools.product(seeds, arms.items()):
+    title, workdir = f"{name}, {own}, seed {seed}", runs / f"{name}_{own}_{seed}"
+    config = f"--config={ROOT / 'configs' / name}.py:method={arm.argument}"
     flags = [config, *overrides, f"--config.seed={seed}", *(f"--config.{f}" for f in arm.fields)]
     workdirs.append(run_arm(title, workdir, *flags))
-    if study == "schedules" and workdir == first:
+    if analyzed and workdir == first:
       run_main(title, "analyze", *flags, f"--workdir={first}")
-  run_main(
-    "digits", "report", f"--output={runs}/digits_{study}", f"--workdirs={','.join(workdirs)}"
-  )
+  run_main(name, "report", f"--output={runs}/{name}_{study}", f"--workdirs={','.join(workdirs)}")
 
 
 def check_overrides(overrides: list[str], *own: str) -> None:
@@ -109,10 +110,15 @@ def main(name: str, *arguments: str) -> None:
     print(__doc__.strip())
     return
   runs, overrides = pathlib.Path(os.environ.get("RUNS") or "runs").resolve(), list(arguments)
-  is_study = name == "digits" and overrides and not overrides[0].startswith("-")
-  if (study := overrides.pop(0) if is_study else "arms") not in STUDIES:
-    fail(f"{study!r} is no study of the digits: use one of {', '.join(STUDIES)}")
-  run_digits(study, runs, overrides) if name == "digits" else run_dataset(name, runs, overrides)
+  study = overrides.pop(0) if overrides and not overrides[0].startswith("-") else None
+  if name == "digits":
+    study = study or "arms"
+  if study is None:
+    run_dataset(name, runs, overrides)
+  elif study in (own := STUDIES.get(name, {})):
+    run_study(name, study, runs, overrides)
+  else:
+    fail(f"{study!r} is no study of {name}: use one of {', '.join(own) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from tests import scripts, tiny
 METHODS = ("full", "narrow", "static", "adaptive")
 MODES = ("train", "sample", "evaluate")
 SCRIPTS = ("cifar10", "celeba", "imagenet128", "digits")
-STUDIES = ("arms", "adamw", "schedules", "rates", "frontier", "ablation", "compression")
+STUDIES = [(name, study) for name, own in studies.STUDIES.items() for study in own]
 
 
 @pytest.fixture
@@ -83,19 +83,41 @@ def test_schedules_share_one_analysis(stand_in, tmp_path):
   assert f"--config.evaluation.features_dir={tmp_path}/runs/digits_features" in argv
 
 
-@pytest.mark.parametrize("study", STUDIES)
-def test_the_arms_of_a_study_share_runs_and_resolve(study, tmp_path):
+def test_a_study_of_photographs_trains_the_small_model_with_its_seeds(stand_in, tmp_path):
+  done = stand_in.run(command("cifar10", "photographs", "--config.data.data_dir=x"), SEEDS="1 2")
+  assert done[0] == 0, done
+  assert started(stand_in) == [
+    *arms(*(f"cifar10_{method}_{seed}" for seed in (1, 2) for method in METHODS)),
+    ("report", "cifar10_photographs"),
+  ]
+  argv = stand_in.starts()[-2]["argv"]
+  assert argv[1].endswith("configs/cifar10.py:method=adaptive,variant=XS/4")
+  features = f"--config.evaluation.features_dir={tmp_path}/runs/cifar10_features"
+  assert {"--config.data.data_dir=x", "--config.seed=2", features} <= set(argv)
+
+
+@pytest.mark.parametrize(("name", "study"), STUDIES)
+def test_the_arms_of_a_study_share_runs_and_resolve(name, study, tmp_path):
   """Every arm's recipe, arguments and fields are what main.py takes."""
-  seen = {}
-  for name, arm in studies.arms_of(study, tmp_path, "0").items():
+  seen, everything = {}, {}
+  for other in studies.STUDIES[name].values():
+    for own, arm in other.arms(tmp_path, "0").items():
+      assert everything.setdefault(own, arm) == arm
+  for own, arm in studies.STUDIES[name][study].arms(tmp_path, "0").items():
     fields = [f"--config.{field}" for field in arm.fields if not field.startswith("rank.analysis")]
     fields = [field.replace("schedule=measured", "schedule=midpeak") for field in fields]
-    config = f"--config={tiny.ROOT}/configs/digits.py:method={arm.argument}"
+    config = f"--config={tiny.ROOT}/configs/{name}.py:method={arm.argument}"
     flags = parse_flags(["main.py", config, f"--workdir={tmp_path}", *fields])
-    seen[name] = resolve(flags.config).to_json()
+    seen[own] = resolve(flags.config).to_json()
   assert len(set(seen.values())) == len(seen)
-  everything = studies.arms_of("arms", tmp_path, "0")
-  assert all(studies.Arm(method) == arm for method, arm in everything.items())
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_what_a_study_compresses_is_an_arm_of_it(name, tmp_path):
+  own = studies.STUDIES[name]["compression"].arms(tmp_path, "0")
+  starts = {f.partition("=")[2] for arm in own.values() for f in arm.fields if "init.from_" in f}
+  (start,) = starts
+  assert start in {f"{tmp_path}/{name}_{arm}_{{seed}}" for arm in own}
 
 
 @pytest.mark.parametrize("status", [1, 2, 75])
@@ -129,8 +151,10 @@ def test_a_signal_to_the_group_stops_it_once(stand_in, number, handler, status):
       "digits",
       ["widths"],
       {},
-      f"'widths' is no study of the digits: use one of {', '.join(STUDIES)}",
+      f"'widths' is no study of digits: use one of {', '.join(studies.STUDIES['digits'])}",
     ),
+    ("cifar10", ["arms"], {}, "'arms' is no study of cifar10: use one of photographs, rates, "),
+    ("celeba", ["arms"], {}, "'arms' is no study of celeba: use one of none"),
     *(("imagenet128", [], {"CLASSES": n}, f"CLASSES={n} is not") for n in ("1001", "0", "4x")),
   ],
 )
