@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from lrdit.model.low_rank import RankSelection, make_dense, uniform_selection
+from lrdit.model.materialize import materialize_gradient
 from lrdit.model.matmul import matmul
 from lrdit.rank.plan import LayerRanks, RankPlan
 from lrdit.runtime.errors import UserError
@@ -407,7 +408,7 @@ class DiT(nn.Module):
 
   def _apply_run(self, x, c, selection, first, length):
     for block in self.blocks[first : first + length]:
-      x = block(x, c, selection)
+      x = block(materialize_gradient(x), c, selection)
     return x
 
   def _scan_run(self, x, c, selection, first, length):

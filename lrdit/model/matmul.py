@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
+
+from lrdit.model.materialize import materialize
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -41,9 +42,9 @@ def _backward(_dtype, operands, gradient):
   result = gradient.dtype
   gradient = gradient.astype(a.dtype)
   if gradient.shape[-1] < a.shape[-1]:
-    d_b = _row_major(_product(_row_major(gradient.mT), a, result)).mT
+    d_b = materialize(_product(materialize(gradient.mT), a, result)).mT
   else:
-    d_b = _row_major(_product(_row_major(a.mT), gradient, result))
+    d_b = materialize(_product(materialize(a.mT), gradient, result))
   return _product(gradient, b.mT, result), d_b
 
 
@@ -53,17 +54,7 @@ def _product(a: Array, b: Array, result: Any) -> Array:
     return jnp.matmul(a, b, preferred_element_type=result)
   # XLA multiplies bfloat16 on a CPU in this layout alone. It converts others back to float32, or
   # fails where it found the layout later, such as that of a result whose transpose is wanted.
-  return _row_major(jnp.matmul(_row_major(a), _row_major(b), preferred_element_type=result))
-
-
-def _row_major(x: Array) -> Array:
-  """Return x, which XLA has to compute and store as it is written if it computes on a CPU."""
-  layout = Layout(major_to_minor=tuple(range(x.ndim)))
-
-  def on_cpu(x: Array) -> Array:
-    return jax.lax.optimization_barrier(with_layout_constraint(x, layout))
-
-  return jax.lax.platform_dependent(x, cpu=on_cpu, default=lambda x: x)
+  return materialize(jnp.matmul(materialize(a), materialize(b), preferred_element_type=result))
 
 
 matmul.defvjp(_forward, _backward)

@@ -1,4 +1,5 @@
 import math
+import re
 from unittest import mock
 
 import flax
@@ -203,6 +204,26 @@ def test_equal_blocks_are_compiled_once():
   assert count_products(8) > count_products(4)
   scanned = [count_products(depth, model__scan_blocks=True) for depth in (4, 8)]
   assert scanned[0] == scanned[1]
+
+
+@pytest.mark.parametrize("arm", ["full", "adaptive"])
+def test_no_operation_reads_what_every_later_block_left(arm):
+  """XLA may not fuse the residual stream's gradient into operations that all compute it again."""
+
+  def most_operands(depth):
+    config = tiny_config(f"method={arm}", model__depth=depth)
+    model, params = Experiment(config).model(), noisy_params(config)
+    x, t, y = inputs(model.shape)
+    selection = low_rank.RankSelection(((4, 1), (2, 0)), None)
+
+    def mean_square(params):
+      return jnp.square(model.apply({"params": params}, x, t, y, selection)).mean()
+
+    text = jax.jit(jax.grad(mean_square)).lower(params).compile().as_text()
+    fused = re.findall(r"^%?fused_computation\S* \((.*)\) -> ", text, re.MULTILINE)
+    return max(signature.count("param") for signature in fused)
+
+  assert most_operands(5) == most_operands(3)
 
 
 @pytest.mark.parametrize(
