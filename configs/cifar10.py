@@ -46,6 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.training.sample_every_steps = 1000
     config.checkpoint.every_steps = 250
     config.sampling.num_samples = 5000
+    config.sampling.batch_size = 50  # on a CPU twice as fast as 250
     config.sampling.solver = "dpm++"
     config.sampling.num_steps = 20
     config.optimizer.warmup_steps = 250
