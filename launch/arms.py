@@ -5,8 +5,7 @@ where NAME is digits, cifar10, celeba or imagenet128
 
 STUDY      digits: arms (default), adamw, schedules, rates, frontier, ablation or compression
            cifar10: photographs, rates, short, ablation or compression, all of DiT-XS/4
-RUNS       directory of the workdirs NAME_METHOD and the page NAME_report (default runs), or
-           with a study of the workdirs NAME_ARM_SEED and the page NAME_STUDY
+RUNS       directory of the workdirs (NAME_METHOD or NAME_ARM_SEED) and pages (default runs)
 SEEDS      the seeds of a study
 LATENTS    celeba and imagenet128: directory of the latents (default data/NAME_latents), which are
            encoded first unless they are there; --config.vae.path=VAE names the VAE
@@ -79,8 +78,7 @@ def run_study(name: str, study: str, runs: pathlib.Path, overrides: list[str]) -
   """Run the arms of a study of a dataset with several seeds."""
   default_seeds, arms_of, analyzed = STUDIES[name][study]
   seeds = (os.environ.get("SEEDS") or default_seeds).split()
-  first, workdirs = runs / f"{name}_full_{seeds[0]}", []
-  arms = arms_of(runs, seeds[0])
+  first, workdirs, arms = runs / f"{name}_full_{seeds[0]}", [], arms_of(runs, seeds[0])
   fields = [field.partition("=")[0] for arm in arms.values() for field in arm.fields]
   check_overrides(overrides, *SET_BY_ALL, *SET_BY_STUDIES, *fields)
   # One classifier for all, so that their metrics can be compared.
@@ -110,15 +108,11 @@ def main(name: str, *arguments: str) -> None:
     print(__doc__.strip())
     return
   runs, overrides = pathlib.Path(os.environ.get("RUNS") or "runs").resolve(), list(arguments)
-  study = overrides.pop(0) if overrides and not overrides[0].startswith("-") else None
-  if name == "digits":
-    study = study or "arms"
-  if study is None:
-    run_dataset(name, runs, overrides)
-  elif study in (own := STUDIES.get(name, {})):
-    run_study(name, study, runs, overrides)
-  else:
-    fail(f"{study!r} is no study of {name}: use one of {', '.join(own) or 'none'}")
+  studies, default = STUDIES.get(name, {}), "arms" if name == "digits" else None
+  study = default if not overrides or overrides[0].startswith("-") else overrides.pop(0)
+  if study and study not in studies:
+    fail(f"{study!r} is no study of {name}: use one of {', '.join(studies) or 'none'}")
+  run_study(name, study, runs, overrides) if study else run_dataset(name, runs, overrides)
 
 
 if __name__ == "__main__":

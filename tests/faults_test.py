@@ -49,19 +49,19 @@ def test_a_disk_that_fails_costs_one_line_and_nothing_else(tmp_path, record_prop
   record_property("disks", MOMENTS)
 
 
-# Counts of files with a damaged byte; of checkpoints, one of two is whole and is read.
 FLIPS = [
-  pytest.param("latents", 100, 7),
-  pytest.param("checkpoints", 10, 0),
-  pytest.param("latents", 200, 7, marks=pytest.mark.slow),
-  pytest.param("checkpoints", 200, 0, marks=pytest.mark.slow),
+  ("latents", 100),
+  ("checkpoints", 10),
+  pytest.param("latents", 200, marks=pytest.mark.slow),
+  pytest.param("checkpoints", 200, marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("kind", "count", "num_refused"), FLIPS)
-def test_files_with_a_damaged_byte_are_refused_or_unchanged(
-  tmp_path, record_property, kind, count, num_refused
-):
+@pytest.mark.parametrize(("kind", "count"), FLIPS)
+def test_files_with_a_damaged_byte_are_refused_or_unchanged(tmp_path, record_property, kind, count):
   refused = flips.flip(kind, tmp_path, count, seed=1)
-  assert len(refused) == num_refused
+  if kind == "latents":
+    assert len(refused) == 7  # every kind of file
+  else:  # one of two checkpoints is whole and is read, unless the other seems to be another model's
+    assert refused.keys() <= {"metadata"}
   record_property("flips", count)
