@@ -62,6 +62,6 @@ def test_files_with_a_damaged_byte_are_refused_or_unchanged(tmp_path, record_pro
   refused = flips.flip(kind, tmp_path, count, seed=1)
   if kind == "latents":
     assert len(refused) == 7  # every kind of file
-  else:  # one of two checkpoints is whole and is read, unless the other seems to be another model's
+  else:  # a damaged config is refused; of damaged arrays, the checkpoint before is read
     assert refused.keys() <= {"metadata"}
   record_property("flips", count)
