@@ -112,14 +112,10 @@ def _read_run(
   """Return the layout, tensors and fields of one of our workdirs or checkpoints."""
   workdir = path.parents[1] if is_step else path
   with contextlib.closing(Checkpoints(workdir)) as checkpoints:
-    steps = [int(path.name)] if is_step else checkpoints.steps()[:1]
-    if not steps:
-      raise UserError(f"no checkpoint under {checkpoints.directory}: train that run first")
-    stored = as_config(upgrade(checkpoints.read_config(steps[0])))
-    made = Experiment(resolve_for_run(stored, str(workdir)))
-    _, found = checkpoints.restore_params(made.params_template, [weights], steps[0])
-  log.info("starting from step %d of %s, %s weights", steps[0], workdir, weights)
-  return layouts.OWN, layouts.flat(found[weights]), trained_with(made.config)
+    step, stored, params = checkpoints.restore_run(weights, int(path.name) if is_step else None)
+  config = resolve_for_run(as_config(upgrade(stored)), str(workdir))
+  log.info("starting from step %d of %s, %s weights", step, workdir, weights)
+  return layouts.OWN, layouts.flat(params), trained_with(config)
 
 
 def _find_weights(path: pathlib.Path) -> pathlib.Path:

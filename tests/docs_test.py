@@ -131,6 +131,12 @@ def test_pages_are_short(page):
     assert len(page.read_text().splitlines()) <= limit
 
 
+@each_page
+def test_prose_is_at_most_120_columns_wide(page):
+  lines = prose_of(page).splitlines()
+  assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]
+
+
 def test_design_has_the_import_table():
   text = (ROOT / "docs/design.md").read_text()
   rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", text, re.M)

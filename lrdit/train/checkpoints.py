@@ -12,8 +12,8 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import flax
 import jax
@@ -38,8 +38,6 @@ PENDING = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that orbax is w
 DESCRIPTORS = pathlib.Path("/proc/self/fd")  # where Linux gives any open directory a plain path
 
 log = logging.getLogger("lrdit")
-
-T = TypeVar("T")
 
 
 def directory_of(workdir: str | os.PathLike) -> pathlib.Path:
@@ -138,7 +136,7 @@ class Checkpoints:
     items["progress"] = _without_empty_dicts(items["progress"])
     arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     arguments["config"] = ocp.args.JsonSave(config)
-    arguments["manifest"] = ocp.args.JsonSave(manifest.make_manifest(step, items))
+    arguments["manifest"] = ocp.args.JsonSave(manifest.make_manifest(step, items, config))
     try:
       with _without_copies():
         is_saved = self._manager.save(step, args=ocp.args.Composite(**arguments))
@@ -189,6 +187,7 @@ class Checkpoints:
       return None
     self._last_step = step
     progress = items.pop("progress")
+    del items["config"]
     return flax.serialization.from_state_dict(template, items | progress)
 
   def restore_params(
@@ -199,24 +198,37 @@ class Checkpoints:
     It is that of `step`, or else the newest intact one. `template` has the parameters' shapes;
     `weights` are some of `WEIGHTS`. Raise a UserError if there is none.
     """
-    templates = {WEIGHTS[name]: template for name in weights}
+    step, items = self._chosen({WEIGHTS[name]: template for name in weights}, step)
+    return step, {name: items[WEIGHTS[name]] for name in weights}
+
+  def restore_run(
+    self, weights: str, step: int | None = None
+  ) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Return (step, config.json, parameters) of a checkpoint, as it was saved.
+
+    Arguments and errors are those of `restore_params`.
+    """
+    step, items = self._chosen({WEIGHTS[weights]: None}, step)
+    return step, items["config"], items[WEIGHTS[weights]]
+
+  def read_config(self, step: int) -> dict[str, Any]:
+    """Return the config.json that a run had at a checkpoint; raise a UserError if there is none."""
+    return self._chosen({}, step)[1]["config"]
+
+  def _chosen(self, templates: dict[str, Any], step: int | None) -> tuple[int, dict[str, Any]]:
+    """Return `_restore` of the checkpoint of `step`, or else of the newest intact one."""
     if step is not None:
-      items = self._intact(step, lambda: self._restore(step, templates))
-      return step, {name: items[WEIGHTS[name]] for name in weights}
+      return step, self._intact(step, templates)
     step, items = self._newest_intact(templates, move_damaged=False)
     if step is None:
       raise UserError(
         f"no checkpoint under {self.directory}: train first, with the same --config and "
         "--workdir and --mode=train"
       )
-    return step, {name: items[WEIGHTS[name]] for name in weights}
+    return step, items
 
-  def read_config(self, step: int) -> dict[str, Any]:
-    """Return the config.json that a run had at a checkpoint; raise a UserError if there is none."""
-    return self._intact(step, lambda: self._read(step, config=ocp.args.JsonRestore())["config"])
-
-  def _intact(self, step: int, read: Callable[[], T]) -> T:
-    """Return `read()` of the checkpoint of `step`; raise a UserError unless it is there, intact."""
+  def _intact(self, step: int, templates: dict[str, Any]) -> dict[str, Any]:
+    """Return the items of the checkpoint of `step`, or raise a UserError."""
     if step not in self.steps():
       kept = ", ".join(map(str, self.steps()[::-1])) or "none"
       raise UserError(
@@ -224,7 +236,7 @@ class Checkpoints:
         "(config.checkpoint.keep and keep_every say which)"
       )
     try:
-      return read()
+      return self._restore(step, templates)
     except DamagedCheckpoint as damage:
       raise UserError(
         f"checkpoint {self.directory}/{step} is damaged ({damage}): use another step"
@@ -258,17 +270,20 @@ class Checkpoints:
     return None, {}
 
   def _restore(self, step: int, templates: dict[str, Any]) -> dict[str, Any]:
-    stored = self._read(step, manifest=ocp.args.JsonRestore())["manifest"]
-    arrays = manifest.check_manifest(step, stored)
+    """Return the config and the items that have a template; None is one of whatever was saved."""
+    asked = {"manifest": ocp.args.JsonRestore(), "config": ocp.args.JsonRestore()}
+    stored = self._read(step, **asked)
+    arrays = manifest.check_manifest(step, **stored)
     arguments = {}
     for name, tree in templates.items():
       layout = arrays[name]["layout"]
-      self._check_layout(step, name, layout, manifest.layout(tree))
-      if name == "progress":  # its fields may differ
+      if tree is not None:
+        self._check_layout(step, name, layout, manifest.layout(tree))
+      if tree is None or name == "progress":  # its fields may differ
         tree = manifest.zeros(layout)
-      host = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
+      host = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree)
       arguments[name] = ocp.args.StandardRestore(host)  # as numpy
-    restored = self._read(step, **arguments)
+    restored = self._read(step, **arguments) if arguments else {}
     for name in templates:
       expected, found = arrays[name]["crc32"], manifest.checksums(restored[name])
       changed = [path for path in expected if expected[path] != found[path]]
@@ -276,7 +291,7 @@ class Checkpoints:
         raise DamagedCheckpoint(f"contents of {name}{changed[0]} changed")
     if "progress" in restored:
       restored["progress"] = manifest.merge(templates["progress"], restored["progress"])
-    return restored
+    return restored | {"config": stored["config"]}
 
   def _check_layout(
     self, step: int, name: str, stored: dict[str, str], asked: dict[str, str]

@@ -1,7 +1,7 @@
 """A checkpoint's record of its arrays, against which a restored one is checked.
 
-A manifest is JSON: the step; the dtype, shape and CRC-32 of every array by its path; and a CRC-32
-of all that.
+A manifest is JSON: the step; the dtype, shape and CRC-32 of every array by its path; the CRC-32 of
+the run's config; and a CRC-32 of all that.
 """
 
 import re
@@ -34,17 +34,17 @@ def checksums(tree: Any) -> dict[str, int]:
   return {path: zlib.crc32(np.ascontiguousarray(leaf)) for path, leaf in _leaves(tree).items()}
 
 
-def make_manifest(step: int, items: dict[str, Any]) -> dict[str, Any]:
-  """Return the manifest of a checkpoint's trees by name."""
+def make_manifest(step: int, items: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+  """Return the manifest of a checkpoint's trees by name and of its config."""
   arrays = {n: {"layout": layout(tree), "crc32": checksums(tree)} for n, tree in items.items()}
-  contents = {"step": step, "items": arrays}
+  contents = {"step": step, "items": arrays, "config": crc32_of_json(config)}
   return {"contents": contents, "crc32": crc32_of_json(contents)}
 
 
-def check_manifest(step: int, manifest: Any) -> dict[str, Any]:
+def check_manifest(step: int, manifest: Any, config: Any) -> dict[str, Any]:
   """Return the "layout" and "crc32" of each tree by name.
 
-  Raise DamagedCheckpoint if the manifest changed or belongs to another step.
+  Raise DamagedCheckpoint if the manifest or the config changed, or they belong to another step.
   """
   contents = manifest.get("contents") if isinstance(manifest, dict) else None
   if contents is None or manifest.get("crc32") != crc32_of_json(contents):
@@ -53,16 +53,26 @@ def check_manifest(step: int, manifest: Any) -> dict[str, Any]:
     raise DamagedCheckpoint(
       f"it holds step {contents['step']}: give the directory that name to use it"
     )
+  # Checkpoints from before 2026-11-28 do not tell their config's checksum.
+  if contents.get("config", crc32_of_json(config)) != crc32_of_json(config):
+    raise DamagedCheckpoint("its config changed")
   return contents["items"]
 
 
 def zeros(layout: dict[str, str]) -> Any:
-  """Return the tree of plain dicts with numpy zeros that a layout describes."""
+  """Return the tree of plain dicts with read-only zeros, of no size, that a layout describes.
+
+  Raise DamagedCheckpoint if it describes none.
+  """
   flat = {}
   for path, kind in layout.items():
-    dtype, shape = re.fullmatch(r"(\w+)\[(.*)\]", kind).groups()
-    keys = tuple(re.findall(r"\['([^']*)'\]", path))
-    flat[keys] = np.zeros([int(size) for size in shape.split(",") if size], dtype)
+    try:
+      dtype, shape = re.fullmatch(r"(\w+)\[(.*)\]", kind).groups()
+      sizes = [int(size) for size in shape.split(",") if size]
+      leaf = np.broadcast_to(np.zeros((), dtype), sizes)
+    except (AttributeError, TypeError, ValueError) as error:
+      raise DamagedCheckpoint(f"its manifest has {path} of {kind}") from error
+    flat[tuple(re.findall(r"\['([^']*)'\]", path))] = leaf
   return flax.traverse_util.unflatten_dict(flat)
 
 

@@ -163,16 +163,17 @@ def make_checkpoint(path: pathlib.Path) -> None:
 
 
 def read_checkpoint(path: pathlib.Path) -> None:
-  """Restore what sampling restores, and the state of training.
+  """Restore what sampling restores, and what another run starts from.
 
-  What is restored is what was saved, whichever step it is from.
+  It is what was saved, whichever step it is from.
   """
   config, saved = _config(), trained.random_params(_config())
   with contextlib.closing(Checkpoints(path)) as checkpoints:
     template = Experiment(config).params_template
-    step, found = checkpoints.restore_params(template, ["raw", "ema"])
-    checkpoints.read_config(step)
-  for params in found.values():
+    _, found = checkpoints.restore_params(template, ["raw", "ema"])
+    _, stored, alone = checkpoints.restore_run("raw")
+  assert run_config.as_config(stored).to_dict() == config.to_dict()
+  for params in (alone, *found.values()):
     restored = layouts.flat(params)
     assert all(np.array_equal(restored[name], value) for name, value in saved.items())
 
