@@ -352,8 +352,8 @@ def test_distillation_adds_the_distance_from_the_teacher_to_the_loss(full_run):
     )
     x_t = signal * x_0 + sigma * eps
     outputs = [
-      experiment.model().apply({"params": params}, x_t, t, y, loss.select_ranks(objective, t)),
-      objective.teacher.apply({"params": teacher}, x_t, t, y, low_rank.uniform_selection(size)),
+      loss.predict(objective, params, x_t, t, y),
+      objective.teacher.apply({"params": teacher}, x_t, t, y, low_rank.RankSelection()),
     ]
     return taught - alone, 0.5 * jnp.square(outputs[0] - outputs[1]).mean((1, 2, 3))
 

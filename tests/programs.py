@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
 from lrdit.experiment import Experiment
-from lrdit.train.loss import select_ranks
 from tests.trained import fresh_state
 
 
@@ -55,5 +54,5 @@ def training(config, devices):
     "label": jax.ShapeDtypeStruct((n, local), jnp.int32),
   }
   key = structs(jax.random.key(0))
-  groups = select_ranks(objective, jnp.zeros(local, jnp.int32)).groups
-  return Experiment(config).train_step(devices, stage=0), (state, batch, key), groups
+  step = Experiment(config).train_step(devices, stage=0)
+  return step, (state, batch, key), objective.rank_groups

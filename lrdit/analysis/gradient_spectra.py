@@ -43,7 +43,7 @@ from lrdit.analysis.unit_cache import UnitCache
 from lrdit.analysis.weight_spectra import layer_kind, mean_by_kind, mean_tables, normalised
 from lrdit.data.source import Source
 from lrdit.model.dit import DiT, layer_shapes
-from lrdit.model.low_rank import uniform_selection
+from lrdit.model.low_rank import RankSelection
 from lrdit.rank.plan import RankPlan, dense_plan
 from lrdit.train.loss import Objective
 
@@ -66,7 +66,7 @@ def _make_step(model: DiT) -> Callable:
   def loss(kernels: dict[str, Array], others: dict[str, Array], batch: dict[str, Array]) -> Array:
     flat = others | {f"{name}/kernel": kernel for name, kernel in kernels.items()}
     params = flax.traverse_util.unflatten_dict(flat, sep="/")
-    selection = uniform_selection(len(batch["t"]))
+    selection = RankSelection()
     inputs = (batch["x_t"], batch["t"], batch.get("y"), selection)
     prediction = model.apply({"params": params}, *inputs)[..., : model.shape.channels]
     target = batch["target"]

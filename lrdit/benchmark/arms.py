@@ -21,7 +21,6 @@ from lrdit.model.matmul import matmul
 from lrdit.runtime import parallel
 from lrdit.runtime.progress import make_bar
 from lrdit.sampling.sampler import Program
-from lrdit.train import loss
 
 log = logging.getLogger("lrdit")
 
@@ -139,10 +138,9 @@ class TrainingArm:
     self._state = parallel.make_replicated(
       lambda: experiment.fresh_state(random_params(template)), devices
     )
-    local = batch_size // objective.num_shares
     # (examples, rank bucket) of one microbatch of one device, the whole share by default, and the
     # FLOPs of one step over all devices.
-    self.rank_groups = loss.select_ranks(objective, jnp.zeros(local, jnp.int32)).groups
+    self.rank_groups = objective.rank_groups
     shape, plan = objective.model.shape, objective.model.plan
     macs = objective.microbatches * flops.training_macs(shape, plan, self.rank_groups)
     macs += experiment.update_macs

@@ -124,7 +124,7 @@ FIELDS: dict[str, Field] = {
     ),
     compute=Field(
       "grouped",
-      "Training's layers: sliced by rank (`grouped`), or the `masked` reference",
+      "Training: each group of examples at its rank (`grouped`), or the `masked` reference",
       choice(names="rank.strata.COMPUTES"),
       role=Role.PROCESS,
     ),

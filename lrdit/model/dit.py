@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from lrdit.model.low_rank import RankSelection, make_dense, uniform_selection
+from lrdit.model.low_rank import RankSelection, make_dense
 from lrdit.model.materialize import materialize_gradient
 from lrdit.model.matmul import matmul
 from lrdit.rank.plan import LayerRanks, RankPlan
@@ -432,4 +432,4 @@ def init_params(model: DiT, rng: Key[Array, ""]) -> dict[str, Any]:
   t = jnp.zeros(1, jnp.int32)
   y = t if s.num_classes else None
   # Compiled because the many small products are far slower op by op.
-  return jax.jit(lambda key: model.init(key, x_t, t, y, uniform_selection(1))["params"])(rng)
+  return jax.jit(lambda key: model.init(key, x_t, t, y, RankSelection())["params"])(rng)

@@ -4,23 +4,26 @@ A layer computes y = (x @ down[:, :r]) @ up[:r] + bias, so a smaller rank r is a
 larger one. A timestep gets its rank in four steps:
 
 1. `RankPlan.bucket_of_timestep` maps t to a rank bucket, the same for every layer.
-2. A `RankSelection` holds static (group size, rank bucket) pairs and, where examples of one group
-   differ, the bucket of each example.
+2. A `RankSelection` holds the static bucket of a batch and, where examples differ, the bucket of
+   each example.
 3. `LowRankDense` looks up the rank r of each bucket in its own table.
-4. `low_rank_matmul` slices the factors to each group's rank and masks the components beyond each
+4. `low_rank_matmul` slices the factors to the batch's rank and masks the components beyond each
    example's own rank.
 
-Masked compute has one group at the top bucket and a bucket per example. Grouped compute has several
-groups. Sampling uses one group of a model that `slice_params` has cut down.
+Masked compute takes the whole batch at the top bucket. Grouped compute takes each group of examples
+through the model at its own static bucket (`apply_by_group`). Sampling uses one bucket of a model
+that `slice_params` has cut down.
 
 Axes: B batch, N tokens, D_in / D_out width, R rank.
 """
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
@@ -38,18 +41,36 @@ class RankSelection:
   """The active rank of a batch of B examples.
 
   Attributes:
-    groups: static ((size, rank bucket), ...); sizes sum to B, and no example's bucket exceeds
-      its group's.
-    rank_bucket: (B,) int32, or None if every example uses its group's bucket.
+    bucket: the static rank bucket at which the batch is computed.
+    bucket_of_example: (B,) int32, at most `bucket`; None if every example uses `bucket`.
   """
 
-  groups: tuple[tuple[int, int], ...] = flax.struct.field(pytree_node=False)
-  rank_bucket: Int[Array, " B"] | None = None
+  bucket: int = flax.struct.field(pytree_node=False, default=0)
+  bucket_of_example: Int[Array, " B"] | None = None
 
 
-def uniform_selection(batch_size: int, bucket: int = 0) -> RankSelection:
-  """Return the selection of a whole batch at one bucket."""
-  return RankSelection(groups=((batch_size, bucket),))
+def apply_by_group(
+  function: Callable[..., Float[Array, "b ..."]],
+  groups: tuple[tuple[int, int], ...],
+  bucket_of_example: Int[Array, " B"] | None,
+  *inputs: Any,
+) -> Float[Array, "B ..."]:
+  """Return the outputs of `function(selection, *parts)` for each group of examples, joined.
+
+  A whole model is applied to each group: layers that each cut and join the batch take longer.
+
+  Args:
+    groups: static ((size, rank bucket), ...); sizes sum to B.
+    bucket_of_example: (B,) int32, at most its group's; None is the group's bucket.
+    inputs: trees of arrays (B, ...), of which each group gets its part.
+  """
+  outputs, end = [], 0
+  for size, bucket in groups:
+    start, end = end, end + size
+    part = operator.itemgetter(slice(start, end))
+    own, parts = jax.tree.map(part, (bucket_of_example, inputs))
+    outputs.append(function(RankSelection(bucket, own), *parts))
+  return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
 
 
 def svd_factors(
@@ -78,33 +99,25 @@ def low_rank_matmul(
   x: Float[Array, "B *N D_in"],
   down: Float[Array, "D_in R"],
   up: Float[Array, "R D_out"],
-  groups: tuple[tuple[int, int], ...],
   active_rank: Int[Array, " B"] | None = None,
   dtype: Any = None,
 ) -> Float[Array, "B *N D_out"]:
-  """Multiply by a factorized kernel at each example's active rank.
+  """Multiply by a factorized kernel, whose rank may be masked to each example's active rank.
 
   Components beyond an example's active rank contribute exactly zero to its output and receive
   exactly zero gradient from it.
 
   Args:
-    groups: static ((group size, rank), ...); sizes sum to B.
-    active_rank: (B,) int32, at most the group's rank; None is the group's rank for every example.
+    active_rank: (B,) int32, at most R; None is R for every example.
     dtype: as in `matmul`.
   """
-  outputs, start = [], 0
-  for size, rank in groups:
-    part = x[start : start + size]
-    # XLA's CPU backward pass is much faster on two-dimensional products.
-    hidden = matmul(part.reshape(-1, x.shape[-1]), down[:, :rank], dtype)
-    if active_rank is not None:
-      mask = jnp.arange(rank) < active_rank[start : start + size, None]
-      mask = mask.astype(hidden.dtype)[:, None]
-      hidden = (hidden.reshape(size, -1, rank) * mask).reshape(-1, rank)
-    output = matmul(hidden, up[:rank], dtype)
-    outputs.append(output.reshape(*part.shape[:-1], up.shape[-1]))
-    start += size
-  return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
+  rank = up.shape[0]
+  # XLA's CPU backward pass is much faster on two-dimensional products.
+  hidden = matmul(x.reshape(-1, x.shape[-1]), down, dtype)
+  if active_rank is not None:
+    mask = (jnp.arange(rank) < active_rank[:, None]).astype(hidden.dtype)[:, None]
+    hidden = (hidden.reshape(len(x), -1, rank) * mask).reshape(-1, rank)
+  return matmul(hidden, up, dtype).reshape(*x.shape[:-1], up.shape[-1])
 
 
 class Dense(nn.Module):
@@ -155,14 +168,12 @@ class LowRankDense(nn.Module):
       )
     down, up = self._factors(x.shape[-1], active[-1])
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
-    if selection is None:
-      selection = uniform_selection(x.shape[0], len(active) - 1)
-    groups = tuple((size, active[bucket]) for size, bucket in selection.groups)
-    active_rank = None
-    if selection.rank_bucket is not None:
-      active_rank = jnp.asarray(active, jnp.int32)[selection.rank_bucket]
-    down, up, bias = (parameter.astype(x.dtype) for parameter in (down, up, bias))
-    return low_rank_matmul(x, down, up, groups, active_rank, self.dtype) + bias
+    selection = selection or RankSelection(len(active) - 1)
+    rank, active_rank = active[selection.bucket], None
+    if selection.bucket_of_example is not None:
+      active_rank = jnp.asarray(active, jnp.int32)[selection.bucket_of_example]
+    down, up, bias = (p.astype(x.dtype) for p in (down[:, :rank], up[:rank], bias))
+    return low_rank_matmul(x, down, up, active_rank, self.dtype) + bias
 
   def _factors(
     self, dim_in: int, max_rank: int

@@ -179,8 +179,7 @@ def guided_output(
   """
   batch, channels = x_t.shape[0], guided_channels or model.shape.channels
   if scale == 1.0 or y is None:
-    selection = low_rank.uniform_selection(batch)
-    return model.apply({"params": params}, x_t, jnp.full(batch, t), y, selection)
+    return model.apply({"params": params}, x_t, jnp.full(batch, t), y, low_rank.RankSelection())
   # A pair stays on its image's device, as the batch is split over devices.
   null_y = jnp.full_like(y, model.shape.num_classes)
   output = model.apply(
@@ -188,7 +187,7 @@ def guided_output(
     jnp.repeat(x_t, 2, axis=0),
     jnp.full(2 * batch, t),
     jnp.stack([y, null_y], axis=1).reshape(-1),
-    low_rank.uniform_selection(2 * batch),
+    low_rank.RankSelection(),
   )
   conditional, null = output[::2], output[1::2]
   guided = null + scale * (conditional - null)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lrdit.diffusion import process
 from lrdit.model.dit import DiT
-from lrdit.model.low_rank import RankSelection, uniform_selection
+from lrdit.model.low_rank import RankSelection, apply_by_group
 from lrdit.rank.strata import Strata, rank_groups, stratified_timesteps
 from lrdit.runtime import parallel
 
@@ -43,6 +43,11 @@ class Objective:
   def num_shares(self) -> int:
     """The number of equal parts of the global batch that are each computed at once."""
     return self.num_devices * self.microbatches
+
+  @property
+  def rank_groups(self) -> tuple[tuple[int, int], ...]:
+    """The static (examples, rank bucket) of each group of a share."""
+    return rank_groups(self.model.plan, self.compute, self.strata, self.num_shares)
 
   def without_augmentation(self) -> "Objective":
     """Return the objective for evaluation, which keeps every label and splits no batch."""
@@ -81,13 +86,21 @@ def draw_step_noise(
   )
 
 
-def select_ranks(objective: Objective, t: Int[Array, " b"]) -> RankSelection:
-  """Return the static rank groups, and each example's bucket if the plan has several."""
+def predict(
+  objective: Objective,
+  params: Any,
+  x_t: Float[Array, "b H W C"],
+  t: Int[Array, " b"],
+  y: Int[Array, " b"] | None,
+) -> Float[Array, "b H W C_out"]:
+  """Return the model's output at each example's rank, group by group."""
+
+  def apply(selection: RankSelection, *inputs: Any) -> Float[Array, "b H W C_out"]:
+    return objective.model.apply({"params": params}, *inputs, selection)
+
   plan = objective.model.plan
-  groups = rank_groups(plan, objective.compute, objective.strata, objective.num_shares)
-  if plan.num_buckets == 1:
-    return RankSelection(groups)
-  return RankSelection(groups, jnp.asarray(plan.bucket_of_timestep)[t])
+  bucket = None if plan.num_buckets == 1 else jnp.asarray(plan.bucket_of_timestep)[t]
+  return apply_by_group(apply, objective.rank_groups, bucket, x_t, t, y)
 
 
 def example_losses(
@@ -116,14 +129,12 @@ def example_losses(
 
   signal, sigma = at_t(alphas_cumprod**0.5), at_t((1 - alphas_cumprod) ** 0.5)
   x_t = process.q_sample(x_0, noise.eps, signal, sigma)
-  selection = select_ranks(objective, noise.t)
-  output = objective.model.apply({"params": params}, x_t, noise.t, y, selection)
+  output = predict(objective, params, x_t, noise.t, y)
   prediction, coordinate = output[..., : shape.channels], output[..., shape.channels :]
   target = process.training_target(objective.prediction, x_0, noise.eps, signal, sigma)
   losses = jnp.square(prediction - target).mean(axis=(1, 2, 3))
   if teacher_params is not None:
-    whole = uniform_selection(len(x_t))
-    taught = objective.teacher.apply({"params": teacher_params}, x_t, noise.t, y, whole)
+    taught = objective.teacher.apply({"params": teacher_params}, x_t, noise.t, y, RankSelection())
     distance = jnp.square(output - taught).mean(axis=(1, 2, 3))
     losses = losses + objective.distillation * distance
   weights = process.loss_weights(

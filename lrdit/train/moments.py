@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from lrdit.data import pipeline
 from lrdit.data.source import Source
 from lrdit.diffusion import process
-from lrdit.model.low_rank import Dense, uniform_selection
+from lrdit.model.low_rank import Dense, RankSelection
 from lrdit.train.loss import Objective
 
 
@@ -47,7 +47,7 @@ def input_moments(
       return call(*args, **kwargs)
 
     with nn.intercept_methods(note):
-      objective.model.apply({"params": params}, x_t, t, y, uniform_selection(len(x_t)))
+      objective.model.apply({"params": params}, x_t, t, y, RankSelection())
     return found
 
   rng, count = np.random.default_rng([seed, int(timesteps[0])]), -(-num_examples // batch_size)

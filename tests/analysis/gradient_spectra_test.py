@@ -246,7 +246,7 @@ def test_the_residual_null_passes_noise_back_in_place_of_each_error():
   model = dataclasses.replace(objective.model, plan=rank_schedule.dense_plan(1000))
 
   def predict(params):
-    selection = low_rank.uniform_selection(8)
+    selection = low_rank.RankSelection()
     inputs = (jnp.asarray(batch[name]) for name in ("x_t", "t", "y"))
     return model.apply({"params": params}, *inputs, selection)
 

@@ -38,7 +38,7 @@ def make_forward(full: Experiment) -> Callable[[], jax.Array]:
 
   @jax.jit
   def apply(params: Any, x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
-    return model.apply({"params": params}, x, t, y, low_rank.uniform_selection(batch))
+    return model.apply({"params": params}, x, t, y, low_rank.RankSelection())
 
   return lambda: apply(params, x, t, y)
 

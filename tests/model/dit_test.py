@@ -32,7 +32,7 @@ def test_initial_output_is_exactly_zero(arm, num_classes):
   model = Experiment(tiny_config(f"method={arm}", data__num_classes=num_classes)).model()
   params = dit.init_params(model, jax.random.key(0))
   x, t, y = inputs(model.shape)
-  output = model.apply({"params": params}, x, t, y, low_rank.uniform_selection(6))
+  output = model.apply({"params": params}, x, t, y, low_rank.RankSelection())
   assert output.shape == x.shape
   assert output.dtype == jnp.float32
   assert (output == 0).all()
@@ -168,6 +168,15 @@ def test_fused_attention_computes_the_same_as_plain_attention(monkeypatch):
   assert asked == ["cudnn"]
 
 
+def apply_groups(model, params, groups, bucket, *inputs):
+  """Apply the model to each group of examples."""
+
+  def apply(selection, *inputs):
+    return model.apply({"params": params}, *inputs, selection)
+
+  return low_rank.apply_by_group(apply, groups, bucket, *inputs)
+
+
 def test_scan_and_remat_do_not_change_the_gradients():
   fields = dict(model__depth=3, rank__num_buckets=2)
   plain = Experiment(tiny_config(**fields)).model()
@@ -178,11 +187,11 @@ def test_scan_and_remat_do_not_change_the_gradients():
   strata = uniform_strata(16, 1000)
   t = stratified_timesteps(jnp.full(16, 0.7), jnp.arange(16), strata)
   bucket = jnp.asarray(model.plan.bucket_of_timestep)[t]
-  selection = low_rank.RankSelection(rank_groups(model.plan, "grouped", strata, 1), bucket)
+  groups = rank_groups(model.plan, "grouped", strata, 1)
 
   def loss(model):
     def mean_square(params):
-      return jnp.square(model.apply({"params": params}, x, t, y, selection)).mean()
+      return jnp.square(apply_groups(model, params, groups, bucket, x, t, y)).mean()
 
     return jax.jit(jax.value_and_grad(mean_square))(params)
 
@@ -197,7 +206,7 @@ def test_equal_blocks_are_compiled_once():
     model = Experiment(tiny_config(model__depth=depth, **fields)).model()
     x, t, y = inputs(model.shape)
     params = jax.eval_shape(lambda: dit.init_params(model, jax.random.key(0)))
-    selection = low_rank.uniform_selection(6)
+    selection = low_rank.RankSelection()
     program = jax.jit(lambda p: model.apply({"params": p}, x, t, y, selection)).lower(params)
     return program.as_text().count("dot_general")
 
@@ -214,10 +223,10 @@ def test_no_operation_reads_what_every_later_block_left(arm):
     config = tiny_config(f"method={arm}", model__depth=depth)
     model, params = Experiment(config).model(), noisy_params(config)
     x, t, y = inputs(model.shape)
-    selection = low_rank.RankSelection(((4, 1), (2, 0)), None)
+    groups = ((4, min(1, model.plan.num_buckets - 1)), (2, 0))
 
     def mean_square(params):
-      return jnp.square(model.apply({"params": params}, x, t, y, selection)).mean()
+      return jnp.square(apply_groups(model, params, groups, None, x, t, y)).mean()
 
     text = jax.jit(jax.grad(mean_square)).lower(params).compile().as_text()
     fused = re.findall(r"^%?fused_computation\S* \((.*)\) -> ", text, re.MULTILINE)
@@ -251,17 +260,17 @@ def test_sliced_masked_and_grouped_models_agree(schedule, match):
     return jax.jit(lambda p: model.apply({"params": p}, *inputs))(params)
 
   def apply(groups):
-    return run(model, params, x, t, y, low_rank.RankSelection(groups, bucket))
+    return jax.jit(lambda p: apply_groups(model, p, groups, bucket, x, t, y))(params)
 
   masked = apply(rank_groups(plan, "masked", strata, 1))
   grouped = apply(rank_groups(plan, "grouped", strata, 1))
   np.testing.assert_allclose(grouped, masked, rtol=1e-4, atol=1e-5)
-  lowest = run(model, params, x, t, y, low_rank.uniform_selection(16, 0))
+  lowest = run(model, params, x, t, y, low_rank.RankSelection())
   assert np.abs(lowest - masked).max() > 1e-2  # the rank changes the output
   for b in range(plan.num_buckets):
     mine = np.flatnonzero(np.asarray(bucket) == b)
     small = model.clone(plan=plan.at_bucket(b))
-    selection = low_rank.uniform_selection(len(mine))
+    selection = low_rank.RankSelection()
     prefixes = low_rank.slice_params(params, plan, b)
     sliced = run(small, prefixes, x[mine], t[mine], y[mine], selection)
     np.testing.assert_allclose(sliced, masked[mine], rtol=1e-4, atol=1e-5)
@@ -271,7 +280,7 @@ def test_learn_sigma_doubles_the_channels():
   model = Experiment(tiny_config(model__learn_sigma=True)).model()
   x, t, y = inputs(model.shape)
   params = dit.init_params(model, jax.random.key(0))
-  assert model.apply({"params": params}, x, t, y, low_rank.uniform_selection(6)).shape[-1] == 2
+  assert model.apply({"params": params}, x, t, y, low_rank.RankSelection()).shape[-1] == 2
 
 
 @pytest.mark.parametrize("activation_dtype", [jnp.float32, jnp.bfloat16])
@@ -282,7 +291,7 @@ def test_bfloat16_is_close_to_float32_and_keeps_float32_parameters(activation_dt
   params = dit.init_params(half, jax.random.key(0))
   assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
   x, t, y = inputs(full.shape)
-  selection = low_rank.uniform_selection(6, 2)
+  selection = low_rank.RankSelection(2)
   params = noisy_params(tiny_config(**SHALLOW))
   a, b = (
     jax.jit(lambda p, m=m: m.apply({"params": p}, x, t, y, selection))(params) for m in (full, half)

@@ -46,7 +46,7 @@ def forward(config, bucket, batch=4):
   t = jax.ShapeDtypeStruct((batch,), jnp.int32)
 
   def function(params, x, t, y):
-    return model.apply({"params": params}, x, t, y, low_rank.uniform_selection(batch, bucket))
+    return model.apply({"params": params}, x, t, y, low_rank.RankSelection(bucket))
 
   return function, (Experiment(config).params_template, x, t, t)
 

@@ -45,7 +45,7 @@ def output(params, shape, arrays, frequency_shift=0):
   tree = {"params": jax.tree.map(jnp.asarray, layouts.nest(params))}
   x, t, y = arrays["x"].transpose(0, 2, 3, 1), arrays["t"], arrays["y"]
   ids = (jnp.asarray(t, jnp.int32), jnp.asarray(y, jnp.int32))
-  out = model.apply(tree, jnp.asarray(x), *ids, low_rank.uniform_selection(len(x)))
+  out = model.apply(tree, jnp.asarray(x), *ids, low_rank.RankSelection())
   return np.asarray(out).transpose(0, 3, 1, 2)
 
 

@@ -369,7 +369,7 @@ def test_gradients_of_the_random_parameters_are_not_zero():
   t = y = jnp.arange(4)
 
   def loss(params):
-    selection = low_rank.uniform_selection(4, 2)
+    selection = low_rank.RankSelection(2)
     return jnp.square(model.apply({"params": params}, x, t, y, selection)).mean()
 
   grads = jax.jit(jax.grad(loss))(params)

@@ -41,7 +41,7 @@ def outputs(config, params, bucket=0):
   shape = experiment.shape
   x = jax.random.normal(jax.random.key(3), (3, shape.image_size, shape.image_size, shape.channels))
   t, y = jnp.array([0, 400, 999]), jnp.array([1, 0, shape.num_classes])
-  selection = low_rank.uniform_selection(3, bucket)
+  selection = low_rank.RankSelection(bucket)
   params = jax.tree.map(jnp.asarray, params)
   return experiment.model().apply({"params": params}, x, t, y, selection)
 
@@ -75,7 +75,7 @@ def exported_and_inputs(tmp_path, frequency_shift):
 def own_outputs(config, inputs):
   params = jax.tree.map(jnp.asarray, layouts.nest(trained.random_params(config)))
   x, t, y = (jnp.asarray(array) for array in inputs)
-  selection = low_rank.uniform_selection(len(x))
+  selection = low_rank.RankSelection()
   ids = (t.astype(jnp.int32), y.astype(jnp.int32))
   return np.asarray(Experiment(config).model().apply({"params": params}, x, *ids, selection))
 

@@ -40,12 +40,11 @@ def masked_trajectory(config, num_samples, is_guided=()):
   y = jnp.asarray(sampler.balanced_labels(np.arange(num_samples), 10))
   x = sampler._initial_noise(index, config.sampling.seed, (8, 8, 1))
   x_0_last = jnp.zeros_like(x)
-  groups = ((num_samples, plan.num_buckets - 1),)
 
   @jax.jit
   def apply(x, t, y):
     bucket = jnp.asarray(plan.bucket_of_timestep)[t]
-    selection = RankSelection(groups, jnp.full(num_samples, bucket))
+    selection = RankSelection(plan.num_buckets - 1, jnp.full(num_samples, bucket))
     return model.apply({"params": params}, x, jnp.full(num_samples, t), y, selection)
 
   for i, t in enumerate(table.t):
