@@ -1,4 +1,4 @@
-"""Set up a process before it computes: its limits, jax's settings and compilation cache."""
+"""Set up a process before it computes: its limits and jax's settings."""
 
 import contextlib
 import importlib.util
@@ -7,11 +7,11 @@ import resource
 import sys
 import warnings
 
+from lrdit.runtime.compilation_cache import use_compilation_cache
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.malloc import count_cpu_devices
 
 CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-MIN_CACHED_SECONDS = 0.1  # Faster compilations are not worth a file.
 OPEN_FILES = 1 << 16  # Files that may be open at once, where the system allows it.
 
 # The environment may not change these settings of jax and flax from their defaults. They define
@@ -183,16 +183,3 @@ def fix_settings() -> list[str]:
     effect = "is used: resuming without it changes rounding"
     notes.append(f"JAX_DEFAULT_MATMUL_PRECISION={precision} {effect}")
   return notes
-
-
-def use_compilation_cache() -> None:
-  """Keep compiled programs in ~/.cache/lrdit, so that only new ones are compiled.
-
-  XDG_CACHE_HOME or JAX_COMPILATION_CACHE_DIR names another directory.
-  """
-  import jax
-
-  if not jax.config.jax_compilation_cache_dir:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    jax.config.update("jax_compilation_cache_dir", os.path.join(home, "lrdit"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_CACHED_SECONDS)

@@ -20,7 +20,8 @@ from configs import cifar10
 from lrdit.benchmark import arms
 from lrdit.config.resolve import resolve
 from lrdit.experiment import Experiment
-from lrdit.runtime import cluster, parallel, startup
+from lrdit.runtime import cluster, parallel
+from lrdit.runtime.compilation_cache import use_compilation_cache
 
 
 def make_experiment(args: argparse.Namespace) -> Experiment:
@@ -108,7 +109,7 @@ def main() -> None:
   for name in ("image_size", "batch_size", "num_processes", "process_id"):
     parser.add_argument(f"--{name}", type=int, required=True)
   args = parser.parse_args()
-  startup.use_compilation_cache()
+  use_compilation_cache()
   job = cluster.Cluster(args.coordinator, args.num_processes, args.process_id)
   cluster.connect(job, shares_sigterm=True)
   worker = Worker(make_experiment(args), parallel.all_devices())

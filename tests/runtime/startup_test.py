@@ -23,8 +23,8 @@ with open("/proc/self/statm") as file:
 """
 
 
-def run_program(program, **environment):
-  done = subprocess.run(
+def start_program(program, **environment):
+  return subprocess.run(
     [sys.executable, "-c", program],
     cwd=tiny.ROOT,
     env={k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | environment,
@@ -32,7 +32,10 @@ def run_program(program, **environment):
     text=True,
     check=True,
   )
-  return [int(word) for word in done.stdout.split()]
+
+
+def run_program(program, **environment):
+  return [int(word) for word in start_program(program, **environment).stdout.split()]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
@@ -122,8 +125,10 @@ def test_as_many_files_may_be_open_as_the_system_lets(monkeypatch):
 
 
 COMPILE = """
-from lrdit.runtime import startup
-startup.MIN_CACHED_SECONDS = 0.0  # however fast this machine compiles
+import logging
+from lrdit.runtime import compilation_cache, startup
+compilation_cache.MIN_CACHED_SECONDS = 0.0  # however fast this machine compiles
+logging.basicConfig(level=logging.INFO, format="%(message)s")
 startup.prepare()
 import jax
 def slow_to_compile(x):
@@ -146,6 +151,22 @@ def test_a_second_process_compiles_nothing_anew(tmp_path):
   cache = tmp_path / "lrdit"
   assert any("slow_to_compile" in path.name for path in cache.glob("*-cache"))
   assert run(JAX_COMPILATION_CACHE_DIR=str(cache)) >= 1
+
+
+def test_an_entry_that_was_cut_off_is_compiled_again_once(tmp_path):
+  """As after a kill or on a full disk."""
+  environment = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), **CPU}
+  run_program(COMPILE, **environment)
+  (entry,) = (path for path in tmp_path.glob("*-cache") if "slow_to_compile" in path.name)
+  whole = entry.read_bytes()
+  entry.write_bytes(whole[: len(whole) // 2])
+  told = []
+  for _ in range(2):
+    done = start_program(COMPILE, **environment)
+    told.append(done.stderr)
+    assert "Warning" not in done.stderr
+  assert [text.count("is compiled again: jit_slow_to_compile") for text in told] == [1, 0]
+  assert entry.exists()
 
 
 OURS = "--xla_gpu_enable_triton_gemm=false"
