@@ -54,6 +54,5 @@ def _remove_unreadable(
   log.info("an entry of %s cannot be read, and is compiled again: %s", directory, found[1])
   for path in directory.glob("*-cache"):
     if path.name.startswith(f"{found[1]}-"):
-      with contextlib.suppress(OSError):
-        continue  # as in a directory that others own
+      with contextlib.suppress(OSError):  # as in a directory that others own
         path.unlink()
