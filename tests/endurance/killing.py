@@ -4,6 +4,7 @@ A directory is disturbed again and again, so that one comparison at its end is o
 """
 
 import collections
+import os
 import pathlib
 import random
 import shutil
@@ -76,6 +77,7 @@ class Disturbance:
       self._directory, self._disturbed = self.place / f"{self.name}-{self.counts['made']}", 0
       self.counts["made"] += 1
       self.target.prepare(self._directory)
+      os.sync()  # a disk that fails loses what the command wrote, and not what it started from
     return self._directory
 
   def wait_for_moment(self, job: Job, directory: pathlib.Path, mark: object) -> None:
