@@ -2,7 +2,8 @@
 
 jax's threads send and await heartbeats, and notice at once that the first process has closed its
 connections. They would then abort the process with a stack trace. `jax.distributed.initialize` has
-no argument for a callback in place of that, but the function below it has.
+no argument for a callback in place of that, but the function below it has. gloo, which sums
+gradients on CPUs, throws in a thread of its own if another process leaves in the middle of a sum.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ from lrdit.runtime.errors import end_process, others_are_gone
 SETTLE_SECONDS = 5
 
 WORD = ctypes.sizeof(ctypes.c_void_p)
+# Names of the C++ types whose exceptions mean that others are gone.
+FAILED_CAST, OF_GLOO = b"St8bad_cast", b"N4gloo"
 
 _kept: list[Any] = []  # C calls these for as long as the process runs
 
@@ -37,7 +40,7 @@ def reported() -> Iterator[None]:
     return
 
   def make_client(address: str, node_id: int, **settings: Any) -> Any:
-    _call_on_failed_cast(lambda: _end(node_id))
+    _call_on_uncaught(lambda: _end(node_id))
     settings["missed_heartbeat_callback"] = lambda _: _end(node_id)
     return make(address, node_id, **settings)
 
@@ -48,8 +51,8 @@ def reported() -> Iterator[None]:
     _jax.get_distributed_runtime_client = make
 
 
-def _call_on_failed_cast(end: Callable[[], None]) -> None:
-  """Call `end` where C++ would abort because of a std::bad_cast; it must not return."""
+def _call_on_uncaught(end: Callable[[], None]) -> None:
+  """Call `end`, which must not return, where C++ would abort because others are gone."""
   # Up to jaxlib 0.12, the callback's argument, an absl::Status, has no counterpart in Python. The
   # bad_cast that this raises in jax's thread calls the terminate handler, which is this one.
   try:
@@ -65,7 +68,7 @@ def _call_on_failed_cast(end: Callable[[], None]) -> None:
   def on_terminate() -> None:
     found = exception_type()  # a std::type_info, whose second word is its name
     name = ctypes.cast(found + WORD, ctypes.POINTER(ctypes.c_char_p))[0] if found else None
-    if name == b"St8bad_cast":
+    if name == FAILED_CAST or (name and name.startswith(OF_GLOO)):
       end()
     before()
 
