@@ -39,6 +39,8 @@ def get_config(arg: str = "") -> ConfigDict:
   recipe = args["recipe"] or ("muon" if args["variant"] == SMALL else "dissertation")
   {"muon": set_muon, "dissertation": dissertation.set_training}[recipe](config)
   if args["variant"] == SMALL:
+    if recipe == "muon" and args["method"] in ("static", "adaptive"):
+      config.optimizer.learning_rate = 4e-3  # adaptive's best of three rates; narrow's is 8e-3
     config.training.batch_size = 64
     config.training.num_epochs = None
     config.training.num_steps = 5000

@@ -5,7 +5,9 @@ bash launch/cifar10.sh STUDY   # DiT-XS/4 on photographs: docs/photographs.md
 --help lists the studies.
 """
 
+import functools
 import itertools
+import operator
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -39,8 +41,10 @@ FINE_TUNING_RATES = {
 # The narrow arm with the training MACs of the full arm, its fine-tuning and its outputs as teacher.
 STEPS_OF_EQUAL_COMPUTE, SHORT_STEPS_OF_EQUAL_COMPUTE = 4200, 2060
 
-# Of photographs.
-PHOTO_RATES, SHORT_RATES, SHORT_FINE_TUNING_RATE = (0.004,), (0.004, 0.008), 0.001
+# Of photographs; beside those of the recipe.
+PHOTO_RATES = dict.fromkeys(("full", "narrow"), (0.002, 0.004))
+PHOTO_RATES |= dict.fromkeys(("static", "adaptive"), (0.002, 0.008))
+SHORT_RATES, SHORT_FINE_TUNING_RATE = (0.004, 0.008), 0.001
 
 
 class Arm(NamedTuple):
@@ -134,7 +138,9 @@ SHORT = {f"{name}_short": arm for name, arm in _methods(PHOTO, _short(1000)).ite
 
 
 def _photo_rates(*_: object) -> dict[str, Arm]:
-  return _methods(PHOTO) | _with_rates(_methods(PHOTO), PHOTO_RATES)
+  arms = _methods(PHOTO)
+  others = (_with_rates({name: arms[name]}, rates) for name, rates in PHOTO_RATES.items())
+  return functools.reduce(operator.or_, others, arms)
 
 
 def _short_rates(*_: object) -> dict[str, Arm]:
