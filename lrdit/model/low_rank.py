@@ -6,9 +6,9 @@ larger one. A timestep gets its rank in four steps:
 1. `RankPlan.bucket_of_timestep` maps t to a rank bucket, the same for every layer.
 2. A `RankSelection` holds the static bucket of a batch and, where examples differ, the bucket of
    each example.
-3. `LowRankDense` looks up the rank r of each bucket in its own table.
-4. `low_rank_matmul` slices the factors to the batch's rank and masks the components beyond each
-   example's own rank.
+3. `LowRankDense` looks up the rank r of each bucket in its own table, and slices the factors to the
+   batch's rank.
+4. `low_rank_matmul` masks the components beyond each example's own rank.
 
 Masked compute takes the whole batch at the top bucket. Grouped compute takes each group of examples
 through the model at its own static bucket (`apply_by_group`). Sampling uses one bucket of a model
