@@ -41,7 +41,7 @@ FINE_TUNING_RATES = {
 # The narrow arm with the training MACs of the full arm, its fine-tuning and its outputs as teacher.
 STEPS_OF_EQUAL_COMPUTE, SHORT_STEPS_OF_EQUAL_COMPUTE = 4200, 2060
 
-# Of photographs; beside those of the recipe.
+# Of photographs. PHOTO_RATES are tried beside the recipe's rate; the short study tries SHORT_RATES.
 PHOTO_RATES = dict.fromkeys(("full", "narrow"), (0.002, 0.004))
 PHOTO_RATES |= dict.fromkeys(("static", "adaptive"), (0.002, 0.008))
 SHORT_RATES, SHORT_FINE_TUNING_RATE = (0.004, 0.008), 0.001

@@ -20,7 +20,7 @@ from lrdit.runtime.errors import end_process, others_are_gone
 SETTLE_SECONDS = 5
 
 WORD = ctypes.sizeof(ctypes.c_void_p)
-# Names of the C++ types whose exceptions mean that others are gone.
+# Uncaught C++ exceptions of these types mean that others are gone: a mangled name, and a prefix.
 FAILED_CAST, OF_GLOO = b"St8bad_cast", b"N4gloo"
 
 _kept: list[Any] = []  # C calls these for as long as the process runs

@@ -222,8 +222,8 @@ class Checkpoints:
     step, items = self._newest_intact(templates, move_damaged=False)
     if step is None:
       raise UserError(
-        f"no checkpoint under {self.directory}: train first, with the same --config and "
-        "--workdir and --mode=train"
+        f"no checkpoint under {self.directory}: train that run first, by --mode=train with its "
+        "--config and --workdir"
       )
     return step, items
 
@@ -265,17 +265,22 @@ class Checkpoints:
     if damaged:
       raise UserError(
         f"none of the checkpoints under {self.directory} is intact: restore one from a "
-        "backup, or delete that directory to start again"
+        "backup, or delete that directory and train that run again"
       )
     return None, {}
 
   def _restore(self, step: int, templates: dict[str, Any]) -> dict[str, Any]:
-    """Return the config and the items that have a template; None is one of whatever was saved."""
+    """Return the config and the items that have a template.
+
+    A template of None stands for whatever was saved.
+    """
     asked = {"manifest": ocp.args.JsonRestore(), "config": ocp.args.JsonRestore()}
     stored = self._read(step, **asked)
     arrays = manifest.check_manifest(step, **stored)
     arguments = {}
     for name, tree in templates.items():
+      if name not in arrays:
+        raise DamagedCheckpoint(f"its manifest has no {name}")
       layout = arrays[name]["layout"]
       if tree is not None:
         self._check_layout(step, name, layout, manifest.layout(tree))

@@ -1,9 +1,10 @@
-"""A checkpoint's record of its arrays, against which a restored one is checked.
+"""A checkpoint's record of its contents, against which a restored one is checked.
 
 A manifest is JSON: the step; the dtype, shape and CRC-32 of every array by its path; the CRC-32 of
 the run's config; and a CRC-32 of all that.
 """
 
+import contextlib
 import re
 import zlib
 from typing import Any
@@ -41,6 +42,15 @@ def make_manifest(step: int, items: dict[str, Any], config: dict[str, Any]) -> d
   return {"contents": contents, "crc32": crc32_of_json(contents)}
 
 
+def _is_complete(contents: Any) -> bool:
+  """Return whether a manifest has the step, and a layout and a checksum of the same arrays."""
+  try:
+    items = contents["items"].values()
+    return "step" in contents and all(i["layout"].keys() == i["crc32"].keys() for i in items)
+  except (AttributeError, KeyError, TypeError):
+    return False
+
+
 def check_manifest(step: int, manifest: Any, config: Any) -> dict[str, Any]:
   """Return the "layout" and "crc32" of each tree by name.
 
@@ -49,23 +59,25 @@ def check_manifest(step: int, manifest: Any, config: Any) -> dict[str, Any]:
   contents = manifest.get("contents") if isinstance(manifest, dict) else None
   if contents is None or manifest.get("crc32") != crc32_of_json(contents):
     raise DamagedCheckpoint("its manifest changed")
+  if not _is_complete(contents):
+    raise DamagedCheckpoint("its manifest is not complete")
   if contents["step"] != step:
     raise DamagedCheckpoint(
       f"it holds step {contents['step']}: give the directory that name to use it"
     )
-  # Checkpoints from before 2026-11-28 do not tell their config's checksum.
+  # The manifests of checkpoints from before 2026-11-28 lack their config's checksum.
   if contents.get("config", crc32_of_json(config)) != crc32_of_json(config):
     raise DamagedCheckpoint("its config changed")
   return contents["items"]
 
 
-def zeros(layout: dict[str, str]) -> Any:
-  """Return the tree of plain dicts with read-only zeros, of no size, that a layout describes.
+def zeros(described: dict[str, str]) -> Any:
+  """Return the tree of plain dicts that a `layout` describes, of zeros that take no memory.
 
   Raise DamagedCheckpoint if it describes none.
   """
   flat = {}
-  for path, kind in layout.items():
+  for path, kind in described.items():
     try:
       dtype, shape = re.fullmatch(r"(\w+)\[(.*)\]", kind).groups()
       sizes = [int(size) for size in shape.split(",") if size]
@@ -73,7 +85,12 @@ def zeros(layout: dict[str, str]) -> Any:
     except (AttributeError, TypeError, ValueError) as error:
       raise DamagedCheckpoint(f"its manifest has {path} of {kind}") from error
     flat[tuple(re.findall(r"\['([^']*)'\]", path))] = leaf
-  return flax.traverse_util.unflatten_dict(flat)
+  # The path of an array may be the beginning of another's.
+  with contextlib.suppress(IndexError, TypeError, ValueError):
+    tree = flax.traverse_util.unflatten_dict(flat)
+    if layout(tree) == described:
+      return tree
+  raise DamagedCheckpoint("its manifest describes no tree")
 
 
 def merge(fresh: Any, stored: Any) -> Any:

@@ -131,6 +131,13 @@ def test_recipes_choose_the_optimizer(recipe, arg, name):
   assert resolve(recipe.get_config(arg)).optimizer.name == name
 
 
+@pytest.mark.parametrize("method", ["full", "narrow", "static", "adaptive"])
+def test_the_small_recipe_s_rate_is_the_best_of_its_arm(method):
+  rate = {"full": 0.008, "narrow": 0.008, "static": 0.004, "adaptive": 0.004}[method]
+  config = cifar10.get_config(f"method={method},variant=XS/4")
+  assert resolve(config).optimizer.learning_rate == rate
+
+
 def test_constants_of_one_s_own_reach_the_run():
   def made(**fields):
     return Experiment(tiny.tiny_config("method=adaptive", **fields))

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 
@@ -125,7 +126,7 @@ def test_as_many_files_may_be_open_as_the_system_lets(monkeypatch):
 
 
 COMPILE = """
-import logging
+import logging, warnings
 from lrdit.runtime import compilation_cache, startup
 compilation_cache.MIN_CACHED_SECONDS = 0.0  # however fast this machine compiles
 logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -135,6 +136,7 @@ def slow_to_compile(x):
   for _ in range(8):
     x = jax.numpy.linalg.svd(jax.random.normal(jax.random.key(0), (8, 8)) @ x)[0]
   return x
+warnings.warn("one of another kind")
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name.endswith("/cache_hits")))
 jax.jit(slow_to_compile)(jax.numpy.eye(8)).block_until_ready()
@@ -160,13 +162,15 @@ def test_an_entry_that_was_cut_off_is_compiled_again_once(tmp_path):
   (entry,) = (path for path in tmp_path.glob("*-cache") if "slow_to_compile" in path.name)
   whole = entry.read_bytes()
   entry.write_bytes(whole[: len(whole) // 2])
+  other = tmp_path / "jit_other-0-cache"
+  other.write_bytes(b"")
   told = []
   for _ in range(2):
-    done = start_program(COMPILE, **environment)
-    told.append(done.stderr)
-    assert "Warning" not in done.stderr
+    told.append(start_program(COMPILE, **environment).stderr)
+    assert re.findall("Warning: (.*)", told[-1]) == ["one of another kind"]
   assert [text.count("is compiled again: jit_slow_to_compile") for text in told] == [1, 0]
   assert entry.exists()
+  assert other.exists()
 
 
 OURS = "--xla_gpu_enable_triton_gemm=false"

@@ -16,12 +16,41 @@ def test_a_change_to_any_array_changes_the_manifest(name):
   assert made[0] != made[1]
 
 
-def test_a_manifest_belongs_to_a_step_and_a_config():
+@pytest.mark.parametrize(
+  ("step", "config", "message"),
+  [
+    (3, CONFIG, "it holds step 2"),
+    (2, {"seed": 1}, "its config changed"),
+    (2, None, "its config changed"),
+  ],
+)
+def test_a_manifest_belongs_to_a_step_and_a_config(step, config, message):
   made = manifest.make_manifest(2, ITEMS, CONFIG)
   assert manifest.check_manifest(2, made, CONFIG).keys() == ITEMS.keys()
-  for step, config in ((3, CONFIG), (2, {"seed": 1}), (2, None)):
-    with pytest.raises(manifest.DamagedCheckpoint, match=r"it holds step 2|its config changed"):
-      manifest.check_manifest(step, made, config)
+  with pytest.raises(manifest.DamagedCheckpoint, match=message):
+    manifest.check_manifest(step, made, config)
+
+
+@pytest.mark.parametrize(
+  "contents",
+  [
+    [],
+    {"step": 2},
+    {"items": {}},
+    {"step": 2, "items": {"params": 1}},
+    {"step": 2, "items": {"params": {"layout": {"a": "int8[1]"}, "crc32": {}}}},
+  ],
+)
+def test_a_manifest_that_lacks_something_is_damage(contents):
+  made = {"contents": contents, "crc32": crc32_of_json(contents)}
+  with pytest.raises(manifest.DamagedCheckpoint, match="its manifest is not complete"):
+    manifest.check_manifest(2, made, CONFIG)
+
+
+def test_paths_of_no_tree_are_damage():
+  for paths in (("['a']", "['a']['b']"), ("['a']['b']", "['a']"), ("",)):
+    with pytest.raises(manifest.DamagedCheckpoint, match="describes no tree"):
+      manifest.zeros(dict.fromkeys(paths, "int8[1]"))
 
 
 def test_a_manifest_of_an_earlier_version_does_not_know_its_config():
