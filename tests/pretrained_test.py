@@ -370,6 +370,20 @@ def test_distillation_needs_a_dense_teacher(tmp_path):
     tiny.tiny_config(init__distillation=1.0)
 
 
+def test_a_run_keeps_its_teacher(tmp_path):
+  teacher, fields = tmp_path / "teacher", trained.SHALLOW | {"init__distillation": 1.0}
+  teacher.mkdir()
+  save(teacher, tiny.tiny_config("method=full", **trained.SHALLOW))
+  fields |= {"init__from_": str(teacher), "training__num_steps": 0}
+  trained.train_one_device(tmp_path / "run", **fields)
+  trained.train_one_device(tmp_path / "run", **fields)
+  config = tiny.tiny_config("method=full", **trained.SHALLOW)
+  params = layouts.nest({name: 2 * array for name, array in params_of(config).items()})
+  trained.save_checkpoint(teacher, config, step=9, params=params)
+  with pytest.raises(UserError, match=r"on other data: teacher\.digest \(.*Use another"):
+    trained.train_one_device(tmp_path / "run", **fields)
+
+
 def test_no_steps_need_trained_parameters():
   with pytest.raises(UserError, match=r"num_steps=0 needs trained parameters"):
     tiny.tiny_config(training__num_steps=0)

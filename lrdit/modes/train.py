@@ -24,7 +24,7 @@ from lrdit.runtime import cluster, parallel
 from lrdit.runtime.errors import RESTART_STATUS, UserError
 from lrdit.runtime.progress import make_bar
 from lrdit.sampling import sampler
-from lrdit.train.checkpoints import directory_of
+from lrdit.train.checkpoints import digest, directory_of
 from lrdit.train.curriculum import Curriculum
 from lrdit.train.monitor import (
   Profiler,
@@ -171,6 +171,11 @@ class Trainer:
       functools.partial(self.experiment.gradient_norms, self.devices)
     )
     fingerprint = {"train": self.source.fingerprint, "eval": self.eval_source.fingerprint}
+    self.teacher_params = None  # replicated; of distillation
+    if config.init.distillation:
+      teacher = teacher_params(self.experiment)
+      fingerprint["teacher"] = {"digest": digest(teacher)}
+      self.teacher_params = parallel.replicate(teacher, devices)
     check_same_on_all("data", fingerprint)
     if cluster.is_first():
       open_workdir(workdir, config, create=True)
@@ -204,11 +209,6 @@ class Trainer:
     if self.config.init.from_ and cluster.is_first():
       return starting_params(self.experiment, self.source)
     return self.experiment.initial_params()
-
-  @functools.cached_property
-  def teacher_params(self) -> Any:
-    """The replicated parameters of the teacher of distillation."""
-    return parallel.replicate(teacher_params(self.experiment), self.devices)
 
   def report_start(self, state: TrainState) -> None:
     """Save the host state that a run starts from, and log its held-out loss.

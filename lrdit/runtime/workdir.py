@@ -22,11 +22,14 @@ def has_begun(workdir: pathlib.Path) -> bool:
 
 
 def check_data(workdir: pathlib.Path, fingerprint: dict[str, Any]) -> None:
-  """Store the JSON fingerprint of the splits, or raise a UserError if the run has other data."""
+  """Store the JSON fingerprint of what a run learns from, its splits and perhaps a teacher.
+
+  Raise a UserError if the run has another.
+  """
   path, stored = workdir / "data.json", fingerprint
   if has_begun(workdir) and path.exists():
     try:
-      stored = read_data(workdir)
+      stored = fingerprint | read_data(workdir)  # earlier versions did not store the teacher's
     except UserError:
       log.warning("%s is damaged and is written again: the data cannot be compared", path)
   if stored != fingerprint:
