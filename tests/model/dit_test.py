@@ -215,7 +215,7 @@ def test_equal_blocks_are_compiled_once():
   assert scanned[0] == scanned[1]
 
 
-@pytest.mark.parametrize("arm", ["full", "adaptive"])
+@pytest.mark.parametrize("arm", ["full", pytest.param("adaptive", marks=pytest.mark.slow)])
 def test_no_operation_reads_what_every_later_block_left(arm):
   """XLA may not fuse the residual stream's gradient into operations that all compute it again."""
 

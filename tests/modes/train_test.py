@@ -314,7 +314,7 @@ def test_other_numbers_of_timesteps_scale_the_groups(tmp_path):
   assert all(int(name[-4:]) < 20 for name in names)
 
 
-@pytest.mark.parametrize("steps", [(2, 3), (2, 2)])
+@pytest.mark.parametrize("steps", [(2, 3), pytest.param((2, 2), marks=pytest.mark.slow)])
 def test_a_profile_of_some_steps_is_written(tmp_path, steps):
   fields = SHALLOW | {"training__num_steps": 4, "training__profile_steps": steps}
   train_one_device(tmp_path, "method=full", **fields)

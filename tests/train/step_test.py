@@ -79,7 +79,7 @@ def run_steps(config, num_devices, num_steps, params=None, stage=0, flip=False):
   return losses, parallel.to_host(parallel.unreplicate(state))
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["muon", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_one_and_four_devices_give_the_same_losses(name):
   fields = dict(optimizer__warmup_steps=0, optimizer__name=name, optimizer__factor_update="bands")
   config = shallow_config("method=adaptive", **fields, rank__num_buckets=2)
