@@ -86,6 +86,10 @@ class Run:
 @functools.lru_cache(maxsize=4)  # so that sampling again with the same fields compiles nothing
 def _make_sampler(run: Run, fields: tuple[tuple[str, Any], ...]) -> tuple[Experiment, Sampler]:
   config = ConfigDict(run.config.to_dict())
+  unknown = sorted(dict(fields).keys() - config.sampling.keys())
+  if unknown:
+    known = ", ".join(sorted(config.sampling.keys()))
+    raise UserError(f"sampling has no field {unknown[0]}: use some of {known}")
   config.sampling.update(dict(fields))
   experiment = Experiment(resolve_for_run(config, str(run.workdir)))
   return experiment, experiment.sampler(parallel.all_devices())

@@ -71,6 +71,11 @@ def test_labels_that_no_image_can_have_are_refused(workdir, labels, message):
     lrdit.open_run(workdir).sample(2, labels=labels)
 
 
+def test_a_field_that_sampling_lacks_is_refused(workdir):
+  with pytest.raises(UserError, match="sampling has no field num_step: use some of .*, num_steps"):
+    lrdit.open_run(workdir).sample(2, num_step=3)
+
+
 def test_labels_of_a_model_without_classes_are_refused(tmp_path):
   store_config(tmp_path, tiny.tiny_config(data__num_classes=0))
   with pytest.raises(UserError, match="the model has no classes: leave them out"):

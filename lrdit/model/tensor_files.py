@@ -105,7 +105,7 @@ def read_torch(path: pathlib.Path, weights: str) -> dict[str, np.ndarray]:
       "its state_dict alone, or convert it to safetensors"
     ) from error
   if isinstance(stored, dict) and isinstance(stored.get("ema"), dict):
-    stored = stored["ema" if weights == "ema" else "model"]
+    stored = stored.get("ema" if weights == "ema" else "model")
   if not isinstance(stored, dict) or not all(map(torch.is_tensor, stored.values())):
     raise UserError(f"{path} is no state_dict of tensors: save one, or convert it to safetensors")
   return {key: tensor.detach().float().numpy() for key, tensor in stored.items()}

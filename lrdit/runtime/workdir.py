@@ -18,7 +18,8 @@ def has_begun(workdir: pathlib.Path) -> bool:
     fix = "mount it, or remove the link to start again"
     target = os.readlink(checkpoints)
     raise UserError(f"{checkpoints} is a link to {target}, which is not there: {fix}")
-  return any(checkpoints.glob("[0-9]*"))
+  # An unfinished save is a directory with more behind its step.
+  return any(path.name.isdecimal() for path in checkpoints.glob("[0-9]*"))
 
 
 def check_data(workdir: pathlib.Path, fingerprint: dict[str, Any]) -> None:

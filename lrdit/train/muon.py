@@ -187,7 +187,7 @@ def in_stacks(inner: optax.GradientTransformation) -> optax.GradientTransformati
   Equal blocks then share their products, which compile and run faster than one after another.
   """
 
-  def key(matrix: jax.Array) -> str:
+  def key(matrix: jax.Array | np.ndarray) -> str:
     return "x".join(map(str, matrix.shape))
 
   def stack(tree: Any) -> dict[str, jax.Array]:
@@ -225,7 +225,8 @@ def scale_by_muon(plan: RankPlan, options: MuonOptions) -> optax.GradientTransfo
 
   def factor_names(tree: dict[str, Any]) -> list[tuple[LayerRanks, tuple[str, str]]]:
     named = [(ranks, (f"{name}/down", f"{name}/up")) for name, ranks in plan.layers]
-    return [(ranks, names) for ranks, names in named if isinstance(tree[names[0]], jax.Array)]
+    masked = optax.MaskedNode  # what another optimizer updates; parameters may be numpy's
+    return [(ranks, names) for ranks, names in named if not isinstance(tree[names[0]], masked)]
 
   def scale(shape: tuple[int, int]) -> float:
     return update_scale(shape, options.consistent_rms)

@@ -91,8 +91,8 @@ def make_optimizer(
     projected = galore(galore_rank, galore_gap, weight_decay, optax.scale_by_adam(**moments))
     update = optax.partition({"matrix": projected, "other": update}, _matrices)
   clip = optax.identity() if grad_clip_norm is None else optax.clip_by_global_norm(grad_clip_norm)
-  rates = () if factor_rates == "equal" else (scale_by_fan_in(plan),)
-  return optax.chain(clip, update, *rates)
+  chained = optax.chain(clip, update)
+  return chained if factor_rates == "equal" else with_fan_in_rates(plan, chained)
 
 
 def _matrices(params: Any) -> Any:
@@ -131,20 +131,24 @@ def projection_loss(grads: Any, opt_state: Any) -> Float[Array, ""]:
   return jnp.maximum(0.0, 1 - kept / total)
 
 
-def scale_by_fan_in(plan: RankPlan) -> optax.GradientTransformation:
-  """Return the updates with those of each `up` times D_in / R (Qiu et al. 2024, arXiv 2406.06248).
+def with_fan_in_rates(
+  plan: RankPlan, inner: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """Return `inner` with each `up`'s update times D_in / R (Qiu et al. 2024, arXiv 2406.06248).
 
-  A matrix's rate is inverse to its fan-in, which is R for `up`, where a dense kernel has D_in.
+  A matrix's rate is inverse to its fan-in, which is R for `up`, where a dense kernel has D_in. The
+  state is that of `inner`, so that a run may change to these rates and back.
   """
 
-  def update(updates: Any, _params: Any) -> Any:
-    flat = flax.traverse_util.flatten_dict(updates, sep="/")
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    moved, state = inner.update(updates, state, params)
+    flat = flax.traverse_util.flatten_dict(moved, sep="/")
     for name, _ in plan.layers:
       dim_in, rank = flat[f"{name}/down"].shape
       flat[f"{name}/up"] = dim_in / rank * flat[f"{name}/up"]
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+    return flax.traverse_util.unflatten_dict(flat, sep="/"), state
 
-  return optax.stateless(update)
+  return optax.GradientTransformation(inner.init, update)
 
 
 def update_ema(

@@ -16,6 +16,7 @@ from lrdit.runtime import cluster, parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from lrdit.runtime.metric_writer import MetricWriter
+from lrdit.runtime.paths import local_path
 from lrdit.runtime.progress import log_to_file
 from lrdit.runtime.store import changes
 from lrdit.runtime.workdir import check_data, read_data
@@ -152,7 +153,7 @@ def choose_checkpoint(workdir: str | pathlib.Path, which: str) -> ChosenCheckpoi
   workdir = pathlib.Path(workdir)
   if not which:
     return ChosenCheckpoint(workdir, None, workdir)
-  path = pathlib.Path(which).expanduser()
+  path = pathlib.Path(local_path("--checkpoint", which, 2))
   if which.isdecimal():
     path = directory_of(workdir) / which
   elif not (path.name.isdecimal() and path.parent.name == "checkpoints"):

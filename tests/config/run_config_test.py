@@ -112,6 +112,7 @@ RATES = [
   {"optimizer__weight_decay": 0.1},
   {"optimizer__grad_clip_norm": None},
   {"optimizer__ema_decay": 0.5},
+  {"optimizer__factor_rates": "fan_in"},
   {"curriculum__patience": 1},
   {"curriculum__check_every_steps": 1},
 ]

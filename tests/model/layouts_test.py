@@ -150,6 +150,9 @@ def test_a_pickle_is_read_as_tensors_alone(tmp_path):
     torch.save(stored, path)
     read = tensor_files.read_tensors(path, "ema")
     assert all(np.array_equal(read[key], tensors[key]) for key in tensors)
+  torch.save({"ema": state}, path)
+  with pytest.raises(UserError, match=r"a\.pt is no state_dict of tensors"):
+    tensor_files.read_tensors(path, "raw")
   torch.save({"model": print}, path)
   with pytest.raises(UserError, match=r"a\.pt is damaged, or holds more than tensors"):
     tensor_files.read_tensors(path, "ema")

@@ -171,6 +171,23 @@ def test_the_spectral_norm_is_bounded_closely_from_above():
     assert exact * (1 - 1e-5) <= bound <= exact * 9 ** (1 / 64) * (1 + 1e-5)
 
 
+def test_the_state_is_the_same_for_numpy_parameters():
+  """Those of a run that starts from trained ones."""
+  for rule in muon.FACTOR_UPDATES:
+    tx, params = make(rule), factors()
+    states = [tx.init(params), tx.init(jax.tree.map(np.asarray, params))]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+
+
+def test_a_run_may_change_to_rates_by_fan_in_and_back():
+  options = dict(plan=PLAN, muon=MuonOptions(()))
+  states = [
+    optimizer.make_optimizer("adamw", 0.1, 1.0, factor_rates=rates, **options).init(factors())
+    for rates in ("equal", "fan_in")
+  ]
+  assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+
+
 def test_fan_in_scales_the_rate_of_up_by_the_ratio_of_fan_ins():
   params = factors()
   grads = gradients(params, normal(6, 12, 8))
