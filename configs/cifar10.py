@@ -5,8 +5,9 @@ python main.py --config=configs/cifar10.py:method=adaptive,variant=XS/4 --workdi
 bash launch/cifar10.sh   # the four arms, one after another
 
 Arguments: method=full|narrow|static|adaptive, variant=S/2 (or another size and patch), and
-recipe=dissertation|muon. The default recipe is muon for XS/4, which trains in half an hour to an hour
-on one CPU core with AMX and --config.model.dtype=bfloat16, and the dissertation's for all others.
+recipe=dissertation|muon. The default recipe is muon for XS/4, which trains in half an hour
+to an hour on one CPU core with AMX and --config.model.dtype=bfloat16, and the dissertation's for
+all others.
 
 tensorflow-datasets prepares the images (163 MB) in ~/tensorflow_datasets or --config.data.data_dir:
   python -c "import tensorflow_datasets as tfds; \

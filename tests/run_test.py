@@ -72,7 +72,7 @@ def test_labels_that_no_image_can_have_are_refused(workdir, labels, message):
 
 
 def test_a_field_that_sampling_lacks_is_refused(workdir):
-  with pytest.raises(UserError, match="sampling has no field num_step: use some of .*, num_steps"):
+  with pytest.raises(UserError, match=r"sampling has no field num_step: use some of .*, num_steps"):
     lrdit.open_run(workdir).sample(2, num_step=3)
 
 
