@@ -53,10 +53,15 @@ class Experiment:
   """
 
   config: ConfigDict  # from `config.resolve.resolve`; it must not change
+  _vaes: dict[Any, vae.VaeRunner] = dataclasses.field(default_factory=dict)  # of `vae_runner`
 
   def __post_init__(self):
     """Compute what raises where fields do not fit each other."""
     _ = self.shape, self.plan, self.muon_options, self.solver_table
+
+  def with_config(self, config: ConfigDict) -> "Experiment":
+    """Return the experiment of another config, with the VAEs that this one has loaded."""
+    return dataclasses.replace(self, config=config.lock())
 
   # The model.
 
@@ -138,7 +143,10 @@ class Experiment:
     o, curriculum = self.config.optimizer, self.curriculum
     peak = curriculum.peak(stage, o.learning_rate)
     warmup_steps = curriculum.warmup_steps(stage, o.warmup_steps)
-    return learning_rate_schedule(peak, warmup_steps, self.config.training.num_steps, o.decay)
+    # The run's own decay begins where its first warm-up ends, whatever the stage.
+    decay_after = warmup_steps if curriculum.restart_decay else o.warmup_steps
+    num_steps = self.config.training.num_steps
+    return learning_rate_schedule(peak, warmup_steps, num_steps, o.decay, decay_after)
 
   def for_examples(self, num_examples: int) -> "Experiment":
     """Return the experiment on so many training examples, with `num_epochs` as `num_steps`.
@@ -157,7 +165,7 @@ class Experiment:
     require(fits, "training.num_epochs", t.num_epochs, f"{rule}to {INT32_MAX}")
     config = ConfigDict(self.config.to_dict())
     config.training.num_steps, config.training.num_epochs = num_steps, None
-    return Experiment(config.lock())
+    return self.with_config(config)
 
   def objective(self, devices: parallel.Devices) -> loss.Objective:
     """Return the training objective, with its batch spread over `devices`."""
@@ -287,13 +295,19 @@ class Experiment:
     }
 
   def vae_runner(self, devices: parallel.Devices) -> vae.VaeRunner:
-    """Return the VAE at `vae.path`; raise a UserError if it is missing or does not fit."""
+    """Return the VAE at `vae.path`, which is loaded once for the same devices.
+
+    Raises:
+      UserError: it is missing or does not fit.
+    """
     path, factor = self.config.vae.path, self.config.vae.downsample_factor
     rule = "makes a model on pixels: use a config with latents, or set it to the VAE's (8)"
     require(bool(factor), "vae.downsample_factor", factor, rule)
     rule = "must name the VAE, a diffusers directory or safetensors file (only training with "
     rule += "config.training.sample_every_steps=None needs none)"
     require(bool(path), "vae.path", path, rule)
+    if (key := (path, tuple(devices))) in self._vaes:
+      return self._vaes[key]
     read = vae_weights.read_vae(os.path.expanduser(path))
     found = {
       "vae.downsample_factor": read.config.downsample_factor,
@@ -303,12 +317,7 @@ class Experiment:
     for field, value in found.items():
       asked = get(self.config, field)
       require(asked == value, field, asked, f"does not fit the VAE: use {value}")
-    return vae.VaeRunner(read, devices, self.config.vae.batch_size)
-
-  @functools.cached_property
-  def _local_vae(self) -> vae.VaeRunner:
-    """The VAE on this process's devices, shared by the splits that it encodes."""
-    return self.vae_runner(jax.local_devices())
+    return self._vaes.setdefault(key, vae.VaeRunner(read, devices, self.config.vae.batch_size))
 
   def to_pixels(self, devices: parallel.Devices, vae_digest: str) -> ToPixels:
     """Return a function from the model's (B, H, W, C) samples to (pixels, are_finite).
@@ -357,7 +366,8 @@ class Experiment:
     if not self.config.vae.downsample_factor:
       return self.image_source(split)
     if self.config.vae.encode_on_the_fly:
-      return latents.encode_on_the_fly(self.image_source(split), self._local_vae)
+      runner = self.vae_runner(parallel.all_devices())
+      return latents.encode_on_the_fly(self.image_source(split), runner)
     directory, shape = os.path.expanduser(self.config.vae.latents_dir), self.shape
     fix = "make it by --mode=encode --output=DIR --config.vae.path=VAE"
     rule = f"must name the directory that --mode=encode wrote: {fix}"

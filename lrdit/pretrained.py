@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from lrdit.config import derive
 from lrdit.config.checks import require
-from lrdit.config.resolve import resolve_for_run
+from lrdit.config.resolve import resolve
 from lrdit.config.run_config import VARIANCE_FLOOR, as_config, trained_with
 from lrdit.config.schema import upgrade
 from lrdit.data.source import Source
@@ -113,7 +113,7 @@ def _read_run(
   workdir = path.parents[1] if is_step else path
   with contextlib.closing(Checkpoints(workdir)) as checkpoints:
     step, stored, params = checkpoints.restore_run(weights, int(path.name) if is_step else None)
-  config = resolve_for_run(as_config(upgrade(stored)), str(workdir))
+  config = resolve(as_config(upgrade(stored)))
   log.info("starting from step %d of %s, %s weights", step, workdir, weights)
   return layouts.OWN, layouts.flat(params), trained_with(config)
 
@@ -177,7 +177,7 @@ def open_run(config: ConfigDict) -> tuple[Experiment, Source]:
   require(dense < len(names), "init.energy", config.init.energy, rule)
   text = "init.energy=%g: ranks of %d layers, %d stay dense"
   log.info(text, config.init.energy, len(names) - dense, dense)
-  return Experiment(chosen.lock()).for_examples(len(source)), source
+  return experiment.with_config(chosen).for_examples(len(source)), source
 
 
 def _ranks_by_energy(experiment: Experiment, source: Source, names: Sequence[str]) -> list[int]:

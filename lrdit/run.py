@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
-from lrdit.config.resolve import resolve_for_run
+from lrdit.config.resolve import resolve
 from lrdit.config.run_config import stored_config
 from lrdit.experiment import Experiment
 from lrdit.rank.plan import RankPlan
@@ -91,7 +91,7 @@ def _make_sampler(run: Run, fields: tuple[tuple[str, Any], ...]) -> tuple[Experi
     known = ", ".join(sorted(config.sampling.keys()))
     raise UserError(f"sampling has no field {unknown[0]}: use some of {known}")
   config.sampling.update(dict(fields))
-  experiment = Experiment(resolve_for_run(config, str(run.workdir)))
+  experiment = Experiment(resolve(config))
   return experiment, experiment.sampler(parallel.all_devices())
 
 
@@ -112,4 +112,4 @@ def open_run(workdir: str | pathlib.Path) -> Run:
   """Open a trained run's workdir; raise a UserError if it is none or its config is damaged."""
   logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns about read-only checkpoints
   path = pathlib.Path(workdir).expanduser()
-  return Run(path, Experiment(resolve_for_run(stored_config(path), str(path))))
+  return Run(path, Experiment(resolve(stored_config(path))))

@@ -59,10 +59,10 @@ def read_begun(run: str) -> dict[str, Any]:
   return {}
 
 
-def read_kept(run: str, analysis: str) -> tuple[tuple, tuple] | None:
-  """Return the (shares, boundaries) that a begun run took from this analysis path, or None."""
+def kept_schedule(begun: dict[str, Any], analysis: str) -> tuple[tuple, tuple] | None:
+  """Return the (shares, boundaries) that `read_begun`'s run took from this analysis, or None."""
   try:
-    rank = read_begun(run)["rank"]
+    rank = begun["rank"]
     if rank["analysis"] == analysis:
       return tuple(rank["measured_shares"]), tuple(rank["measured_boundaries"])
   except DAMAGE:
@@ -70,11 +70,10 @@ def read_kept(run: str, analysis: str) -> tuple[tuple, tuple] | None:
   return None
 
 
-def read_layer_ranks(run: str, energy: float) -> tuple[int, ...]:
-  """Return the ranks that a begun run took from trained parameters by this energy, or ()."""
+def kept_layer_ranks(begun: dict[str, Any], energy: float) -> tuple[int, ...]:
+  """Return the ranks that `read_begun`'s run took from trained parameters by this energy, or ()."""
   try:
-    config = read_begun(run)
-    return tuple(config["rank"]["layer_ranks"]) if config["init"]["energy"] == energy else ()
+    return tuple(begun["rank"]["layer_ranks"]) if begun["init"]["energy"] == energy else ()
   except (KeyError, TypeError):
     return ()
 

@@ -9,6 +9,7 @@ from lrdit.config import derive, measured_schedule
 from lrdit.config.checks import require
 from lrdit.config.schema import FIELDS, get
 from lrdit.model import dit
+from lrdit.runtime import cluster
 from lrdit.runtime.errors import UserError
 from lrdit.train import curriculum
 
@@ -54,14 +55,15 @@ def resolve_for_run(config: ConfigDict, run: str) -> ConfigDict:
   """Return `resolve(config)`, where a begun run keeps the ranks that it read when it began.
 
   These are an r(t) from an analysis, and the ranks that `init.energy` chose. The workdir `run` need
-  not exist.
+  not exist. All processes call this, and the first reads the workdir.
   """
+  begun = cluster.json_from_first(lambda: measured_schedule.read_begun(run))
   if config.init.energy is not None and not config.rank.layer_ranks:
     config = ConfigDict(config.to_dict())
-    config.rank.layer_ranks = measured_schedule.read_layer_ranks(run, config.init.energy)
+    config.rank.layer_ranks = measured_schedule.kept_layer_ranks(begun, config.init.energy)
   rank, kept = config.rank, None
   if rank.schedule == derive.MEASURED and not rank.measured_shares:
-    kept = measured_schedule.read_kept(run, rank.analysis)
+    kept = measured_schedule.kept_schedule(begun, rank.analysis)
   if kept is None:
     return resolve(config)
   own = ConfigDict(config.to_dict())

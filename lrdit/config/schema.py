@@ -166,7 +166,7 @@ FIELDS: dict[str, Field] = {
     restart_decay=Field(False, "Begin each stage with a new decay, which ends with the run"),
     warmup_ratio=Field(
       1.0,
-      "Warm-up of the stages after the first, over `optimizer.warmup_steps`",
+      "A later stage's new warm-up (`restart_optimizer`), over `optimizer.warmup_steps`",
       number("[0, 1]"),
       role=Role.TUNABLE,
     ),

@@ -195,14 +195,17 @@ class Vae:
 
 
 class VaeRunner:
-  """Encodes and decodes any number of images on all devices.
+  """Encodes and decodes any number of images on this process's devices.
 
   The last batch is padded, so each function is compiled once per image size.
   """
 
   def __init__(self, vae: Vae, devices: parallel.Devices, batch_size: int):
+    """Take a VAE, the devices of all processes and the images in flight over them."""
     parallel.check_divisible("config.vae.batch_size", batch_size, devices)
-    self.config, self.digest, self.batch_size = vae.config, vae.digest, batch_size
+    self.config, self.digest = vae.config, vae.digest
+    # Images in flight in this process.
+    self.batch_size = batch_size // len(devices) * len(parallel.own_devices(devices))
     self._batch_sharding, replicated = parallel.shardings(devices)
     self._params = jax.device_put(vae.params, replicated)
     self._encode = self._compile(Encoder(vae.config))

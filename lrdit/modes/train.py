@@ -302,7 +302,7 @@ class Trainer:
     if "norms" in finished.due:
       extra |= self.gradient_norms(finished, state)
     if "metrics" in finished.due and self.quality:
-      extra |= self.quality.measure(parallel.unreplicate(state.ema_params))
+      extra |= self.quality.measure(parallel.unreplicate(state.ema_params), finished.step)
     self.log_step(finished, watch, bar, extra)
     watch.pause()
     if "grid" in finished.due and cluster.is_first():
@@ -351,10 +351,18 @@ class Quality:
       reference = references.open_reference(path, source, extractor, e.max_features)
       self._references.append((extractor, reference))
 
-  def measure(self, params: Any) -> dict[str, float]:
-    """Return the metrics of samples of the parameters, by name."""
-    parts = self._sampler.sample(params, self._label_rule, self._count)
-    pixels = images.to_rgb(np.concatenate([self._to_pixels(part)[0] for part in parts]))
+  def measure(self, params: Any, step: int) -> dict[str, float]:
+    """Return the metrics of samples of the parameters after `step` updates, by name.
+
+    There are none, and the log warns, if a sample is not finite.
+    """
+    parts = map(self._to_pixels, self._sampler.sample(params, self._label_rule, self._count))
+    pixels, are_finite = (np.concatenate(part) for part in zip(*parts, strict=True))
+    if not are_finite.all():
+      text = "%d of the %d samples of step %d are not finite: they are not measured"
+      log.warning(text, np.count_nonzero(~are_finite), self._count, step)
+      return {}
+    pixels = images.to_rgb(pixels)
     labels = self._label_rule(np.arange(self._count)) if self._label_rule else None
     scalars = {}
     for extractor, reference in self._references:

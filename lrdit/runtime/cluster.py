@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import json
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -221,6 +222,17 @@ def from_first(tree: Any) -> Any:
   if jax.process_count() == 1:
     return tree
   return multihost_utils.broadcast_one_to_all(tree)
+
+
+def json_from_first(make: Callable[[], Any]) -> Any:
+  """Return what `make` returns on the first process, as JSON, on every process.
+
+  The others do not call it.
+  """
+  text = json.dumps(make() if is_first() else None, sort_keys=True).encode()
+  own = np.frombuffer(text, np.uint8)
+  size = int(from_first(np.int32(len(own))))
+  return json.loads(bytes(from_first(np.resize(own, size))))
 
 
 def is_preempted(num_calls: int) -> bool:

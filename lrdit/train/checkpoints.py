@@ -31,7 +31,8 @@ WEIGHTS = {"raw": "params", "ema": "ema_params"}
 TREES = ("params", "ema_params", "opt_state")
 # Fields of `progress` that a run can reset: the sums for the next line of metrics and for the next
 # check of a stage.
-RESTARTABLE = re.compile(r"\['(window|stage)'\](?!\['(number|first_step)'\])")
+POSITION = ("number", "first_step")  # of a stage
+RESTARTABLE = re.compile(rf"\['(window|stage)'\](?!\['({'|'.join(POSITION)})'\])")
 # Paths that orbax takes literally: it splits at "gs:", and tensorstore and glob interpret others.
 PLAIN_PATH = re.compile(r"[\w/.,=@%+~ -]*")
 PENDING = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that orbax is writing
@@ -54,6 +55,24 @@ def digest(tree: Any) -> str:
 def _items(state: TrainState) -> dict[str, Any]:
   fields = flax.serialization.to_state_dict(state)
   return {name: fields.pop(name) for name in TREES} | {"progress": fields}
+
+
+def _merge_progress(fresh: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+  """Return the stored progress; a part of which a sum is new begins anew, all but its position.
+
+  Its sums and its counts are of the same steps, so that a mean is right.
+  """
+  parts = {}
+  for name, fields in fresh.items():
+    part = stored.get(name)
+    if isinstance(fields, dict) and not _has_all(part, fields):
+      part = {key: value for key, value in (part or {}).items() if key in POSITION}
+    parts[name] = part
+  return manifest.merge(fresh, parts)
+
+
+def _has_all(stored: Any, fresh: dict[str, Any]) -> bool:
+  return manifest.layout(fresh).items() <= manifest.layout(stored).items()
 
 
 def _without_empty_dicts(tree: dict[str, Any]) -> dict[str, Any]:
@@ -295,7 +314,7 @@ class Checkpoints:
       if changed:
         raise DamagedCheckpoint(f"contents of {name}{changed[0]} changed")
     if "progress" in restored:
-      restored["progress"] = manifest.merge(templates["progress"], restored["progress"])
+      restored["progress"] = _merge_progress(templates["progress"], restored["progress"])
     return restored | {"config": stored["config"]}
 
   def _check_layout(
@@ -308,10 +327,11 @@ class Checkpoints:
         continue
       difference = f"{name}{path} is {there} there and {here} here"
       is_surplus = path not in asked
-      if not (name == "progress" and (is_surplus or RESTARTABLE.match(path))):
+      restartable = RESTARTABLE.match(path)
+      if not (name == "progress" and (is_surplus or restartable)):
         raise UserError(f"checkpoint {self.directory}/{step} is of another model: {difference}")
-      result = "is left out" if is_surplus else "begins anew"
-      log.info("checkpoint %s/%d: %s: it %s", self.directory, step, difference, result)
+      result = "it is left out" if is_surplus else f"the {restartable[1]} begins anew"
+      log.info("checkpoint %s/%d: %s: %s", self.directory, step, difference, result)
 
   def _read(self, step: int, **items: Any) -> dict[str, Any]:
     try:

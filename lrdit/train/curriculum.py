@@ -33,12 +33,12 @@ class Curriculum:
   check_every_steps: int  # number of steps whose mean loss one check compares
   restart_optimizer: bool  # begin each stage with fresh moments and a new warm-up
   restart_decay: bool  # begin each stage with a new decay of the learning rate
-  warmup_ratio: float = 1.0  # warm-up of stages after the first, over that of the first
+  warmup_ratio: float = 1.0  # new warm-up of stages after the first, over that of the first
   learning_rate_decay: float = 0.0  # what each stage takes off the peak, as a share of it
 
   def warmup_steps(self, stage: int, of_run: int) -> int:
-    """Return the length of a stage's warm-up, where the run's is `of_run`."""
-    return int(self.warmup_ratio * of_run) if stage else of_run
+    """Return the length of a stage's warm-up: of its own if it has one, else the run's `of_run`."""
+    return int(self.warmup_ratio * of_run) if stage and self.restart_optimizer else of_run
 
   def peak(self, stage: int, of_run: float) -> float:
     """Return a stage's peak learning rate, where the run's is `of_run`."""

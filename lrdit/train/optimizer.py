@@ -22,14 +22,19 @@ DECAYS = ("cosine", "constant")
 
 
 def learning_rate_schedule(
-  learning_rate: float, warmup_steps: int, num_steps: int, decay: str
+  learning_rate: float,
+  warmup_steps: int,
+  num_steps: int,
+  decay: str,
+  decay_after: int | None = None,
 ) -> Schedule:
   """Return a linear warm-up to `learning_rate`, then the `decay`: cosine to 0, or constant.
 
   The first step already has a rate above 0; a cosine reaches 0 after `num_steps`. The result is a
-  function of (step, warmup_start, decay_start): `step` updates precede this one, and a warm-up
-  and a decay after `warmup_steps` more begin at the others.
+  function of (step, warmup_start, decay_start): `step` updates precede this one, a warm-up begins
+  at `warmup_start`, and a decay `decay_after` steps, by default the warm-up's, after `decay_start`.
   """
+  decay_after = warmup_steps if decay_after is None else decay_after
   first = learning_rate / max(1, warmup_steps)
   warmup = optax.linear_schedule(first, learning_rate, max(1, warmup_steps - 1))
 
@@ -38,7 +43,7 @@ def learning_rate_schedule(
     warmup_start: jax.typing.ArrayLike,
     decay_start: jax.typing.ArrayLike = 0,
   ) -> Float[Array, ""]:
-    start = decay_start + warmup_steps
+    start = decay_start + decay_after
     length = jnp.maximum(1, num_steps - start).astype(jnp.float32)
     done = jnp.minimum(jnp.maximum(step - start, 0), length)
     share = 0.5 * (1 + jnp.cos(jnp.pi * done / length)) if decay == "cosine" else 1.0

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from lrdit.runtime.locks import owned
 from lrdit.runtime.metric_writer import MetricWriter
 from lrdit.runtime.paths import local_path
 from lrdit.runtime.progress import log_to_file
-from lrdit.runtime.store import changes
+from lrdit.runtime.store import as_json, changes
 from lrdit.runtime.workdir import check_data, read_data
 from lrdit.train.checkpoints import Checkpoints, directory_of
 from lrdit.train.state import TrainState
@@ -104,10 +103,7 @@ def check_same_on_all(what: str, value: dict[str, Any]) -> None:
 
   The error calls the value `what`.
   """
-  own = np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8)
-  size = int(cluster.from_first(np.int32(len(own))))
-  first = bytes(cluster.from_first(np.resize(own, size)))
-  differing = changes(json.loads(bytes(own)), json.loads(first))
+  differing = changes(as_json(value), cluster.json_from_first(lambda: value))
   others = np.flatnonzero(parallel.gather_rows(np.array([bool(differing)])))
   if len(others):
     difference = "; ".join(differing) or "see its message"
@@ -122,7 +118,7 @@ def check_run_data(workdir: pathlib.Path, split: str, fingerprint: dict[str, Any
   check_same_on_all("data", fingerprint)
   if not cluster.is_first():
     return
-  stored, found = read_data(workdir)[split], json.loads(json.dumps(fingerprint))
+  stored, found = read_data(workdir)[split], as_json(fingerprint)
   if stored != found:
     raise UserError(
       f"{workdir} holds a run on other data: {'; '.join(changes(found, stored))}. Name the data of "

@@ -2,12 +2,15 @@ import dataclasses
 import json
 import zlib
 
+import jax
 import numpy as np
 import pytest
 
 from lrdit.data import latents
 from lrdit.experiment import Experiment
+from lrdit.model import vae_weights
 from lrdit.model.vae import VaeConfig
+from lrdit.pretrained import open_run
 from lrdit.runtime.errors import UserError
 from tests import latent_runs
 
@@ -290,3 +293,16 @@ def test_images_may_be_encoded_as_they_are_read(tmp_path):
   np.testing.assert_allclose(got["image"], latent_runs.SCALE * moments[:, 0], rtol=1e-4, atol=1e-5)
   std = latent_runs.SCALE * np.exp(0.5 * moments[:, 1])
   np.testing.assert_allclose(got["std"], std, rtol=1e-4, atol=1e-6)
+
+
+def test_one_vae_encodes_both_splits_and_decodes(tmp_path, monkeypatch):
+  reads, read = [], vae_weights.read_vae
+  monkeypatch.setattr(vae_weights, "read_vae", lambda path: reads.append(path) or read(path))
+  images = latent_runs.write_images(tmp_path / "images.npz", 40)
+  fields = dict(vae__encode_on_the_fly=True, training__num_steps=None, training__num_epochs=1)
+  experiment, train = open_run(latent_runs.make_config(images, **fields))
+  assert experiment.config.training.num_steps > 0
+  held_out = experiment.source("eval")
+  experiment.to_pixels(jax.devices(), train.fingerprint["vae"])
+  assert train.runner is held_out.runner
+  assert len(reads) == 1

@@ -189,12 +189,12 @@ def evaluating(output: pathlib.Path, **more: Any) -> Target:
   def prepare(directory: pathlib.Path) -> None:
     sampled = output / "sampled"
     if not sampled.exists():
-      from lrdit.config.resolve import resolve_for_run
+      from lrdit.config.resolve import resolve
       from lrdit.config.run_config import stored_config
       from lrdit.modes import sample
 
       shutil.copytree(_run(output), sampled)
-      config = resolve_for_run(stored_config(sampled), str(sampled)).unlock()
+      config = resolve(stored_config(sampled)).unlock()
       config.sampling.num_samples, config.sampling.num_steps = 200, 2
       sample.sample(config, str(sampled))
     shutil.copytree(sampled, directory)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lrdit.model import vae, vae_weights
+from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from tests.tiny import GOLDEN
 
@@ -109,6 +110,14 @@ def test_images_of_an_unsupported_shape_are_refused(runner, shape):
 def test_batch_must_divide_over_the_devices(tiny):
   with pytest.raises(UserError, match=r"config.vae.batch_size=6 .* multiple of 4"):
     vae.VaeRunner(tiny, jax.devices(), 6)
+
+
+def test_a_process_computes_its_share_of_the_images_in_flight(tiny, runner, monkeypatch):
+  monkeypatch.setattr(parallel, "own_devices", lambda devices: devices[:2])  # of a first process
+  shared = vae.VaeRunner(tiny, jax.devices(), 8)
+  assert shared.batch_size == 4
+  images = np.random.default_rng(0).uniform(-1, 1, (5, 16, 16, 3)).astype(np.float32)
+  np.testing.assert_allclose(shared.encode(images), runner.encode(images), atol=1e-5)
 
 
 @pytest.mark.parametrize("library", [np, jnp])

@@ -369,7 +369,7 @@ def test_the_learning_rate_in_the_metrics_is_the_one_applied(undisturbed):
     )
 
 
-def test_what_a_run_may_watch_and_regularize(tmp_path, monkeypatch):
+def test_what_a_run_may_watch_and_regularize(tmp_path, monkeypatch, told):
   """Penalties, GaLore, microbatches, independent timesteps, gradient norms and sample metrics."""
   fields = {f"regularizer__{name}": 1e-4 for name in ("frobenius", "nuclear", "orthogonality")}
   fields |= {"training__num_steps": 2, "diffusion__timesteps": "iid"}
@@ -379,9 +379,11 @@ def test_what_a_run_may_watch_and_regularize(tmp_path, monkeypatch):
   fields |= {"optimizer__ema_power": 0.75, "sampling__num_steps": 2}
   measured, measure = [], train.Quality.measure
 
-  def note(quality, params):
+  def note(quality, params, step):
     measured.append(jax.tree.map(np.array, params))
-    return measure(quality, params)
+    blown_up = jax.tree.map(lambda value: np.full_like(value, np.nan), params)
+    assert measure(quality, blown_up, step) == {}
+    return measure(quality, params, step)
 
   monkeypatch.setattr(train.Quality, "measure", note)
   train_one_device(tmp_path, **SHALLOW, **fields)
@@ -397,4 +399,5 @@ def test_what_a_run_may_watch_and_regularize(tmp_path, monkeypatch):
     assert last[f"train/example_grad_norm_mean_{group}"] > 0
     assert last[f"train/example_grad_norm_variance_{group}"] > 0
   assert last["eval/pixel_frechet_distance"] > 0
+  assert "8 of the 8 samples of step 2 are not finite: they are not measured" in told.text
   assert not any(name.startswith(("eval/", "train/example_grad")) for name in first)

@@ -1,12 +1,15 @@
 """r(t) from an analysis: contours, their mean rank, and the copy that a run keeps."""
 
+import json
+
 import numpy as np
 import pytest
 
-from lrdit.config import run_config
+from lrdit.config import measured_schedule, run_config
 from lrdit.config.resolve import resolve_for_run
 from lrdit.experiment import Experiment
 from lrdit.rank import measured
+from lrdit.runtime import cluster
 from lrdit.runtime.errors import UserError
 from tests.tiny import tiny_config
 from tests.truncations import BOUNDARIES, RANKS, RISE, write_truncation
@@ -175,6 +178,24 @@ def test_a_started_run_keeps_its_r_of_t(tmp_path, caplog):
   (run / "checkpoints" / "4").rmdir()
   with pytest.raises(UserError, match="does not exist"):
     shares()
+
+
+def test_a_process_without_the_workdir_keeps_the_first_one_s_ranks(tmp_path, monkeypatch):
+  run, fields = tmp_path / "run", write_truncation(path := tmp_path / "truncation.json")
+  asked = tiny_config("method=adaptive", **fields).unlock()
+  (run / "checkpoints" / "4").mkdir(parents=True)
+  run_config.store_config(run, asked)
+  text = json.dumps(measured_schedule.read_begun(str(run))).encode()
+  expected = asked.rank.measured_shares
+  asked.rank.measured_shares = asked.rank.measured_boundaries = ()
+  path.unlink()
+
+  def broadcast(tree):
+    return np.int32(len(text)) if np.ndim(tree) == 0 else np.frombuffer(text, np.uint8)
+
+  monkeypatch.setattr(cluster, "is_first", lambda: False)
+  monkeypatch.setattr(cluster, "from_first", broadcast)
+  assert resolve_for_run(asked, str(tmp_path / "missing")).rank.measured_shares == expected
 
 
 def test_matching_the_total_rank_is_refused(tmp_path):

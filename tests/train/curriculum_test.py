@@ -146,3 +146,28 @@ def test_groups_are_scaled_to_other_numbers_of_timesteps():
   assert curriculum.scale_boundaries(BOUNDARIES, 1000) == BOUNDARIES
   assert curriculum.scale_boundaries((0, 44, 500, 1000), 100) == (0, 4, 50, 100)
   assert curriculum.scale_boundaries(BOUNDARIES, 2) == (0, 1, 2)
+
+
+@pytest.mark.parametrize("restart_optimizer", [False, True])
+@pytest.mark.parametrize("restart_decay", [False, True])
+def test_the_ratio_shortens_new_warm_ups_alone(restart_optimizer, restart_decay):
+  fields = dict(curriculum__enabled=True, optimizer__warmup_steps=20, training__num_steps=120)
+  fields |= dict(
+    curriculum__restart_optimizer=restart_optimizer, curriculum__restart_decay=restart_decay
+  )
+  whole = Experiment(tiny_config(**fields))
+  half = Experiment(tiny_config(**fields, curriculum__warmup_ratio=0.5))
+  first = 40  # step of the stage
+  starts = [first * restart_optimizer, first * restart_decay]
+
+  def rates(experiment, stage, steps):
+    return [float(experiment.learning_rate(stage)(step, *starts)) for step in steps]
+
+  assert rates(half, 0, range(20, 120)) == rates(whole, 0, range(20, 120))
+  in_warm_up, decay_of_run = range(first, first + 9), range(first + 19, 120)
+  if restart_optimizer:
+    assert np.all(rates(half, 1, in_warm_up) > np.array(rates(whole, 1, in_warm_up)))
+  else:
+    assert rates(half, 1, range(first, 120)) == rates(whole, 1, range(first, 120))
+  if not restart_decay:
+    assert rates(half, 1, decay_of_run) == rates(whole, 1, decay_of_run)
