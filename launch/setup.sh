@@ -38,7 +38,8 @@ if [[ "$(cat "$root/.venv/lrdit-stamp" 2>/dev/null)" != "$described $made_from" 
   echo "Making the virtual environment .venv of Python ${described%% *} (about a minute) ..."
   rm -rf "$root/.venv"
   "$python" -m venv "$root/.venv"
-  "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+  # Of the installed modules few are imported, and Python compiles those.
+  "$root/.venv/bin/python" -m pip install --no-compile --quiet --disable-pip-version-check \
     --constraint "$constraints" --editable "$root[tensorboard,test]"
   echo "$described $made_from" >"$root/.venv/lrdit-stamp"
 fi

@@ -30,10 +30,12 @@ def test_a_dry_run_prints_the_resolved_run_and_writes_nothing(
   mode, data, tmp_path, capsys, monkeypatch
 ):
   monkeypatch.chdir(tiny.ROOT)
-  argv = tiny.command(tmp_path / "run", f"--mode={mode}", "--dry_run", arg="method=adaptive")
+  argv = tiny.command(
+    tmp_path / "run", f"--mode={mode}", "--dry_run", "--config.model.depth=2", arg="method=adaptive"
+  )
   assert main.run(argv[1:]) == 0
   printed = capsys.readouterr().out
-  experiment = Experiment(tiny.tiny_config("method=adaptive"))
+  experiment = Experiment(tiny.tiny_config("method=adaptive", model__depth=2))
   ranks = experiment.plan.by_name["blocks_1/mlp/fc1"].active
   assert f"1 of dense; 1 of rank {', '.join(map(str, ranks))}\n" in printed
   parameters = flops.num_parameters(experiment.shape, experiment.plan)
@@ -158,8 +160,8 @@ def assert_ends_with(status, stderr, words):
 
 def test_modes_refuse_another_model_s_workdir(trained, run):
   for mode in ("train", "sample"):
-    status, stderr = run(trained, "--config.model.depth=1", f"--mode={mode}")
-    words = "holds another run: model.depth (2 there, 1 asked for)"
+    status, stderr = run(trained, "--config.model.depth=2", f"--mode={mode}")
+    words = "holds another run: model.depth (1 there, 2 asked for)"
     assert_one_line(status, 1, stderr, words)
 
 

@@ -18,15 +18,15 @@ SHOWING_IMPORTS = {"PYTHONPROFILEIMPORTTIME": "1"}  # a variable of the environm
 # Packages that take long to import, and that neither training nor sampling needs.
 HEAVY = {"tensorflow", "tensorflow_datasets", "matplotlib", "torch"}
 
-# A model that compiles in seconds: two blocks of width 32 on the real digits.
+# A model that compiles in seconds: a block of width 32 on the real digits.
 OVERRIDES = {
   "optimizer.name": "adamw",  # compiles faster than muon
   "optimizer.learning_rate": 2e-3,
   "model.hidden_size": 32,
-  "model.depth": 2,
+  "model.depth": 1,
   "model.num_heads": 2,
   "rank.multiple_of": 2,
-  "rank.num_buckets": 3,
+  "rank.num_buckets": 2,
   "training.batch_size": 16,
   "training.num_steps": 8,
   "training.log_every_steps": 1,
@@ -41,6 +41,8 @@ OVERRIDES = {
   "evaluation.draws": 1,
 }
 
+# More than one block and two ranks, where a test is about them.
+DEEPER = {"model__depth": 2, "rank__num_buckets": 3}
 
 # For a process that a test kills: it reads the shared cache of compiled programs and writes nothing
 # there, as jax does not write an entry at once.

@@ -75,7 +75,7 @@ def make_samples(workdir, name="default", accuracy=0.9, distance=20.0, digest="a
 
 def make_run(workdir, method="full", seed=0, loss=0.2, accuracy=0.9, rate=100.0, samples=None):
   """Write the workdir of a run of 8 steps with everything in it; returns its path as text."""
-  config = tiny.tiny_config(f"method={method}", seed=seed).to_dict()
+  config = tiny.tiny_config(f"method={method}", seed=seed, **tiny.DEEPER).to_dict()
   write(workdir / "config.json", config)
   write(workdir / "data.json", {"train": {"name": "digits"}, "eval": {"name": "digits"}})
   lines = [

@@ -15,7 +15,7 @@ from lrdit.model import dit, low_rank
 from lrdit.rank import plan as rank_schedule
 from lrdit.runtime.errors import UserError
 from lrdit.train import loss as loss_module
-from tests.tiny import load_digits, tiny_config
+from tests.tiny import DEEPER, load_digits, tiny_config
 from tests.trained import noisy_params_of
 
 BOUNDARIES = (0, 300, 650, 1000)
@@ -34,7 +34,7 @@ def make_objective(arm="adaptive", **overrides):
     rank__compute="masked",
     training__batch_size=8,
     rank__dense_layers=("patch_embed", "final_layer/linear"),
-    **overrides,
+    **(DEEPER | overrides),
   )
   return Experiment(config).objective(jax.devices()[:1]).without_augmentation()
 

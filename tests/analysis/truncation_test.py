@@ -9,7 +9,7 @@ from lrdit.analysis.unit_cache import UnitCache
 from lrdit.evaluation.held_out import HeldOutLosses
 from lrdit.experiment import Experiment
 from lrdit.model import low_rank
-from tests.tiny import tiny_config
+from tests.tiny import DEEPER, tiny_config
 from tests.trained import noisy_params
 
 NAME = "blocks_1/attn/qkv"
@@ -24,7 +24,7 @@ def layer(params, name=NAME):
 @pytest.mark.parametrize("name", [NAME, "blocks_1/attn/proj", "blocks_1/mlp/fc2"])  # wide to tall
 @pytest.mark.parametrize("rank", [1, 5, 31])
 def test_a_dense_kernel_becomes_its_best_approximation(rank, name):
-  config = tiny_config("method=full")
+  config = tiny_config("method=full", **DEEPER)
   params = jax.device_get(noisy_params(config))
   cut = truncation.Truncator(params, Experiment(config).factorized_layers).cut(rank)
   got, kernel = layer(cut, name)["kernel"], np.asarray(layer(params, name)["kernel"], np.float64)
@@ -38,7 +38,7 @@ def test_a_dense_kernel_becomes_its_best_approximation(rank, name):
 
 def test_a_low_rank_layer_keeps_its_first_components():
   """The model cut to a bucket's ranks is the sliced model of that bucket."""
-  config = tiny_config("method=adaptive")
+  config = tiny_config("method=adaptive", **DEEPER)
   params, plan = jax.device_get(noisy_params(config)), Experiment(config).plan
   names = [NAME]
   rank = plan.by_name[NAME].active[0]
@@ -53,7 +53,7 @@ def test_a_low_rank_layer_keeps_its_first_components():
 
 @pytest.mark.parametrize("method", ["full", "adaptive"])
 def test_nothing_is_cut_at_the_largest_rank(method):
-  config = tiny_config(f"method={method}")
+  config = tiny_config(f"method={method}", **DEEPER)
   params = jax.device_get(noisy_params(config))
   truncator = truncation.Truncator(params, Experiment(config).factorized_layers)
   placed = []
@@ -63,7 +63,7 @@ def test_nothing_is_cut_at_the_largest_rank(method):
 
 
 def test_rises_are_over_the_whole_model_and_are_kept(tmp_path):
-  config = tiny_config("method=full")
+  config = tiny_config("method=full", **DEEPER)
   params = jax.device_get(noisy_params(config))
   truncator = truncation.Truncator(params, Experiment(config).factorized_layers)
   asked = []

@@ -52,7 +52,7 @@ def test_fields_that_do_not_make_another_run_may_change(tmp_path, change):
 @pytest.mark.parametrize(
   ("change", "field"),
   [
-    ({"model__depth": 1}, "model.depth"),
+    ({"model__depth": 2}, "model.depth"),
     ({"rank__ratio": 0.4}, "rank.ratio"),
     ({"seed": 1}, "seed"),
     ({"diffusion__prediction": "epsilon"}, "diffusion.prediction"),

@@ -10,7 +10,7 @@ from lrdit.model import dit, flops, low_rank
 from lrdit.rank import plan as rank_schedule
 from lrdit.runtime.errors import UserError
 from tests.programs import traced_macs, training
-from tests.tiny import tiny_config
+from tests.tiny import DEEPER, tiny_config
 
 DENSE = rank_schedule.dense_plan(1000)
 # name: (method, rank.compute)
@@ -29,13 +29,14 @@ WIDE = dict(
   model__num_heads=8,
   model__depth=1,
   rank__multiple_of=8,
+  rank__num_buckets=3,
   rank__dense_layers=("patch_embed", "final_layer/linear"),
 )
 
 
 def arm_config(arm, **fields):
   method, compute = ARMS[arm]
-  return tiny_config(f"method={method}", rank__compute=compute, **fields)
+  return tiny_config(f"method={method}", rank__compute=compute, **(DEEPER | fields))
 
 
 def forward(config, bucket, batch=4):
@@ -121,7 +122,7 @@ def test_a_bucket_has_as_many_parameters_as_its_slice():
 @pytest.mark.parametrize("method", ["full", "narrow", "static", "adaptive"])
 @pytest.mark.parametrize("learn_sigma", [False, True])
 def test_forward_counts_every_traced_product(method, learn_sigma):
-  config = tiny_config(f"method={method}", model__learn_sigma=learn_sigma)
+  config = tiny_config(f"method={method}", model__learn_sigma=learn_sigma, **DEEPER)
   shape, plan = Experiment(config).shape, Experiment(config).plan
   assert plan.num_buckets == (3 if method == "adaptive" else 1)
   for bucket in range(plan.num_buckets):

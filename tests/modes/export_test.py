@@ -137,8 +137,8 @@ def test_the_diffusers_layout_needs_classes_and_a_bucket_of_the_plan(tmp_path):
   config = save(tmp_path / "run", "method=adaptive", data__num_classes=0)
   with pytest.raises(UserError, match="this model has none"):
     export.export(config, str(tmp_path / "run"), str(tmp_path / "out"), "diffusers")
-  config = tiny.tiny_config("method=adaptive", export__bucket=3, data__num_classes=0, **LAYERS)
-  with pytest.raises(UserError, match=r"export\.bucket=3 is not one of 0 to 2"):
+  config = tiny.tiny_config("method=adaptive", export__bucket=2, data__num_classes=0, **LAYERS)
+  with pytest.raises(UserError, match=r"export\.bucket=2 is not one of 0 to 1"):
     export.export(config, str(tmp_path / "run"), str(tmp_path / "out"))
 
 

@@ -291,7 +291,7 @@ def test_a_curriculum_goes_through_its_stages(staged):
     assert line["train/learning_rate"] == pytest.approx(2e-3 * share, rel=1e-6)
 
 
-@pytest.mark.parametrize("after_start", [0, 3])
+@pytest.mark.parametrize("after_start", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_curriculum_resumes_to_the_bit(staged, tmp_path, told, after_start):
   """At the very step a stage begins, and inside it between two checks."""
   reference, entered = staged

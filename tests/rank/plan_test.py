@@ -212,8 +212,9 @@ def test_first_and_last_blocks_limit_what_is_factorized():
 
 def test_adaptivity_may_be_limited_to_some_blocks():
   """The other layers keep the static rank; `first_n_blocks` would make them dense."""
-  config = tiny.tiny_config(model__depth=3, rank__adaptive_first_n_blocks=1)
-  limited, everywhere = derive.rank_plan(config), derive.rank_plan(tiny.tiny_config(model__depth=3))
+  fields = {"model__depth": 3, "rank__num_buckets": 3}
+  config = tiny.tiny_config(**fields, rank__adaptive_first_n_blocks=1)
+  limited, everywhere = derive.rank_plan(config), derive.rank_plan(tiny.tiny_config(**fields))
   assert [name for name, _ in limited.layers] == [name for name, _ in everywhere.layers]
   assert (limited.segments, limited.num_buckets) == (everywhere.segments, 3)
   for name, ranks in limited.layers:
@@ -221,7 +222,7 @@ def test_adaptivity_may_be_limited_to_some_blocks():
     adapts = name.startswith("blocks_0/")
     assert ranks.active == (everywhere.by_name[name].active if adapts else (static,) * 3)
   with pytest.raises(UserError, match="adaptive_last_n_blocks=4 must be at most 3"):
-    derive.rank_plan(tiny.tiny_config(model__depth=3, rank__adaptive_last_n_blocks=4))
+    derive.rank_plan(tiny.tiny_config(**fields, rank__adaptive_last_n_blocks=4))
   fields = {"rank__dense_layers": ("blocks_0",), "rank__adaptive_first_n_blocks": 1}
   with pytest.raises(UserError, match="leave no low-rank layer to adapt"):
     derive.rank_plan(tiny.tiny_config(**fields))

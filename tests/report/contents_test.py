@@ -107,7 +107,7 @@ def test_a_change_of_the_config_makes_another_arm_and_how_it_was_computed_does_n
 def test_the_plan_s_numbers_agree_with_the_arms(made):
   full, adaptive, static = (arm.model for arm in made.arms)
   assert made.layer == "blocks_1/mlp/fc1"
-  config = tiny.tiny_config("method=adaptive")
+  config = tiny.tiny_config("method=adaptive", **tiny.DEEPER)
   shape, plan = Experiment(config).shape, Experiment(config).plan
   assert [bucket["parameters"] for bucket in adaptive.buckets] == [
     flops.num_parameters(shape, plan.at_bucket(bucket)) for bucket in range(plan.num_buckets)
@@ -127,10 +127,10 @@ def test_macs_of_an_image(tmp_path):
     "c": make_samples(path, "c", solver="unheard-of"),
   }
   made = make_report([make_run(path, "adaptive", samples=samples)], "out")
-  config = tiny.tiny_config("method=adaptive")
+  config = tiny.tiny_config("method=adaptive", **tiny.DEEPER)
   shape, plan = Experiment(config).shape, Experiment(config).plan
   macs = [row.cells[0].exact for row in made.rows if row.key == "sampling_macs"]
-  t = Experiment(tiny.tiny_config(sampling__num_steps=20)).solver_table.t
+  t = Experiment(tiny.tiny_config(sampling__num_steps=20, **tiny.DEEPER)).solver_table.t
   both_passes = [2 * flops.forward_macs(shape, plan, int(plan.bucket_of_timestep[i])) for i in t]
   once = analyze.count_flops(config)["adaptive"]["sampling_macs"]
   assert macs == [once, sum(both_passes), None]

@@ -21,6 +21,7 @@ from lrdit.train.state import (
   NON_FINITE_QUANTITIES,
   StageProgress,
 )
+from tests import tiny
 from tests.tiny import GOLDEN, tiny_config
 from tests.trained import SHALLOW, fresh_state, noisy_params
 
@@ -94,7 +95,7 @@ def test_one_and_four_devices_give_the_same_losses(name):
 @functools.cache
 def gradients(compute, num_devices=1, schedule="logistic_decreasing", stage=None):
   """Mean gradient of the training loss, of a stage of `CURRICULUM` or over all timesteps."""
-  config = shallow_config(rank__schedule=schedule, rank__compute=compute)
+  config = shallow_config(rank__schedule=schedule, rank__compute=compute, rank__num_buckets=3)
   devices = jax.devices()[:num_devices]
   objective = Experiment(config).objective(devices)
   if stage is not None:
@@ -120,8 +121,15 @@ def assert_same_gradients(got, expected):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max() + 1e-9)
 
 
-@pytest.mark.parametrize("num_devices", [pytest.param(1, marks=pytest.mark.gpu), 4])
-@pytest.mark.parametrize("schedule", ["logistic_decreasing", "midpeak"])
+@pytest.mark.parametrize(
+  ("schedule", "num_devices"),
+  [
+    pytest.param("midpeak", 1, marks=pytest.mark.gpu),
+    ("logistic_decreasing", 4),
+    pytest.param("midpeak", 4, marks=pytest.mark.slow),
+    pytest.param("logistic_decreasing", 1, marks=pytest.mark.slow),
+  ],
+)
 def test_grouped_gradients_are_masked_gradients(schedule, num_devices):
   masked = gradients("masked", schedule=schedule)
   assert_same_gradients(gradients("grouped", num_devices, schedule), masked)
@@ -130,7 +138,7 @@ def test_grouped_gradients_are_masked_gradients(schedule, num_devices):
 def test_microbatches_give_the_gradient_of_the_batch():
   """Each keeps the groups of its slots, and every example its timestep and noise."""
   num_devices, microbatch = 2, 8
-  config = shallow_config(training__microbatch=microbatch)
+  config = shallow_config(training__microbatch=microbatch, rank__num_buckets=3)
   devices = jax.devices()[:num_devices]
   experiment = Experiment(config)
   objective = experiment.objective(devices)
@@ -251,7 +259,7 @@ def test_evaluation_stays_on_all_timesteps():
 @pytest.mark.parametrize("compute", ["masked", "grouped"])
 def test_components_no_example_uses_get_exactly_zero_gradient(compute):
   """All timesteps at the lowest bucket: nothing above it may learn."""
-  config = shallow_config(rank__compute=compute)
+  config = shallow_config(rank__compute=compute, rank__num_buckets=3)
   model = Experiment(config).model()
   params = noisy_params(config)
   x = jax.random.normal(KEY, (8, 8, 8, 1))
@@ -434,7 +442,7 @@ def test_golden_one_step_metrics():
   golden = json.loads((GOLDEN / "one_step.json").read_text())
   got = {}
   for arm in ("full", "static", "adaptive"):
-    config = tiny_config(f"method={arm}", optimizer__warmup_steps=0)
+    config = tiny_config(f"method={arm}", optimizer__warmup_steps=0, **tiny.DEEPER)
     losses, state = run_steps(config, 1, 3, noisy_params(config))
     norm = float(optax.tree.norm(state.ema_params))
     got[arm] = [*losses, norm]
