@@ -13,7 +13,8 @@ HEAD = """# Configuration
 `python -m lrdit.config.docs` writes this page from `lrdit/config/schema.py`: do not edit it.
 
 `--config=FILE[:KEY=VALUE,...]` names a recipe, a Python file whose `get_config` returns a
-`ConfigDict`; those of `configs/` take `method` and `variant`. A recipe starts from
+`ConfigDict`. Those of `configs/` take `method` and `variant`; digits and cifar10 take `recipe`
+(`muon` or `dissertation`), and imagenet128 takes `classes`, their number. A recipe starts from
 `lrdit.config.schema.get_default_config`, which creates all fields below with their defaults, and
 changes some of them. `--config.GROUP.FIELD=VALUE` overrides one field. Where None is allowed,
 `None` is a value. `--dry_run` prints the resolved run and ends.
