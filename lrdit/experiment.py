@@ -60,7 +60,7 @@ class Experiment:
     _ = self.shape, self.plan, self.muon_options, self.solver_table
 
   def with_config(self, config: ConfigDict) -> "Experiment":
-    """Return the experiment of another config, with the VAEs that this one has loaded."""
+    """Return the experiment of another config on the same data, with this one's loaded VAEs."""
     return dataclasses.replace(self, config=config.lock())
 
   # The model.
@@ -306,7 +306,7 @@ class Experiment:
     rule = "must name the VAE, a diffusers directory or safetensors file (only training with "
     rule += "config.training.sample_every_steps=None needs none)"
     require(bool(path), "vae.path", path, rule)
-    if (key := (path, tuple(devices))) in self._vaes:
+    if (key := (path, tuple(devices), self.config.vae.batch_size)) in self._vaes:
       return self._vaes[key]
     read = vae_weights.read_vae(os.path.expanduser(path))
     found = {

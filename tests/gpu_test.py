@@ -18,14 +18,13 @@ from lrdit.model import dit, low_rank
 from lrdit.modes import train
 from tests import tiny
 from tests.tiny import tiny_config
-from tests.trained import SHALLOW, assert_same_run, noisy_params
+from tests.trained import assert_same_run, noisy_params
 
 pytestmark = pytest.mark.gpu
 
 # A width whose heads cuDNN's kernel takes.
 FUSED = {"model__hidden_size": 64, "model__num_heads": 2, "model__dtype": "bfloat16"}
 # Compiled often.
-SHALLOW_FUSED = FUSED | SHALLOW
 
 
 def relative_error(got, expected):
@@ -66,7 +65,7 @@ def test_fused_attention_is_plain_attention(head_width):
 @pytest.mark.parametrize("arm", ["full", "adaptive"])
 def test_bfloat16_is_float32_rounded(arm):
   def output_and_gradient(dtype):
-    config = tiny_config(f"method={arm}", **SHALLOW_FUSED | {"model__dtype": dtype})
+    config = tiny_config(f"method={arm}", **FUSED | {"model__dtype": dtype})
     model, params = Experiment(config).model(jax.devices()[:1]), noisy_params(config)
     x = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
     t, y = jnp.arange(8) * 120, jnp.arange(8)
@@ -90,11 +89,9 @@ def test_two_runs_are_equal_and_a_resumed_one_is_too(tmp_path):
   devices = jax.devices()[:1]
   for name, stops in runs.items():
     for num_steps in stops:
-      train.train(
-        tiny_config(**SHALLOW_FUSED, training__num_steps=num_steps), tmp_path / name, devices
-      )
+      train.train(tiny_config(**FUSED, training__num_steps=num_steps), tmp_path / name, devices)
       jax.clear_caches()
   for one, other in itertools.pairwise(runs):
-    assert_same_run(tmp_path / one, tmp_path / other, **SHALLOW_FUSED)
+    assert_same_run(tmp_path / one, tmp_path / other, **FUSED)
   losses = [tiny.losses(tmp_path / name) for name in runs]
   assert len(set(losses[0])) == 8 and losses[0] == losses[1] == losses[2]

@@ -9,7 +9,6 @@ import numpy as np
 from configs import cifar10
 from lrdit.config.resolve import resolve
 from tests import tiny
-from tests.trained import SHALLOW
 
 VAE = tiny.GOLDEN / "sd_vae_tiny"
 SCALE = 0.18215  # of that VAE
@@ -35,7 +34,6 @@ def fields_for(images, **fields):
     "curriculum.enabled": False,
     "training.num_epochs": None,
   }
-  changed |= {name.replace("__", "."): value for name, value in SHALLOW.items()}
   fields = {name.replace("__", "."): value for name, value in fields.items()}
   return tiny.OVERRIDES | changed | fields
 

@@ -28,13 +28,13 @@ ADAPTIVE = "method=adaptive"
 
 
 def config_of(path, arg="method=full", **fields):
-  return tiny.tiny_config(arg, init__from_=str(path), **trained.SHALLOW | fields)
+  return tiny.tiny_config(arg, init__from_=str(path), **fields)
 
 
 @pytest.fixture(scope="module")
 def full_run(tmp_path_factory):
   """The workdir of a full arm."""
-  config = tiny.tiny_config("method=full", **trained.SHALLOW)
+  config = tiny.tiny_config("method=full")
   return save(tmp_path_factory.mktemp("full"), config)
 
 
@@ -69,21 +69,21 @@ def write_file(tmp_path, layout, config):
 
 
 def test_a_run_starts_from_a_workdir_or_one_of_its_checkpoints(full_run):
-  expected = params_of(tiny.tiny_config("method=full", **trained.SHALLOW))
+  expected = params_of(tiny.tiny_config("method=full"))
   assert_equal(start(config_of(full_run)), expected)
   assert_equal(start(config_of(full_run / "checkpoints" / "8")), expected)
 
 
 @pytest.mark.parametrize("layout", [layouts.OFFICIAL, layouts.DIFFUSERS])
 def test_a_run_starts_from_a_foreign_file(tmp_path, layout):
-  config = tiny.tiny_config("method=full", **trained.SHALLOW)
+  config = tiny.tiny_config("method=full")
   path = write_file(tmp_path, layout, config)
   assert_equal(start(config_of(path)), params_of(config))
 
 
 @pytest.mark.parametrize("num_shards", [1, 2])
 def test_a_run_starts_from_a_pipeline_of_diffusers(tmp_path, num_shards):
-  config = tiny.tiny_config("method=full", **trained.SHALLOW)
+  config = tiny.tiny_config("method=full")
   directory = tmp_path / "transformer"
   directory.mkdir()
   path = write_file(directory, layouts.DIFFUSERS, config)
@@ -121,7 +121,7 @@ def test_the_seed_stands_in_the_path(full_run, tmp_path):
 def test_kernels_become_factors_of_the_plan(full_run, compression):
   config = config_of(full_run, ADAPTIVE, init__compression=compression, init__whitening_examples=16)
   experiment, got = Experiment(config), start(config)
-  dense = params_of(tiny.tiny_config("method=full", **trained.SHALLOW))
+  dense = params_of(tiny.tiny_config("method=full"))
   template = layouts.flat(experiment.params_template)
   assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in template.items()}
   name = "blocks_0/mlp/fc1"
@@ -149,7 +149,7 @@ def test_every_bucket_is_whitened_by_inputs_at_its_own_timesteps(full_run, monke
 
 
 def test_moments_are_of_the_noisy_patches_at_the_given_timesteps():
-  config = tiny.tiny_config("method=full", **trained.SHALLOW)
+  config = tiny.tiny_config("method=full")
   experiment, t = Experiment(config), np.array([100, 900])
   objective, source = experiment.objective(jax.devices()[:1]), experiment.source("train")
   settings, name = (16, config.seed), "patch_embed"
@@ -167,7 +167,7 @@ def test_moments_are_of_the_noisy_patches_at_the_given_timesteps():
 
 
 def test_a_run_of_lower_rank_takes_the_prefix(tmp_path):
-  large = tiny.tiny_config(ADAPTIVE, **trained.SHALLOW)
+  large = tiny.tiny_config(ADAPTIVE)
   save(tmp_path, large)
   got, whole = start(config_of(tmp_path, ADAPTIVE, rank__ratio=0.3)), params_of(large)
   for path, value in got.items():
@@ -187,7 +187,7 @@ def test_energy_chooses_the_rank_of_every_layer(full_run, tmp_path, compression,
   experiment = open_run(config)[0]
   ranks = experiment.plan.by_name
   if compression == "svd":
-    dense = params_of(tiny.tiny_config("method=full", **trained.SHALLOW))
+    dense = params_of(tiny.tiny_config("method=full"))
     for name, found in ranks.items():
       asked = factors.rank_by_energy(dense[f"{name}/kernel"], energy, config.rank.multiple_of)
       assert found.static_rank == found.max_rank == asked
@@ -200,7 +200,7 @@ def test_energy_chooses_the_rank_of_every_layer(full_run, tmp_path, compression,
 
 
 def test_energy_needs_dense_trained_parameters(full_run, tmp_path):
-  save(tmp_path, tiny.tiny_config(ADAPTIVE, **trained.SHALLOW))
+  save(tmp_path, tiny.tiny_config(ADAPTIVE))
   with pytest.raises(UserError, match=r"energy needs dense parameters, and .* has t_embedder/fc1"):
     open_run(config_of(tmp_path, ADAPTIVE, init__energy=0.4))
   with pytest.raises(UserError, match=r"energy=0\.999 saves no parameters in any layer"):
@@ -209,7 +209,7 @@ def test_energy_needs_dense_trained_parameters(full_run, tmp_path):
     tiny.tiny_config(init__energy=0.9)
   for ranks in ((2,), (0,) * 8, (33,) * 8):
     with pytest.raises(UserError, match=r"layer_ranks=.* must be the ranks of \d+ layers"):
-      Experiment(tiny.tiny_config(ADAPTIVE, rank__layer_ranks=ranks, **trained.SHALLOW))
+      Experiment(tiny.tiny_config(ADAPTIVE, rank__layer_ranks=ranks))
 
 
 WRONG = [
@@ -227,7 +227,7 @@ def test_a_run_of_another_model_is_refused(full_run, fields, words):
 
 
 def test_published_weights_need_the_published_variance(tmp_path):
-  config = tiny.tiny_config("method=full", model__learn_sigma=True, **trained.SHALLOW)
+  config = tiny.tiny_config("method=full", model__learn_sigma=True)
   path = write_file(tmp_path, layouts.OFFICIAL, config)
   other = config_of(path, model__learn_sigma=True)
   with pytest.raises(UserError, match=r"variance_floor='beta' is not what .* use 'posterior'"):
@@ -260,7 +260,7 @@ def test_a_warning_says_what_a_foreign_file_does_not_tell(full_run, tmp_path):
 
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_the_half_precision_variant_of_diffusers_is_read(tmp_path, is_sharded):
-  config = tiny.tiny_config("method=full", **trained.SHALLOW)
+  config = tiny.tiny_config("method=full")
   path = write_file(tmp_path, layouts.DIFFUSERS, config)
   tensors = tensor_files.read_tensors(path, "ema")
   path.unlink()
@@ -285,7 +285,7 @@ def test_a_path_without_weights_is_refused(tmp_path):
 
 @pytest.mark.parametrize("num_steps", [0, 1])
 def test_training_starts_from_the_trained_parameters(full_run, tmp_path, num_steps):
-  fields = trained.SHALLOW | {"training__num_steps": num_steps, "init__from_": str(full_run)}
+  fields = {"training__num_steps": num_steps, "init__from_": str(full_run)}
   fields["init__distillation"] = 1e4
   trained.train_one_device(tmp_path, checkpoint__keep_every=1, **fields)
   # The distance from the teacher, which the cut leaves, is almost all of the loss.
@@ -302,7 +302,7 @@ def test_training_starts_from_the_trained_parameters(full_run, tmp_path, num_ste
 def test_a_start_reports_its_loss_before_and_after_compression(full_run, tmp_path):
   losses = {}
   for arm in ("full", "adaptive"):
-    fields = {"init__from_": str(full_run), "training__num_steps": 0} | trained.SHALLOW
+    fields = {"init__from_": str(full_run), "training__num_steps": 0}
     config = tiny.tiny_config(f"method={arm}", training__eval_every_steps=1, **fields)
     train.train(config, str(tmp_path / arm), jax.devices()[:1])
     (line,) = tiny.read_metrics(tmp_path / arm)
@@ -363,7 +363,7 @@ def test_distillation_adds_the_distance_from_the_teacher_to_the_loss(full_run):
 
 
 def test_distillation_needs_a_dense_teacher(tmp_path):
-  save(tmp_path, tiny.tiny_config(ADAPTIVE, **trained.SHALLOW))
+  save(tmp_path, tiny.tiny_config(ADAPTIVE))
   with pytest.raises(UserError, match=r"needs a dense teacher, and .* has blocks_0/adaln/down"):
     teacher_params(Experiment(config_of(tmp_path, ADAPTIVE, init__distillation=1.0)))
   with pytest.raises(UserError, match=r"init\.distillation=1\.0 needs trained parameters"):
@@ -371,13 +371,13 @@ def test_distillation_needs_a_dense_teacher(tmp_path):
 
 
 def test_a_run_keeps_its_teacher(tmp_path):
-  teacher, fields = tmp_path / "teacher", trained.SHALLOW | {"init__distillation": 1.0}
+  teacher, fields = tmp_path / "teacher", {"init__distillation": 1.0}
   teacher.mkdir()
-  save(teacher, tiny.tiny_config("method=full", **trained.SHALLOW))
+  save(teacher, tiny.tiny_config("method=full"))
   fields |= {"init__from_": str(teacher), "training__num_steps": 0}
   trained.train_one_device(tmp_path / "run", **fields)
   trained.train_one_device(tmp_path / "run", **fields)
-  config = tiny.tiny_config("method=full", **trained.SHALLOW)
+  config = tiny.tiny_config("method=full")
   params = layouts.nest({name: 2 * array for name, array in params_of(config).items()})
   trained.save_checkpoint(teacher, config, step=9, params=params)
   with pytest.raises(UserError, match=r"on other data: teacher\.digest \(.*Use another"):

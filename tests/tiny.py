@@ -9,6 +9,7 @@ import sys
 
 from configs import digits
 from lrdit.config.resolve import resolve
+from lrdit.config.schema import FIELDS
 from lrdit.experiment import Experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -18,7 +19,8 @@ SHOWING_IMPORTS = {"PYTHONPROFILEIMPORTTIME": "1"}  # a variable of the environm
 # Packages that take long to import, and that neither training nor sampling needs.
 HEAVY = {"tensorflow", "tensorflow_datasets", "matplotlib", "torch"}
 
-# A model that compiles in seconds: a block of width 32 on the real digits.
+# A model that compiles in seconds: one block of width 32, whose every kind of layer is factorized,
+# on the real digits.
 OVERRIDES = {
   "optimizer.name": "adamw",  # compiles faster than muon
   "optimizer.learning_rate": 2e-3,
@@ -27,6 +29,7 @@ OVERRIDES = {
   "model.num_heads": 2,
   "rank.multiple_of": 2,
   "rank.num_buckets": 2,
+  "rank.dense_layers": ("patch_embed", "final_layer/linear"),
   "training.batch_size": 16,
   "training.num_steps": 8,
   "training.log_every_steps": 1,
@@ -41,8 +44,12 @@ OVERRIDES = {
   "evaluation.draws": 1,
 }
 
-# More than one block and two ranks, where a test is about them.
-DEEPER = {"model__depth": 2, "rank__num_buckets": 3}
+# Two blocks, of which the first differs, and three ranks, for tests that are about them.
+DEEPER = {
+  "model__depth": 2,
+  "rank__num_buckets": 3,
+  "rank__dense_layers": FIELDS["rank.dense_layers"].default,
+}
 
 # For a process that a test kills: it reads the shared cache of compiled programs and writes nothing
 # there, as jax does not write an entry at once.

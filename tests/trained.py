@@ -14,9 +14,6 @@ from lrdit.runtime import parallel
 from lrdit.train.checkpoints import Checkpoints
 from tests import tiny
 
-# One block whose every kind of layer is factorized: it compiles in half the time.
-SHALLOW = {"model__depth": 1, "rank__dense_layers": ("patch_embed", "final_layer/linear")}
-
 
 def noisy_params(config):
   """Parameters whose model has no zero output, as it has at initialization."""

@@ -68,6 +68,8 @@ def resolve_for_run(config: ConfigDict, run: str) -> ConfigDict:
     return resolve(config)
   own = ConfigDict(config.to_dict())
   own.rank.measured_shares, own.rank.measured_boundaries = kept
+  if not cluster.is_first():  # the analysis may be out of its reach
+    return resolve(own)
   try:
     if resolve(config).rank.measured_shares != kept[0]:
       log.warning("%s has changed: the run keeps the r(t) it began with", rank.analysis)

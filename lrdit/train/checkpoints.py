@@ -29,9 +29,9 @@ from lrdit.train.state import TrainState
 # The checkpoint item that holds each kind of weights.
 WEIGHTS = {"raw": "params", "ema": "ema_params"}
 TREES = ("params", "ema_params", "opt_state")
+POSITION = ("number", "first_step")  # what a run knows of its stage and cannot do without
 # Fields of `progress` that a run can reset: the sums for the next line of metrics and for the next
 # check of a stage.
-POSITION = ("number", "first_step")  # of a stage
 RESTARTABLE = re.compile(rf"\['(window|stage)'\](?!\['({'|'.join(POSITION)})'\])")
 # Paths that orbax takes literally: it splits at "gs:", and tensorstore and glob interpret others.
 PLAIN_PATH = re.compile(r"[\w/.,=@%+~ -]*")

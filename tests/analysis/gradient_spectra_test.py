@@ -28,14 +28,13 @@ SETTINGS = dict(
 
 @functools.cache
 def make_objective(arm="adaptive", **overrides):
-  config = tiny_config(
-    f"method={arm}",
-    diffusion__loss_weighting="min_snr",
-    rank__compute="masked",
-    training__batch_size=8,
-    rank__dense_layers=("patch_embed", "final_layer/linear"),
-    **(DEEPER | overrides),
-  )
+  fields = DEEPER | {
+    "diffusion__loss_weighting": "min_snr",
+    "rank__compute": "masked",
+    "training__batch_size": 8,
+    "rank__dense_layers": ("patch_embed", "final_layer/linear"),
+  }
+  config = tiny_config(f"method={arm}", **fields | overrides)
   return Experiment(config).objective(jax.devices()[:1]).without_augmentation()
 
 

@@ -17,7 +17,7 @@ from tests.workdirs import make_run, make_samples
 @pytest.mark.parametrize("role", [Role.SAMPLES, Role.FREE])
 def test_a_new_field_reaches_sample_sets_and_the_report(role, monkeypatch, tmp_path):
   monkeypatch.setitem(FIELDS, "sampling.new", Field(1, "A new one", whole(), role=role))
-  config, defines = tiny.tiny_config(sampling__new=2), role is Role.SAMPLES
+  config, defines = tiny.tiny_config(sampling__new=2, **tiny.DEEPER), role is Role.SAMPLES
   settings = Experiment(config).sample_settings(8, "ab", "")
   assert settings.get("new") == (2 if defines else None)
   path = tmp_path / "run"

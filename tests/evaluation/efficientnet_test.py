@@ -41,6 +41,11 @@ def test_features_are_those_below_the_network_s_own_logits(extractor):
   assert extractor.digest == efficientnet.open_efficientnet().digest
 
 
-def test_small_images_are_resized(extractor):
-  images = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
-  assert np.isfinite(extractor.extract(images).features).all()
+def test_small_images_are_resized_part_by_part(extractor):
+  count = 2 * efficientnet.IMAGES_IN_CACHE + 1
+  images = np.random.default_rng(1).integers(0, 256, (count, 32, 32, 3), np.uint8)
+  features = extractor.extract(images).features
+  assert np.isfinite(features).all()
+  for i in (0, efficientnet.IMAGES_IN_CACHE, count - 1):
+    alone = extractor.extract(images[i : i + 1]).features[0]
+    np.testing.assert_allclose(alone, features[i], atol=1e-4 * np.abs(features).max())

@@ -34,7 +34,7 @@ ANALYZED = {"checkpoint_step": 8, "boundaries": [0, 500, 1000]}
 
 @functools.cache
 def _config(**fields: Any) -> Any:
-  return tiny.tiny_config("method=full", **trained.SHALLOW, **fields)
+  return tiny.tiny_config("method=full", **fields)
 
 
 def make_config(path: pathlib.Path) -> None:

@@ -14,7 +14,7 @@ from lrdit.rank import plan as rank_schedule
 from lrdit.rank.strata import rank_groups, stratified_timesteps, uniform_strata
 from lrdit.runtime.errors import UserError
 from tests.tiny import tiny_config
-from tests.trained import SHALLOW, noisy_params
+from tests.trained import noisy_params
 
 ARMS = ["full", "static", "adaptive"]
 
@@ -247,7 +247,7 @@ def test_no_operation_reads_what_every_later_block_left(arm):
   ],
 )
 def test_sliced_masked_and_grouped_models_agree(schedule, match):
-  config = tiny_config(rank__schedule=schedule, rank__match=match, **SHALLOW)
+  config = tiny_config(rank__schedule=schedule, rank__match=match, rank__num_buckets=3)
   model = Experiment(config).model()
   params, plan = noisy_params(config), model.plan
   x, t, y = inputs(model.shape, batch=16)
@@ -285,14 +285,14 @@ def test_learn_sigma_doubles_the_channels():
 
 @pytest.mark.parametrize("activation_dtype", [jnp.float32, jnp.bfloat16])
 def test_bfloat16_is_close_to_float32_and_keeps_float32_parameters(activation_dtype):
-  full = Experiment(tiny_config(**SHALLOW)).model()
-  half = Experiment(tiny_config(**SHALLOW, model__dtype="bfloat16")).model()
+  full = Experiment(tiny_config()).model()
+  half = Experiment(tiny_config(model__dtype="bfloat16")).model()
   half = half.clone(activation_dtype=activation_dtype)
   params = dit.init_params(half, jax.random.key(0))
   assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
   x, t, y = inputs(full.shape)
   selection = low_rank.RankSelection(1)
-  params = noisy_params(tiny_config(**SHALLOW))
+  params = noisy_params(tiny_config())
   a, b = (
     jax.jit(lambda p, m=m: m.apply({"params": p}, x, t, y, selection))(params) for m in (full, half)
   )

@@ -70,7 +70,7 @@ def test_the_narrow_arm_is_the_widest_dense_model_of_at_most_the_static_arm_s_ma
   fields, step, width
 ):
   image = dict(data__image_size=32) if width == 144 else {}
-  fields = fields | image | dict(model__patch_size=4 if image else 2, rank__multiple_of=1)
+  fields = DEEPER | fields | image | dict(model__patch_size=4 if image else 2, rank__multiple_of=1)
   narrow, static = (tiny_config(f"method={arm}", **fields) for arm in ("narrow", "static"))
   found = Experiment(narrow).shape
   assert found.hidden_size % step == 0

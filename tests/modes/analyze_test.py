@@ -180,7 +180,7 @@ def test_r_of_t_on_the_heat_map_is_what_a_run_would_take():
 
 
 def test_r_of_t_on_the_heat_map_of_an_adaptive_run_is_its_own():
-  config = tiny.tiny_config("method=adaptive")
+  config = tiny.tiny_config("method=adaptive", **tiny.DEEPER)
   plan = Experiment(config).plan
   name, r = analyze.schedule_on_map(config, plan, truncation_of(config))
   assert "own" in name

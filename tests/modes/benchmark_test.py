@@ -26,13 +26,10 @@ from tests.benchmarks import gpu_check
 from tests.programs import traced_macs, training
 from tests.tiny import tiny_config
 
-DENSE_LAYERS = ("patch_embed", "final_layer/linear")
 FIELDS = {
   "benchmark.rounds": 3,
   "benchmark.matmul_size": 64,
   "benchmark.optimizers": '("muon",)',
-  "model.depth": 1,
-  "rank.dense_layers": str(DENSE_LAYERS),
   "sampling.guidance_scale": 2.0,
 }
 GUIDED = Program(0, True)
@@ -86,8 +83,7 @@ def test_counts_the_work_of_every_arm_and_bucket(finished):
   assert counts["adaptive"] < counts["adaptive, masked"]
   assert len(training["adaptive"]["rank_groups"]) == 2
   assert training["adaptive, masked"]["rank_groups"] == [[4, 1]]
-  layers = {"model__depth": 1, "rank__dense_layers": DENSE_LAYERS}
-  update_macs = Experiment(tiny_config(optimizer__name="muon", **layers)).update_macs
+  update_macs = Experiment(tiny_config(optimizer__name="muon")).update_macs
   # Each of the four devices orthogonalizes all momenta.
   assert counts["adaptive, muon"] == counts["adaptive"] + 2 * 4 * update_macs > counts["adaptive"]
   times = {name: arm["step_seconds"]["median"] for name, arm in training.items()}
@@ -106,11 +102,11 @@ def test_counts_the_work_of_every_arm_and_bucket(finished):
 def test_counts_the_products_of_every_timed_program(finished):
   """In the traced programs: both passes of guidance, and every device."""
   _, result = finished
-  config, devices = tiny_config("method=full", model__depth=1), jax.devices()
+  config, devices = tiny_config("method=full"), jax.devices()
   step, args, _ = training(config, devices)
   of_a_device = 2 * traced_macs(jax.make_jaxpr(step)(*args).jaxpr)
   assert result["training"]["full"]["flops_per_step"] == 4 * of_a_device
-  config = tiny_config("method=full", model__depth=1, sampling__guidance_scale=2.0)
+  config = tiny_config("method=full", sampling__guidance_scale=2.0)
   arm = arms_module.SamplingArm(Experiment(config), devices)
   args = arm._arguments(GUIDED, arm._start, 0, 1)
   traced = traced_macs(jax.make_jaxpr(arm.sampler.run_program[GUIDED])(*args).jaxpr)
@@ -291,7 +287,7 @@ def test_halves_the_batch_until_all_arms_fit(limit, expected, monkeypatch):
 
 
 def test_bytes_of_other_arms_are_those_of_their_states_and_sampling_parameters():
-  experiments = arms_module.arm_experiments(tiny_config(model__depth=1))
+  experiments = arms_module.arm_experiments(tiny_config())
   expected = 0
   for arm, experiment in experiments.items():
     template = experiment.params_template
@@ -336,7 +332,7 @@ def test_every_round_times_every_task_once_in_turn():
 def adaptive_sampler():
   """The sampling arm of ten solver steps in three buckets, the noisier half of them guided."""
   guidance = dict(sampling__guidance_scale=2.0, sampling__guidance_min_noise=1.0)
-  config = tiny_config(model__depth=1, sampling__num_steps=10, **guidance)
+  config = tiny_config(sampling__num_steps=10, **guidance)
   return arms_module.SamplingArm(Experiment(config), jax.devices()[:1])
 
 
@@ -369,7 +365,7 @@ def test_a_run_by_parts_ends_where_the_sampler_does(adaptive_sampler):
 
 def test_gradients_of_the_random_parameters_are_not_zero():
   """Zeros would flatter: fresh parameters leave most gradients exactly zero."""
-  experiment = Experiment(tiny_config(model__depth=1))
+  experiment = Experiment(tiny_config())
   model, template = experiment.model(), experiment.params_template
   params = jax.jit(lambda: arms_module.random_params(template))()
   x = jnp.asarray(arms_module.random_images(experiment.shape, 4))
@@ -386,7 +382,7 @@ def test_gradients_of_the_random_parameters_are_not_zero():
 def test_times_the_very_step_of_training_with_its_state_donated(monkeypatch):
   program = mock.Mock(memory_analysis=lambda: None)
   monkeypatch.setattr(arms_module.TrainingArm, "_compile", lambda self: program)
-  experiment = Experiment(tiny_config("method=full", model__depth=1))
+  experiment = Experiment(tiny_config("method=full"))
   arm = arms_module.TrainingArm(experiment, jax.devices()[:1])
   assert arm.memory_bytes is None
   assert arm._step.__wrapped__.func is step_module.train_step

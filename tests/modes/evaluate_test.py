@@ -15,9 +15,9 @@ from lrdit.runtime import parallel
 from lrdit.runtime.errors import UserError
 from lrdit.runtime.locks import owned
 from tests import tiny
-from tests.trained import SHALLOW, noisy_params
+from tests.trained import noisy_params
 
-FIELDS = SHALLOW | {
+FIELDS = {
   "evaluation__extractors": ("classifier", "pixel"),
   "evaluation__classifier_steps": 3,
 }

@@ -22,12 +22,10 @@ from lrdit.runtime.errors import UserError
 from lrdit.train import checkpoints
 from tests import tiny, trained
 
-LAYERS = trained.SHALLOW
-
 
 def save(path, arg, *steps, **fields):
   """A workdir with checkpoints of random parameters; returns its config."""
-  config = tiny.tiny_config(arg, **LAYERS | fields)
+  config = tiny.tiny_config(arg, **fields)
   path.mkdir()
   store_config(path, config)
   params = layouts.nest(trained.random_params(config))
@@ -51,13 +49,13 @@ def test_an_exported_full_arm_comes_back_with_the_same_outputs(tmp_path, layout)
   config = save(tmp_path / "run", "method=full", model__frequency_shift=1)
   export.export(config, str(tmp_path / "run"), str(tmp_path / "out"), layout)
   again = tiny.tiny_config(
-    "method=full", model__frequency_shift=1, init__from_=str(tmp_path / "out"), **LAYERS
+    "method=full", model__frequency_shift=1, init__from_=str(tmp_path / "out")
   )
   experiment = Experiment(again)
   params = starting_params(experiment, experiment.source("train"))
   expected = layouts.nest(trained.random_params(config))
   np.testing.assert_allclose(outputs(again, params), outputs(config, expected), atol=1e-5)
-  other = tiny.tiny_config("method=full", init__from_=str(tmp_path / "out"), **LAYERS)
+  other = tiny.tiny_config("method=full", init__from_=str(tmp_path / "out"))
   with pytest.raises(UserError, match=r"frequency_shift=0 is not what .*: use 1"):
     open_pretrained(other, Experiment(other).shape)
 
@@ -128,7 +126,7 @@ def test_factors_are_kept_or_merged_at_a_bucket(tmp_path, bucket):
     assert written.keys() == stored.keys()
     return
   assert fields["method"] == "full"
-  dense = tiny.tiny_config("method=full", **LAYERS)
+  dense = tiny.tiny_config("method=full")
   at_bucket = outputs(config, layouts.nest(stored), bucket)
   np.testing.assert_allclose(outputs(dense, layouts.nest(written)), at_bucket, atol=1e-5)
 
@@ -137,7 +135,7 @@ def test_the_diffusers_layout_needs_classes_and_a_bucket_of_the_plan(tmp_path):
   config = save(tmp_path / "run", "method=adaptive", data__num_classes=0)
   with pytest.raises(UserError, match="this model has none"):
     export.export(config, str(tmp_path / "run"), str(tmp_path / "out"), "diffusers")
-  config = tiny.tiny_config("method=adaptive", export__bucket=2, data__num_classes=0, **LAYERS)
+  config = tiny.tiny_config("method=adaptive", export__bucket=2, data__num_classes=0)
   with pytest.raises(UserError, match=r"export\.bucket=2 is not one of 0 to 1"):
     export.export(config, str(tmp_path / "run"), str(tmp_path / "out"))
 
@@ -177,7 +175,7 @@ def test_the_card_of_a_merged_model_has_no_metrics_of_another(tmp_path, bucket, 
   (tmp_path / "run" / "evaluation.json").write_text(json.dumps(losses))
   # A run of epochs stores their steps.
   epochs = dict(training__num_steps=None, training__num_epochs=1)
-  config = tiny.tiny_config("method=adaptive", **LAYERS | fields | epochs)
+  config = tiny.tiny_config("method=adaptive", **fields | epochs)
   export.export(config, str(tmp_path / "run"), str(tmp_path / "out"))
   card = (tmp_path / "out" / "README.md").read_text()
   written = tensor_files.read_tensors(tmp_path / "out" / "model.safetensors", "ema")

@@ -180,14 +180,19 @@ def test_a_started_run_keeps_its_r_of_t(tmp_path, caplog):
     shares()
 
 
-def test_a_process_without_the_workdir_keeps_the_first_one_s_ranks(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kept", ["measured_shares", "layer_ranks"])
+def test_a_process_without_the_workdir_keeps_the_first_one_s_ranks(tmp_path, monkeypatch, kept):
   run, fields = tmp_path / "run", write_truncation(path := tmp_path / "truncation.json")
+  if kept == "layer_ranks":
+    fields = dict(init__from_="trained", init__energy=0.9, rank__layer_ranks=(4, 8, 6))
   asked = tiny_config("method=adaptive", **fields).unlock()
   (run / "checkpoints" / "4").mkdir(parents=True)
   run_config.store_config(run, asked)
   text = json.dumps(measured_schedule.read_begun(str(run))).encode()
-  expected = asked.rank.measured_shares
-  asked.rank.measured_shares = asked.rank.measured_boundaries = ()
+  expected = asked.rank[kept]
+  assert len(expected) > 1
+  for field in ("measured_shares", "measured_boundaries", "layer_ranks"):
+    asked.rank[field] = ()
   path.unlink()
 
   def broadcast(tree):
@@ -195,7 +200,7 @@ def test_a_process_without_the_workdir_keeps_the_first_one_s_ranks(tmp_path, mon
 
   monkeypatch.setattr(cluster, "is_first", lambda: False)
   monkeypatch.setattr(cluster, "from_first", broadcast)
-  assert resolve_for_run(asked, str(tmp_path / "missing")).rank.measured_shares == expected
+  assert resolve_for_run(asked, str(tmp_path / "missing")).rank[kept] == expected
 
 
 def test_matching_the_total_rank_is_refused(tmp_path):

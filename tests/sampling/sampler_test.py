@@ -12,14 +12,14 @@ from lrdit.model import dit
 from lrdit.model.low_rank import RankSelection
 from lrdit.sampling import sampler
 from tests import tiny
-from tests.trained import SHALLOW, noisy_params
+from tests.trained import noisy_params
 
 DEVICES = jax.devices()[:1]
 
 
 def tiny_config(arg="", **overrides):
-  """One block, of which every kind of layer is factorized."""
-  return tiny.tiny_config(arg, **(SHALLOW | {"rank__num_buckets": 3} | overrides))
+  """A config of three ranks."""
+  return tiny.tiny_config(arg, **({"rank__num_buckets": 3} | overrides))
 
 
 def balanced(index):

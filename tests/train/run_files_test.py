@@ -35,7 +35,7 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_after_them(tmp_path, monk
 
 def test_a_checkpoint_is_on_the_disk_before_the_one_it_replaces_is_removed(tmp_path, monkeypatch):
   """A power failure may empty files that were written and renamed, but not synced."""
-  config = tiny.tiny_config(**trained.SHALLOW)
+  config = tiny.tiny_config()
   params = layouts.nest(trained.random_params(config))
   trained.save_checkpoint(tmp_path, config, 5, params=params)
   synced, sync, directory = set(), store.sync, tmp_path / "checkpoints"

@@ -23,13 +23,9 @@ from lrdit.train.state import (
 )
 from tests import tiny
 from tests.tiny import GOLDEN, tiny_config
-from tests.trained import SHALLOW, fresh_state, noisy_params
+from tests.trained import fresh_state, noisy_params
 
 KEY = jax.random.key(7)
-
-
-def shallow_config(arg="", **overrides):
-  return tiny_config(arg, **(SHALLOW | overrides))
 
 
 def make_step(config, devices, stage=0, **changes):
@@ -83,7 +79,7 @@ def run_steps(config, num_devices, num_steps, params=None, stage=0, flip=False):
 @pytest.mark.parametrize("name", ["muon", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_one_and_four_devices_give_the_same_losses(name):
   fields = dict(optimizer__warmup_steps=0, optimizer__name=name, optimizer__factor_update="bands")
-  config = shallow_config("method=adaptive", **fields, rank__num_buckets=2)
+  config = tiny_config("method=adaptive", **fields, rank__num_buckets=2)
   one, state_one = run_steps(config, 1, 8, flip=True)
   four, state_four = run_steps(config, 4, 8, flip=True)
   np.testing.assert_allclose(four, one, rtol=1e-5)
@@ -95,7 +91,7 @@ def test_one_and_four_devices_give_the_same_losses(name):
 @functools.cache
 def gradients(compute, num_devices=1, schedule="logistic_decreasing", stage=None):
   """Mean gradient of the training loss, of a stage of `CURRICULUM` or over all timesteps."""
-  config = shallow_config(rank__schedule=schedule, rank__compute=compute, rank__num_buckets=3)
+  config = tiny_config(rank__schedule=schedule, rank__compute=compute, rank__num_buckets=3)
   devices = jax.devices()[:num_devices]
   objective = Experiment(config).objective(devices)
   if stage is not None:
@@ -127,7 +123,7 @@ def assert_same_gradients(got, expected):
     pytest.param("midpeak", 1, marks=pytest.mark.gpu),
     ("logistic_decreasing", 4),
     pytest.param("midpeak", 4, marks=pytest.mark.slow),
-    pytest.param("logistic_decreasing", 1, marks=pytest.mark.slow),
+    pytest.param("logistic_decreasing", 1, marks=[pytest.mark.gpu, pytest.mark.slow]),
   ],
 )
 def test_grouped_gradients_are_masked_gradients(schedule, num_devices):
@@ -138,7 +134,7 @@ def test_grouped_gradients_are_masked_gradients(schedule, num_devices):
 def test_microbatches_give_the_gradient_of_the_batch():
   """Each keeps the groups of its slots, and every example its timestep and noise."""
   num_devices, microbatch = 2, 8
-  config = shallow_config(training__microbatch=microbatch, rank__num_buckets=3)
+  config = tiny_config(training__microbatch=microbatch, rank__num_buckets=3)
   devices = jax.devices()[:num_devices]
   experiment = Experiment(config)
   objective = experiment.objective(devices)
@@ -178,7 +174,7 @@ def test_grouped_gradients_are_masked_gradients_in_a_stage(stage, num_devices):
 
 def test_one_and_four_devices_train_a_stage_alike():
   fields = CURRICULUM | {"curriculum__patience": 9, "rank__num_buckets": 2}
-  config = shallow_config(**fields, optimizer__warmup_steps=0)
+  config = tiny_config(**fields, optimizer__warmup_steps=0)
   (one, state_one), (four, state_four) = (run_steps(config, n, 5, stage=1) for n in (1, 4))
   np.testing.assert_allclose(four, one, rtol=1e-5)
   for name in ("window", "stage"):
@@ -192,7 +188,7 @@ def test_one_and_four_devices_train_a_stage_alike():
 def test_losses_by_group_are_means_over_their_examples():
   boundaries = (0, 44, 123, 371, 1000)
   fields = dict(curriculum__boundaries=boundaries, training__log_every_steps=3)
-  config = shallow_config("method=full", **fields)
+  config = tiny_config("method=full", **fields)
   devices = jax.devices()[:2]
   # Parameters stay: the learning rate is zero.
   step = make_step(config, devices, learning_rate=lambda *_: jnp.float32(0))
@@ -216,7 +212,7 @@ def test_losses_by_group_are_means_over_their_examples():
 
 @pytest.mark.parametrize("restart", [True, False])
 def test_a_stage_restarts_the_optimizer_and_its_rate_if_asked_to(restart):
-  config = shallow_config(
+  config = tiny_config(
     "method=full",
     **CURRICULUM | {"curriculum__patience": 2},
     curriculum__restart_optimizer=restart,
@@ -259,7 +255,7 @@ def test_evaluation_stays_on_all_timesteps():
 @pytest.mark.parametrize("compute", ["masked", "grouped"])
 def test_components_no_example_uses_get_exactly_zero_gradient(compute):
   """All timesteps at the lowest bucket: nothing above it may learn."""
-  config = shallow_config(rank__compute=compute, rank__num_buckets=3)
+  config = tiny_config(rank__compute=compute, rank__num_buckets=3)
   model = Experiment(config).model()
   params = noisy_params(config)
   x = jax.random.normal(KEY, (8, 8, 8, 1))
@@ -336,14 +332,14 @@ def digits_batch(size=16, devices=1):
 def test_dropped_labels_do_not_matter_and_kept_ones_do():
   batch = digits_batch()
   other = batch | {"label": (batch["label"] + 1) % 10}
-  always = shallow_config(model__class_dropout_rate=1.0)
-  never = shallow_config(model__class_dropout_rate=0.0)
+  always = tiny_config(model__class_dropout_rate=1.0)
+  never = tiny_config(model__class_dropout_rate=0.0)
   np.testing.assert_array_equal(losses_of(always, batch), losses_of(always, other))
   assert (losses_of(never, batch) != losses_of(never, other)).all()
 
 
 def test_latents_are_drawn_from_their_distribution():
-  config, batch = shallow_config(), digits_batch()
+  config, batch = tiny_config(), digits_batch()
   noise = noise_of_step(config, 1)["posterior_noise"][None]
   std = np.linspace(0.1, 2, 16, dtype=np.float32)[None, :, None, None, None]
   std = np.broadcast_to(std, noise.shape)
@@ -354,7 +350,7 @@ def test_latents_are_drawn_from_their_distribution():
 
 
 def test_unconditional_training_ignores_labels():
-  config = shallow_config("method=full", data__num_classes=0)
+  config = tiny_config("method=full", data__num_classes=0)
   losses, _ = run_steps(config, 1, 2)
   assert np.isfinite(losses).all()
 
@@ -394,8 +390,8 @@ def test_learned_variance_trains_by_the_bound_alone(prediction):
 
 def test_min_snr_reweights_each_example():
   batch = digits_batch()
-  uniform = losses_of(shallow_config(), batch)
-  weighted = losses_of(shallow_config(diffusion__loss_weighting="min_snr"), batch)
+  uniform = losses_of(tiny_config(), batch)
+  weighted = losses_of(tiny_config(diffusion__loss_weighting="min_snr"), batch)
   t = noise_of_step(tiny_config(), 1)["t"]
   alpha_bar = Experiment(tiny_config()).alphas_cumprod[t]
   snr = alpha_bar / (1 - alpha_bar)
@@ -406,15 +402,13 @@ def test_min_snr_reweights_each_example():
 def step_of_rate(rate):
   """A step on two devices, compiled once."""
   constant = jnp.float32(rate)
-  return make_step(
-    shallow_config("method=full"), jax.devices()[:2], learning_rate=lambda *_: constant
-  )
+  return make_step(tiny_config("method=full"), jax.devices()[:2], learning_rate=lambda *_: constant)
 
 
 @pytest.mark.parametrize("quantity", [None, *NON_FINITE_QUANTITIES])
 def test_a_step_reports_the_first_quantity_that_is_not_finite(quantity):
   """The loss of a step does not show the parameters it leaves behind."""
-  config, devices = shallow_config("method=full"), jax.devices()[:2]
+  config, devices = tiny_config("method=full"), jax.devices()[:2]
   params = noisy_params(config)
   if quantity in ("loss", "gradient"):
     # Of a prediction of 1e30 the square is infinite; of one of 1e18 only the gradient's norm.
