@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv in the checkout, or reuses it, with the pinned package and its tests, from the newest
-# supported Python that works or from PYTHON=... Sets `root`, the checkout, and `constraints`, the
-# file of pins.
+# supported Python that works or from PYTHON=... Few of its modules are ever imported, so that none
+# is compiled beforehand. Sets `root`, the checkout, and `constraints`, the file of pins.
 # Usage: source launch/setup.sh
 set -euo pipefail
 root="$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")"
@@ -38,7 +38,6 @@ if [[ "$(cat "$root/.venv/lrdit-stamp" 2>/dev/null)" != "$described $made_from" 
   echo "Making the virtual environment .venv of Python ${described%% *} (about a minute) ..."
   rm -rf "$root/.venv"
   "$python" -m venv "$root/.venv"
-  # Of the installed modules few are imported, and Python compiles those.
   "$root/.venv/bin/python" -m pip install --no-compile --quiet --disable-pip-version-check \
     --constraint "$constraints" --editable "$root[tensorboard,test]"
   echo "$described $made_from" >"$root/.venv/lrdit-stamp"

@@ -30,14 +30,13 @@ def test_a_dry_run_prints_the_resolved_run_and_writes_nothing(
   mode, data, tmp_path, capsys, monkeypatch
 ):
   monkeypatch.chdir(tiny.ROOT)
-  argv = tiny.command(
-    tmp_path / "run", f"--mode={mode}", "--dry_run", "--config.model.depth=2", arg="method=adaptive"
-  )
+  flags = (f"--mode={mode}", "--dry_run", "--config.model.depth=2")
+  argv = tiny.command(tmp_path / "run", *flags, arg="method=adaptive")
   assert main.run(argv[1:]) == 0
   printed = capsys.readouterr().out
   experiment = Experiment(tiny.tiny_config("method=adaptive", model__depth=2))
   ranks = experiment.plan.by_name["blocks_1/mlp/fc1"].active
-  assert f"1 of dense; 1 of rank {', '.join(map(str, ranks))}\n" in printed
+  assert f"2 of rank {', '.join(map(str, ranks))}\n" in printed
   parameters = flops.num_parameters(experiment.shape, experiment.plan)
   for words in ("adaptive", f"{parameters:,}", data, "4 x cpu", f"{tmp_path}"):
     assert words in printed

@@ -13,7 +13,7 @@ from lrdit.model import dit, low_rank
 from lrdit.rank import plan as rank_schedule
 from lrdit.rank.strata import rank_groups, stratified_timesteps, uniform_strata
 from lrdit.runtime.errors import UserError
-from tests.tiny import tiny_config
+from tests.tiny import DEEPER, tiny_config
 from tests.trained import noisy_params
 
 ARMS = ["full", "static", "adaptive"]
@@ -178,7 +178,7 @@ def apply_groups(model, params, groups, bucket, *inputs):
 
 
 def test_scan_and_remat_do_not_change_the_gradients():
-  fields = dict(model__depth=3, rank__num_buckets=2)
+  fields = DEEPER | dict(model__depth=3, rank__num_buckets=2)
   plain = Experiment(tiny_config(**fields)).model()
   config = tiny_config(**fields, model__scan_blocks=True, model__remat=True)
   model, params = Experiment(config).model(), noisy_params(config)
