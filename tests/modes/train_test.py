@@ -216,7 +216,6 @@ def test_options_run_end_to_end(tmp_path, flags):
 )
 def test_muon_resumes_to_the_bit(tmp_path, rule):
   fields = dict(optimizer__name="muon", optimizer__factor_update=rule)
-  fields |= dict(rank__num_buckets=2)
   train_one_device(tmp_path / "whole", training__num_steps=6, **fields)
   for num_steps in (3, 6):
     train_one_device(tmp_path / "parts", training__num_steps=num_steps, **fields)
@@ -226,7 +225,7 @@ def test_muon_resumes_to_the_bit(tmp_path, rule):
 @pytest.mark.slow
 def test_galore_resumes_to_the_bit_within_a_gap(tmp_path):
   fields = dict(optimizer__name="galore", optimizer__galore_rank=4)
-  fields |= dict(optimizer__galore_gap=4, rank__num_buckets=2)
+  fields |= dict(optimizer__galore_gap=4)
   train_one_device(tmp_path / "whole", training__num_steps=6, **fields)
   for num_steps in (3, 6):
     train_one_device(tmp_path / "parts", training__num_steps=num_steps, **fields)
@@ -244,7 +243,6 @@ def test_a_run_goes_on_in_another_dtype_and_logs_it(tmp_path, told):
 
 # A stage ends at its second or a later check; constant, so that a run can be prolonged.
 STAGES = {
-  "rank__num_buckets": 2,
   "curriculum__enabled": True,
   "curriculum__boundaries": (0, 400, 1000),
   "curriculum__check_every_steps": 4,

@@ -28,7 +28,7 @@ def reduced_values(text):
 @pytest.mark.parametrize("method", ["full", "adaptive"])
 def test_a_step_moves_the_gradient_between_devices_and_little_else(method):
   """Beside it, the loss, the sums of the groups and whether the batch is finite."""
-  config = tiny_config(f"method={method}", model__depth=1, rank__num_buckets=2)
+  config = tiny_config(f"method={method}")
   step, args, _ = training(config, jax.devices()[:4])
   text = step.lower(*args).compile().as_text()
   counts = reduced_values(text)

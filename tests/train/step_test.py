@@ -79,7 +79,7 @@ def run_steps(config, num_devices, num_steps, params=None, stage=0, flip=False):
 @pytest.mark.parametrize("name", ["muon", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_one_and_four_devices_give_the_same_losses(name):
   fields = dict(optimizer__warmup_steps=0, optimizer__name=name, optimizer__factor_update="bands")
-  config = tiny_config("method=adaptive", **fields, rank__num_buckets=2)
+  config = tiny_config("method=adaptive", **fields)
   one, state_one = run_steps(config, 1, 8, flip=True)
   four, state_four = run_steps(config, 4, 8, flip=True)
   np.testing.assert_allclose(four, one, rtol=1e-5)
@@ -173,7 +173,7 @@ def test_grouped_gradients_are_masked_gradients_in_a_stage(stage, num_devices):
 
 
 def test_one_and_four_devices_train_a_stage_alike():
-  fields = CURRICULUM | {"curriculum__patience": 9, "rank__num_buckets": 2}
+  fields = CURRICULUM | {"curriculum__patience": 9}
   config = tiny_config(**fields, optimizer__warmup_steps=0)
   (one, state_one), (four, state_four) = (run_steps(config, n, 5, stage=1) for n in (1, 4))
   np.testing.assert_allclose(four, one, rtol=1e-5)
